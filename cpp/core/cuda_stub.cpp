@@ -1,0 +1,24 @@
+// The CUDA variants of the plan table in a build without CUDA code: each refuses with the reason.
+// The build defines PYINVOLUTION_NO_CUDA_REASON, a sentence.
+#include <stdexcept>
+
+#include "../../cuda/build.h"
+#include "../../cuda/generic/generic.h"
+
+#ifndef PYINVOLUTION_NO_CUDA_REASON
+#define PYINVOLUTION_NO_CUDA_REASON "no nvcc was found when it was built"
+#endif
+
+namespace pyinvolution::cuda {
+namespace {
+
+constexpr const char* refusal = "this build has no CUDA code: " PYINVOLUTION_NO_CUDA_REASON;
+
+}  // namespace
+
+const char* cuda_build() { return "none: " PYINVOLUTION_NO_CUDA_REASON; }
+
+const char* generic_refusal(const Problem&, Pass) { return refusal; }
+void generic_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
+
+}  // namespace pyinvolution::cuda

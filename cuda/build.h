@@ -1,0 +1,9 @@
+// What CUDA code this build holds.
+#pragma once
+
+namespace pyinvolution::cuda {
+
+// "CUDA 13.0, architectures 80 86 89 90", or "none: " and the reason.
+const char* cuda_build();
+
+}  // namespace pyinvolution::cuda
