@@ -1,0 +1,57 @@
+"""Models by name."""
+
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import TypeVar
+
+from torch import nn
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+_builders: dict[str, Callable[..., nn.Module]] = {}
+_listed: set[str] = set()
+_digits = re.compile(r"(\d+)")
+
+
+def register_model(builder: Builder, *, listed: bool = True) -> Builder:
+    """Decorator: offer ``builder`` (keyword arguments -> module) to `create_model` under its own name.
+
+    A builder that has required arguments is registered with ``listed=False``, so that everything in
+    `list_models` can be created by its name alone.
+    """
+    name = builder.__name__
+    if name in _builders:
+        raise ValueError(f"a model named {name!r} is registered already, by {_builders[name].__module__}")
+    _builders[name] = builder
+    if listed:
+        _listed.add(name)
+    return builder
+
+
+def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Module:
+    """Build a model with fresh parameters.
+
+    Args:
+        name: one of `list_models`, or ``"rednet"``, which takes ``layers=(blocks of stage 1, ...)``.
+        num_classes: outputs of the classifier; 0 for a model without one, which returns pooled features.
+        kwargs: further arguments of the model's class, e.g. `RedNet`.
+
+    Raises:
+        ValueError: no model has this name, or an argument is out of range.
+        TypeError: the class has no such argument.
+    """
+    if name not in _builders:
+        close = get_close_matches(str(name), _builders)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no model is named {name!r}: {hint}known names are {', '.join(sorted(_builders))}")
+    return _builders[name](num_classes=num_classes, **kwargs)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that match a shell-style ``pattern``, in natural order; all can be created by name alone."""
+    names = (name for name in _listed if fnmatch(name, pattern))
+    return sorted(
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in _digits.split(name)]
+    )
