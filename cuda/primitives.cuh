@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace pyinvolution::cuda {
 
@@ -24,6 +25,87 @@ __device__ __forceinline__ void store(float value, float* to) { *to = value; }
 __device__ __forceinline__ void store(double value, double* to) { *to = value; }
 __device__ __forceinline__ void store(float value, Half* to) { *to = __float2half_rn(value); }
 __device__ __forceinline__ void store(float value, BFloat16* to) { *to = __float2bfloat16_rn(value); }
+
+// The block's dynamic shared memory, of which there is one.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies Bytes (4, 8 or 16, and aligned to that) to shared memory in the background, or zeros where not `valid`.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid = true) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "what cp.async can copy");
+  const int bytes = valid ? Bytes : 0;
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+// Ends a group of copies of this thread.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most the newest GroupsLeft groups of this thread are under way.
+template <int GroupsLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements (ldmatrix.x4): lane i gives the address of row i%8 of matrix i/8, 16 bytes, and gets
+// elements 2*(i%4) and 2*(i%4)+1 of row i/4 of each; transposed: of column i/4.
+__device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&registers)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// An 8x8 matrix in the registers of a warp, laid out as above, transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t value) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
+
+// d += a * b for T (Half or BFloat16) with sums in float: d is 16 x 8, a is 16 x depth, b is depth x 8, depth 16 or 8.
+// With row = lane/4 and pair = 2*(lane%4), a lane holds d[row][pair, pair+1], d[row+8][pair, pair+1]; a[row][pair..], a[row+8][pair..]
+// and the same 8 columns on; b[pair..][row] and the same 8 rows on.
+template <class T>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+template <class T>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  }
+}
 
 }  // namespace pyinvolution::cuda
 
