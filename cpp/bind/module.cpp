@@ -1,0 +1,79 @@
+// pyinvolution._C: what the library says of itself. No torch types; operators are reached through torch.ops.pyinvolution.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../cuda/build.h"
+#include "isa.h"
+#include "pyinvolution/plan.h"
+
+namespace py = pybind11;
+using namespace pyinvolution;
+
+namespace {
+
+template <class Enum>
+Enum parse(const std::string& name, const std::vector<Enum>& values) {
+  for (const Enum value : values)
+    if (name == to_string(value)) return value;
+  throw std::invalid_argument("unknown name \"" + name + "\"");
+}
+
+Problem problem_of(const std::string& dtype, const std::string& device, const std::vector<int64_t>& input,
+                   const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                   const std::vector<int64_t>& input_stride, const std::vector<int64_t>& weight_stride,
+                   const std::vector<int64_t>& output_stride) {
+  Problem p{};
+  p.dtype = parse<DType>(dtype, {DType::f32, DType::f64, DType::f16, DType::bf16});
+  p.device = parse<Device>(device, {Device::cpu, Device::cuda});
+  p.batch = input.at(0), p.channels = input.at(1), p.in_h = input.at(2), p.in_w = input.at(3);
+  p.groups = weight.at(1), p.kernel_h = weight.at(2), p.kernel_w = weight.at(3);
+  p.out_h = weight.at(4), p.out_w = weight.at(5);
+  p.stride_h = stride.at(0), p.stride_w = stride.at(1);
+  p.padding_h = padding.at(0), p.padding_w = padding.at(1);
+  p.dilation_h = dilation.at(0), p.dilation_w = dilation.at(1);
+  std::copy_n(input_stride.begin(), 4, p.x_stride);
+  std::copy_n(weight_stride.begin(), 6, p.w_stride);
+  std::copy_n(output_stride.begin(), 4, p.y_stride);
+  return p;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("compiler") = PYINVOLUTION_COMPILER;
+  m.attr("torch_built") = PYINVOLUTION_TORCH_BUILT;
+  m.def("cuda_build", &cuda::cuda_build);
+
+  m.def("variants", &variants);
+  m.def("force_variant", &force_variant, py::arg("name"));
+  m.def("forced_variant", &forced_variant);
+
+  m.def("available_isas", &available_isas);
+  m.def("current_isa", [] { return to_string(current_isa()); });
+  m.def("override_isa", &override_isa, py::arg("name"));
+
+  m.def(
+      "explain",
+      [](const std::string& pass, const std::string& dtype, const std::string& device,
+         const std::vector<int64_t>& input, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+         const std::vector<int64_t>& input_stride, const std::vector<int64_t>& weight_stride,
+         const std::vector<int64_t>& output_stride) {
+        const Problem problem = problem_of(dtype, device, input, weight, stride, padding, dilation, input_stride,
+                                           weight_stride, output_stride);
+        py::list verdicts;
+        for (const Verdict& verdict :
+             explain(problem, parse<Pass>(pass, {Pass::forward, Pass::grad_input, Pass::grad_weight})))
+          verdicts.append(py::make_tuple(verdict.variant->name, verdict.refusal, verdict.chosen));
+        return verdicts;
+      },
+      py::kw_only(), py::arg("pass_"), py::arg("dtype"), py::arg("device"), py::arg("input"), py::arg("weight"),
+      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_stride"), py::arg("weight_stride"),
+      py::arg("output_stride"), "[(variant, refusal or None, chosen)] in the order of the plan table");
+}

@@ -1,0 +1,64 @@
+// One involution as plain data: what crosses from the tensor world into kernels.
+//
+//   Y[n,c,p] = sum over k of  W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding],   g(c) = c / (C/G)
+//
+// X is N,C,H,W and zero outside its borders; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo. An element of padding takes part in the
+// sum as a zero, so a non-finite weight at such a tap makes a NaN, as it does for an unfolded or padded input.
+#pragma once
+
+#include <cstdint>
+
+namespace pyinvolution {
+
+enum class DType : int32_t { f32, f64, f16, bf16 };
+enum class Device : int32_t { cpu, cuda };
+
+// Which of the three tensors is computed from the other two. `y` holds grad_output, and `x` or `w` receives the gradient.
+enum class Pass : int32_t {
+  forward,      // y from x, w
+  grad_input,   // x from w, y
+  grad_weight,  // w from x, y
+};
+
+struct Problem {
+  DType dtype;    // storage; sums are kept in float, for f64 in double
+  Device device;
+
+  int64_t batch;     // N
+  int64_t channels;  // C, a multiple of groups
+  int64_t groups;    // G
+  int64_t in_h, in_w;
+  int64_t out_h, out_w;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t padding_h, padding_w;
+  int64_t dilation_h, dilation_w;
+
+  // In elements; zero (expanded) strides are allowed for tensors that are only read.
+  int64_t x_stride[4];  // n c h w
+  int64_t w_stride[6];  // n g kh kw h w
+  int64_t y_stride[4];  // n c h w
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+};
+
+// Addresses of element 0 of each tensor. A pass writes the tensor that it computes and only reads the others.
+struct Buffers {
+  void* x;
+  void* w;
+  void* y;
+};
+
+// How a kernel gets its threads: `body(begin, end, state)` over disjoint ranges that cover [begin, end). It has the signature of
+// torch_parallel_for, so that torch's thread pool is the only one in the process. Bodies do not throw.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* state);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* state);
+
+struct Execution {
+  ParallelFor parallel_for = nullptr;  // CPU; nullptr runs on the calling thread
+  int threads = 1;                     // CPU: how many threads parallel_for can use
+  void* stream = nullptr;              // CUDA: a cudaStream_t of the current device
+};
+
+}  // namespace pyinvolution

@@ -1,0 +1,47 @@
+#include "execution.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+namespace pyinvolution::ops {
+namespace {
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* state) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { body(from, to, state); });
+}
+
+// libtorch_cuda is looked up rather than linked, so that one binary serves torch builds with and without CUDA.
+void* current_cuda_stream(int32_t device) {
+  using GetStream = int32_t (*)(int32_t, void**);
+  static const GetStream get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  void* stream = nullptr;
+  if (get_stream == nullptr || get_stream(device, &stream) != 0)
+    throw std::runtime_error("involution2d: cannot ask libtorch_cuda.so for the current stream");
+  return stream;
+}
+
+}  // namespace
+
+void run_on(const torch::stable::Tensor& where, const Problem& problem, Pass pass, const Buffers& buffers) {
+  Execution execution;
+  if (problem.device == Device::cpu) {
+    execution.parallel_for = parallel_for;
+    execution.threads = int(torch::stable::get_num_threads());
+    run(problem, pass, buffers, execution);
+  } else {
+    const int32_t index = where.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    execution.stream = current_cuda_stream(index);
+    run(problem, pass, buffers, execution);
+  }
+}
+
+}  // namespace pyinvolution::ops

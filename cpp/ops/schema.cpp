@@ -1,0 +1,23 @@
+// Every operator that the library registers. Fake kernels, autocast, vmap and FLOP formulas are registered from Python
+// (pyinvolution/ops.py); autograd lives in pyinvolution/functional.py and, for C++, in pyinvolution/torch.h.
+#include <torch/csrc/stable/library.h>
+
+#include "involution2d.h"
+
+STABLE_TORCH_LIBRARY(pyinvolution, m) {
+  m.def(
+      "involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def(
+      "involution2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool[2] output_mask) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CPU, m) {
+  m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));
+  m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CUDA, m) {
+  m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));
+  m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));
+}

@@ -1,0 +1,22 @@
+"""Involution (CVPR 2021) for PyTorch: the operator, the module, RedNet and its recipes."""
+
+from importlib.metadata import version
+
+__version__ = version("pyinvolution")
+
+from pyinvolution import functional, models
+from pyinvolution.explain import build_info, explain, force_variant, override_isa
+from pyinvolution.functional import involution2d
+from pyinvolution.modules import Involution2d
+
+__all__ = [
+    "Involution2d",
+    "__version__",
+    "build_info",
+    "explain",
+    "force_variant",
+    "functional",
+    "involution2d",
+    "models",
+    "override_isa",
+]

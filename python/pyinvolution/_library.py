@@ -1,0 +1,23 @@
+"""Loads the native library: the operators into torch.ops.pyinvolution, and what it says of itself into ``_C``."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+# A second copy of the library would register the operators twice, which ends the process without a message.
+if torch._C._jit_get_schemas_for_operator("pyinvolution::involution2d"):
+    raise ImportError(
+        "another copy of the pyinvolution library is already loaded in this process; load one copy, "
+        "either by `import pyinvolution` or by torch.ops.load_library"
+    )
+
+_spec = find_spec("pyinvolution._C")
+if _spec is None or _spec.origin is None:
+    raise ImportError(
+        "pyinvolution's native library is missing; install the package (pip install .), or run Python outside its source tree"
+    )
+# Loaded first by its path, so that _C finds it already in the process.
+torch.ops.load_library(Path(_spec.origin).with_name("libpyinvolution.so"))
+_C = import_module("pyinvolution._C")

@@ -1,0 +1,150 @@
+"""Involution problems of every kind, shared by tests and benchmarks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from pyinvolution import reference
+from pyinvolution.ops import output_size
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a problem; ``input`` is N, C, H, W."""
+
+    input: tuple[int, int, int, int]
+    groups: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        return self.stride, self.padding, self.dilation
+
+    @property
+    def output(self) -> tuple[int, int]:
+        return tuple(
+            output_size(size, k, s, p, d)
+            for size, k, s, p, d in zip(self.input[2:], self.kernel, *self.geometry, strict=True)
+        )
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.input[0], self.groups, *self.kernel, *self.output)
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.input)), f"g{self.groups}", "k" + "x".join(map(str, self.kernel))]
+        parts += [f"{n}{'x'.join(map(str, v))}" for n, v in zip("spd", self.geometry, strict=True)]
+        return "-".join(parts)
+
+
+def same(channels: int, size: int, kernel: int, stride: int = 1, batch: int = 1, group_channels: int = 16) -> Case:
+    """An involution of RedNet: padding keeps ceil(size / stride) pixels."""
+    return Case(
+        (batch, channels, size, size), channels // group_channels, (kernel, kernel), (stride, stride), (kernel // 2,) * 2
+    )
+
+
+# RedNet-50 at 224 x 224: the stem and each stage's layers.
+REDNET50 = {
+    "stem 32@112 K3": same(32, 112, 3),
+    "64@56": same(64, 56, 7),
+    "128@56 s2": same(128, 56, 7, 2),
+    "128@28": same(128, 28, 7),
+    "256@28 s2": same(256, 28, 7, 2),
+    "256@14": same(256, 14, 7),
+    "512@14 s2": same(512, 14, 7, 2),
+    "512@7": same(512, 7, 7),
+}
+
+# One small problem for each class of parameters.
+CASES = [
+    Case((2, 32, 9, 11), 2, (7, 7), padding=(3, 3)),
+    Case((2, 32, 9, 11), 2, (7, 7), (2, 2), (3, 3)),
+    Case((1, 16, 8, 8), 1, (1, 1), padding=(0, 0)),
+    Case((2, 6, 7, 9), 2, (3, 3)),
+    Case((2, 6, 7, 9), 6, (3, 3)),
+    Case((2, 6, 7, 9), 1, (5, 5), padding=(2, 2)),
+    Case((1, 4, 10, 6), 2, (2, 4), padding=(0, 1)),
+    Case((1, 4, 10, 12), 4, (3, 5), (2, 1), (0, 3)),
+    Case((1, 8, 11, 13), 2, (3, 3), (3, 2), (2, 1), (2, 3)),
+    Case((1, 8, 12, 12), 1, (3, 3), (2, 2), (4, 4), (4, 4)),
+    Case((1, 3, 6, 40), 1, (3, 3), (1, 5), (1, 0), (1, 2)),
+    Case((1, 40, 5, 5), 1, (3, 3)),
+    Case((1, 2, 5, 7), 2, (5, 7), padding=(6, 6)),
+    Case((1, 2, 3, 3), 1, (3, 3), (7, 9), (30, 30), (25, 25)),
+    Case((1, 64, 14, 14), 4, (7, 7), padding=(3, 3)),
+    Case((3, 1, 1, 1), 1, (3, 3)),
+]
+
+EMPTY_CASES = [
+    Case((0, 16, 8, 8), 1),
+    Case((2, 0, 8, 8), 1),
+    Case((2, 4, 0, 8), 2, padding=(1, 1)),
+    Case((2, 4, 2, 8), 2, (5, 5), padding=(0, 2)),
+    Case((2, 4, 0, 0), 2, padding=(2, 2)),
+]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
+
+
+def random_like(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+
+
+def in_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (for "expanded", those of the first channel or tap) with other strides."""
+    match layout:
+        case "contiguous":
+            return tensor.contiguous()
+        case "channels_last":
+            # Channels (for weights: groups and taps) are the innermost dimensions.
+            inner = range(1, tensor.dim() - 2)
+            order = (0, tensor.dim() - 2, tensor.dim() - 1, *inner)
+            return tensor.permute(order).contiguous().permute([order.index(d) for d in range(tensor.dim())])
+        case "strided":
+            padded = torch.full([2 * s + 1 for s in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+            view = padded[tuple(slice(1, None, 2) for _ in tensor.shape)]
+            return view.copy_(tensor)
+        case "expanded":
+            return tensor[:, :1].expand_as(tensor)
+    raise ValueError(layout)
+
+
+def tensors(
+    case: Case, dtype: torch.dtype, layout: str = "contiguous", device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and grad_output of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (case.input, case.weight, (*case.input[:2], *case.output))
+    return tuple(in_layout(random_like(shape, dtype, device, generator), layout) for shape in shapes)
+
+
+def reference_passes(case: Case, input: Tensor, weight: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, grad_input and grad_weight by the reference, in the tensors' dtype; 16-bit ones through float32 sums."""
+    dtype = input.dtype
+    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    x, w = (t.detach().to(work).clone().requires_grad_() for t in (input, weight))
+    output = reference.involution2d(x, w, None, *case.geometry)
+    grads = torch.autograd.grad(output, (x, w), grad_output.to(work))
+    return tuple(t.detach().to(dtype) for t in (output, *grads))
+
+
+def oracle_passes(case: Case, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in float64."""
+    return reference_passes(case, *(t.double() for t in inputs))
+
+
+def all_inputs(cases: list[Case]) -> Iterator[tuple[Case, torch.dtype, str]]:
+    return product(cases, DTYPES, LAYOUTS)
+
+
+def with_batch(case: Case, batch: int) -> Case:
+    return replace(case, input=(batch, *case.input[1:]))
