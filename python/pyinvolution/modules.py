@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 
 from pyinvolution.functional import involution2d
 
@@ -106,7 +106,7 @@ class Involution2d(nn.Module):
         reduced = channels // reduction
         self.pool = None
         if self.stride != (1, 1):
-            self.pool = nn.AvgPool2d(self.stride, self.stride, ceil_mode=True)
+            self.pool = _CellMean(self.stride)
         conv = nn.Conv2d(channels, reduced, 1, bias=norm_layer is None, **factory)
         self.reduce = nn.Sequential(OrderedDict(conv=conv))
         if norm_layer is not None:
@@ -147,6 +147,23 @@ class Involution2d(nn.Module):
             text += f", dilation={self.dilation}"
         text += f", group_channels={self.group_channels}, reduction={self.reduction}"
         return text if self.bias is None else text + ", bias=True"
+
+
+class _CellMean(nn.AvgPool2d):
+    """(N, C, H, W) -> mean over cells of ``stride``, (N, C, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, stride: tuple[int, int]) -> None:
+        super().__init__(stride, stride, ceil_mode=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[2:])):
+            return super().forward(input)
+        # torch.export cannot prove the size that ceil_mode gives; that of sums over a zero margin it can.
+        (sh, sw), (height, width) = self.stride, input.shape[2:]
+        sums = avg_pool2d(pad(input, (0, sw - 1, 0, sh - 1)), self.stride, self.stride, divisor_override=1)
+        rows = (height - sh * torch.arange(sums.shape[2], device=input.device)).clamp(max=sh)
+        columns = (width - sw * torch.arange(sums.shape[3], device=input.device)).clamp(max=sw)
+        return sums / (rows[:, None] * columns)
 
 
 def init_conv(conv: nn.Conv2d) -> None:

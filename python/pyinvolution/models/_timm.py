@@ -63,7 +63,7 @@ def _register() -> None:
         "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
         "paper_ids": "arXiv:2103.06255",
     }
-    default_cfgs.update(generate_default_cfgs({name: cfg for name in names}))
+    default_cfgs.update(generate_default_cfgs(dict.fromkeys(names, cfg)))
     for name in names:
         register_model(_entry_point(name))
 
