@@ -46,7 +46,11 @@ class Case:
 def same(channels: int, size: int, kernel: int, stride: int = 1, batch: int = 1, group_channels: int = 16) -> Case:
     """An involution of RedNet: padding keeps ceil(size / stride) pixels."""
     return Case(
-        (batch, channels, size, size), channels // group_channels, (kernel, kernel), (stride, stride), (kernel // 2,) * 2
+        (batch, channels, size, size),
+        channels // group_channels,
+        (kernel, kernel),
+        (stride, stride),
+        (kernel // 2,) * 2,
     )
 
 
@@ -110,7 +114,9 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
             order = (0, tensor.dim() - 2, tensor.dim() - 1, *inner)
             return tensor.permute(order).contiguous().permute([order.index(d) for d in range(tensor.dim())])
         case "strided":
-            padded = torch.full([2 * s + 1 for s in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+            padded = torch.full(
+                [2 * s + 1 for s in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device
+            )
             view = padded[tuple(slice(1, None, 2) for _ in tensor.shape)]
             return view.copy_(tensor)
         case "expanded":

@@ -210,5 +210,3 @@ def test_a_tensor_beyond_two_to_the_31_elements() -> None:
     w = torch.randn(1, 1, 3, 3, 4, 4)
     assert torch.equal(involution2d(far, w.bfloat16(), padding=1), involution2d(near, w.bfloat16(), padding=1))
     torch.testing.assert_close(involution2d(x, w, padding=1), involution2d(x.contiguous(), w, padding=1))
-
-

@@ -1,4 +1,4 @@
-"""The one accuracy policy: a result may be off by at most twice what the reference in its dtype is, plus an epsilon floor."""
+"""The one accuracy policy: at most twice the error of the reference in the same dtype, plus an epsilon floor."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,5 @@
-// pyinvolution._C: what the library says of itself. No torch types; operators are reached through torch.ops.pyinvolution.
+// pyinvolution._C: what the library says of itself. No torch types; operators are reached through
+// torch.ops.pyinvolution.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

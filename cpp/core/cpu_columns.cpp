@@ -15,11 +15,14 @@ namespace {
 constexpr int64_t strip_bytes = 256 * 1024;
 constexpr int64_t tasks_per_thread = 4;
 constexpr int64_t most_chunk = 16;
+// Below this many multiply-adds, waking the other threads takes longer than they save.
+constexpr int64_t least_parallel = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Columns s * i + d * j, i = 0 .. padded: shared by the taps of a phase, or a run for each tap where dilation tears them apart.
+// Columns s * i + d * j, i = 0 .. padded: shared by the taps of a phase, or a run for each tap where dilation tears
+// them apart.
 void plan_strided_row(Columns& plan) {
   const Problem& p = plan.problem;
   const int64_t reach = p.dilation_w * (p.kernel_w - 1) / p.stride_w;
@@ -37,8 +40,7 @@ void plan_strided_row(Columns& plan) {
   if (phases * shared <= p.kernel_w * plan.padded) {
     for (int64_t s = 0; s < phases; ++s)
       plan.segments.push_back({s * shared, slot_phase[s] - p.padding_w, shared, p.stride_w});
-    for (int64_t j = 0; j < p.kernel_w; ++j)
-      plan.tap_offset[j] = slot[j] * shared + p.dilation_w * j / p.stride_w;
+    for (int64_t j = 0; j < p.kernel_w; ++j) plan.tap_offset[j] = slot[j] * shared + p.dilation_w * j / p.stride_w;
     plan.width = phases * shared;
   } else {
     for (int64_t j = 0; j < p.kernel_w; ++j) {
@@ -105,12 +107,12 @@ Columns plan_columns(const Problem& p, Pass pass, const Buffers& buffers, int64_
   } else {
     plan_strided_row(plan);
   }
-  plan.direct_weight =
-      pass == Pass::forward && (p.dtype == DType::f32 || p.dtype == DType::f64) && p.w_stride[5] == 1;
+  plan.direct_weight = pass == Pass::forward && (p.dtype == DType::f32 || p.dtype == DType::f64) && p.w_stride[5] == 1;
 
   const int64_t rows = gather ? p.in_h : p.out_h;
   const auto rows_for = [&](int64_t height) { return std::min(shared_rows(plan, height), height * p.kernel_h); };
-  // Values of scratch memory besides the packed rows: a row (forward, grad_input) or a strip (grad_weight) of results, weights of a row.
+  // Values of scratch memory besides the packed rows: a row (forward, grad_input) or a strip (grad_weight) of results,
+  // weights of a row.
   const auto others_for = [&](int64_t height) {
     const int64_t weights = p.taps() * plan.padded;
     switch (pass) {
@@ -144,8 +146,10 @@ void columns_run(const Problem& problem, Pass pass, const Buffers& buffers, cons
   if (current_isa() == Isa::avx2) task = columns_task_avx2, vector_bytes = 32;
   if (current_isa() == Isa::avx512) task = columns_task_avx512, vector_bytes = 64;
 #endif
-  const Columns plan = plan_columns(problem, pass, buffers, vector_bytes, execution.threads);
-  for_each_task(execution, problem.batch * problem.groups * plan.strips,
+  const double work = double(problem.batch * problem.channels * problem.taps()) * double(problem.out_h * problem.out_w);
+  const Execution where = work < least_parallel ? Execution{} : execution;
+  const Columns plan = plan_columns(problem, pass, buffers, vector_bytes, where.threads);
+  for_each_task(where, problem.batch * problem.groups * plan.strips,
                 [&](int64_t index) { task(plan, index, scratch(plan.scratch_bytes)); });
 }
 

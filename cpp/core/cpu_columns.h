@@ -1,16 +1,17 @@
 // The `columns` variant: strategy, geometry and the functions compiled for each instruction set.
 //
-// Equation and shapes: pyinvolution/problem.h. A task is one image, one group and a strip of rows. It copies what it reads into
-// scratch memory in the arithmetic type, zero-padded, so that whatever the layout, dtype, stride, padding or dilation, the
-// inner loops only see vectors of neighbouring columns:
+// Equation and shapes: pyinvolution/problem.h. A task is one image, one group and a strip of rows. It copies what it
+// reads into scratch memory in the arithmetic type, zero-padded, so that whatever the layout, dtype, stride, padding or
+// dilation, the inner loops only see vectors of neighbouring columns:
 //
 //   forward      y[c][p]  = sum over taps k     of  w[k][p] * x[c][s p + d k]     one weight vector serves 8 channels
 //   grad_weight  gw[k][p] = sum over channels c of gy[c][p] * x[c][s p + d k]     one gy vector serves 7 taps
-//   grad_input   gx[c][q] = sum over taps k     of  w[k][p] * gy[c][p],  s p + d k = q    a gather, no two threads write one place
+//   grad_input   gx[c][q] = sum over taps k     of  w[k][p] * gy[c][p],  s p + d k = q    a gather, no two threads
+//   write one place
 //
-// Limit: FMA throughput. 8 accumulators take 9 loads for 8 FMA (at two loads a cycle, 89% of two FMA a cycle). It beats the
-// scalar loops by the vector width and by reading each weight once for 8 channels. A sum runs over taps (or channels) in the
-// same order for every thread count and strip height, hence the same bits.
+// Limit: FMA throughput. 8 accumulators take 9 loads for 8 FMA (at two loads a cycle, 89% of two FMA a cycle). It beats
+// the scalar loops by the vector width and by reading each weight once for 8 channels. A sum runs over taps (or
+// channels) in the same order for every thread count and strip height, hence the same bits.
 #pragma once
 
 #include <cstdint>
@@ -34,19 +35,20 @@ struct Columns {
   int64_t height;  // rows of a strip
   int64_t strips;
 
-  // Reads of a tensor shifted by the taps: X for forward and grad_weight, grad_output for grad_input. Where the shifted rows of a strip
-  // (or the shifted columns of a row) overlap enough they are packed once, else once for each tap.
+  // Reads of a tensor shifted by the taps: X for forward and grad_weight, grad_output for grad_input. Where the shifted
+  // rows of a strip (or the shifted columns of a row) overlap enough they are packed once, else once for each tap.
   bool share_rows;
-  int64_t packed_rows;                // rows held for a strip
-  int64_t width;                      // of a packed row
-  std::vector<Segment> segments;      // how a row is packed
-  std::vector<int64_t> tap_offset;    // [kw] where a tap's first column is in a packed row
+  int64_t packed_rows;              // rows held for a strip
+  int64_t width;                    // of a packed row
+  std::vector<Segment> segments;    // how a row is packed
+  std::vector<int64_t> tap_offset;  // [kw] where a tap's first column is in a packed row
 
-  int64_t columns;   // vectors cover this many columns: out_w, or for grad_input the positions m of one phase
-  int64_t padded;    // columns rounded up to whole vectors
+  int64_t columns;     // vectors cover this many columns: out_w, or for grad_input the positions m of one phase
+  int64_t padded;      // columns rounded up to whole vectors
   bool direct_weight;  // forward: W is read in place
 
-  // grad_input: columns q = s * m + phase - padding, m = first_m ...; a phase is read by the taps with d * k = phase mod s.
+  // grad_input: columns q = s * m + phase - padding, m = first_m ...; a phase is read by the taps with d * k = phase
+  // mod s.
   int64_t first_m;
   std::vector<int64_t> phases;
   std::vector<int64_t> phase_begin;  // [phases + 1] into phase_taps

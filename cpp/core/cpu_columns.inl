@@ -1,6 +1,7 @@
-// The inner loops of the `columns` variant; see cpu_columns.h. The including file sets VECTOR_BYTES, its own compiler flags, and
-// the name of the one function with external linkage, COLUMNS_TASK. All else stays in the anonymous namespace, and no template of
-// the standard library is used: a copy compiled for a newer processor must not be the one that the linker keeps for all.
+// The inner loops of the `columns` variant; see cpu_columns.h. The including file sets VECTOR_BYTES, its own compiler
+// flags, and the name of the one function with external linkage, COLUMNS_TASK. All else stays in the anonymous
+// namespace, and no template of the standard library is used: a copy compiled for a newer processor must not be the one
+// that the linker keeps for all.
 #include <cstdint>
 #include <cstring>
 
@@ -166,8 +167,7 @@ struct Task {
       for (int64_t r = 0; r < rows; ++r) pack(r, first + r);
     } else {
       for (int64_t r = 0; r < end - begin; ++r)
-        for (int64_t i = 0; i < p.kernel_h; ++i)
-          pack(r * p.kernel_h + i, first + r * p.stride_h + i * p.dilation_h);
+        for (int64_t i = 0; i < p.kernel_h; ++i) pack(r * p.kernel_h + i, first + r * p.stride_h + i * p.dilation_h);
     }
   }
   const A* packed_input(int64_t row, int64_t i) const {
@@ -208,11 +208,12 @@ struct Task {
     }
   }
 
-  // --- forward ---------------------------------------------------------------------------------------------------------
+  // --- forward
+  // ---------------------------------------------------------------------------------------------------------
 
   template <int Channels>
-  void forward_block(const A* weights, int64_t tap_row, int64_t tap_column, int64_t row, int64_t channel, int64_t column,
-                     A* result) const {
+  void forward_block(const A* weights, int64_t tap_row, int64_t tap_column, int64_t row, int64_t channel,
+                     int64_t column, A* result) const {
     const int64_t left = p.out_w - column;
     const bool partial = plan.direct_weight && left < V::lanes;
     Accumulators<Channels, A> accumulators;
@@ -260,7 +261,8 @@ struct Task {
     }
   }
 
-  // --- grad_weight -----------------------------------------------------------------------------------------------------
+  // --- grad_weight
+  // -----------------------------------------------------------------------------------------------------
 
   template <int Taps>
   void weight_block(const A* grad, const A* shifted, const int64_t* offsets, int64_t channels, int64_t column,
@@ -332,7 +334,8 @@ struct Task {
     }
   }
 
-  // --- grad_input ------------------------------------------------------------------------------------------------------
+  // --- grad_input
+  // ------------------------------------------------------------------------------------------------------
 
   // The output row whose tap row i reads input row `row`, or -1.
   int64_t reader(int64_t row, int64_t i) const {

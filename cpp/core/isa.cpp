@@ -31,7 +31,8 @@ Isa parse(const std::string& name) {
   for (const Isa isa : all) {
     if (name == to_string(isa)) {
       if (runs_here(isa)) return isa;
-      throw std::invalid_argument("instruction set " + name + " was not built or does not run on this processor, which has " +
+      throw std::invalid_argument("instruction set " + name +
+                                  " was not built or does not run on this processor, which has " +
                                   to_string(detected_isa()));
     }
     names += std::string(names.empty() ? "" : ", ") + to_string(isa);

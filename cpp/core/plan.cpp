@@ -20,7 +20,9 @@ constexpr Variant table[] = {
 
 std::string qualified(const Variant& variant) { return std::string(to_string(variant.device)) + "/" + variant.name; }
 
-bool is_named(const Variant& variant, const std::string& name) { return name == variant.name || name == qualified(variant); }
+bool is_named(const Variant& variant, const std::string& name) {
+  return name == variant.name || name == qualified(variant);
+}
 
 // The variant that a device is bound to, or nullptr.
 struct Forced {
@@ -74,8 +76,8 @@ int64_t outputs(const Problem& p, Pass pass) {
 const Variant& choose(const Problem& problem, Pass pass) {
   if (const Variant* variant = forced_on(problem.device)) {
     if (const char* refusal = variant->refusal(problem, pass))
-      throw std::invalid_argument("the forced variant " + qualified(*variant) + " cannot run this " + to_string(pass) + ": " +
-                                  refusal);
+      throw std::invalid_argument("the forced variant " + qualified(*variant) + " cannot run this " + to_string(pass) +
+                                  ": " + refusal);
     return *variant;
   }
   std::string refusals;
@@ -85,8 +87,8 @@ const Variant& choose(const Problem& problem, Pass pass) {
     if (refusal == nullptr) return variant;
     refusals += std::string(refusals.empty() ? "" : "; ") + variant.name + ": " + refusal;
   }
-  throw std::invalid_argument(std::string("no ") + to_string(problem.device) + " variant can run this " + to_string(pass) +
-                              ": " + refusals);
+  throw std::invalid_argument(std::string("no ") + to_string(problem.device) + " variant can run this " +
+                              to_string(pass) + ": " + refusals);
 }
 
 void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {

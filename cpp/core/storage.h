@@ -34,8 +34,8 @@ inline double load(double value) { return value; }
 inline float load(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
 inline float load(Half value) {
-  // The exponent moves by 127 - 15 through a product, which normalises subnormals; what then has the exponent of 2^16 or
-  // above was Inf or NaN.
+  // The exponent moves by 127 - 15 through a product, which normalises subnormals; what then has the exponent of 2^16
+  // or above was Inf or NaN.
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
   uint32_t bits = bits_of(float_of(magnitude) * 0x1p112f);
   if (bits >= 0x47800000u) bits |= 0x7f800000u;

@@ -57,13 +57,17 @@ void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t leas
           ", expected values of at least ", least, " and below 2^31");
 }
 
+std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(tensor.get_device_index());
+}
+
 void check_alike(const char* name, const Tensor& tensor, const Tensor& input) {
   check(tensor.scalar_type() == input.scalar_type(), name, " has dtype ",
         torch::headeronly::toString(tensor.scalar_type()), ", expected input's dtype ",
         torch::headeronly::toString(input.scalar_type()));
-  check(tensor.is_cuda() == input.is_cuda() && tensor.is_cpu() == input.is_cpu() &&
-            tensor.get_device_index() == input.get_device_index(),
-        name, " is on another device than input, expected both on one device");
+  check(device_of(tensor) == device_of(input), name, " is on ", device_of(tensor), ", expected input's device ",
+        device_of(input));
 }
 
 // floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1, and 0 where the kernel does not fit.
@@ -75,8 +79,7 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
 Problem problem_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   check(input.dim() == 4, "input has shape ", text(input.sizes()), ", expected 4 dimensions (N, C, H, W)");
-  check(weight.dim() == 6, "weight has shape ", text(weight.sizes()),
-        ", expected 6 dimensions (N, G, Kh, Kw, Ho, Wo)");
+  check(weight.dim() == 6, "weight has shape ", text(weight.sizes()), ", expected 6 dimensions (N, G, Kh, Kw, Ho, Wo)");
   check_pair("stride", stride, 1);
   check_pair("padding", padding, 0);
   check_pair("dilation", dilation, 1);
@@ -93,8 +96,8 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const std::vector<
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
 
   check(weight.size(0) == p.batch, "weight has batch size ", weight.size(0), ", expected input's, ", p.batch);
-  check(p.groups >= 1 && p.channels % p.groups == 0, "weight has ", p.groups,
-        " groups, expected a divisor of input's ", p.channels, " channels");
+  check(p.groups >= 1 && p.channels % p.groups == 0, "weight has ", p.groups, " groups, expected a divisor of input's ",
+        p.channels, " channels");
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   check(p.kernel_h >= 1 && p.kernel_w >= 1 && p.kernel_h <= most && p.kernel_w <= most, "weight has a kernel of ",
         p.kernel_h, " x ", p.kernel_w, " taps, expected at least 1 x 1");
@@ -113,8 +116,8 @@ void set_strides(Problem& p, const Tensor& x, const Tensor& w, const Tensor& y) 
   std::copy_n(y.strides().data(), 4, p.y_stride);
 }
 
-// torch's rule for what an operator's output takes over from its input (c10::is_channels_last_strides_2d): strides ascend in the
-// order C, W, H, N, and where a single channel or pixel leaves that open it is contiguous.
+// torch's rule for what an operator's output takes over from its input (c10::is_channels_last_strides_2d): strides
+// ascend in the order C, W, H, N, and where a single channel or pixel leaves that open it is contiguous.
 MemoryFormat memory_format_of(const Tensor& input) {
   const auto sizes = input.sizes();
   const auto strides = input.strides();

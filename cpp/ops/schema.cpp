@@ -5,8 +5,7 @@
 #include "involution2d.h"
 
 STABLE_TORCH_LIBRARY(pyinvolution, m) {
-  m.def(
-      "involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def("involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   m.def(
       "involution2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
       "int[2] dilation, bool[2] output_mask) -> (Tensor, Tensor)");

@@ -16,7 +16,7 @@ if torch._C._jit_get_schemas_for_operator("pyinvolution::involution2d"):
 _spec = find_spec("pyinvolution._C")
 if _spec is None or _spec.origin is None:
     raise ImportError(
-        "pyinvolution's native library is missing; install the package (pip install .), or run Python outside its source tree"
+        "pyinvolution's native library is missing; install the package (pip install .), or run outside its source"
     )
 # Loaded first by its path, so that _C finds it already in the process.
 torch.ops.load_library(Path(_spec.origin).with_name("libpyinvolution.so"))

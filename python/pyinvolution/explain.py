@@ -69,7 +69,9 @@ def explain(
     ops.check(input, weight, *geometry)
     if input.device.type not in ("cpu", "cuda"):
         raise ValueError(f"explain: input is on {input.device}, expected a CPU or CUDA device")
-    output = torch.empty(*input.shape[:2], *weight.shape[-2:], device="meta", memory_format=suggest_memory_format(input))
+    output = torch.empty(
+        *input.shape[:2], *weight.shape[-2:], device="meta", memory_format=suggest_memory_format(input)
+    )
     verdicts = _C.explain(
         pass_=pass_,
         dtype=str(input.dtype).removeprefix("torch."),
@@ -138,7 +140,7 @@ def available_isas() -> list[str]:
 
 
 def build_info() -> dict[str, str]:
-    """How the library was built and where it runs: version, compiler, CUDA, instruction set, torch built with and running."""
+    """How the library was built and where it runs: version, compiler, CUDA, instruction set, both torch versions."""
     from pyinvolution import __version__
 
     return {

@@ -1,4 +1,4 @@
-"""Involution as a function: differentiable, under autocast, compiled, exported or mapped like torch.nn.functional's own."""
+"""Involution as a function: differentiable, and at home in autocast, torch.compile, torch.export and torch.func."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def involution2d(
     .. math::
         Y_{n,c,p} = b_c + \sum_k W_{n,g(c),k,p} \, X_{n,c,\,s p + d k - P}, \qquad g(c) = \lfloor c \, G / C \rfloor
 
-    with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept in
-    float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype.
+    with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
+    in float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.
@@ -131,7 +131,13 @@ class _Involution2dBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, needed: tuple[bool, bool]
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        needed: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         return ops.involution2d_backward(grad_output, input, weight, stride, padding, dilation, needed)
 
@@ -142,8 +148,8 @@ class _Involution2dBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_grad_input: Tensor, grad_grad_weight: Tensor) -> tuple[Tensor | None, ...]:
-        # With inv(x, w) bilinear, <u, grad_input> = <gy, inv(u, w)> and <v, grad_weight> = <gy, inv(x, v)>, so that each term's
-        # gradients are an involution and a backward pass of it again.
+        # inv(x, w) is bilinear: <u, grad_input> = <gy, inv(u, w)> and <v, grad_weight> = <gy, inv(x, v)>, so that the
+        # gradients of each are an involution and a backward pass of it again.
         grad_output, input, weight = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None, None]
 
@@ -166,7 +172,9 @@ class _Involution2dBackward(torch.autograd.Function):
         return *grads, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, grad_output: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[tuple, tuple]:
+    def vmap(
+        info: Any, in_dims: tuple, grad_output: Tensor, input: Tensor, weight: Tensor, *rest: Any
+    ) -> tuple[tuple, tuple]:
         size = info.batch_size
         merged = (ops.to_batch(t, d, size) for t, d in zip((grad_output, input, weight), in_dims[:3], strict=True))
         grads = _Involution2dBackward.apply(*merged, *rest)

@@ -1,7 +1,7 @@
 """The operators torch.ops.pyinvolution.*: what PyTorch has to know of them besides their CPU and CUDA kernels.
 
-The kernels and schemas come from the native library (cpp/ops/schema.cpp). Registered here: shape functions for fake tensors
-(torch.compile, torch.export, the meta device), autocast, vmap, and FLOP formulas. Autograd is in ``functional``.
+The kernels and schemas come from the native library (cpp/ops/schema.cpp). Registered here: shape functions for fake
+tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP formulas. Autograd is in ``functional``.
 """
 
 from collections.abc import Sequence
@@ -60,9 +60,7 @@ def check(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: 
         raise ValueError(f"involution2d: weight has batch size {weight.shape[0]}, expected input's, {batch}")
     groups, kh, kw, out_h, out_w = weight.shape[1:]
     if groups < 1 or channels % groups != 0:
-        raise ValueError(
-            f"involution2d: weight has {groups} groups, expected a divisor of input's {channels} channels"
-        )
+        raise ValueError(f"involution2d: weight has {groups} groups, expected a divisor of input's {channels} channels")
     if kh < 1 or kw < 1:
         raise ValueError(f"involution2d: weight has a kernel of {kh} x {kw} taps, expected at least 1 x 1")
     expected_h = output_size(height, kh, stride[0], padding[0], dilation[0])
@@ -70,8 +68,8 @@ def check(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: 
     if out_h != expected_h or out_w != expected_w:
         too_large = "" if expected_h > 0 and expected_w > 0 else ": the kernel is larger than the padded input"
         raise ValueError(
-            f"involution2d: weight has kernels for {out_h} x {out_w} output pixels, expected {expected_h} x {expected_w} "
-            f"for an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
+            f"involution2d: weight has kernels for {out_h} x {out_w} output pixels, expected "
+            f"{expected_h} x {expected_w} for an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
             f"{tuple(padding)} and dilation {tuple(dilation)}{too_large}"
         )
 
@@ -84,7 +82,7 @@ def explain_failure(
     raise error
 
 
-# --- shape functions ---------------------------------------------------------------------------------------------------
+# --- shape functions --------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("pyinvolution::involution2d")
@@ -106,7 +104,7 @@ def _(grad_output, input, weight, stride, padding, dilation, output_mask):
     )
 
 
-# --- autocast ----------------------------------------------------------------------------------------------------------
+# --- autocast ---------------------------------------------------------------------------------------------------------
 
 
 def autocast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -134,7 +132,7 @@ _register_autocast("AutocastCPU", "cpu")
 _register_autocast("AutocastCUDA", "cuda")
 
 
-# --- vmap: each image has its own kernels, so a mapped dimension is a part of the batch ------------------------------------
+# --- vmap: each image has its own kernels, so a mapped dimension is a part of the batch -------------------------------
 
 
 def to_batch(tensor: Tensor, mapped: int | None, size: int) -> Tensor:
@@ -160,7 +158,7 @@ def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, outp
     ), tuple(0 if wanted else None for wanted in output_mask)
 
 
-# --- FLOP formulas: a multiply-add is two ----------------------------------------------------------------------------------
+# --- FLOP formulas: a multiply-add is two -----------------------------------------------------------------------------
 
 
 def _flops(input_shape: Sequence[int], weight_shape: Sequence[int]) -> int:

@@ -2,8 +2,8 @@
 //
 //   Y[n,c,p] = sum over k of  W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding],   g(c) = c / (C/G)
 //
-// X is N,C,H,W and zero outside its borders; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo. An element of padding takes part in the
-// sum as a zero, so a non-finite weight at such a tap makes a NaN, as it does for an unfolded or padded input.
+// X is N,C,H,W and zero outside its borders; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo. An element of padding takes part in
+// the sum as a zero, so a non-finite weight at such a tap makes a NaN, as it does for an unfolded or padded input.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace pyinvolution {
 enum class DType : int32_t { f32, f64, f16, bf16 };
 enum class Device : int32_t { cpu, cuda };
 
-// Which of the three tensors is computed from the other two. `y` holds grad_output, and `x` or `w` receives the gradient.
+// Which of the three tensors is computed from the other two. `y` holds grad_output, and `x` or `w` receives the
+// gradient.
 enum class Pass : int32_t {
   forward,      // y from x, w
   grad_input,   // x from w, y
@@ -21,7 +22,7 @@ enum class Pass : int32_t {
 };
 
 struct Problem {
-  DType dtype;    // storage; sums are kept in float, for f64 in double
+  DType dtype;  // storage; sums are kept in float, for f64 in double
   Device device;
 
   int64_t batch;     // N
@@ -50,8 +51,8 @@ struct Buffers {
   void* y;
 };
 
-// How a kernel gets its threads: `body(begin, end, state)` over disjoint ranges that cover [begin, end). It has the signature of
-// torch_parallel_for, so that torch's thread pool is the only one in the process. Bodies do not throw.
+// How a kernel gets its threads: `body(begin, end, state)` over disjoint ranges that cover [begin, end). It has the
+// signature of torch_parallel_for, so that torch's thread pool is the only one in the process. Bodies do not throw.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* state);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* state);
 
