@@ -15,6 +15,7 @@ from pyinvolution._library import _C
 from pyinvolution.ops import Pair
 
 PASSES = ("forward", "grad_input", "grad_weight")
+SPAN_PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,59 @@ def explain(
     return Explanation(problem, tuple(Verdict(*verdict) for verdict in verdicts))
 
 
-def variants() -> list[str]:
-    """Every kernel variant as "device/name", best first for each device."""
-    return _C.variants()
+def explain_span(
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None = None,
+    kernel_size: int | Pair = 7,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    *,
+    pass_: str = "forward",
+) -> Explanation:
+    """The same for ``functional.span_involution2d``.
+
+    Args:
+        pass_: "forward" or "backward".
+    """
+    if pass_ not in SPAN_PASSES:
+        raise ValueError(f"explain_span: pass_ is {pass_!r}, expected one of {', '.join(SPAN_PASSES)}")
+    kernel, *geometry = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
+    ops.check_span(input, reduced, span_weight, span_bias, kernel, *geometry)
+    if input.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"explain_span: input is on {input.device}, expected a CPU or CUDA device")
+    groups = span_weight.shape[0] // (kernel[0] * kernel[1])
+    output = torch.empty(
+        *input.shape[:2], *reduced.shape[-2:], device="meta", memory_format=suggest_memory_format(input)
+    )
+    verdicts = _C.explain_span(
+        pass_=pass_,
+        dtype=str(input.dtype).removeprefix("torch."),
+        device=input.device.type,
+        input=input.shape,
+        weight=(input.shape[0], groups, *kernel, *reduced.shape[2:]),
+        reduced=reduced.shape[1],
+        stride=geometry[0],
+        padding=geometry[1],
+        dilation=geometry[2],
+        input_stride=input.stride(),
+        reduced_stride=reduced.stride(),
+        span_stride=span_weight.stride()[:2],
+        output_stride=output.stride(),
+    )
+    problem = (
+        f"span_involution2d {pass_}, {input.dtype} on {input.device.type}: input {tuple(input.shape)}, reduced "
+        f"{tuple(reduced.shape)}, {groups} groups, kernel_size {kernel}, stride {geometry[0]}, padding {geometry[1]}, "
+        f"dilation {geometry[2]}"
+    )
+    return Explanation(problem, tuple(Verdict(*verdict) for verdict in verdicts))
+
+
+def variants(operator: str = "involution2d") -> list[str]:
+    """Every kernel variant of an operator as "device/name", best first for each device."""
+    return _C.variants(operator)
 
 
 @contextmanager
