@@ -2,7 +2,7 @@
 
     python -m benchmarks.operator [--batch N] [--threads N ...] [--json FILE]
 
-Columns: median milliseconds, 10^9 multiply-adds a second, and how many times faster than unfold. Unfold is given glibc's
+Columns: median milliseconds, 10^9 multiply-adds a second, and how much faster than unfold. Unfold is given glibc's
 raised mmap threshold (MALLOC_MMAP_THRESHOLD_ in the environment, with which the program restarts itself), without which
 half of its time is page faults.
 """

@@ -64,7 +64,7 @@ def involution2d(
     return output.squeeze(0) if unbatched else output
 
 
-def _apply(input: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+def _apply(input: Tensor, weight: Tensor, geometry: tuple[Pair, ...]) -> Tensor:
     # The operator alone costs half of what it does through a Function.
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return _Involution2d.apply(input, weight, *geometry)
@@ -122,8 +122,9 @@ class _Involution2d(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *geometry: Pair) -> tuple[Tensor, int]:
-        merged = (ops.to_batch(t, d, info.batch_size) for t, d in zip((input, weight), in_dims[:2], strict=True))
-        return _apply(*merged, geometry).unflatten(0, (info.batch_size, -1)), 0
+        size = info.batch_size
+        merged = ops.to_batch(input, in_dims[0], size), ops.to_batch(weight, in_dims[1], size)
+        return _apply(*merged, geometry).unflatten(0, (size, -1)), 0
 
 
 class _Involution2dBackward(torch.autograd.Function):
@@ -154,7 +155,8 @@ class _Involution2dBackward(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None]
 
         def add(place: int, grad: Tensor) -> None:
-            grads[place] = grad if grads[place] is None else grads[place] + grad
+            known = grads[place]
+            grads[place] = grad if known is None else known + grad
 
         def backward_of(x: Tensor, w: Tensor, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
             return _Involution2dBackward.apply(grad_output, x, w, *ctx.geometry, needed)

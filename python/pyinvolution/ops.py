@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int | torch.SymInt:
     """Pixels of the output along one axis, as for a convolution; 0 where the kernel does not fit."""
     return torch.sym_max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
 
@@ -30,7 +30,9 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def check(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
+def check(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
     """Raises a TypeError or ValueError for arguments that are no involution; the kernels make the same checks."""
     for name, tensor in (("input", input), ("weight", weight)):
         if tensor.layout != torch.strided:
@@ -87,14 +89,14 @@ def explain_failure(
 
 @torch.library.register_fake("pyinvolution::involution2d")
 def _(input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    check(input, weight, tuple(stride), tuple(padding), tuple(dilation))
+    check(input, weight, stride, padding, dilation)
     shape = (*input.shape[:2], *weight.shape[-2:])
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
 
 
 @torch.library.register_fake("pyinvolution::involution2d_backward")
 def _(grad_output, input, weight, stride, padding, dilation, output_mask):
-    check(input, weight, tuple(stride), tuple(padding), tuple(dilation))
+    check(input, weight, stride, padding, dilation)
     expected = (*input.shape[:2], *weight.shape[-2:])
     if tuple(grad_output.shape) != expected:
         raise ValueError(f"involution2d: grad_output has shape {_shape(grad_output)}, expected {expected}")
