@@ -127,9 +127,9 @@ def _plain_types() -> list:
     types: list = [datetime.datetime, datetime.date, datetime.timedelta]
     try:
         import numpy
-        from numpy._core.multiarray import scalar
     except ImportError:
         return types
+    scalar = numpy.float64(0).__reduce__()[0]
     types += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in "?bhilqBHILQefdUS")]
     return [*types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
