@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -97,12 +97,14 @@ def between_steps(trainer: pl.Trainer) -> bool:
     return trainer.is_last_batch or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
-class StopOnSignal(Callback):
-    """On SIGTERM: save after the optimizer step in progress, and exit with 143 (128 + 15).
+class StopOnSignal(Checkpoint):
+    """On SIGTERM in training: save after the optimizer step in progress, and exit with 143 (128 + 15).
 
     In a validation it exits at once, for `LastCheckpoint` has saved before. The processes of a distributed run agree on
     the step. Under SLURM with requeueing, Lightning's own answer to the requeue signal (save, requeue) waits for the
     end of the step too.
+
+    A `Checkpoint` to Lightning, so that it comes after all other callbacks: the averaged weights belong to the step.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM
@@ -146,6 +148,14 @@ class StopOnSignal(Callback):
             f"stopped by SIGTERM at step {trainer.global_step}, saved {path}; resume with --ckpt_path {path}"
         )
         raise SystemExit(self.EXIT_CODE)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self.on_predict_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Nothing to save, and Lightning would let the loop run to its end.
+        self._original = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL)}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, original in self._original.items():

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from pyinvolution.recipes import callbacks, configs
 from pyinvolution.recipes.errors import RecipeError
@@ -78,7 +78,6 @@ class RecipeCLI(LightningCLI):
         extra = [
             callbacks.SeedEveryBatch(),
             callbacks.StopOnDivergence(),
-            callbacks.StopOnSignal(),
             callbacks.ImagesPerSecond(),
         ]
         if self.subcommand == "fit":
@@ -98,8 +97,9 @@ class RecipeCLI(LightningCLI):
         if config.enable_checkpointing is not False:
             checkpoint = self._get(self.config_init, "checkpoint")
             extra += [
-                callbacks.LastCheckpoint(str(root), checkpoint.every_n_train_steps),
                 ModelCheckpoint(root, "best", checkpoint.monitor, mode=checkpoint.mode),
+                callbacks.LastCheckpoint(str(root), checkpoint.every_n_train_steps),
+                callbacks.StopOnSignal(),
             ]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), callbacks.AtomicCheckpointIO()]
@@ -136,6 +136,8 @@ def run(arguments: list[str]) -> RecipeCLI:
         )
     except MisconfigurationException as error:
         raise RecipeError(str(error)) from error
+    except SIGTERMException:
+        sys.exit(callbacks.StopOnSignal.EXIT_CODE)  # Lightning's own would exit with 0
     finally:
         sys.argv = before
 
