@@ -13,7 +13,7 @@ import torch
 import pyinvolution
 from pyinvolution import build_info, explain, functional, override_isa
 from pyinvolution._library import _spec
-from pyinvolution.explain import available_isas, force_variant, variants
+from pyinvolution.introspection import available_isas, force_variant, variants
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")

@@ -71,8 +71,8 @@ def check(
         too_large = "" if expected_h > 0 and expected_w > 0 else ": the kernel is larger than the padded input"
         raise ValueError(
             f"involution2d: weight has kernels for {out_h} x {out_w} output pixels, expected "
-            f"{expected_h} x {expected_w} for an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
-            f"{tuple(padding)} and dilation {tuple(dilation)}{too_large}"
+            f"{expected_h} x {expected_w} for an input of {height} x {width}, a kernel of {kh} x {kw}, "
+            f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}{too_large}"
         )
 
 
