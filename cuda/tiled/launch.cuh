@@ -29,7 +29,7 @@ inline bool taps_are_inner(const Problem& p) { return p.w_stride[3] == 1 && p.w_
 template <class T>
 Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
   Geometry q;
-  q.group_channels = int(p.group_channels()), q.groups = int(p.groups);
+  q.group_channels = int(p.group_channels()), q.groups = int(p.groups), q.kernel = int(p.kernel_h);
   const View x = view<T>(p.x_stride, buffers.x), y = view<T>(p.y_stride, buffers.y);
   const bool to_input = pass == Pass::grad_input;
   q.x = to_input ? y : x, q.y = to_input ? x : y;
@@ -42,24 +42,26 @@ Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
   return q;
 }
 
-template <class C, class T>
+template <class C, int Stride>
 Grid grid(const Problem& p, Geometry& q) {
-  q.tiles_h = (q.y_height + C::Rows - 1) / C::Rows, q.tiles_w = (q.y_width + C::Columns - 1) / C::Columns;
-  return {p.batch * p.groups * q.tiles_h * q.tiles_w, 0, 0};
+  // A class of a strided gradient has every second row and column.
+  const auto tiles = [](int pixels, int tile) { return (pixels + Stride * tile - 1) / (Stride * tile); };
+  q.tiles_h = tiles(q.y_height, C::Rows), q.tiles_w = tiles(q.y_width, C::Columns);
+  return {p.batch * p.groups * q.tiles_h * q.tiles_w * Stride * Stride, 0, 0};
 }
 
-template <class C, bool ToInput, class T>
+template <class C, int GradientStride, class T>
 void run_apply(const Problem& p, Geometry q, const T* x, const T* w, T* y, const Execution& execution) {
-  Grid shape = grid<C, T>(p, q);
+  Grid shape = grid<C, std::max(1, GradientStride)>(p, q);
   shape.threads = C::Rows / C::PixelRows * C::runs * (q.group_channels / 4);
   shape.shared_bytes = 4 * (C::w_floats + C::x_rows * C::x_pitch * q.group_channels);
-  launch<Geometry, const T*, const T*, T*>(ToInput ? "tiled grad_input" : "tiled forward", apply<C, ToInput, T>, shape,
-                                           execution, q, x, w, y);
+  launch<Geometry, const T*, const T*, T*>(GradientStride > 0 ? "tiled grad_input" : "tiled forward",
+                                           apply<C, GradientStride, T>, shape, execution, q, x, w, y);
 }
 
 template <class C, class T>
 void run_grad_weight(const Problem& p, Geometry q, const T* x, T* w, const T* y, const Execution& execution) {
-  Grid shape = grid<C, T>(p, q);
+  Grid shape = grid<C, 1>(p, q);
   shape.threads = C::K * C::Rows * C::runs;
   shape.shared_bytes = 4 * std::max(C::w_floats, (C::x_rows * C::x_pitch + C::Rows * C::y_pitch) * q.group_channels);
   launch<Geometry, const T*, T*, const T*>("tiled grad_weight", grad_weight<C, T>, shape, execution, q, x, w, y);
@@ -74,12 +76,18 @@ void run_kernel(const Problem& p, Pass pass, const Buffers& buffers, const Execu
   const bool wide = q.y_width > 8;
   switch (pass) {
     case Pass::forward:
-      if (p.stride_h == 2) return run_apply<Narrow<K, 2>, false, T>(p, q, x, w, y, execution);
-      if (wide) return run_apply<Wide<K>, false, T>(p, q, x, w, y, execution);
-      return run_apply<Narrow<K, 1>, false, T>(p, q, x, w, y, execution);
-    case Pass::grad_input:
-      if (wide) return run_apply<Wide<K>, true, T>(p, q, y, w, x, execution);
-      return run_apply<Narrow<K, 1>, true, T>(p, q, y, w, x, execution);
+      if (p.stride_h == 2) return run_apply<Narrow<K, 2>, 0, T>(p, q, x, w, y, execution);
+      if (wide) return run_apply<Wide<K>, 0, T>(p, q, x, w, y, execution);
+      return run_apply<Narrow<K, 1>, 0, T>(p, q, x, w, y, execution);
+    case Pass::grad_input: {
+      constexpr int half = (K + 1) / 2;
+      if (p.stride_h == 2) {
+        if (q.y_width > 16) return run_apply<Wide<half>, 2, T>(p, q, y, w, x, execution);
+        return run_apply<Narrow<half, 1>, 2, T>(p, q, y, w, x, execution);
+      }
+      if (wide) return run_apply<Wide<K>, 1, T>(p, q, y, w, x, execution);
+      return run_apply<Narrow<K, 1>, 1, T>(p, q, y, w, x, execution);
+    }
     case Pass::grad_weight:
       if (p.stride_h == 2) return run_grad_weight<NarrowGradient<K, 2>, T>(p, q, x, w, y, execution);
       if (wide) return run_grad_weight<WideGradient<K>, T>(p, q, x, w, y, execution);

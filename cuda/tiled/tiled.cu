@@ -4,13 +4,12 @@
 
 namespace pyinvolution::cuda {
 
-const char* tiled_refusal(const Problem& p, Pass pass) {
+const char* tiled_refusal(const Problem& p, Pass) {
   if (p.dtype == DType::f64) return "it sums in float, and the problem is in double";
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
     return "it has square kernels of 3, 5 and 7";
   if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
   if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
-  if (pass == Pass::grad_input && p.stride_h != 1) return "its gradient of the input has stride 1";
   if (p.groups < 1 || p.group_channels() % 8 != 0 || p.group_channels() < 8 || p.group_channels() > 32)
     return "it has 8, 16, 24 or 32 channels a group";
   if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return "neither channels nor columns of the input are dense";

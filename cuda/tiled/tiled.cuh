@@ -1,28 +1,27 @@
 // Involution with square kernels of K x K taps, stride S and dilation 1, one tile of one group per block.
 //
-//   apply         Y[n,c,p]   = sum over taps k      of W[n,g(c),k,p] * X[n,c, S*p + k - padding] (forward)
-//                 X[n,c,q]   = sum over taps k      of W[n,g(c),k,q+padding-k] * Y[n,c,q+padding-k]       (grad_input,
-//                 S = 1)
+//   forward       Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, S*p + k - padding]
+//   grad_input    X[n,c,q]   = sum over taps k of W[n,g(c),k,p] * Y[n,c,p],  p = (q + padding - k) / S where whole
 //   grad_weight   W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, S*p + k - padding]
 //
 // X is N,C,H,W; W is N,G,K,K,Ho,Wo; Y is N,C,Ho,Wo (in gradients, grad_output). The gradient of the input is the same
 // sum as the forward with the taps reversed, once each weight lies with the pixel of X that it leads to: only the
-// loading of W differs.
+// loading of W differs. With S = 2 it is four such sums, each with a quarter of the pixels and of the taps.
 //
 // A block brings into shared memory, as float: the pixels of X below its tile of Rows x Columns pixels of Y, with their
 // halo and zeros outside the image ([row][position][channel]), and the K*K weights of each pixel ([pixel][tap]). Every
-// weight and output crosses the memory bus once, an x 1.0 to 3 times, mostly from L2 (neighbouring tiles share halos,
+// weight and output crosses the memory bus once, an x 1 to 3 times, mostly from L2 (neighbouring tiles share halos,
 // and blocks of neighbouring groups run together, which share the sectors of W). Float goes by cp.async, so that the
 // whole tile is under way at once.
 //
-// apply: a thread owns PixelRows x Pixels pixels x 4 channels. It reads a row of X as 16-byte vectors into registers,
-// uses each for up to K taps of PixelRows kernel rows, and reads each weight once for 4 channels (its neighbours
-// broadcast). grad_weight: a thread owns Pixels pixels x the K taps of a kernel row and walks over the channels, 4 at a
-// time.
+// apply (forward and grad_input): a thread owns PixelRows x Pixels pixels x 4 channels. It reads a row of X as 16-byte
+// vectors into registers, uses each for up to K taps of PixelRows kernel rows, and reads each weight once for 4
+// channels (its neighbours broadcast).
+// grad_weight: a thread owns Pixels pixels x the K taps of a kernel row and walks over the channels, 4 at a time.
 //
-// Limits, float, K=7, 16 channels a group, a tile of 8 x 16 on one SM, by counting: memory 41.5 KB, 2230 clocks at the
-// H200's copy rate; issue 784 FMA clocks + 320 others + about 550 for loading; shared memory 1424 + 400. So memory is
-// the limit in float; in half and bfloat16, whose bytes are half, shared memory is.
+// Limits, forward, float, K=7, 16 channels a group, a tile of 8 x 16 on one SM, by counting: memory 41.5 KB, 2230
+// clocks at the H200's copy rate; issue 784 clocks of FMA and about 600 of others; shared memory 1424 + 400. So memory
+// is the limit in float; in half and bfloat16, whose bytes are half, shared memory is.
 #pragma once
 
 #include "../launch.cuh"
@@ -44,8 +43,9 @@ struct Config {
   static constexpr int x_pitch = x_columns + (x_columns - 1) / x_every;
   static constexpr int y_pitch = Columns + (Columns - 1) / Pixels;
 
-  // Odd numbers of taps keep the pixels of a row in different banks; one more float a row, the rows.
-  static constexpr int w_pitch = Columns * taps + 1;
+  // An odd number of floats a pixel keeps the pixels of a row in different banks; one more a row, the rows.
+  static constexpr int w_pixel = taps | 1;
+  static constexpr int w_pitch = Columns * w_pixel + 1;
   static constexpr int w_floats = (Rows * w_pitch + 3) / 4 * 4;
 };
 
@@ -64,7 +64,7 @@ struct WeightView {
 };
 
 struct Geometry {
-  int group_channels, groups;
+  int group_channels, groups, kernel;
   int x_height, x_width;  // of the image that has a halo
   int y_height, y_width;  // of the image that is tiled
   int w_height, w_width;  // of the weights' pixels
@@ -78,16 +78,18 @@ struct Geometry {
 struct Tile {
   int64_t n;
   int group, row, column;
+  int part;  // of a strided gradient: the parities of its pixels
 };
 
-template <class C>
+template <class C, int Classes>
 __device__ __forceinline__ Tile tile_of_block(const Geometry& q) {
-  int64_t block = blockIdx.x;
-  Tile tile;
-  tile.group = int(block % q.groups), block /= q.groups;
-  tile.column = int(block % q.tiles_w) * C::Columns, block /= q.tiles_w;
-  tile.row = int(block % q.tiles_h) * C::Rows;
-  tile.n = block / q.tiles_h;
+  Tile tile{};
+  unsigned block = blockIdx.x;
+  if constexpr (Classes > 1) tile.part = int(block % Classes), block /= Classes;
+  tile.group = int(block % unsigned(q.groups)), block /= unsigned(q.groups);
+  tile.column = int(block % unsigned(q.tiles_w)) * C::Columns, block /= unsigned(q.tiles_w);
+  tile.row = int(block % unsigned(q.tiles_h)) * C::Rows;
+  tile.n = block / unsigned(q.tiles_h);
   return tile;
 }
 
@@ -206,54 +208,87 @@ __device__ __forceinline__ void bring_weights(float* shared, const T* w, const G
   for_each_weight<C::K, C::Rows, C::Columns>(q.w.taps_inner, [&](int row, int column, int tap, int kh, int kw) {
     const int h = tile.row + row, v = tile.column + column;
     if (h < q.w_height && v < q.w_width)
-      bring(shared + row * C::w_pitch + column * C::taps + tap, w + (kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w),
-            true);
+      bring(shared + row * C::w_pitch + column * C::w_pixel + tap,
+            w + (kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w), true);
   });
 }
 
-// The weights that lead to the tile's pixels, with reversed taps, zero where no output pixel is.
-template <class C, class T>
-__device__ __forceinline__ void bring_weights_to(float* shared, const T* w, const Geometry& q, const Tile& tile) {
+// The part of an input gradient that a block works on. With stride 2 a pixel q of X gets something from tap k only
+// where q + padding - k is even. So the pixels fall into four classes by the parities of q + padding, and each class is
+// a gradient with stride 1: its pixels are every second one from `first` on, its taps every second one from `parity`
+// on, and pixel i of the class and tap t of its own meet at pixel i + shift - t of Y.
+struct Class {
+  int parity, first, shift, pixels;
+};
+template <int Stride>
+__device__ __forceinline__ Class class_of(int parity, int padding, int pixels) {
+  if constexpr (Stride == 1) {
+    return {0, 0, padding, pixels};
+  } else {
+    const int first = (parity + padding) % Stride;
+    return {parity, first, (first + padding - parity) / Stride, (pixels - first + Stride - 1) / Stride};
+  }
+}
+
+// The weights that lead to the tile's pixels of X, taps reversed, zero where Y has no pixel. K is the number of taps of
+// a class in one direction; where a class has one less, the last one stays unset.
+template <class C, int Stride, class T>
+__device__ __forceinline__ void bring_weights_to(float* shared, const T* w, const Geometry& q, const Tile& tile,
+                                                 const Class& rows, const Class& columns) {
   constexpr int K = C::K, halo = K - 1;
-  const auto one = [&](int row, int column, int h, int v, int tap, int kh, int kw) {
+  const auto one = [&](int row, int column, int h, int v, int tap, int th, int tw) {
+    const int kh = th * Stride + rows.parity, kw = tw * Stride + columns.parity;
+    if (Stride > 1 && (kh >= q.kernel || kw >= q.kernel)) return;
     const bool valid = inside(h, v, q.w_height, q.w_width);
     const int offset = valid ? kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w : 0;
-    bring(shared + row * C::w_pitch + column * C::taps + C::taps - 1 - tap, w + offset, valid);
+    bring(shared + row * C::w_pitch + column * C::w_pixel + C::taps - 1 - tap, w + offset, valid);
   };
+  const int first_row = tile.row + rows.shift, first_column = tile.column + columns.shift;
   if (q.w.taps_inner) {
     // By output pixels, whose taps are consecutive in memory and go to as many pixels of the tile.
-    const int first_row = tile.row + q.padding_h - halo, first_column = tile.column + q.padding_w - halo;
-    for_each_weight<K, C::Rows + halo, C::Columns + halo>(true, [&](int row, int column, int tap, int kh, int kw) {
-      const int to_row = row - halo + kh, to_column = column - halo + kw;
+    for_each_weight<K, C::Rows + halo, C::Columns + halo>(true, [&](int row, int column, int tap, int th, int tw) {
+      const int to_row = row - halo + th, to_column = column - halo + tw;
       if (inside(to_row, to_column, C::Rows, C::Columns))
-        one(to_row, to_column, first_row + row, first_column + column, tap, kh, kw);
+        one(to_row, to_column, first_row - halo + row, first_column - halo + column, tap, th, tw);
     });
   } else {
-    for_each_weight<K, C::Rows, C::Columns>(false, [&](int row, int column, int tap, int kh, int kw) {
-      one(row, column, tile.row + row + q.padding_h - kh, tile.column + column + q.padding_w - kw, tap, kh, kw);
+    for_each_weight<K, C::Rows, C::Columns>(false, [&](int row, int column, int tap, int th, int tw) {
+      one(row, column, first_row + row - th, first_column + column - tw, tap, th, tw);
     });
   }
 }
 
-template <class C, bool ToInput, class T>
+// GradientStride is 0 for the forward; else this is the gradient of the input of an involution with that stride, and C
+// describes the sum over one class.
+template <class C, int GradientStride, class T>
 __global__ void __launch_bounds__(256, 1)
     apply(Geometry q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   constexpr int K = C::K, S = C::S;
-  static_assert(!ToInput || S == 1, "the gradient of a strided input has another tile");
+  static_assert(GradientStride == 0 || S == 1, "a gradient gathers pixel by pixel");
   float* weights = reinterpret_cast<float*>(shared_memory());
   float* image = weights + C::w_floats;
   const int channels = q.group_channels, chunks = channels / 4;
-  const Tile tile = tile_of_block<C>(q);
+  const Tile tile = tile_of_block<C, GradientStride == 2 ? 4 : 1>(q);
   const int first_channel = tile.group * channels;
 
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.group) * q.w.g);
-  if constexpr (ToInput) {
-    bring_weights_to<C>(weights, group_weights, q, tile);
-  } else {
+  T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
+  int padding_h = q.padding_h, padding_w = q.padding_w;
+  bool short_rows = false, short_columns = false;
+  if constexpr (GradientStride == 0) {
     bring_weights<C>(weights, group_weights, q, tile);
+  } else {
+    const Class rows = class_of<GradientStride>(tile.part / 2, q.padding_h, q.y_height);
+    const Class columns = class_of<GradientStride>(tile.part % 2, q.padding_w, q.y_width);
+    if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
+    bring_weights_to<C, GradientStride>(weights, group_weights, q, tile, rows, columns);
+    padding_h = K - 1 - rows.shift, padding_w = K - 1 - columns.shift;
+    short_rows = (K - 1) * GradientStride + rows.parity >= q.kernel;
+    short_columns = (K - 1) * GradientStride + columns.parity >= q.kernel;
+    out += rows.first * q.y.h + columns.first * q.y.w;
+    q.y_height = rows.pixels, q.y_width = columns.pixels;
+    q.y.h *= GradientStride, q.y.w *= GradientStride;
   }
-  const int padding_h = ToInput ? K - 1 - q.padding_h : q.padding_h,
-            padding_w = ToInput ? K - 1 - q.padding_w : q.padding_w;
   bring_image<C::x_rows, C::x_columns, C::x_every, C::x_pitch>(
       image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height, q.x_width,
       tile.row * S - padding_h, tile.column * S - padding_w);
@@ -265,7 +300,7 @@ __global__ void __launch_bounds__(256, 1)
 
   float sums[C::PixelRows][C::Pixels][4] = {};
   const float* positions = image + (row * S * C::x_pitch + run * (C::x_every + 1)) * channels + 4 * chunk;
-  const float* kernels = weights + row * C::w_pitch + column * C::taps;
+  const float* kernels = weights + row * C::w_pitch + column * C::w_pixel;
 #pragma unroll 1
   for (int x_row = 0; x_row < (C::PixelRows - 1) * S + K; ++x_row) {
     Float4 window[C::window];
@@ -276,12 +311,15 @@ __global__ void __launch_bounds__(256, 1)
     for (int r = 0; r < C::PixelRows; ++r) {
       const int kh = x_row - r * S;
       if (kh < 0 || kh >= K) continue;
+      // Reversed, the tap that a class lacks is the first one. A weight of zero would not do: it makes NaN of Inf.
+      if (GradientStride > 1 && short_rows && kh == 0) continue;
       const float* taps = kernels + r * C::w_pitch + kh * K;
 #pragma unroll
-      for (int p = 0; p < C::Pixels; ++p) {
+      for (int kw = 0; kw < K; ++kw) {
+        if (GradientStride > 1 && kw == 0 && short_columns) continue;
 #pragma unroll
-        for (int kw = 0; kw < K; ++kw) {
-          const float weight = taps[p * C::taps + kw];
+        for (int p = 0; p < C::Pixels; ++p) {
+          const float weight = taps[p * C::w_pixel + kw];
 #pragma unroll
           for (int c = 0; c < 4; ++c) sums[r][p][c] += weight * window[p * S + kw].v[c];
         }
@@ -289,7 +327,6 @@ __global__ void __launch_bounds__(256, 1)
     }
   }
 
-  T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
   if (q.y.c == 1) {
 #pragma unroll
     for (int r = 0; r < C::PixelRows; ++r) {
@@ -339,7 +376,7 @@ __global__ void __launch_bounds__(256, 1)
   float* image = reinterpret_cast<float*>(shared_memory());
   const int channels = q.group_channels, chunks = channels / 4;
   float* gradient = image + C::x_rows * C::x_pitch * channels;
-  const Tile tile = tile_of_block<C>(q);
+  const Tile tile = tile_of_block<C, 1>(q);
   const int first_channel = tile.group * channels;
 
   bring_image<C::x_rows, C::x_columns, C::x_every, C::x_pitch>(
@@ -383,14 +420,14 @@ __global__ void __launch_bounds__(256, 1)
   for (int p = 0; p < C::Pixels; ++p) {
 #pragma unroll
     for (int kw = 0; kw < K; ++kw)
-      weights[row * C::w_pitch + (run * C::Pixels + p) * C::taps + kh * K + kw] = sums[p][kw];
+      weights[row * C::w_pitch + (run * C::Pixels + p) * C::w_pixel + kh * K + kw] = sums[p][kw];
   }
   __syncthreads();
   T* out = w + (tile.n * q.w.n + int64_t(tile.group) * q.w.g);
   for_each_weight<K, C::Rows, C::Columns>(q.w.taps_inner, [&](int r, int column, int tap, int tap_h, int tap_w) {
     const int h = tile.row + r, v = tile.column + column;
     if (h < q.w_height && v < q.w_width)
-      store(weights[r * C::w_pitch + column * C::taps + tap],
+      store(weights[r * C::w_pitch + column * C::w_pixel + tap],
             &out[tap_h * q.w.kh + tap_w * q.w.kw + h * q.w.h + v * q.w.w]);
   });
 }
