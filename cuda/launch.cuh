@@ -51,7 +51,8 @@ void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, c
 #else
 
 template <class... Parameters>
-void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, const Execution&, Parameters... arguments) {
+void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, const Execution&,
+            Parameters... arguments) {
   emulator::launch(what, grid.blocks, grid.threads, grid.shared_bytes, [=] { kernel(arguments...); });
 }
 

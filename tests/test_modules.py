@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from pyinvolution import Involution2d
 from torch import nn
+
+from pyinvolution import Involution2d
 
 CASES = {
     "plain": ((32,), {}, (9, 8)),
@@ -177,10 +178,7 @@ def test_copies():
         torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
     assert list(layer.state_dict()) == [
         "reduce.conv.weight",
-        *(
-            f"reduce.norm.{name}"
-            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        ),
+        *(f"reduce.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
         "span.weight",
         "span.bias",
     ]

@@ -1,5 +1,6 @@
 """span_involution2d: every variant against the float64 oracle, and as PyTorch sees it."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,8 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution import ops, override_isa, reference
-from pyinvolution.explain import available_isas, explain_span, force_variant, variants
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.introspection import available_isas, explain_span, force_variant, variants
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -169,7 +170,8 @@ def test_threads_and_runs_give_the_same_bits(variant: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_non_finite_values_reach_what_the_equation_says(value: float, layout: str) -> None:
     case, reduced = Case((2, 32, 20, 18), 2, (7, 7), padding=(3, 3)), 8
-    for spoiled, place in ((0, (0, 17, 2, 9)), (1, (0, 3, 10, 10)), (1, (1, 0, 0, 17)), (2, (60, 3)), (4, (0, 17, 2, 9))):
+    places = ((0, (0, 17, 2, 9)), (1, (0, 3, 10, 10)), (1, (1, 0, 0, 17)), (2, (60, 3)), (4, (0, 17, 2, 9)))
+    for spoiled, place in places:
         given = list(tensors(case, reduced, torch.float32, layout))
         given[spoiled][place] = value
         # Zero times infinity in a convolution is one more NaN: the oracle is the equation.
@@ -290,7 +292,10 @@ def test_functional_transforms() -> None:
 
     every = tuple(range(4))
     torch.testing.assert_close(torch.func.grad(loss, every)(x, r, w, b), torch.func.grad(naive, every)(x, r, w, b))
-    sample = lambda f: torch.vmap(torch.func.grad(lambda x, r, w, b: f(x[None], r[None], w, b), every), (0, 0, None, None))  # noqa: E731, E501
+
+    def sample(f: Callable) -> Callable:
+        return torch.vmap(torch.func.grad(lambda x, r, w, b: f(x[None], r[None], w, b), every), (0, 0, None, None))
+
     torch.testing.assert_close(sample(loss)(x, r, w, b), sample(naive)(x, r, w, b))
     hessian = lambda f: torch.func.jacrev(torch.func.jacrev(lambda r: f(x, r, w, b)))(r)  # noqa: E731
     torch.testing.assert_close(hessian(loss), hessian(naive))

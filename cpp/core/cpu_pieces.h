@@ -61,12 +61,7 @@ void multiply_block(Left left, Right right, int64_t depth, const float* start, f
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      if (start == nullptr)
-        sum[r][v] = V::load(to + r * pitch + v * V::lanes);
-      else
-        sum[r][v].value = typename V::Lanes{} + start[r];
-    }
+    for (int v = 0; v < Vectors; ++v) sum[r][v].value = typename V::Lanes{} + (start == nullptr ? 0.0f : start[r]);
   for (int64_t k = 0; k < depth; ++k, left.at += left.depth, right.at += right.depth) {
     V along[Vectors];
 #pragma GCC unroll 2
@@ -81,7 +76,12 @@ void multiply_block(Left left, Right right, int64_t depth, const float* start, f
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) sum[r][v].store(to + r * pitch + v * V::lanes);
+    for (int v = 0; v < Vectors; ++v) {
+      float* at = to + r * pitch + v * V::lanes;
+      // Of many tiles, sums of sums: their rounding errors grow slower than those of one long sum.
+      if (start == nullptr) sum[r][v].value += V::load(at).value;
+      sum[r][v].store(at);
+    }
 }
 
 template <int Vectors>

@@ -4,6 +4,7 @@
 
 #include "../../cuda/build.h"
 #include "../../cuda/generic/generic.h"
+#include "../../cuda/tiled/tiled.h"
 
 #ifndef PYINVOLUTION_NO_CUDA_REASON
 #define PYINVOLUTION_NO_CUDA_REASON "no nvcc was found when it was built"
@@ -20,5 +21,8 @@ const char* cuda_build() { return "none: " PYINVOLUTION_NO_CUDA_REASON; }
 
 const char* generic_refusal(const Problem&, Pass) { return refusal; }
 void generic_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
+
+const char* tiled_refusal(const Problem&, Pass) { return refusal; }
+void tiled_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
 
 }  // namespace pyinvolution::cuda

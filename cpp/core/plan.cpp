@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../../cuda/generic/generic.h"
+#include "../../cuda/tiled/tiled.h"
 #include "cpu.h"
 
 namespace pyinvolution {
@@ -14,6 +15,7 @@ namespace {
 
 // Best first. Each device ends in a variant that supports every problem.
 constexpr Variant table[] = {
+    {"tiled", Device::cuda, cuda::tiled_refusal, cuda::tiled_run},
     {"generic", Device::cuda, cuda::generic_refusal, cuda::generic_run},
     {"channels", Device::cpu, cpu::channels_refusal, cpu::channels_run},
     {"columns", Device::cpu, cpu::columns_refusal, cpu::columns_run},

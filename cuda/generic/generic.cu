@@ -54,13 +54,14 @@ void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execut
   T* y = static_cast<T*>(buffers.y);
   switch (pass) {
     case Pass::forward:
-      return launch<Geometry<Index>, const T*, const T*, T*>("generic forward", forward<T, Index>, grid, execution, q, x, w, y);
-    case Pass::grad_input:
-      return launch<Geometry<Index>, T*, const T*, const T*>("generic grad_input", grad_input<T, Index>, grid, execution, q,
+      return launch<Geometry<Index>, const T*, const T*, T*>("generic forward", forward<T, Index>, grid, execution, q,
                                                              x, w, y);
+    case Pass::grad_input:
+      return launch<Geometry<Index>, T*, const T*, const T*>("generic grad_input", grad_input<T, Index>, grid,
+                                                             execution, q, x, w, y);
     case Pass::grad_weight:
-      return launch<Geometry<Index>, const T*, T*, const T*>("generic grad_weight", grad_weight<T, Index>, grid, execution,
-                                                             q, x, w, y);
+      return launch<Geometry<Index>, const T*, T*, const T*>("generic grad_weight", grad_weight<T, Index>, grid,
+                                                             execution, q, x, w, y);
   }
 }
 

@@ -4,15 +4,15 @@
 //   grad_input    X[n,c,q]   = sum over (k,p) with stride*p + dilation*k - padding = q of W[n,g(c),k,p] * Y[n,c,p]
 //   grad_weight   W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, stride*p + dilation*k - padding]
 //
-// X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo; all with any element strides. In the gradients the tensor on the left
-// is written and the name Y stands for grad_output. One thread gathers one element of the left side, so there are no
-// atomics and the order of a sum is fixed. Consecutive threads take consecutive elements of the dimension in which the
-// written tensor is dense (columns, or channels or taps when those are dense), which coalesces the store, the load of Y
-// and, at stride 1, the load of X. Sums are in float, for double in double.
+// X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo; all with any element strides. In the gradients the tensor on the
+// left is written and the name Y stands for grad_output. One thread gathers one element of the left side, so there are
+// no atomics and the order of a sum is fixed. Consecutive threads take consecutive elements of the dimension in which
+// the written tensor is dense (columns, or channels or taps when those are dense), which coalesces the store, the load
+// of Y and, at stride 1, the load of X. Sums are in float, for double in double.
 //
-// Limit: nothing is reused on purpose. For a forward of K*K taps a thread issues 2*K*K loads for K*K FMA; the caches serve
-// the K*K reads of an x and the C/G reads of a w, so the L1 load rate bounds it, at 1/4 or less of the FMA rate. Unique
-// bytes per output: sizeof(T) * (2 + K*K*G/C).
+// Limit: nothing is reused on purpose. For a forward of K*K taps a thread issues 2*K*K loads for K*K FMA; the caches
+// serve the K*K reads of an x and the C/G reads of a w, so the L1 load rate bounds it, at 1/4 or less of the FMA rate.
+// Unique bytes per output: sizeof(T) * (2 + K*K*G/C).
 #pragma once
 
 #include "../launch.cuh"
@@ -135,8 +135,8 @@ __global__ void grad_weight(Geometry<Index> q, const T* __restrict__ x, T* __res
       const A value = inside ? load(x[x_first + c * q.x_stride[1]]) : A(0);
       sum += load(gradient[c * q.y_stride[1]]) * value;
     }
-    store(sum, &w[at.n * q.w_stride[0] + g * q.w_stride[1] + kh * q.w_stride[2] + kw * q.w_stride[3] + at.h * q.w_stride[4] +
-                  at.w * q.w_stride[5]]);
+    store(sum, &w[at.n * q.w_stride[0] + g * q.w_stride[1] + kh * q.w_stride[2] + kw * q.w_stride[3] +
+                  at.h * q.w_stride[4] + at.w * q.w_stride[5]]);
   }
 }
 

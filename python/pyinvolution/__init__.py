@@ -5,8 +5,8 @@ from importlib.metadata import version
 __version__ = version("pyinvolution")
 
 from pyinvolution import functional, models
-from pyinvolution.explain import build_info, explain, explain_span, force_variant, override_isa
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.introspection import build_info, explain, explain_span, force_variant, override_isa
 from pyinvolution.modules import Involution2d
 
 __all__ = [

@@ -73,9 +73,9 @@ def span_involution2d(
         W_{n,g,k,p} = b_{g K + k} + \sum_r S_{g K + k, r} \, R_{n,r,p}, \qquad K = K_h K_w
 
     (Li et al., CVPR 2021, section 3, equation 6, after its reduction.) Where the device has a fused kernel, W is never
-    in memory, neither forward nor backward: backward computes it again from ``reduced`` (in memory only for a backward pass that is to be
-    differentiated again). Elsewhere the result is
-    composed of a convolution and `involution2d`. Differentiable twice and more. Under autocast, tensors take its dtype.
+    in memory, neither forward nor backward: backward computes it again from ``reduced``. Elsewhere, and in a backward
+    pass that is to be differentiated again, the result is composed of a convolution and `involution2d`. Under autocast,
+    tensors take its dtype.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.
@@ -193,8 +193,9 @@ class _Involution2d(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *geometry: Pair) -> tuple[Tensor, int]:
-        merged = (ops.to_batch(t, d, info.batch_size) for t, d in zip((input, weight), in_dims[:2], strict=True))
-        return _apply(*merged, *geometry).unflatten(0, (info.batch_size, -1)), 0
+        size = info.batch_size
+        merged = ops.to_batch(input, in_dims[0], size), ops.to_batch(weight, in_dims[1], size)
+        return _apply(*merged, *geometry).unflatten(0, (size, -1)), 0
 
 
 class _Involution2dBackward(torch.autograd.Function):
@@ -225,7 +226,8 @@ class _Involution2dBackward(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None]
 
         def add(place: int, grad: Tensor) -> None:
-            grads[place] = grad if grads[place] is None else grads[place] + grad
+            known = grads[place]
+            grads[place] = grad if known is None else known + grad
 
         def backward_of(x: Tensor, w: Tensor, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
             return _Involution2dBackward.apply(grad_output, x, w, *ctx.geometry, needed)

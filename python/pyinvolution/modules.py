@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class Involution2d(nn.Module):
         self.padding = (halo[0] // 2, halo[1] // 2)
         self._extra_padding = (0, halo[1] % 2, 0, halo[0] % 2)
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         reduced = channels // reduction
         self.pool = None
         if self.stride != (1, 1):
@@ -151,6 +152,8 @@ class Involution2d(nn.Module):
 
 class _CellMean(nn.AvgPool2d):
     """(N, C, H, W) -> mean over cells of ``stride``, (N, C, ceil(H / stride), ceil(W / stride))."""
+
+    stride: tuple[int, int]
 
     def __init__(self, stride: tuple[int, int]) -> None:
         super().__init__(stride, stride, ceil_mode=True)

@@ -5,7 +5,6 @@ tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP 
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int | torch.SymInt:
     """Pixels of the output along one axis, as for a convolution; 0 where the kernel does not fit."""
     return torch.sym_max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
 
@@ -47,7 +46,7 @@ def _check_tensors(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected input's device {input.device}")
 
 
-def _check_pairs(op: str, **pairs: Pair) -> None:
+def _check_pairs(op: str, **pairs: Sequence[int]) -> None:
     for name, pair in pairs.items():
         least = 0 if name == "padding" else 1
         if len(pair) != 2 or any(value < least or value >= 2**31 for value in pair):
@@ -55,7 +54,15 @@ def _check_pairs(op: str, **pairs: Pair) -> None:
 
 
 def _check_kernel(
-    op: str, holder: str, input: Tensor, groups: int, kernel: Pair, out: Pair, stride: Pair, padding: Pair, dilation: Pair
+    op: str,
+    holder: str,
+    input: Tensor,
+    groups: int,
+    kernel: Sequence[int],
+    out: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> None:
     channels, height, width = input.shape[1:]
     if groups < 1 or channels % groups != 0:
@@ -68,13 +75,15 @@ def _check_kernel(
     if out[0] != expected_h or out[1] != expected_w:
         too_large = "" if expected_h > 0 and expected_w > 0 else ": the kernel is larger than the padded input"
         raise ValueError(
-            f"{op}: {holder} has kernels for {out[0]} x {out[1]} output pixels, expected {expected_h} x {expected_w} for "
-            f"an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
+            f"{op}: {holder} has kernels for {out[0]} x {out[1]} output pixels, expected {expected_h} x {expected_w} "
+            f"for an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
             f"{tuple(padding)} and dilation {tuple(dilation)}{too_large}"
         )
 
 
-def check(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
+def check(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
     """Raises a TypeError or ValueError for arguments that are no involution; the kernels make the same checks."""
     op = "involution2d"
     _check_tensors(op, input=input, weight=weight)
@@ -97,10 +106,10 @@ def check_span(
     reduced: Tensor,
     span_weight: Tensor,
     span_bias: Tensor | None,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> None:
     """The same for a span involution."""
     op = "span_involution2d"
@@ -142,14 +151,14 @@ def check_span(
 
 @torch.library.register_fake("pyinvolution::involution2d")
 def _(input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    check(input, weight, tuple(stride), tuple(padding), tuple(dilation))
+    check(input, weight, stride, padding, dilation)
     shape = (*input.shape[:2], *weight.shape[-2:])
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
 
 
 @torch.library.register_fake("pyinvolution::involution2d_backward")
 def _(grad_output, input, weight, stride, padding, dilation, output_mask):
-    check(input, weight, tuple(stride), tuple(padding), tuple(dilation))
+    check(input, weight, stride, padding, dilation)
     expected = (*input.shape[:2], *weight.shape[-2:])
     if tuple(grad_output.shape) != expected:
         raise ValueError(f"involution2d: grad_output has shape {_shape(grad_output)}, expected {expected}")
@@ -161,8 +170,7 @@ def _(grad_output, input, weight, stride, padding, dilation, output_mask):
 
 @torch.library.register_fake("pyinvolution::span_involution2d")
 def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation):
-    geometry = (tuple(pair) for pair in (kernel_size, stride, padding, dilation))
-    check_span(input, reduced, span_weight, span_bias, *geometry)
+    check_span(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
     shape = (*input.shape[:2], *reduced.shape[-2:])
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
 
@@ -171,8 +179,7 @@ def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, s
 def _(
     grad_output, input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation, output_mask
 ):  # fmt: skip
-    geometry = (tuple(pair) for pair in (kernel_size, stride, padding, dilation))
-    check_span(input, reduced, span_weight, span_bias, *geometry)
+    check_span(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
     expected = (*input.shape[:2], *reduced.shape[-2:])
     if tuple(grad_output.shape) != expected:
         raise ValueError(f"span_involution2d: grad_output has shape {_shape(grad_output)}, expected {expected}")
@@ -267,16 +274,22 @@ def span_gradients(
 
 
 def merged_span(
-    reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, dims: Sequence[int | None], size: int, kernel_size: Pair
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    dims: Sequence[int | None],
+    size: int,
+    kernel_size: Sequence[int],
 ) -> Tensor:
     """The weights of ``size`` elements with parameters of their own, merged into the batch."""
-    parts = [
-        to_batch(t, d, size).unflatten(0, (size, -1)) if t is not None else None
-        for t, d in zip((reduced, span_weight, span_bias), dims, strict=True)
-    ]
-    weight = torch.einsum("vkr,vnrhw->vnkhw", parts[1].flatten(2), parts[0])
-    if parts[2] is not None:
-        weight = weight + parts[2][:, None, :, None, None]
+
+    def each(tensor: Tensor, dim: int | None) -> Tensor:
+        return to_batch(tensor, dim, size).unflatten(0, (size, -1))
+
+    rows, pixels = each(span_weight, dims[1]).flatten(2), each(reduced, dims[0])
+    weight = torch.einsum("vkr,vnrhw->vnkhw", rows, pixels)
+    if span_bias is not None:
+        weight = weight + each(span_bias, dims[2])[:, None, :, None, None]
     return weight.flatten(0, 1).unflatten(1, (-1, *kernel_size))
 
 

@@ -22,7 +22,8 @@ struct Case {
   int64_t out_w() const { return std::max<int64_t>(0, (w + 2 * pw - dw * (kw - 1) - 1 + sw) / sw); }
   std::string text() const {
     std::string all;
-    for (const int64_t value : {n, c, g, h, w, kh, kw, sh, sw, ph, pw, dh, dw}) all += (all.empty() ? "" : ",") + std::to_string(value);
+    for (const int64_t value : {n, c, g, h, w, kh, kw, sh, sw, ph, pw, dh, dw})
+      all += (all.empty() ? "" : ",") + std::to_string(value);
     return "[n,c,g,h,w,kh,kw,sh,sw,ph,pw,dh,dw = " + all + "]";
   }
 };
@@ -48,7 +49,8 @@ inline const char* to_text(Layout layout) {
 }
 
 // Strides of a tensor whose dimensions lie in memory in this order, outermost first.
-inline std::vector<int64_t> strides_in_order(const std::vector<int64_t>& sizes, const std::vector<int>& order, int64_t gap = 0) {
+inline std::vector<int64_t> strides_in_order(const std::vector<int64_t>& sizes, const std::vector<int>& order,
+                                             int64_t gap = 0) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1 + gap;
   for (size_t i = order.size(); i-- > 0;) {
@@ -63,15 +65,19 @@ struct Strides {
 };
 
 inline Strides strides_of(const Case& k, Layout layout, Pass pass) {
-  const std::vector<int64_t> x{k.n, k.c, k.h, k.w}, w{k.n, k.g, k.kh, k.kw, k.out_h(), k.out_w()}, y{k.n, k.c, k.out_h(), k.out_w()};
+  const std::vector<int64_t> x{k.n, k.c, k.h, k.w}, w{k.n, k.g, k.kh, k.kw, k.out_h(), k.out_w()},
+      y{k.n, k.c, k.out_h(), k.out_w()};
   switch (layout) {
     case Layout::channels_last:
-      return {strides_in_order(x, {0, 2, 3, 1}), strides_in_order(w, {0, 4, 5, 1, 2, 3}), strides_in_order(y, {0, 2, 3, 1})};
+      return {strides_in_order(x, {0, 2, 3, 1}), strides_in_order(w, {0, 4, 5, 1, 2, 3}),
+              strides_in_order(y, {0, 2, 3, 1})};
     case Layout::gapped:
-      return {strides_in_order(x, {0, 1, 3, 2}, 1), strides_in_order(w, {1, 0, 3, 2, 4, 5}, 2), strides_in_order(y, {1, 0, 2, 3}, 3)};
+      return {strides_in_order(x, {0, 1, 3, 2}, 1), strides_in_order(w, {1, 0, 3, 2, 4, 5}, 2),
+              strides_in_order(y, {1, 0, 2, 3}, 3)};
     default: break;
   }
-  Strides all{strides_in_order(x, {0, 1, 2, 3}), strides_in_order(w, {0, 1, 2, 3, 4, 5}), strides_in_order(y, {0, 1, 2, 3})};
+  Strides all{strides_in_order(x, {0, 1, 2, 3}), strides_in_order(w, {0, 1, 2, 3, 4, 5}),
+              strides_in_order(y, {0, 1, 2, 3})};
   if (layout == Layout::expanded) {
     if (pass != Pass::grad_input) all.x[0] = all.x[1] = 0;
     if (pass != Pass::grad_weight) all.w[0] = all.w[4] = 0;
@@ -101,19 +107,19 @@ inline std::vector<Case> basic_cases() {
     for (const int64_t s : {1, 2, 3}) all.push_back({2, 4, 2, 8, 9, k, k, s, s, k / 2, k / 2});
   for (const int64_t padding : {0, 1, 2, 3}) all.push_back({1, 3, 1, 6, 5, 3, 3, 1, 1, padding, padding});
   for (const int64_t groups : {1, 2, 3, 6}) all.push_back({2, 6, groups, 5, 5, 3, 3, 1, 1, 1, 1});
-  all.push_back({1, 32, 2, 6, 6, 3, 3, 1, 1, 1, 1});           // 16 channels a group
+  all.push_back({1, 32, 2, 6, 6, 3, 3, 1, 1, 1, 1});  // 16 channels a group
   all.push_back({1, 48, 3, 7, 7, 7, 7, 1, 1, 3, 3});
   all.push_back({1, 32, 2, 9, 9, 7, 7, 2, 2, 3, 3});
-  all.push_back({2, 4, 2, 8, 9, 2, 5, 2, 1, 1, 3});            // even and rectangular
+  all.push_back({2, 4, 2, 8, 9, 2, 5, 2, 1, 1, 3});  // even and rectangular
   all.push_back({2, 4, 1, 9, 8, 1, 7, 1, 2, 0, 2});
   all.push_back({1, 2, 2, 9, 7, 4, 3, 3, 1, 2, 0});
-  all.push_back({1, 4, 2, 11, 12, 3, 3, 1, 1, 2, 2, 2, 2});    // dilation
+  all.push_back({1, 4, 2, 11, 12, 3, 3, 1, 1, 2, 2, 2, 2});  // dilation
   all.push_back({1, 4, 2, 11, 12, 3, 2, 2, 3, 3, 1, 3, 2});
-  all.push_back({2, 2, 1, 3, 3, 7, 7, 1, 1, 3, 3});            // the kernel is larger than the image
+  all.push_back({2, 2, 1, 3, 3, 7, 7, 1, 1, 3, 3});  // the kernel is larger than the image
   all.push_back({1, 2, 1, 1, 1, 3, 3, 1, 1, 1, 1});
-  all.push_back({1, 2, 1, 2, 3, 1, 1, 1, 1, 2, 1});            // outputs that see nothing but padding
-  all.push_back({0, 4, 2, 5, 5, 3, 3, 1, 1, 1, 1});            // nothing to do
-  all.push_back({1, 4, 2, 2, 2, 3, 3, 1, 1, 0, 0});            // no output: gradients of input are zero
+  all.push_back({1, 2, 1, 2, 3, 1, 1, 1, 1, 2, 1});  // outputs that see nothing but padding
+  all.push_back({0, 4, 2, 5, 5, 3, 3, 1, 1, 1, 1});  // nothing to do
+  all.push_back({1, 4, 2, 2, 2, 3, 3, 1, 1, 0, 0});  // no output: gradients of input are zero
   return all;
 }
 

@@ -88,11 +88,14 @@ struct Trial {
 // memory between elements.
 class Setting {
  public:
-  Setting(const Trial& trial, Device device, uint64_t seed = 1) : Setting(trial, device, seed, strides_of(trial.shape, trial.layout, trial.pass)) {}
+  Setting(const Trial& trial, Device device, uint64_t seed = 1)
+      : Setting(trial, device, seed, strides_of(trial.shape, trial.layout, trial.pass)) {}
   Setting(const Trial& trial, Device device, uint64_t seed, const Strides& strides)
-      : trial(trial), problem(problem_of(trial.shape, trial.dtype, device, strides)),
+      : trial(trial),
+        problem(problem_of(trial.shape, trial.dtype, device, strides)),
         x(trial.dtype, {trial.shape.n, trial.shape.c, trial.shape.h, trial.shape.w}, strides.x),
-        w(trial.dtype, {trial.shape.n, trial.shape.g, trial.shape.kh, trial.shape.kw, problem.out_h, problem.out_w}, strides.w),
+        w(trial.dtype, {trial.shape.n, trial.shape.g, trial.shape.kh, trial.shape.kw, problem.out_h, problem.out_w},
+          strides.w),
         y(trial.dtype, {trial.shape.n, trial.shape.c, problem.out_h, problem.out_w}, strides.y) {
     std::mt19937_64 engine(seed);
     for (Tensor* tensor : {&x, &w, &y}) {
@@ -113,8 +116,8 @@ class Setting {
   Buffers buffers() const { return {x.data(), w.data(), y.data()}; }
   Tensor& written() { return trial.pass == Pass::forward ? y : trial.pass == Pass::grad_input ? x : w; }
 
-  // The largest error in units of the bound, which is the rounding of the result and of each addition at its worst. `factor`
-  // widens it for kernels that round something else too.
+  // The largest error in units of the bound, which is the rounding of the result and of each addition at its worst.
+  // `factor` widens it for kernels that round something else too.
   void check(double factor = 1) {
     const Expected expected = expect(problem, trial.pass, x, w, y);
     const DType accumulator = trial.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -128,7 +131,8 @@ class Setting {
         const bool same = std::isnan(want) ? std::isnan(got) : got == want;
         if (!same && specials_agree) {
           specials_agree = false;
-          CHECK(false, trial.text() + ": element " + std::to_string(i) + " is " + std::to_string(got) + ", expected " + std::to_string(want));
+          CHECK(false, trial.text() + ": element " + std::to_string(i) + " is " + std::to_string(got) + ", expected " +
+                           std::to_string(want));
         }
         continue;
       }
@@ -137,7 +141,8 @@ class Setting {
       const double ratio = std::fabs(got - want) / (factor * bound);
       if (ratio > worst) worst = ratio, worst_at = i;
     }
-    CHECK(worst <= 1, trial.text() + ": element " + std::to_string(worst_at) + " is off by " + std::to_string(worst) + " bounds");
+    CHECK(worst <= 1,
+          trial.text() + ": element " + std::to_string(worst_at) + " is off by " + std::to_string(worst) + " bounds");
     CHECK(result.gaps_untouched(), trial.text() + ": memory between elements was written");
   }
 

@@ -47,7 +47,8 @@ inline double smallest(DType dtype) {
   }
 }
 
-// Memory between two pages without access, filled with NaN, its end at the second one. Pages are taken as they are used.
+// Memory between two pages without access, filled with NaN, its end at the second one. Pages are taken as they are
+// used.
 class Guarded {
  public:
   explicit Guarded(size_t bytes, bool fill = true) {
@@ -91,7 +92,10 @@ class Guarded {
 class Tensor {
  public:
   Tensor(DType dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides)
-      : dtype(dtype), sizes(std::move(sizes)), strides(std::move(strides)), extent_(extent()),
+      : dtype(dtype),
+        sizes(std::move(sizes)),
+        strides(std::move(strides)),
+        extent_(extent()),
         memory_(size_t(extent_) * bytes_of(dtype), extent_ <= int64_t{1} << 24) {}
 
   int64_t count() const {
@@ -127,7 +131,8 @@ class Tensor {
     });
   }
   void poison() {
-    for (int64_t i = 0, n = count(); i < n; ++i) std::memset(memory_.data() + size_t(offset(i)) * bytes_of(dtype), 0xff, bytes_of(dtype));
+    for (int64_t i = 0, n = count(); i < n; ++i)
+      std::memset(memory_.data() + size_t(offset(i)) * bytes_of(dtype), 0xff, bytes_of(dtype));
   }
   std::vector<char> bytes() const {
     std::vector<char> all;

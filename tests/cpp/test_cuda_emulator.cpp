@@ -100,7 +100,8 @@ void matrices() {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8; ++j) b[i][j] = float((i * 5 + j * 13) % 17 - 8);
   launch_test(1, 32, 4096, [&] {
-    auto* rows = reinterpret_cast<uint16_t*>(shared_memory());  // [16][16], then A transposed, then B transposed [8][16]
+    auto* rows =
+        reinterpret_cast<uint16_t*>(shared_memory());  // [16][16], then A transposed, then B transposed [8][16]
     uint16_t *columns = rows + 256, *b_columns = columns + 256;
     const int lane = int(threadIdx.x);
     for (int i = lane; i < 256; i += 32) {
@@ -207,10 +208,13 @@ void wrong_kernels() {
   const float* first = reinterpret_cast<const float*>(memory.data());
   volatile float sink = 0;
   CHECK(!dies([&] { launch_test(1, 100, 0, [&] { sink = first[threadIdx.x]; }); }), "reading all of a buffer");
-  CHECK(dies([&] { launch_test(1, 101, 0, [&] { sink = first[threadIdx.x]; }); }), "reading past a buffer ends the process");
+  CHECK(dies([&] { launch_test(1, 101, 0, [&] { sink = first[threadIdx.x]; }); }),
+        "reading past a buffer ends the process");
   CHECK(dies([&] {
-    launch_test(1, 32, emulator::max_shared_bytes, [&] { shared_memory()[emulator::max_shared_bytes + 4096 + int(threadIdx.x)] = 1; });
-  }), "writing past shared memory ends the process");
+          launch_test(1, 32, emulator::max_shared_bytes,
+                      [&] { shared_memory()[emulator::max_shared_bytes + int(threadIdx.x)] = 1; });
+        }),
+        "writing past shared memory ends the process");
 }
 
 // Reverses 64 numbers and sums neighbours, in two steps that each need their barrier.
@@ -258,7 +262,8 @@ void races() {
     for (const Schedule schedule : emulator::schedules)
       for (uint64_t seed = 1; seed <= 5; ++seed) {
         emulator::options() = {schedule, seed, -1};
-        CHECK(same_bits(kernel(), right), std::string("every schedule gives the same bits: ") + emulator::to_string(schedule));
+        CHECK(same_bits(kernel(), right),
+              std::string("every schedule gives the same bits: ") + emulator::to_string(schedule));
       }
     for (int dropped = 0; dropped < syncs; ++dropped) {
       int caught = 0;
@@ -280,7 +285,8 @@ void bank_conflicts() {
       load_matrices(registers, shared_memory() + 2 * pitch * int(threadIdx.x));
     });
     CHECK(emulator::statistics().matrix_loads == 4, "four matrices were loaded");
-    CHECK((emulator::statistics().bank_conflicts > 0) == (pitch == 16), "bank conflicts at a pitch of " + std::to_string(pitch));
+    CHECK((emulator::statistics().bank_conflicts > 0) == (pitch == 16),
+          "bank conflicts at a pitch of " + std::to_string(pitch));
   }
 }
 

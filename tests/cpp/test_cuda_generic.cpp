@@ -8,7 +8,8 @@ namespace {
 
 void run_and_check(const Trial& trial, uint64_t seed = 1) {
   Setting setting(trial, Device::cuda, seed);
-  const std::string error = checks::message_of([&] { cuda::generic_run(setting.problem, trial.pass, setting.buffers(), {}); });
+  const std::string error =
+      checks::message_of([&] { cuda::generic_run(setting.problem, trial.pass, setting.buffers(), {}); });
   if (CHECK(error.empty(), trial.text() + ": " + error)) setting.check();
 }
 
@@ -28,7 +29,8 @@ void random_shapes() {
 }
 
 void special_values() {
-  for (const Case& shape : {Case{2, 4, 2, 8, 9, 3, 3, 1, 1, 1, 1}, Case{1, 6, 2, 9, 9, 5, 5, 2, 2, 2, 2}, Case{1, 2, 1, 4, 4, 2, 3, 3, 2, 2, 1}})
+  for (const Case& shape : {Case{2, 4, 2, 8, 9, 3, 3, 1, 1, 1, 1}, Case{1, 6, 2, 9, 9, 5, 5, 2, 2, 2, 2},
+                            Case{1, 2, 1, 4, 4, 2, 3, 3, 2, 2, 1}})
     for (const Layout layout : {Layout::contiguous, Layout::channels_last})
       for (const DType dtype : dtypes)
         for (const Pass pass : passes)

@@ -52,6 +52,4 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Module:
 def list_models(pattern: str = "*") -> list[str]:
     """Names that match a shell-style ``pattern``, in natural order; all can be created by name alone."""
     names = (name for name in _listed if fnmatch(name, pattern))
-    return sorted(
-        names, key=lambda name: [int(part) if part.isdigit() else part for part in _digits.split(name)]
-    )
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in _digits.split(name)])

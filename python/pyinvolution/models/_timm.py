@@ -19,7 +19,7 @@ def register_when_imported() -> None:
 
     Importing timm takes seconds, which users of the operator alone should not pay; timm has no entry points.
     """
-    if "timm" in sys.modules:
+    if sys.modules.get("timm"):
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -42,7 +42,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                     sys.meta_path.remove(self)
                 _register()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
@@ -86,7 +86,9 @@ def _entry_point(name: str):
 
 
 def _create(name: str, in_chans: int = 3, **kwargs) -> nn.Module:
-    return create_model(name, in_channels=in_chans, **kwargs)
+    model = create_model(name, in_channels=in_chans, **kwargs)
+    model.in_chans = in_chans  # type: ignore[assignment]
+    return model
 
 
 def _from_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

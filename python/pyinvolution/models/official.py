@@ -53,9 +53,7 @@ def official_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {official_key(key): value for key, value in model.state_dict().items()}
 
 
-def load_official(
-    model: Model, source: str | os.PathLike[str] | Mapping[str, object], *, head: bool = True
-) -> Model:
+def load_official(model: Model, source: str | os.PathLike[str] | Mapping[str, object], *, head: bool = True) -> Model:
     """Load a checkpoint of the authors' code into ``model``, completely or not at all.
 
     Files hold a state dict, or a dict with one under ``"state_dict"``, with keys such as
@@ -92,26 +90,21 @@ def load_official(
         own = {key: value for key, value in own.items() if not key.startswith("head.")}
     names = {official_key(key): key for key in own}
 
-    _check_depth(where, given, names)
-    problems = []
     missing = [name for name in names if name not in given]
     unexpected = [name for name in given if name not in names]
-    if missing:
-        problems.append(f"missing: {_shorten(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {_shorten(unexpected)}")
     misshapen = [
         f"{name} is {tuple(given[name].shape)}, the model has {tuple(own[key].shape)}"
         for name, key in names.items()
         if name in given and given[name].shape != own[key].shape
     ]
-    if misshapen:
-        problems.append(f"wrong shape: {_shorten(misshapen)}")
-    if problems:
-        hint = ""
-        if all(name.startswith("head.") for name in missing + unexpected + misshapen):
-            hint = ". The backbone fits: head=False loads it and keeps the model's own classifier"
-        raise ValueError(f"{where} does not fit the model. " + "; ".join(problems) + hint)
+    faults = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    if any(faults.values()):
+        listed = "; ".join(f"{fault}: {_shorten(keys)}" for fault, keys in faults.items() if keys)
+        if all(name.startswith("head.") for keys in faults.values() for name in keys):
+            listed += ". The backbone fits: head=False loads it and keeps the model's own classifier"
+        raise ValueError(
+            f"{where} seems to be {_describe(given)} and does not fit the model, {_describe(names)}; {listed}"
+        )
 
     model.load_state_dict({key: given[name] for name, key in names.items()}, strict=head)
     return model
@@ -134,9 +127,9 @@ def _plain_types() -> list:
     types: list = [datetime.datetime, datetime.date, datetime.timedelta]
     try:
         import numpy
-        from numpy._core.multiarray import scalar
     except ImportError:
         return types
+    scalar = numpy.float64(0).__reduce__()[0]
     types += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in "?bhilqBHILQefdUS")]
     return [*types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
@@ -161,21 +154,12 @@ def _entries(content: object, where: str) -> dict[str, Tensor]:
     return entries
 
 
-def _check_depth(where: str, given: Iterable[str], expected: Iterable[str]) -> None:
-    theirs, ours = _layers(given), _layers(expected)
-    if theirs != ours and theirs in _DEPTHS:
-        raise ValueError(f"{where} is of {_describe(theirs)}, the model is {_describe(ours)}")
-
-
-def _layers(keys: Iterable[str]) -> tuple[int, ...]:
+def _describe(keys: Iterable[str]) -> str:
     blocks: dict[int, int] = {}
     for match in filter(None, map(_BLOCK.search, keys)):
         stage, block = map(int, match.groups())
         blocks[stage] = max(blocks.get(stage, 0), block + 1)
-    return tuple(blocks[stage] for stage in sorted(blocks))
-
-
-def _describe(layers: tuple[int, ...]) -> str:
+    layers = tuple(blocks[stage] for stage in sorted(blocks))
     return f"RedNet-{_DEPTHS[layers]}" if layers in _DEPTHS else f"a RedNet with layers={layers}"
 
 

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,11 @@ class RedNet(nn.Module):
         - Output: (N, num_classes).
     """
 
+    stem: Stage
+    pool: nn.Module
+    global_pool: nn.Module
+    head: nn.Module
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -179,7 +185,7 @@ class RedNet(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = _int_tuple("layers", layers)
-        self.in_channels = self.in_chans = positive_int("in_channels", in_channels)
+        self.in_channels = positive_int("in_channels", in_channels)
         stages = len(self.layers)
         if stem not in ("imagenet", "small"):
             raise ValueError(f"stem must be 'imagenet' or 'small', got {stem!r}")
@@ -189,13 +195,11 @@ class RedNet(nn.Module):
         positive_int("expansion", expansion)
         positive_int("frozen_stages", frozen_stages, -1)
         if frozen_stages > stages:
-            raise ValueError(
-                f"frozen_stages must be at most the number of stages, {stages}, got {frozen_stages}"
-            )
+            raise ValueError(f"frozen_stages must be at most the number of stages, {stages}, got {frozen_stages}")
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         stride = 4 if stem == "imagenet" else 2
         if output_stride is not None:
             if strides is not None or dilations is not None:
@@ -206,7 +210,7 @@ class RedNet(nn.Module):
 
         given = {key: value for key, value in factory.items() if value is not None}
         norm_layer = partial(norm_layer, **given)
-        involution = partial(
+        involution: Callable[..., nn.Module] = partial(
             Involution2d,
             group_channels=group_channels,
             reduction=reduction,
@@ -214,8 +218,8 @@ class RedNet(nn.Module):
             activation=_relu,
             **factory,
         )
-        conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False, **factory)
-        conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False, **factory)
+        conv1x1: Callable[..., nn.Module] = partial(nn.Conv2d, kernel_size=1, bias=False, **factory)
+        conv3x3: Callable[..., nn.Module] = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False, **factory)
 
         half = stem_channels // 2
         self.stem = Stage(
@@ -232,7 +236,7 @@ class RedNet(nn.Module):
             )
         )
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
-        self.feature_info = [{"num_chs": stem_channels, "reduction": 2, "module": "stem"}]
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": stem_channels, "reduction": 2, "module": "stem"}]
 
         channels = stem_channels
         for index, depth in enumerate(self.layers):
@@ -291,17 +295,18 @@ class RedNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one, or none (0); ``global_pool`` None keeps the pooling."""
-        self.num_classes = positive_int("num_classes", num_classes, 0)
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
-            pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1)) if global_pool else nn.Identity()
-            self.global_pool = pool
-        if num_classes and isinstance(self.global_pool, nn.Identity):
+        positive_int("num_classes", num_classes, 0)
+        if global_pool not in ("avg", "", None):
+            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        pooled = not isinstance(self.global_pool, nn.Identity) if global_pool is None else bool(global_pool)
+        if num_classes and not pooled:
             raise ValueError(f"num_classes must be 0 with global_pool='' (feature maps), got {num_classes}")
-        weight = self.stem.conv1.weight
-        factory = {"device": weight.device, "dtype": weight.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+        self.num_classes = num_classes
+        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1)) if pooled else nn.Identity()
+        weight = next(self.parameters())
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
         self._init_head()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -315,7 +320,12 @@ class RedNet(nn.Module):
 
     def features(self, input: Tensor) -> list[Tensor]:
         """Feature maps of all stages, first to last: strides 4, 8, 16, 32 in the standard models."""
-        return self.forward_intermediates(input, len(self.layers), intermediates_only=True)
+        x = self.pool(self.stem(check_input(input, self.in_channels, "RedNet")))
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
 
     def forward_intermediates(
         self,
@@ -403,8 +413,10 @@ class RedNet(nn.Module):
 def _int_tuple(name: str, values: Sequence[int], length: int | None = None) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
-    if not values or length not in (None, len(values)):
-        raise ValueError(f"{name} must have {length or 'at least one'} entries, one a stage, got {values!r}")
+    if not values:
+        raise ValueError(f"{name} must not be empty, got {values!r}")
+    if length not in (None, len(values)):
+        raise ValueError(f"{name} must have {length} entries, one a stage, got {values!r}")
     return tuple(positive_int(f"{name}[{index}]", value) for index, value in enumerate(values))
 
 
@@ -423,12 +435,13 @@ def _recompute(block: nn.Module):
 @contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     # A recomputed batch norm would count its batch a second time.
-    norms = [
-        module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+    kept = [
+        (module, module.momentum, module.num_batches_tracked)
+        for module in block.modules()
+        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
     ]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    for norm, _, batches in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
     try:
         yield
     finally:

@@ -161,7 +161,8 @@ void thread_main() {
   const auto complain = [&](const std::string& message) {
     if (b.error.empty()) b.error = name_of_thread(b.current) + ": " + message;
   };
-  if (!self.copies.empty() || !self.copy_groups.empty()) complain("left with asynchronous copies that it did not wait for");
+  if (!self.copies.empty() || !self.copy_groups.empty())
+    complain("left with asynchronous copies that it did not wait for");
   if (b.waiting > 0) complain("left while others wait at __syncthreads " + b.barrier.text());
   for (const Meeting& meeting : b.warp().meetings)
     if (meeting.mask & b.bit())
@@ -316,9 +317,7 @@ void launch(const char* what, int64_t blocks, int threads, int shared_bytes, con
   }
 }
 
-void fail(const std::string& message, Site site) {
-  throw std::runtime_error(message + " " + site.text());
-}
+void fail(const std::string& message, Site site) { throw std::runtime_error(message + " " + site.text()); }
 
 char* shared_memory() { return block().shared; }
 int lane() { return block().current % 32; }
@@ -361,12 +360,14 @@ void rendezvous(const char* operation, uint32_t mask, void* argument, Combine co
   if ((mask & b.bit()) == 0) fail(std::string(operation) + " by a lane that its mask does not name", site);
   if (mask & ~warp.present) fail(std::string(operation) + " with lanes in its mask that the block does not have", site);
   if (mask & warp.finished) fail(std::string(operation) + " with lanes in its mask that have left", site);
-  auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(), [=](const Meeting& m) { return m.mask == mask; });
+  auto meeting =
+      std::find_if(warp.meetings.begin(), warp.meetings.end(), [=](const Meeting& m) { return m.mask == mask; });
   if (meeting == warp.meetings.end()) {
     warp.meetings.push_back({operation, site, mask, 0, {}});
     meeting = warp.meetings.end() - 1;
   } else if (std::strcmp(meeting->operation, operation) != 0 || !(meeting->site == site)) {
-    fail(std::string(operation) + " while lanes of the warp wait in " + meeting->operation + " " + meeting->site.text(), site);
+    fail(std::string(operation) + " while lanes of the warp wait in " + meeting->operation + " " + meeting->site.text(),
+         site);
   }
   meeting->arrived |= b.bit();
   meeting->arguments[lane()] = argument;
@@ -381,30 +382,37 @@ void rendezvous(const char* operation, uint32_t mask, void* argument, Combine co
 }
 
 void shuffle(const char* operation, uint32_t mask, Shuffle& exchange, Site site) {
-  rendezvous(operation, mask, &exchange, [](void* const (&arguments)[32], uint32_t lanes, Site at) {
-    for (int i = 0; i < 32; ++i) {
-      if ((lanes >> i & 1) == 0) continue;
-      Shuffle& mine = as<Shuffle>(arguments[i]);
-      if ((lanes >> mine.source & 1) == 0) fail("shuffle from a lane that the mask does not name", at);
-      mine.result = as<Shuffle>(arguments[mine.source]).value;
-    }
-  }, site);
+  rendezvous(
+      operation, mask, &exchange,
+      [](void* const(&arguments)[32], uint32_t lanes, Site at) {
+        for (int i = 0; i < 32; ++i) {
+          if ((lanes >> i & 1) == 0) continue;
+          Shuffle& mine = as<Shuffle>(arguments[i]);
+          if ((lanes >> mine.source & 1) == 0) fail("shuffle from a lane that the mask does not name", at);
+          mine.result = as<Shuffle>(arguments[mine.source]).value;
+        }
+      },
+      site);
 }
 
 uint32_t ballot(const char* operation, uint32_t mask, bool value, Site site) {
   Shuffle vote{value, 0, 0};
-  rendezvous(operation, mask, &vote, [](void* const (&arguments)[32], uint32_t lanes, Site) {
-    uint32_t result = 0;
-    for (int i = 0; i < 32; ++i)
-      if (lanes >> i & 1 && as<Shuffle>(arguments[i]).value) result |= 1u << i;
-    for (int i = 0; i < 32; ++i)
-      if (lanes >> i & 1) as<Shuffle>(arguments[i]).result = result;
-  }, site);
+  rendezvous(
+      operation, mask, &vote,
+      [](void* const(&arguments)[32], uint32_t lanes, Site) {
+        uint32_t result = 0;
+        for (int i = 0; i < 32; ++i)
+          if (lanes >> i & 1 && as<Shuffle>(arguments[i]).value) result |= 1u << i;
+        for (int i = 0; i < 32; ++i)
+          if (lanes >> i & 1) as<Shuffle>(arguments[i]).result = result;
+      },
+      site);
   return uint32_t(vote.result);
 }
 
 void copy_async(void* shared, const void* global, int bytes, bool valid, Site site) {
-  if (bytes != 4 && bytes != 8 && bytes != 16) fail("an asynchronous copy of " + std::to_string(bytes) + " bytes", site);
+  if (bytes != 4 && bytes != 8 && bytes != 16)
+    fail("an asynchronous copy of " + std::to_string(bytes) + " bytes", site);
   if (!in_shared(shared, bytes)) fail("an asynchronous copy to " + hex(shared) + ", not in shared memory", site);
   if (reinterpret_cast<uintptr_t>(shared) % size_t(bytes) || reinterpret_cast<uintptr_t>(global) % size_t(bytes))
     fail("a misaligned asynchronous copy", site);
@@ -446,7 +454,8 @@ void distribute(void* const (&arguments)[32], uint32_t, Site) {
     for (int r = 0; r < 8; ++r) {
       const uintptr_t address = as<MatrixLoad>(arguments[8 * m + r]).address;
       bool repeated = false;
-      for (int earlier = 0; earlier < r; ++earlier) repeated |= as<MatrixLoad>(arguments[8 * m + earlier]).address == address;
+      for (int earlier = 0; earlier < r; ++earlier)
+        repeated |= as<MatrixLoad>(arguments[8 * m + earlier]).address == address;
       if (!repeated) ++rows_in_bank[address / 16 % 8];
     }
     statistics().bank_conflicts += std::max(1, *std::max_element(rows_in_bank, rows_in_bank + 8)) - 1;
@@ -477,22 +486,27 @@ void load_matrices(uint32_t* registers, int matrices, bool transposed, const voi
 
 uint32_t transpose_matrix(uint32_t value, Site site) {
   Shuffle exchange{value, 0, 0};
-  rendezvous("movmatrix", ~0u, &exchange, [](void* const (&arguments)[32], uint32_t, Site) {
-    const auto element = [&](int row, int column) {
-      return uint32_t(as<Shuffle>(arguments[4 * row + column / 2]).value >> 16 * (column % 2) & 0xffff);
-    };
-    for (int l = 0; l < 32; ++l) {
-      const int row = l / 4, column = 2 * (l % 4);
-      as<Shuffle>(arguments[l]).result = element(column, row) | element(column + 1, row) << 16;
-    }
-  }, site);
+  rendezvous(
+      "movmatrix", ~0u, &exchange,
+      [](void* const(&arguments)[32], uint32_t, Site) {
+        const auto element = [&](int row, int column) {
+          return uint32_t(as<Shuffle>(arguments[4 * row + column / 2]).value >> 16 * (column % 2) & 0xffff);
+        };
+        for (int l = 0; l < 32; ++l) {
+          const int row = l / 4, column = 2 * (l % 4);
+          as<Shuffle>(arguments[l]).result = element(column, row) | element(column + 1, row) << 16;
+        }
+      },
+      site);
   return uint32_t(exchange.result);
 }
 
 void multiply(Mma& operands, Site site) {
-  const auto combine = [](void* const (&arguments)[32], uint32_t, Site) {
+  const auto combine = [](void* const(&arguments)[32], uint32_t, Site) {
     const int depth = as<Mma>(arguments[0]).depth;
-    const auto half = [&](uint32_t pair, int element) { return as<Mma>(arguments[0]).value(uint16_t(pair >> 16 * element)); };
+    const auto half = [&](uint32_t pair, int element) {
+      return as<Mma>(arguments[0]).value(uint16_t(pair >> 16 * element));
+    };
     float a[16][16], b[16][8];
     for (int l = 0; l < 32; ++l) {
       const Mma& lane = as<Mma>(arguments[l]);

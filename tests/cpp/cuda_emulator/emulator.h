@@ -1,9 +1,9 @@
-// CUDA kernels on the host: the same .cuh sources, compiled by a C++ compiler, with the threads of a block as fibers of one
-// thread. A fiber runs until it meets others (__syncthreads, a warp operation) or ends; the schedule chooses who runs next.
-// What a kernel does wrong becomes an exception from `launch`: threads that meet in different places, that wait for one
-// that has left or wait for ever, lanes that are not in their own mask, misaligned or foreign addresses, copies
-// that nobody waited for. Shared memory holds NaN when a block starts.
-// Not modelled: tensor-core rounding, memory ordering between blocks, anything asynchronous but cp.async.
+// CUDA kernels on the host: the same .cuh sources, compiled by a C++ compiler, with the threads of a block as fibers of
+// one thread. A fiber runs until it meets others (__syncthreads, a warp operation) or ends; the schedule chooses who
+// runs next. What a kernel does wrong becomes an exception from `launch`: threads that meet in different places, that
+// wait for one that has left or wait for ever, lanes that are not in their own mask, misaligned or foreign addresses,
+// copies that nobody waited for. Shared memory holds NaN when a block starts. Not modelled: tensor-core rounding,
+// memory ordering between blocks, anything asynchronous but cp.async.
 #pragma once
 
 #include <cmath>
@@ -65,8 +65,8 @@ void forget_statistics();
 constexpr int max_threads = 1024;
 constexpr int max_shared_bytes = 227 * 1024;
 
-// Runs `kernel` for every thread of every block, one block after the other in an order by the schedule. Throws std::runtime_error
-// with `what` for whatever the kernel did wrong.
+// Runs `kernel` for every thread of every block, one block after the other in an order by the schedule. Throws
+// std::runtime_error with `what` for whatever the kernel did wrong.
 void launch(const char* what, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 
 // For the calls below, made by a kernel's threads.
@@ -116,7 +116,9 @@ using emulator::Site;
 inline void __syncthreads(Site site = Site::here()) {
   if (!emulator::is_dropped(site)) emulator::sync_threads(false, site);
 }
-inline int __syncthreads_or(int value, Site site = Site::here()) { return emulator::sync_threads(value != 0, site) > 0; }
+inline int __syncthreads_or(int value, Site site = Site::here()) {
+  return emulator::sync_threads(value != 0, site) > 0;
+}
 inline int __syncthreads_count(int value, Site site = Site::here()) { return emulator::sync_threads(value != 0, site); }
 inline void __syncwarp(uint32_t mask = ~0u, Site site = Site::here()) {
   if (!emulator::is_dropped(site)) emulator::rendezvous("__syncwarp", mask, nullptr, nullptr, site);
@@ -190,7 +192,9 @@ inline void load_matrices(uint32_t (&registers)[4], const void* row, Site site =
 inline void load_matrices_transposed(uint32_t (&registers)[4], const void* row, Site site = Site::here()) {
   emulator::load_matrices(registers, 4, true, row, site);
 }
-inline uint32_t transpose_matrix(uint32_t value, Site site = Site::here()) { return emulator::transpose_matrix(value, site); }
+inline uint32_t transpose_matrix(uint32_t value, Site site = Site::here()) {
+  return emulator::transpose_matrix(value, site);
+}
 
 template <class T>
 float value_of_bits(uint16_t bits) {

@@ -76,7 +76,8 @@ void* scheduler_context = nullptr;
 
 #ifndef EMULATOR_UCONTEXT
 extern "C" void pyinvolution_emulator_switch(void** from, void* to);
-// Saves what the calling convention keeps, changes the stack, restores it. Floating-point modes are nobody's business here.
+// Saves what the calling convention keeps, changes the stack, restores it. Floating-point modes are nobody's business
+// here.
 asm(R"(
 .text
 .globl pyinvolution_emulator_switch
@@ -111,8 +112,8 @@ Fiber::~Fiber() {
 
 void Fiber::start(void (*body)()) {
   if (stack_ == nullptr) {
-    void* memory = mmap(nullptr, stack_bytes + page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                        -1, 0);
+    void* memory = mmap(nullptr, stack_bytes + page_bytes(), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, page_bytes(), PROT_NONE);
     stack_ = static_cast<char*>(memory) + page_bytes();

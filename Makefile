@@ -1,0 +1,58 @@
+# Two commands set everything up on a machine with Python >= 3.10 and g++:
+#   make demo    trains a small RedNet on real handwritten digits and draws what it learned
+#   make test    runs the tests
+# PYTHON picks the interpreter; PYINVOLUTION_CUDA=OFF and PYINVOLUTION_CUDA_ARCHITECTURES=90 make builds with nvcc shorter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/editable
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake -type f)
+CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+.PHONY: demo test test-python test-cpp lint format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/pyinvolution demo
+
+test: test-cpp test-python
+
+test-python: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# The torch-free core and, emulated on the CPU, the CUDA kernels, under the address and undefined-behaviour sanitizers.
+test-cpp: $(VENV)/.installed
+	$(BIN)/cmake -S tests/cpp -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.operator
+
+clean:
+	rm -rf build $(VENV)
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyinvolution needs Python 3.10 or newer, set PYTHON")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision
+	touch $@
+
+# Without isolation the build uses the torch of the environment; this target rebuilds what changed, so imports need not.
+$(VENV)/.installed: $(VENV)/.created $(SOURCES)
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+		--config-settings build-dir=$(BUILD) --config-settings editable.rebuild=false --editable ".[train,dev]"
+	touch $@

@@ -1,0 +1,111 @@
+// Launches of `tiled` for one storage type; each type has its own file, so that they compile at the same time.
+#pragma once
+
+#include <algorithm>
+
+#include "tiled.cuh"
+
+namespace pyinvolution::cuda::tiled {
+
+// Tiles are wide where the image is, for a smaller halo.
+template <int K>
+using Wide = Config<K, 1, 8, 16, 2, 4>;
+template <int K, int S>
+using Narrow = Config<K, S, 8, 8, 1, 4>;
+template <int K>
+using WideGradient = Config<K, 1, 8, 16, 1, 4>;
+template <int K, int S>
+using NarrowGradient = Config<K, S, 8, 8, 1, 2>;
+
+template <class T>
+View view(const int64_t (&strides)[4], const void* data) {
+  const bool aligned = strides[0] % 4 == 0 && strides[2] % 4 == 0 && strides[3] % 4 == 0 &&
+                       reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
+  return {strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1 && aligned};
+}
+
+inline bool taps_are_inner(const Problem& p) { return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w; }
+
+template <class T>
+Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
+  Geometry q;
+  q.group_channels = int(p.group_channels()), q.groups = int(p.groups), q.kernel = int(p.kernel_h);
+  const View x = view<T>(p.x_stride, buffers.x), y = view<T>(p.y_stride, buffers.y);
+  const bool to_input = pass == Pass::grad_input;
+  q.x = to_input ? y : x, q.y = to_input ? x : y;
+  q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
+  q.y_height = int(to_input ? p.in_h : p.out_h), q.y_width = int(to_input ? p.in_w : p.out_w);
+  q.w_height = int(p.out_h), q.w_width = int(p.out_w);
+  q.padding_h = int(p.padding_h), q.padding_w = int(p.padding_w);
+  q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]), int(p.w_stride[3]),
+         int(p.w_stride[4]), int(p.w_stride[5]), taps_are_inner(p)};
+  return q;
+}
+
+template <class C, int Stride>
+Grid grid(const Problem& p, Geometry& q) {
+  // A class of a strided gradient has every second row and column.
+  const auto tiles = [](int pixels, int tile) { return (pixels + Stride * tile - 1) / (Stride * tile); };
+  q.tiles_h = tiles(q.y_height, C::Rows), q.tiles_w = tiles(q.y_width, C::Columns);
+  return {p.batch * p.groups * q.tiles_h * q.tiles_w * Stride * Stride, 0, 0};
+}
+
+template <class C, int GradientStride, class T>
+void run_apply(const Problem& p, Geometry q, const T* x, const T* w, T* y, const Execution& execution) {
+  Grid shape = grid<C, std::max(1, GradientStride)>(p, q);
+  shape.threads = C::Rows / C::PixelRows * C::runs * (q.group_channels / 4);
+  shape.shared_bytes = 4 * (C::w_floats + C::x_rows * C::x_pitch * q.group_channels);
+  launch<Geometry, const T*, const T*, T*>(GradientStride > 0 ? "tiled grad_input" : "tiled forward",
+                                           apply<C, GradientStride, T>, shape, execution, q, x, w, y);
+}
+
+template <class C, class T>
+void run_grad_weight(const Problem& p, Geometry q, const T* x, T* w, const T* y, const Execution& execution) {
+  Grid shape = grid<C, 1>(p, q);
+  shape.threads = C::K * C::Rows * C::runs;
+  shape.shared_bytes = 4 * std::max(C::w_floats, (C::x_rows * C::x_pitch + C::Rows * C::y_pitch) * q.group_channels);
+  launch<Geometry, const T*, T*, const T*>("tiled grad_weight", grad_weight<C, T>, shape, execution, q, x, w, y);
+}
+
+template <int K, class T>
+void run_kernel(const Problem& p, Pass pass, const Buffers& buffers, const Execution& execution) {
+  const Geometry q = geometry<T>(p, pass, buffers);
+  T* x = static_cast<T*>(buffers.x);
+  T* w = static_cast<T*>(buffers.w);
+  T* y = static_cast<T*>(buffers.y);
+  const bool wide = q.y_width > 8;
+  switch (pass) {
+    case Pass::forward:
+      if (p.stride_h == 2) return run_apply<Narrow<K, 2>, 0, T>(p, q, x, w, y, execution);
+      if (wide) return run_apply<Wide<K>, 0, T>(p, q, x, w, y, execution);
+      return run_apply<Narrow<K, 1>, 0, T>(p, q, x, w, y, execution);
+    case Pass::grad_input: {
+      constexpr int half = (K + 1) / 2;
+      if (p.stride_h == 2) {
+        if (q.y_width > 16) return run_apply<Wide<half>, 2, T>(p, q, y, w, x, execution);
+        return run_apply<Narrow<half, 1>, 2, T>(p, q, y, w, x, execution);
+      }
+      if (wide) return run_apply<Wide<K>, 1, T>(p, q, y, w, x, execution);
+      return run_apply<Narrow<K, 1>, 1, T>(p, q, y, w, x, execution);
+    }
+    case Pass::grad_weight:
+      if (p.stride_h == 2) return run_grad_weight<NarrowGradient<K, 2>, T>(p, q, x, w, y, execution);
+      if (wide) return run_grad_weight<WideGradient<K>, T>(p, q, x, w, y, execution);
+      return run_grad_weight<NarrowGradient<K, 1>, T>(p, q, x, w, y, execution);
+  }
+}
+
+template <class T>
+void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& execution) {
+  switch (p.kernel_h) {
+    case 3: return run_kernel<3, T>(p, pass, buffers, execution);
+    case 5: return run_kernel<5, T>(p, pass, buffers, execution);
+    case 7: return run_kernel<7, T>(p, pass, buffers, execution);
+  }
+}
+
+void run_f32(const Problem&, Pass, const Buffers&, const Execution&);
+void run_f16(const Problem&, Pass, const Buffers&, const Execution&);
+void run_bf16(const Problem&, Pass, const Buffers&, const Execution&);
+
+}  // namespace pyinvolution::cuda::tiled

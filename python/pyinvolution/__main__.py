@@ -1,0 +1,5 @@
+"""``python -m pyinvolution``: the command line."""
+
+from pyinvolution.cli import main
+
+main()

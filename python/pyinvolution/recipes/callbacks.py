@@ -1,0 +1,276 @@
+"""Callbacks of every recipe: exact interruption and resumption, a stop on NaN, throughput, pictures, predictions."""
+
+import csv
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from pyinvolution.recipes import plots
+from pyinvolution.recipes.errors import TrainingDiverged
+from pyinvolution.recipes.loading import seed_from
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Curves",
+    "ImagesPerSecond",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "SeedEveryBatch",
+    "StopOnDivergence",
+    "StopOnSignal",
+]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final name and renames it, so that a kill leaves the old one or the new one.
+
+    Lightning's own goes through the system's folder for temporary files; between file systems, moving a file copies it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt`` in ``dirpath``: every ``every_n_train_steps`` optimizer steps, and before and after a validation.
+
+    Only between optimizer steps: gradients that are being accumulated are in no checkpoint. One that was saved before a
+    validation begins with it when it is resumed.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
+        super().__init__(dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps)
+        self._before_validation = False
+
+    def save(self, trainer: pl.Trainer) -> None:
+        if not trainer.fast_dev_run:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if between_steps(trainer):
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._before_validation = True
+            self.save(trainer)
+            self._before_validation = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._before_validation:
+            # What Lightning's counters say in the middle of a validation; else it would take it as done.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def between_steps(trainer: pl.Trainer) -> bool:
+    """Whether no gradients are waiting for further batches, at the end of a training batch."""
+    return trainer.is_last_batch or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class StopOnSignal(Checkpoint):
+    """On SIGTERM in training: save after the optimizer step in progress, and exit with 143 (128 + 15).
+
+    In a validation it exits at once, for `LastCheckpoint` has saved before. The processes of a distributed run agree on
+    the step. Under SLURM with requeueing, Lightning's own answer to the requeue signal (save, requeue) waits for the
+    end of the step too.
+
+    A `Checkpoint` to Lightning, so that it comes after all other callbacks: the averaged weights belong to the step.
+    """
+
+    EXIT_CODE = 128 + signal.SIGTERM
+
+    def __init__(self) -> None:
+        self._received: set[int] = set()
+        self._original: dict[int, Any] = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._received.add(signum)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signals = [signal.SIGTERM]
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            signals.append(environment.requeue_signal or signal.SIGUSR1)
+        self._original = {signum: signal.signal(signum, self._note) for signum in signals}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not between_steps(trainer):
+            return
+        for signum, original in self._original.items():
+            if not trainer.strategy.reduce_boolean_decision(signum in self._received, all=False):
+                continue
+            self._received.discard(signum)
+            if signum == signal.SIGTERM:
+                for callback in trainer.checkpoint_callbacks:
+                    if isinstance(callback, LastCheckpoint):
+                        callback.save(trainer)
+                self._exit(trainer)
+            elif callable(original):
+                original(signum, None)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if signal.SIGTERM in self._received:
+            self._exit(trainer)
+
+    def _exit(self, trainer: pl.Trainer) -> None:
+        path = last_checkpoint(trainer)
+        rank_zero_info(
+            f"stopped by SIGTERM at step {trainer.global_step}, saved {path}; resume with --ckpt_path {path}"
+        )
+        raise SystemExit(self.EXIT_CODE)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self.on_predict_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Nothing to save, and Lightning would let the loop run to its end.
+        self._original = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL)}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for signum, original in self._original.items():
+            signal.signal(signum, original)
+        self._original = {}
+
+
+class StopOnDivergence(Callback):
+    """Raises `TrainingDiverged` before a loss that is NaN or infinite reaches the weights."""
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        path = last_checkpoint(trainer)
+        raise TrainingDiverged(
+            f"the loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
+            f"{trainer.fit_loop.batch_idx}), learning rate {trainer.optimizers[0].param_groups[0]['lr']:g}; "
+            + (f"last good checkpoint: {path}" if path else "there is no checkpoint yet")
+        )
+
+
+def last_checkpoint(trainer: pl.Trainer) -> str:
+    """Path of the last checkpoint of this run, or an empty string."""
+    paths = [
+        callback.last_model_path for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)
+    ]
+    return next((path for path in paths if path and Path(path).is_file()), "")
+
+
+class SeedEveryBatch(Callback):
+    """Seeds torch's generators by (seed, process, step, batch), so that dropout and the like go on exactly where an
+    interrupted run stopped, without any generator's state in a checkpoint."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        torch.manual_seed(seed_from(trainer.datamodule.seed, trainer.global_rank, trainer.global_step, batch_idx))
+
+
+class ImagesPerSecond(Callback):
+    """Logs ``train/images_per_s`` over all devices, without the time of validations.
+
+    Lightning's ThroughputMonitor waits for the GPU after every batch; this looks at the clock only when it logs.
+    """
+
+    def __init__(self) -> None:
+        self._since = self._paused = 0.0
+        self._batches = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since, self._batches = time.perf_counter(), 0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since += time.perf_counter() - self._paused
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+        if trainer.global_step % trainer.log_every_n_steps == 0 and between_steps(trainer):
+            now = time.perf_counter()
+            images = self._batches * trainer.datamodule.batch_size * trainer.world_size
+            pl_module.log("train/images_per_s", images / (now - self._since), prog_bar=True)
+            self._since, self._batches = now, 0
+
+
+class Curves(Callback):
+    """Draws the logged curves to ``curves.png`` in the run's folder at the end of training."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        metrics = plots.read_metrics(folder)
+        if metrics:
+            rank_zero_info(f"curves: {plots.curves(metrics, folder / 'curves.png')}")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes a CSV file with the path, the best classes and their probabilities for every image, in the order of paths.
+
+    Args:
+        output: the file.
+    """
+
+    def __init__(self, output: str) -> None:
+        super().__init__("batch")
+        self.output = Path(output)
+        self._rows: list[tuple[int, list[int], list[float]]] = []
+
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: tuple[Tensor, Tensor, Tensor], *args: Any
+    ) -> None:
+        self._rows += zip(*(tensor.tolist() for tensor in prediction), strict=True)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rows = self._rows
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = [row for share in shares for row in share]
+        if not trainer.is_global_zero:
+            return
+        files, names = trainer.datamodule.predict_samples.files, trainer.datamodule.classes
+        count = len(rows[0][1]) if rows else 0
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with self.output.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", *(f"{field}_{k + 1}" for k in range(count) for field in ("class", "probability"))])
+            for index, classes, probabilities in sorted(rows):
+                best = [(names[c] if names else c, f"{p:.6f}") for c, p in zip(classes, probabilities, strict=True)]
+                writer.writerow([files[index][0], *(value for pair in best for value in pair)])
+        rank_zero_info(f"predictions of {len(rows)} images: {self.output}")

@@ -1,0 +1,194 @@
+"""The training commands: LightningCLI with packaged configurations, fixed places for its files, and short errors."""
+
+import json
+import logging
+import sys
+import warnings
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse.typing import NonNegativeInt
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from pyinvolution.recipes import callbacks, configs
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.loading import RecipeData
+from pyinvolution.recipes.module import Recipe
+
+__all__ = ["RecipeCLI", "run"]
+
+
+class Parser(LightningArgumentParser):
+    """Reports an error on one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise RecipeError(" ".join(message.split())) from ex
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI whose runs keep everything in ``trainer.default_root_dir``: last.ckpt, best.ckpt, curves.png, and
+    logs/version_N with metrics.csv, TensorBoard events and config.yaml."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        names = ("fit", "validate", "predict")
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in names}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults(
+            {
+                "model": {"class_path": "pyinvolution.recipes.Classification"},
+                "data": {"class_path": "pyinvolution.recipes.ImageFolderData"},
+            }
+        )
+        parser.add_argument(
+            "--checkpoint.every_n_train_steps",
+            type=NonNegativeInt,
+            default=1000,
+            help="optimizer steps between two writes of last.ckpt, which is also written around every validation",
+        )
+        parser.add_argument("--checkpoint.monitor", type=str, default="val/top1", help="what best.ckpt is chosen by")
+        parser.add_argument("--checkpoint.mode", type=str, default="max", help="max or min")
+        parser.add_argument(
+            "--output",
+            type=str,
+            default="predictions.csv",
+            help="what predict writes; relative to trainer.default_root_dir",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the configuration in a checkpoint has come in already, see `_insert_checkpoint_config`."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise RecipeError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        root = Path(config.default_root_dir or ".").absolute()
+        extra = [
+            callbacks.SeedEveryBatch(),
+            callbacks.StopOnDivergence(),
+            callbacks.ImagesPerSecond(),
+        ]
+        if self.subcommand == "fit":
+            extra.append(callbacks.Curves())
+        if self.subcommand == "predict":
+            extra.append(callbacks.PredictionWriter(str(root / self._get(self.config_init, "output"))))
+        loggers = config.logger
+        if loggers in (None, True):
+            loggers = False
+            if self.subcommand == "fit":
+                table = CSVLogger(root, "logs")
+                loggers = [table, TensorBoardLogger(root, "logs", table.version, default_hp_metric=False)]
+        if loggers and self.subcommand == "fit":
+            extra.append(LearningRateMonitor("step"))
+        if config.enable_progress_bar is not False:
+            extra.append(RichProgressBar())
+        if config.enable_checkpointing is not False:
+            checkpoint = self._get(self.config_init, "checkpoint")
+            extra += [
+                ModelCheckpoint(root, "best", checkpoint.monitor, mode=checkpoint.mode),
+                callbacks.LastCheckpoint(str(root), checkpoint.every_n_train_steps),
+                callbacks.StopOnSignal(),
+            ]
+        plugins = config.plugins or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), callbacks.AtomicCheckpointIO()]
+        kwargs |= {"default_root_dir": root, "logger": loggers, "plugins": plugins}
+        config.callbacks = [*(config.callbacks or []), *extra]
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(arguments: list[str]) -> RecipeCLI:
+    """Run a training command, e.g. ``["fit", "--config", "digits/rednet.yaml", "--data.root", "data"]``.
+
+    Raises:
+        RecipeError: a configuration, path, checkpoint or data set is wrong.
+        TrainingDiverged: the loss became NaN or infinite.
+        SystemExit: 0 after printing help or a configuration, 143 after SIGTERM.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against a newer torch
+    arguments = _insert_checkpoint_config(_resolve_configs(arguments))
+    # Through sys.argv: a distributed strategy starts its other processes with it.
+    before, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        return RecipeCLI(
+            Recipe,
+            RecipeData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+        )
+    except MisconfigurationException as error:
+        raise RecipeError(str(error)) from error
+    except SIGTERMException:
+        sys.exit(callbacks.StopOnSignal.EXIT_CODE)  # Lightning's own would exit with 0
+    finally:
+        sys.argv = before
+
+
+def _resolve_configs(arguments: list[str]) -> list[str]:
+    """``arguments`` with paths in place of the short names of configurations."""
+    resolved: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option not in ("--config", "-c"):
+            resolved.append(argument)
+            continue
+        name = value if equals else next(rest, None)
+        if name is None:
+            raise RecipeError(f"{option} needs a file or the name of a packaged configuration")
+        for path in configs.resolve(name):
+            resolved += ["--config", path]
+    return resolved
+
+
+def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
+    """Put the model and data that a checkpoint was made with before the other arguments, which can override them.
+
+    Not for fit: there the command line alone says what happens, and the checkpoint must match it.
+    """
+    path = next(iter(_values(arguments, "--ckpt_path")), None)
+    if path is None or path in ("best", "last", "hpc", "null") or "://" in path:
+        return arguments
+    if not Path(path).is_file():
+        raise RecipeError(f"--ckpt_path: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise RecipeError(f"--ckpt_path: {path} is not a checkpoint, or not a complete one")
+    if arguments[0] == "fit":
+        return arguments
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    inserted = []
+    for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
+        if arguments_of_init := checkpoint.get(key):
+            kept = {
+                name: value
+                for name, value in arguments_of_init.items()
+                if not name.startswith("_") and name != "init_from"
+            }
+            config = {"init_args": kept}
+            if "_class_path" in arguments_of_init:
+                config["class_path"] = arguments_of_init["_class_path"]
+            inserted += [option, json.dumps(config)]
+    return [arguments[0], *inserted, *arguments[1:]]
+
+
+def _values(arguments: list[str], option: str) -> list[str]:
+    values = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{option}=")]
+    return values + [value for argument, value in pairwise(arguments) if argument == option]

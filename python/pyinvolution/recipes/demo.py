@@ -1,0 +1,119 @@
+"""A RedNet learns handwritten digits: the whole recipe at a size for two CPU cores."""
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from pyinvolution import Involution2d
+from pyinvolution.recipes import command, comparison, plots
+from pyinvolution.recipes.classification import Classification
+from pyinvolution.recipes.digits import write_digits
+from pyinvolution.recipes.imagefolder import ImageFolderData
+
+__all__ = ["run"]
+
+CONFIG = "digits/rednet.yaml"
+SHOWN = 48
+
+
+def run(output: str, target: float, max_epochs: int | None = None) -> int:
+    """Make data, train, draw and compare; everything is written below ``output``.
+
+    Args:
+        output: folder for data, checkpoints and pictures; its subfolder ``run`` is begun anew.
+        target: accuracy in percent that the held-out digits must reach.
+        max_epochs: instead of those of the configuration.
+
+    Returns:
+        Exit status: 0, or 1 if the accuracy is below ``target``.
+    """
+    console = Console()
+    folder, data = Path(output) / "run", Path(output) / "data"
+    train, val = write_digits(data)
+    console.rule(f"{train} handwritten digits to learn from, {val} held out")
+    shutil.rmtree(folder, ignore_errors=True)
+    arguments = ["fit", "--config", CONFIG, "--data.root", str(data), "--trainer.default_root_dir", str(folder)]
+    if max_epochs is not None:
+        arguments += ["--trainer.max_epochs", str(max_epochs)]
+    console.print("pyinvolution", *arguments, highlight=False)
+    start = time.perf_counter()
+    cli = command.run(arguments)
+    seconds = time.perf_counter() - start
+
+    images, targets, probabilities = _predict(cli.model, cli.datamodule)
+    confidences, predicted = probabilities.max(1)
+    wrong = predicted != targets
+    accuracy = 100 * (1 - wrong.float().mean().item())
+    summary = f"{accuracy:.2f}% of {val} held-out digits ({int(wrong.sum())} mistakes)"
+
+    shown = _mistakes_and_others(wrong, SHOWN)
+    grey = (images * 0.5 + 0.5)[:, 0].double().numpy()
+    examples = [int((targets == digit).nonzero()[0]) for digit in (2, 3, 5, 8)]
+    pictures = [
+        folder / "curves.png",
+        plots.predictions(
+            grey[shown],
+            targets[shown].tolist(),
+            predicted[shown].tolist(),
+            confidences[shown].tolist(),
+            cli.datamodule.classes,
+            folder / "predictions.png",
+            summary,
+        ),
+        plots.kernels(
+            grey[examples],
+            involution_kernels(cli.model.net, images[examples]),
+            [(0.3, 0.6), (0.55, 0.55), (0.85, 0.45)],
+            folder / "kernels.png",
+        ),
+    ]
+    console.rule("the operator against unfold")
+    console.print(comparison.table(comparison.measure()))
+    console.rule("result")
+    console.print(f"[bold]{summary}[/], after {seconds:.0f} s of training", highlight=False)
+    for picture in pictures:
+        console.print(f"  {picture}", highlight=False)
+    if accuracy < target:
+        console.print(f"[bold red]below the target of {target:g}%[/]", highlight=False)
+        return 1
+    return 0
+
+
+@torch.no_grad()
+def _predict(model: Classification, data: ImageFolderData) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, 3, H, W), targets (N,) and probabilities (N, classes) of the validation set."""
+    model.eval()
+    batches = [(images, targets, model(images).softmax(1)) for images, targets in data.val_dataloader()]
+    images, targets, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images, targets, probabilities
+
+
+def _mistakes_and_others(wrong: Tensor, count: int) -> list[int]:
+    """Indices of the mistakes, filled up to ``count`` with others from all over the set, in order."""
+    mistakes, others = wrong.nonzero()[:count, 0], (~wrong).nonzero()[:, 0]
+    spread = torch.linspace(0, max(len(others) - 1, 0), count - len(mistakes)).long()
+    return sorted(mistakes.tolist() + others[spread].tolist())
+
+
+@torch.no_grad()
+def involution_kernels(net: nn.Module, images: Tensor) -> dict[str, NDArray[np.float64]]:
+    """Kernels (N, G, Kh, Kw, Ho, Wo) that every `Involution2d` of ``net`` generates for images (N, 3, H, W)."""
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, Involution2d)}
+    spans: dict[nn.Module, Tensor] = {}
+    hooks = [
+        layer.span.register_forward_hook(lambda span, _, output: spans.update({span: output}))
+        for layer in layers.values()
+    ]
+    net.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    return {
+        name: spans[layer.span].unflatten(1, (layer.groups, *layer.kernel_size)).double().numpy()
+        for name, layer in layers.items()
+    }

@@ -1,0 +1,180 @@
+"""Images in a folder for each class, as ImageNet is commonly unpacked: ROOT/{train,val}/CLASS/IMAGE."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.transforms import InterpolationMode, v2
+
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.loading import RecipeData, UnreadableSample
+
+__all__ = ["IGNORED", "ImageFiles", "ImageFolderData"]
+
+IGNORED = -1
+"""Target of an image that loss and metrics leave out."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Transforms = list[dict[str, dict[str, Any]]]
+"""Transforms of torchvision.transforms.v2 by name, e.g. ``[{"RandomCrop": {"size": 32, "padding": 2}}]``."""
+
+
+class ImageFiles:
+    """Pairs of image and target; the image is RGB, transformed.
+
+    Args:
+        files: (path, target) of each.
+        transform: from a PIL image to what a batch is made of.
+    """
+
+    def __init__(self, files: list[tuple[str, int]], transform: Callable[[Any], Tensor]) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, target = self.files[index]
+        try:
+            image = pil_loader(path)
+        except Exception as error:  # decoders raise nearly anything on broken files
+            raise UnreadableSample(f"cannot read image {path}: {error}") from error
+        return self.transform(image), target
+
+    def ignored(self, sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
+        return sample[0], IGNORED
+
+
+class ImageFolderData(RecipeData):
+    """An ImageFolder tree. Classes are the sorted names of the folders in ``train``.
+
+    Args:
+        root: folder with ``train`` and ``val``.
+        size: height and width in pixels of the images the network sees.
+        resize: length in pixels of the shorter side before the centre crop of evaluation.
+        scale, ratio: area and aspect ratio of the random crop of training.
+        hflip: probability of a horizontal flip in training.
+        interpolation: of resizing.
+        mean, std: of the RGB channels in [0, 1], for normalisation.
+        train_transform, val_transform: replace crop, resize and flip: transforms of torchvision.transforms.v2 by name,
+            e.g. ``[{"RandomCrop": {"size": 32, "padding": 2}}]``. Conversion and normalisation always follow.
+        predict_root: an image or a folder of images, in any depth, for predict; None for ROOT/val.
+        kwargs: of `RecipeData`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/imagenet",
+        size: int = 224,
+        resize: int = 256,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear",
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        train_transform: Transforms | None = None,
+        val_transform: Transforms | None = None,
+        predict_root: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters(logger=False)
+        self.root, self.predict_root = Path(root), predict_root
+        mode = InterpolationMode(interpolation)
+        if train_transform is None:
+            crop = {"size": size, "scale": scale, "ratio": ratio, "interpolation": mode}
+            train_transform = [{"RandomResizedCrop": crop}, {"RandomHorizontalFlip": {"p": hflip}}]
+        if val_transform is None:
+            val_transform = [{"Resize": {"size": resize, "interpolation": mode}}, {"CenterCrop": {"size": size}}]
+        tail = [
+            {"ToImage": {}},
+            {"ToDtype": {"dtype": torch.float32, "scale": True}},
+            {"Normalize": {"mean": mean, "std": std}},
+        ]
+        self.train_transform = _compose("train_transform", train_transform + tail)
+        self.val_transform = _compose("val_transform", val_transform + tail)
+        self.classes: list[str] = []
+
+    def setup(self, stage: str) -> None:
+        """Find the images.
+
+        Raises:
+            RecipeError: a folder is missing, holds no images, or ``val`` has other classes than ``train``.
+        """
+        if stage == "predict":
+            self._setup_predict()
+            return
+        val = self._folder("val")
+        self.classes = val.classes
+        if stage == "fit" or (self.root / "train").is_dir():
+            train = self._folder("train")
+            self.classes = train.classes
+            if train.classes != val.classes:
+                missing = sorted(set(train.classes) - set(val.classes))
+                extra = sorted(set(val.classes) - set(train.classes))
+                raise RecipeError(
+                    f"data.root={self.root}: train has {len(train.classes)} classes and val {len(val.classes)}; "
+                    f"only in train: {_some(missing)}; only in val: {_some(extra)}"
+                )
+            self.train_samples = ImageFiles(train.samples, self.train_transform)
+        self.val_samples = ImageFiles(val.samples, self.val_transform)
+
+    def _setup_predict(self) -> None:
+        root = Path(self.predict_root or self.root / "val")
+        if root.is_dir():
+            paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        else:
+            paths = [root] if root.is_file() else []
+        if not paths:
+            raise RecipeError(
+                f"there is no image to predict in {root}: set --data.predict_root to an image or a folder"
+            )
+        self.predict_samples = ImageFiles([(str(path), index) for index, path in enumerate(paths)], self.val_transform)
+
+    def _folder(self, split: str) -> ImageFolder:
+        folder = self.root / split
+        if not folder.is_dir():
+            raise RecipeError(
+                f"data.root={self.root} has no folder {split!r}; expected {self.root}/train/CLASS/IMAGE and "
+                f"{self.root}/val/CLASS/IMAGE"
+            )
+        try:
+            return ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise RecipeError(f"data.root={self.root}: {str(error).splitlines()[0]}") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"classes": self.classes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.classes and state["classes"] != self.classes:
+            raise RecipeError(
+                f"data.root={self.root} has the classes {_some(self.classes)}; "
+                f"the checkpoint knows {_some(state['classes'])}"
+            )
+        self.classes = state["classes"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+
+
+def _compose(field: str, transforms: Transforms) -> v2.Compose:
+    built = []
+    for transform in transforms:
+        for name, arguments in transform.items():
+            factory = getattr(v2, name, None)
+            if factory is None:
+                raise RecipeError(f"data.{field}: torchvision.transforms.v2 has no {name!r}")
+            try:
+                built.append(factory(**arguments))
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"data.{field}: {name}: {error}") from error
+    return v2.Compose(built)

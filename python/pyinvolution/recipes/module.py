@@ -1,0 +1,130 @@
+"""What every recipe's LightningModule shares: optimizer, schedule, memory format, compilation, averaged weights."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.schedule import scale_lr, total_steps, warmup_cosine
+
+__all__ = ["Recipe"]
+
+
+class Recipe(pl.LightningModule):
+    """A network ``net`` with SGD, linear warm-up and half-cosine decay per optimizer step.
+
+    Args:
+        net: the network.
+        lr: learning rate at ``reference_batch`` images a step; it is scaled linearly to the actual global batch
+            (devices x nodes x accumulated batches x batch size).
+        reference_batch: None switches the scaling off.
+        momentum, nesterov, weight_decay: of SGD; the decay acts on all parameters.
+        warmup_steps: optimizer steps of the linear warm-up, whatever the batch; 0 for none. A run that is shorter never
+            reaches the full rate, and is warned of.
+        warmup_ratio: factor of the learning rate at the first step.
+        init_from: file with weights to begin with: an official checkpoint, one of this library or a plain state dict.
+        ema_decay: of an exponential moving average of weights and buffers, which validation uses and checkpoints hold
+            as their weights; 0 for none.
+        channels_last: memory format of network and images.
+        compile: run the network through torch.compile; the names in its state dict stay the same.
+        compile_options: arguments of torch.compile, e.g. ``{"mode": "max-autotune"}``.
+        matmul_precision: of float32 products on GPUs; "high" allows TF32.
+
+    Raises:
+        RecipeError: a value is out of its range, or ``init_from`` does not fit.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 0.8,
+        reference_batch: int | None = 2048,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 3130,
+        warmup_ratio: float = 0.25,
+        init_from: str | None = None,
+        ema_decay: float = 0.0,
+        channels_last: bool = False,
+        compile: bool = False,
+        compile_options: dict[str, Any] | None = None,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
+    ) -> None:
+        super().__init__()
+        for name, value, valid in (
+            ("lr", lr, lr > 0),
+            ("reference_batch", reference_batch, reference_batch is None or reference_batch > 0),
+            ("momentum", momentum, 0 <= momentum < 1),
+            ("nesterov", nesterov, momentum > 0 or not nesterov),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("warmup_steps", warmup_steps, warmup_steps >= 0),
+            ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio <= 1),
+            ("ema_decay", ema_decay, 0 <= ema_decay < 1),
+        ):
+            if not valid:
+                raise RecipeError(f"model.{name} is out of range: got {value!r} (momentum={momentum})")
+        self.net = net
+        self.lr, self.reference_batch = lr, reference_batch
+        self.sgd = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
+        self.ema_decay = ema_decay
+        torch.set_float32_matmul_precision(matmul_precision)
+        if init_from is not None:
+            self.load_weights(init_from)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        if compile:
+            # In place: the state dict keeps its names, and the averaged copy is not compiled a second time.
+            self.net.compile(**(compile_options or {}))
+
+    def load_weights(self, path: str) -> None:
+        """Load ``net`` from an official checkpoint or from one of this library."""
+        if not Path(path).is_file():
+            raise RecipeError(f"model.init_from: there is no file {path}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RecipeError(f"model.init_from: {path} is not a checkpoint of weights: {error}") from error
+        state = state.get("state_dict", state)
+        try:
+            if any(key.startswith(("backbone.", "module.backbone.")) for key in state):
+                self.load_official(state)
+            else:
+                self.net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RecipeError(f"model.init_from: {path} does not fit this model: {error}") from error
+
+    def load_official(self, state: dict[str, Tensor]) -> None:
+        """Load ``net`` from a state dict of the authors' code."""
+        raise NotImplementedError
+
+    def images(self, batch: Tensor) -> Tensor:
+        return batch.contiguous(memory_format=self.memory_format)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        # Outside training a checkpoint's weights are the averaged ones already.
+        fitting = self.trainer.state.fn == "fit"
+        return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay and fitting else []
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        data = self.trainer.datamodule
+        lr = scale_lr(self.lr, data.global_batch, self.reference_batch)
+        total = total_steps(data.steps_per_epoch, self.trainer.max_epochs, self.trainer.max_steps)
+        warmup, ratio = self.warmup_steps, self.warmup_ratio
+        rank_zero_info(f"{total} steps of {data.global_batch} images, learning rate {lr:g}, warm-up {warmup} steps")
+        if 0 < total <= warmup:
+            rank_zero_warn(
+                f"model.warmup_steps={warmup} is not shorter than the run of {total} steps: the learning rate will not "
+                f"reach {lr:g}"
+            )
+        optimizer = torch.optim.SGD(self.parameters(), lr=lr, **self.sgd)
+        # A plain function: its values come from the configuration, so a resumed run may be given another length.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, ratio))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}

@@ -1,0 +1,208 @@
+"""Pictures of a run."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+__all__ = ["Series", "curves", "kernels", "predictions", "read_metrics"]
+
+Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Optimizer steps and values of a logged quantity."""
+
+TRAIN, VAL, MISTAKE = "#3b6fb6", "#d1603d", "#c8102e"
+STYLE = {
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def read_metrics(folder: Path) -> dict[str, Series]:
+    """What CSVLogger wrote under ``folder``/logs, by name. Steps that a resumed run has repeated count once."""
+    rows: list[dict[str, str]] = []
+    versions = folder.glob("logs/version_*/metrics.csv")
+    for path in sorted(versions, key=lambda path: int(path.parent.name.removeprefix("version_"))):
+        with path.open(newline="") as file:
+            new = list(csv.DictReader(file))
+        if new:
+            first = min(int(row["step"]) for row in new)
+            rows = [row for row in rows if int(row["step"]) < first] + new
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "epoch") and value:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(float(row["step"]))
+                values.append(float(value))
+    return {name: (np.array(steps), np.array(values)) for name, (steps, values) in series.items()}
+
+
+def curves(metrics: dict[str, Series], path: Path) -> Path:
+    """Loss, top-1 and learning rate against the optimizer step."""
+    with _figure(path, (12, 3.6)) as figure:
+        loss, accuracy, rate = figure.subplots(1, 3)
+        if "train/loss" in metrics:
+            steps, values = metrics["train/loss"]
+            loss.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=1)
+            loss.plot(steps, _smooth(values), color=TRAIN, label="training (with label smoothing)")
+        _line(loss, metrics, "val/loss", VAL, "validation")
+        loss.set(title="Loss", ylim=(0, None))
+        _line(accuracy, metrics, "train/top1", TRAIN, "training (augmented)", 100)
+        _line(accuracy, metrics, "val/top1", VAL, "validation", 100)
+        accuracy.set(title="Top-1 accuracy (%)")
+        if "val/top1" in metrics:
+            steps, values = metrics["val/top1"]
+            accuracy.annotate(
+                f"{100 * values[-1]:.2f}",
+                (steps[-1], 100 * values[-1]),
+                xytext=(0, -14),
+                textcoords="offset points",
+                ha="right",
+                color=VAL,
+                weight="bold",
+            )
+        _line(rate, metrics, "lr", TRAIN, None, marker="")
+        rate.set(title="Learning rate", ylim=(0, None))
+        for axes in (loss, accuracy, rate):
+            axes.set_xlabel("optimizer step")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="best")
+    return path
+
+
+def predictions(
+    images: NDArray[np.float64],
+    targets: Sequence[int],
+    predicted: Sequence[int],
+    confidences: Sequence[float],
+    classes: Sequence[str],
+    path: Path,
+    title: str,
+) -> Path:
+    """A grid of images (N, H, W) or (N, H, W, 3) in [0, 1], each with its prediction; mistakes have a red frame."""
+    columns = 12
+    rows = -(-len(images) // columns)
+    with _figure(path, (columns, 1.25 * rows + 0.5)) as figure:
+        figure.suptitle(title, weight="bold")
+        for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+            axes.axis("off")
+        for axes, image, target, guess, confidence in zip(
+            grid.flat, images, targets, predicted, confidences, strict=False
+        ):
+            wrong = target != guess
+            axes.axis("on")
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            _frame(axes, MISTAKE if wrong else "#cccccc", 2.5 if wrong else 0.8)
+            text = f"{classes[guess]}, is {classes[target]}" if wrong else f"{classes[guess]}  {100 * confidence:.0f}%"
+            color, weight = (MISTAKE, "bold") if wrong else ("#333333", "normal")
+            axes.set_title(text, fontsize=8, weight=weight, color=color, pad=3)
+    return path
+
+
+def kernels(
+    images: NDArray[np.float64],
+    layers: dict[str, NDArray[np.float64]],
+    pixels: Sequence[tuple[float, float]],
+    path: Path,
+) -> Path:
+    """Learned kernels over images: the sum over the taps at every pixel (as in figure 3 of the paper), and the taps at
+    some pixels of the first image.
+
+    Args:
+        images: (N, H, W) in [0, 1].
+        layers: kernels (N, G, Kh, Kw, Ho, Wo) of involution layers, by name; the group of largest contrast is shown.
+        pixels: up to three (row, column), in [0, 1].
+        path: the picture.
+    """
+    colors = ("#e07b00", "#007a5e", "#8a3ffc")
+    columns = len(images)
+    with _figure(path, (1.55 * (columns + len(pixels)) + 0.4, 1.75 * (1 + len(layers)) + 0.3)) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=(columns, len(pixels)), wspace=0.03)
+        left.suptitle("Sum over the taps of each pixel's kernel", weight="bold")
+        right.suptitle("Taps at the marked pixels", weight="bold")
+        maps = left.subplots(1 + len(layers), columns, squeeze=False)
+        taps = right.subplots(1 + len(layers), len(pixels), squeeze=False)
+        for axes in (*maps.flat, *taps.flat):
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+        height, width = images.shape[1:]
+        for axes, image in zip(maps[0], images, strict=True):
+            axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            _frame(axes, "#cccccc", 0.8)
+        for axes, (y, x), color in zip(taps[0], pixels, colors, strict=False):
+            maps[0, 0].plot(x * width - 0.5, y * height - 0.5, "o", color=color, markersize=7, markeredgecolor="white")
+            radius = height // 6
+            row, column = int(y * height), int(x * width)
+            patch = np.pad(images[0], radius)[row : row + 2 * radius + 1, column : column + 2 * radius + 1]
+            axes.imshow(patch, cmap="gray_r", vmin=0, vmax=1)
+            _frame(axes, color, 2.5)
+        for row, (name, kernel) in enumerate(layers.items(), 1):
+            sums = kernel.sum((2, 3))
+            group = int(sums.std((0, 2, 3)).argmax())
+            bounds = {"vmin": sums[:, group].min(), "vmax": sums[:, group].max()}
+            maps[row, 0].set_ylabel(f"{name}\ngroup {group + 1} of {sums.shape[1]}", fontsize=8)
+            for axes, image, heat in zip(maps[row], images, sums[:, group], strict=True):
+                axes.imshow(heat, cmap="magma", extent=(0, width, height, 0), interpolation="nearest", **bounds)
+                axes.contour(
+                    np.arange(width) + 0.5, np.arange(height) + 0.5, image, [0.5], colors="white", linewidths=1
+                )
+                _frame(axes, "#cccccc", 0.8)
+            bound = np.abs(kernel[0, group]).max()
+            for axes, (y, x), color in zip(taps[row], pixels, colors, strict=False):
+                window = kernel[0, group, :, :, int(y * kernel.shape[4]), int(x * kernel.shape[5])]
+                axes.imshow(window, cmap="RdBu_r", vmin=-bound, vmax=bound)
+                axes.set_xlabel(f"{window.shape[0]} x {window.shape[1]}", fontsize=7)
+                _frame(axes, color, 2.5)
+    return path
+
+
+def _frame(axes: Axes, color: str, linewidth: float) -> None:
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=color, linewidth=linewidth)
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    # A figure of its own: pyplot would choose a window system and keep every figure alive.
+    with plt.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=140)
+
+
+def _line(
+    axes: Axes,
+    metrics: dict[str, Series],
+    name: str,
+    color: str,
+    label: str | None,
+    scale: float = 1,
+    marker: str = "o",
+) -> None:
+    if name in metrics:
+        steps, values = metrics[name]
+        axes.plot(steps, scale * values, color=color, label=label, marker=marker, markersize=3.5)
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred running mean over a twentieth of the curve, over what is there at its ends."""
+    window = np.ones(max(len(values) // 20, 1))
+    total = np.convolve(values, window, "same")
+    return total / np.convolve(np.ones_like(values), window, "same")

@@ -1,0 +1,143 @@
+"""The native library: what it says of itself, its switches, and what it is linked against."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyinvolution
+from pyinvolution import build_info, explain, functional, override_isa
+from pyinvolution._library import _spec
+from pyinvolution.introspection import available_isas, force_variant, variants
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")
+X, W = torch.randn(1, 4, 6, 6), torch.randn(1, 2, 3, 3, 6, 6)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def output_of(*command: str | Path) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_build_info() -> None:
+    info = build_info()
+    assert info["version"] == pyinvolution.__version__
+    assert info["torch_running"] == torch.__version__
+    assert tuple(map(int, info["torch_built"].split(".")[:2])) >= (2, 10)
+    assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
+    assert info["isa"].split()[0] in available_isas()
+    assert info["cuda"].startswith(("none: ", "CUDA "))
+
+
+def test_explain_names_the_choice_and_every_refusal() -> None:
+    explanation = explain(X, W, padding=1)
+    names = [verdict.variant for verdict in explanation.verdicts]
+    assert names == [name.removeprefix("cpu/") for name in variants() if name.startswith("cpu/")]
+    assert sum(verdict.chosen for verdict in explanation.verdicts) == 1
+    assert explanation.chosen == next(v.variant for v in explanation.verdicts if v.refusal is None)
+    assert all(name in str(explanation) for name in names)
+    with force_variant("scalar"):
+        assert explain(X, W, padding=1).chosen == "scalar"
+    assert explain(X, W, padding=1, pass_="grad_input").chosen == explanation.chosen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pass_": "sideways"}, ["pass_", "'sideways'", "grad_input"]),
+        ({"stride": 2}, ["weight", "6 x 6", "3 x 3"]),
+    ],
+)
+def test_explain_refuses(arguments: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        explain(X, W, **{"padding": 1, **arguments})
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_unknown_switches_are_refused() -> None:
+    with (
+        pytest.raises(ValueError, match=r'unknown variant "quick", expected one of .*cpu/columns, cpu/scalar'),
+        force_variant("quick"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match='unknown instruction set "sse9", expected one of baseline, avx2'),
+        override_isa("sse9"),
+    ):
+        pass
+
+
+def test_environment_switches() -> None:
+    code = "import torch, pyinvolution as p; x, w = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1, 2, 2); "
+    code += "print(p.explain(x, w).chosen, p.build_info()['isa'].split()[0], p.involution2d(x, w).sum().item())"
+    result = python(code, PYINVOLUTION_VARIANT="scalar", PYINVOLUTION_ISA="baseline")
+    assert result.stdout.split() == ["scalar", "baseline", "4.0"], result.stderr
+    wrong = python(code, PYINVOLUTION_VARIANT="quick")
+    assert wrong.returncode == 1
+    assert 'unknown variant "quick"' in wrong.stderr
+    wrong = python(code, PYINVOLUTION_ISA="sse9")
+    assert wrong.returncode == 1
+    assert 'unknown instruction set "sse9"' in wrong.stderr
+
+
+def test_cuda_variants_say_why_they_cannot_run_here() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises((RuntimeError, AssertionError)):
+        functional.involution2d(X.cuda(), W.cuda(), padding=1)
+
+
+def test_a_second_copy_is_refused(tmp_path: Path) -> None:
+    copy = shutil.copy(LIBRARY, tmp_path)
+    result = python(f"import torch; torch.ops.load_library({str(copy)!r}); import pyinvolution")
+    assert result.returncode == 1
+    assert "another copy of the pyinvolution library is already loaded" in result.stderr
+
+
+def test_the_library_needs_no_particular_torch() -> None:
+    dynamic = output_of("readelf", "-d", LIBRARY)
+    assert "libtorch_cuda" not in dynamic
+    assert "libcudart" not in dynamic
+    assert "libc10" not in dynamic
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    unstable = [line for line in output_of("nm", "-DCu", LIBRARY).splitlines() if " at::" in line or " c10::" in line]
+    assert unstable == []
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_code_for_newer_processors_keeps_to_itself(isa: str, tmp_path: Path) -> None:
+    """A function that the linker may merge with another file's would bring these instructions to old processors."""
+    flags = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+    if os.uname().machine != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("needs g++ on x86-64")
+    source = ROOT / f"cpp/core/cpu_columns_{isa}.cpp"
+    command = ["g++", "-std=c++20", "-O3", "-c", source, "-o", tmp_path / "object.o", f"-I{ROOT}/cpp/include"]
+    subprocess.run([*command, *flags[isa]], check=True)
+    names = output_of("nm", "-C", "--defined-only", "--extern-only", tmp_path / "object.o").splitlines()
+    assert [name.split(maxsplit=2)[2].split("(")[0] for name in names] == [f"pyinvolution::cpu::columns_task_{isa}"]
+
+
+def test_a_build_without_torch_stops_with_advice(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    interpreter = tmp_path / "bare/bin/python"
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    command = [cmake, "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={interpreter}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode != 0
+    assert "pyinvolution needs PyTorch 2.10 or newer" in result.stderr
+    assert "pip install torch" in result.stderr

@@ -1,0 +1,118 @@
+"""RedNet through timm's interface."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm")
+pytest.importorskip("timm.optim")
+
+import pyinvolution  # noqa: E402
+from pyinvolution.models import create_model, list_models, official_state_dict  # noqa: E402
+
+IMAGE = torch.randn(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import pyinvolution, sys; assert 'timm' not in sys.modules; from timm.models import list_models; import timm",
+        "import timm; import pyinvolution",
+        "import sys; sys.modules['timm'] = None; import pyinvolution; pyinvolution.models.create_model('rednet26')",
+    ],
+    ids=["before", "after", "without"],
+)
+def test_order_of_imports(script):
+    """One snippet works whichever package comes first, and nobody pays for timm who does not import it."""
+    if "None" not in script:
+        script += "; timm.create_model('rednet50', features_only=True); assert len(timm.list_models('rednet*')) == 5"
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_list():
+    assert timm.list_models("rednet*") == list_models()
+    assert timm.list_pretrained("rednet*") == []
+
+
+@pytest.mark.parametrize("feature_cls", [None, "dict", "hook", "getter", "fx"])
+def test_features_only(feature_cls):
+    model = timm.create_model("rednet26", features_only=True, feature_cls=feature_cls).eval()
+    with torch.no_grad():
+        features = model(IMAGE)
+    features = list(features.values()) if isinstance(features, dict) else features
+    assert model.feature_info.channels() == [64, 256, 512, 1024, 2048]
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert [f.shape[1:] for f in features] == [
+        (c, 64 // s, 64 // s)
+        for c, s in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    ]
+
+
+def test_features_only_selection_and_switches():
+    model = timm.create_model(
+        "rednet26", features_only=True, out_indices=(1, 3), output_stride=8, frozen_stages=1, in_chans=2
+    ).train()
+    assert [f.shape[1:] for f in model(torch.randn(2, 2, 64, 64))] == [(256, 16, 16), (1024, 8, 8)]
+    assert not any(name.startswith("layer4") for name, _ in model.named_parameters())
+    assert not any(m.training for part in ("stem", "layer1") for m in model[part].modules())
+    assert model["layer2"].training
+
+
+def test_classifier():
+    model = timm.create_model("rednet26", num_classes=7, in_chans=1, drop_rate=0.1).eval()
+    gray = IMAGE[:, :1]
+    assert model(gray).shape == (1, 7)
+    assert model.get_classifier() is model.head
+    assert (model.num_classes, model.in_chans, model.head_drop.p) == (7, 1, 0.1)
+    model.reset_classifier(3)
+    assert model(gray).shape == (1, 3)
+    model.reset_classifier(0)
+    assert model(gray).shape == (1, model.num_features)
+    assert timm.create_model("rednet26", num_classes=0, global_pool="")(IMAGE).shape == (1, 2048, 2, 2)
+
+
+def test_same_model():
+    ours, theirs = create_model("rednet26").eval(), timm.create_model("rednet26").eval()
+    assert type(theirs) is type(ours)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(theirs(IMAGE), ours(IMAGE), rtol=0, atol=0)
+    last = theirs.to(memory_format=torch.channels_last)(IMAGE.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, ours(IMAGE), rtol=1e-4, atol=1e-5)
+
+
+def test_configuration():
+    model = timm.create_model("rednet50", num_classes=5)
+    assert model.pretrained_cfg["first_conv"] == "stem.conv1"
+    assert model.default_cfg["classifier"] == model.get_classifier(name_only=True) == "head"
+    assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), torch.nn.Conv2d)
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 224, 224)
+    assert config["crop_pct"] == 0.875
+    assert config["interpolation"] == "bilinear"
+    assert config["mean"] == (0.485, 0.456, 0.406)
+    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+    assert len({group["lr_scale"] for group in groups}) == 1 + 16 + 1
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for rednet50"):
+        timm.create_model("rednet50", pretrained=True)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_pretrained_file(official, tmp_path):
+    source = create_model("rednet26")
+    weights = official_state_dict(source) if official else source.state_dict()
+    torch.save({"state_dict": weights}, tmp_path / "rednet26.pth")
+    overlay = {"file": str(tmp_path / "rednet26.pth")}
+    whole = timm.create_model("rednet26", pretrained=True, pretrained_cfg_overlay=overlay)
+    for key, value in source.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[key], value, rtol=0, atol=0)
+    tuned = timm.create_model("rednet26", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=1)
+    torch.testing.assert_close(tuned.stem.conv1.weight, source.stem.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(tuned.layer4[0].conv3.weight, source.layer4[0].conv3.weight)
+
+
+def test_import_hook_is_gone():
+    assert pyinvolution.models
+    assert not any(type(finder).__module__.startswith("pyinvolution") for finder in sys.meta_path)
