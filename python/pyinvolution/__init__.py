@@ -6,6 +6,7 @@ __version__ = version("pyinvolution")
 
 from pyinvolution import functional, models
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.inference import optimize_for_inference
 from pyinvolution.introspection import build_info, explain, explain_span, force_variant, override_isa
 from pyinvolution.modules import Involution2d
 
@@ -19,6 +20,7 @@ __all__ = [
     "functional",
     "involution2d",
     "models",
+    "optimize_for_inference",
     "override_isa",
     "span_involution2d",
 ]
