@@ -37,8 +37,8 @@ def uninterrupted(data, tmp_path_factory):
     return state
 
 
-# Signal, workers, accumulated batches, when, step of the checkpoint from which it goes on. Saved are steps 4, 8, ... and
-# the ends of epochs: 6, 12, 18 (3, 6, 9 with two accumulated batches).
+# Signal, workers, accumulated batches, when, step of the checkpoint from which it goes on. Saved are steps 4, 8, ...
+# and the ends of epochs: 6, 12, 18 (3, 6, 9 with two accumulated batches).
 CASES = {
     "kill": (signal.SIGKILL, 0, 1, {"step": 9}, 8),
     "kill, 2 workers, accumulating": (signal.SIGKILL, 2, 2, {"step": 5, "batch_idx": 5}, 4),
