@@ -16,6 +16,8 @@ const char* tiled_refusal(const Problem& p, Pass) {
   if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return "neither channels nor columns of the output are dense";
   if (!tiled::taps_are_inner(p) && p.w_stride[5] != 1) return "neither taps nor columns of the weight are dense";
 
+  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return "the input or the output has no pixels";
+
   // Offsets within an image are 32-bit, as is the number of blocks.
   Problem image = p;
   image.batch = 1;

@@ -24,6 +24,8 @@
 // is the limit in float; in half and bfloat16, whose bytes are half, shared memory is.
 #pragma once
 
+#include <type_traits>
+
 #include "../launch.cuh"
 
 namespace pyinvolution::cuda::tiled {
@@ -105,36 +107,81 @@ struct alignas(4 * sizeof(T)) Vector4 {
   T v[4];
 };
 
-// Brings one element into shared memory as float, or a zero.
-__device__ __forceinline__ void bring(float* to, const float* from, bool valid) { copy_async<4>(to, from, valid); }
-template <class T>
-__device__ __forceinline__ void bring(float* to, const T* from, bool valid) {
-  *to = valid ? load(*from) : 0.0f;
-}
+// One of the loads of a thread: offsets in elements. Not valid ones bring zeros, from the first element, so that loads
+// need no branch.
+struct Move {
+  bool exists, valid;
+  int to, from;
+};
 
-// Brings four channels.
+// How many moves a thread makes at a time. Float is copied in the background. The others pass through registers, and
+// one waits for all of a batch instead of for each.
 template <class T>
-__device__ __forceinline__ void bring4(float* to, const T* from, int step, bool vectors, bool valid) {
+constexpr int batch = sizeof(T) == sizeof(float) ? 8 : 16;
+
+// Brings elements into shared memory as float: moves `at(0)` to `at(N - 1)`.
+template <int N, class T, class At>
+__device__ __forceinline__ void bring(float* shared, const T* memory, const At& at) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (vectors) {
-      copy_async<16>(to, from, valid);
-    } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) copy_async<4>(to + i, from + i * step, valid);
+    for (int i = 0; i < N; ++i) {
+      const Move move = at(i);
+      if (move.exists) copy_async<4>(shared + move.to, memory + move.from, move.valid);
     }
   } else {
-    Float4 four{};
-    if (valid) {
-      if (vectors) {
-        const Vector4<T> elements = *reinterpret_cast<const Vector4<T>*>(from);
+    float values[N];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) four.v[i] = load(elements.v[i]);
+    for (int i = 0; i < N; ++i) {
+      const Move move = at(i);
+      values[i] = load(memory[move.exists ? move.from : 0]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Move move = at(i);
+      if (move.exists) shared[move.to] = move.valid ? values[i] : 0.0f;
+    }
+  }
+}
+
+// The same with four channels each, `step` apart in memory.
+template <int N, class T, class At>
+__device__ __forceinline__ void bring_channels(float* shared, const T* memory, int step, bool vectors, const At& at) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Move move = at(i);
+      if (!move.exists) continue;
+      if (vectors) {
+        copy_async<16>(shared + move.to, memory + move.from, move.valid);
       } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) four.v[i] = load(from[i * step]);
+        for (int c = 0; c < 4; ++c) copy_async<4>(shared + move.to + c, memory + move.from + c * step, move.valid);
       }
     }
-    *reinterpret_cast<Float4*>(to) = four;
+  } else {
+    Vector4<T> fours[N];
+    if (vectors) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const Move move = at(i);
+        fours[i] = *reinterpret_cast<const Vector4<T>*>(memory + (move.exists ? move.from : 0));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const Move move = at(i);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) fours[i].v[c] = memory[(move.exists ? move.from : 0) + c * step];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Move move = at(i);
+      Float4 four;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) four.v[c] = move.valid ? load(fours[i].v[c]) : 0.0f;
+      if (move.exists) *reinterpret_cast<Float4*>(shared + move.to) = four;
+    }
   }
 }
 
@@ -161,42 +208,54 @@ __device__ __forceinline__ void bring_image(float* shared, const T* image, const
   const int first_chunk = channels_inner ? thread % chunks : 0;
   const int end_chunk = channels_inner ? first_chunk + 1 : chunks;
   if (first >= step) return;
+  constexpr int at_once = batch<T> / 4;
   for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-#pragma unroll 4
-    for (int position = first; position < Rows * Columns; position += step) {
-      const int row = position / Columns, column = position % Columns;
-      const int h = first_row + row, w = first_column + column;
-      const bool valid = inside(h, w, height, width);
-      const int offset = valid ? h * view.h + w * view.w + 4 * chunk * view.c : 0;
-      bring4(shared + (row * Pitch + column + column / Every) * channels + 4 * chunk, image + offset, view.c,
-             view.vectors, valid);
+#pragma unroll 1
+    for (int start = first; start < Rows * Columns; start += step * at_once) {
+      bring_channels<at_once>(shared, image, view.c, view.vectors, [&](int i) -> Move {
+        const int position = start + i * step;
+        const int row = position / Columns, column = position % Columns;
+        const int h = first_row + row, w = first_column + column;
+        const bool valid = inside(h, w, height, width);
+        return {position < Rows * Columns, valid, (row * Pitch + column + column / Every) * channels + 4 * chunk,
+                valid ? h * view.h + w * view.w + 4 * chunk * view.c : 0};
+      });
     }
   }
 }
 
-// Calls `each(pixel, row, column, tap, kh, kw)` for every pixel of Rows x Columns and every tap, consecutive threads on
-// what is consecutive in memory.
-template <int K, int Rows, int Columns, class Each>
-__device__ __forceinline__ void for_each_weight(bool taps_inner, const Each& each) {
-  constexpr int taps = K * K, slots = taps <= 16 ? 16 : 32;
+// A tap of a pixel of Rows x Columns.
+struct Tap {
+  bool exists;
+  int row, column, tap, kh, kw;
+};
+
+// Shares out the K x K taps of Rows x Columns pixels, consecutive threads on what is consecutive in memory. Calls
+// `body(N, at)` until all have had their turn, where N is an integral_constant and `at(i)` for i below it a Tap.
+template <int K, int Rows, int Columns, int Batch, class Body>
+__device__ __forceinline__ void for_each_tap(bool taps_inner, const Body& body) {
+  constexpr int taps = K * K, pixels = Rows * Columns;
   const int threads = int(blockDim.x), thread = int(threadIdx.x);
   if (taps_inner) {
-    const int slot = thread % slots;
-    for (int pixel = thread / slots; pixel < Rows * Columns; pixel += threads / slots) {
-      const int row = pixel / Columns, column = pixel % Columns;
-#pragma unroll
-      for (int first = 0; first < taps; first += slots) {
-        const int tap = first + slot;
-        if (tap < taps) each(row, column, tap, tap / K, tap % K);
-      }
+    constexpr int slots = taps <= 16 ? 16 : 32, rounds = (taps + slots - 1) / slots, at_once = Batch / rounds;
+    const int slot = thread % slots, step = threads / slots;
+#pragma unroll 1
+    for (int first = thread / slots; first < pixels; first += step * at_once) {
+      body(std::integral_constant<int, rounds * at_once>{}, [&](int i) -> Tap {
+        const int pixel = first + i / rounds * step, tap = i % rounds * slots + slot;
+        return {pixel < pixels && tap < taps, pixel / Columns, pixel % Columns, tap, tap / K, tap % K};
+      });
     }
   } else {
-    for (int pixel = thread; pixel < Rows * Columns; pixel += threads) {
-      const int row = pixel / Columns, column = pixel % Columns;
 #pragma unroll 1
-      for (int kh = 0; kh < K; ++kh) {
+    for (int pixel = thread; pixel < pixels; pixel += threads) {
+      const int row = pixel / Columns, column = pixel % Columns;
 #pragma unroll
-        for (int kw = 0; kw < K; ++kw) each(row, column, kh * K + kw, kh, kw);
+      for (int first = 0; first < taps; first += Batch) {
+        body(std::integral_constant<int, Batch>{}, [&](int i) -> Tap {
+          const int tap = first + i;
+          return {tap < taps, row, column, tap, tap / K, tap % K};
+        });
       }
     }
   }
@@ -205,11 +264,13 @@ __device__ __forceinline__ void for_each_weight(bool taps_inner, const Each& eac
 // The weights of the tile's pixels.
 template <class C, class T>
 __device__ __forceinline__ void bring_weights(float* shared, const T* w, const Geometry& q, const Tile& tile) {
-  for_each_weight<C::K, C::Rows, C::Columns>(q.w.taps_inner, [&](int row, int column, int tap, int kh, int kw) {
-    const int h = tile.row + row, v = tile.column + column;
-    if (h < q.w_height && v < q.w_width)
-      bring(shared + row * C::w_pitch + column * C::w_pixel + tap,
-            w + (kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w), true);
+  for_each_tap<C::K, C::Rows, C::Columns, batch<T>>(q.w.taps_inner, [&](auto count, const auto& at) {
+    bring<count.value>(shared, w, [&](int i) -> Move {
+      const Tap t = at(i);
+      const int h = tile.row + t.row, v = tile.column + t.column;
+      return {t.exists && h < q.w_height && v < q.w_width, true, t.row * C::w_pitch + t.column * C::w_pixel + t.tap,
+              t.kh * q.w.kh + t.kw * q.w.kw + h * q.w.h + v * q.w.w};
+    });
   });
 }
 
@@ -236,24 +297,31 @@ template <class C, int Stride, class T>
 __device__ __forceinline__ void bring_weights_to(float* shared, const T* w, const Geometry& q, const Tile& tile,
                                                  const Class& rows, const Class& columns) {
   constexpr int K = C::K, halo = K - 1;
-  const auto one = [&](int row, int column, int h, int v, int tap, int th, int tw) {
-    const int kh = th * Stride + rows.parity, kw = tw * Stride + columns.parity;
-    if (Stride > 1 && (kh >= q.kernel || kw >= q.kernel)) return;
-    const bool valid = inside(h, v, q.w_height, q.w_width);
-    const int offset = valid ? kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w : 0;
-    bring(shared + row * C::w_pitch + column * C::w_pixel + C::taps - 1 - tap, w + offset, valid);
-  };
   const int first_row = tile.row + rows.shift, first_column = tile.column + columns.shift;
+  // The move of tap t of the pixel (h, v) of Y to the pixel (row, column) of the tile.
+  const auto move = [&](bool exists, const Tap& t, int row, int column, int h, int v) -> Move {
+    const int kh = t.kh * Stride + rows.parity, kw = t.kw * Stride + columns.parity;
+    const bool valid = inside(h, v, q.w_height, q.w_width);
+    return {exists && t.exists && (Stride == 1 || (kh < q.kernel && kw < q.kernel)), valid,
+            row * C::w_pitch + column * C::w_pixel + C::taps - 1 - t.tap,
+            valid ? kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w : 0};
+  };
   if (q.w.taps_inner) {
     // By output pixels, whose taps are consecutive in memory and go to as many pixels of the tile.
-    for_each_weight<K, C::Rows + halo, C::Columns + halo>(true, [&](int row, int column, int tap, int th, int tw) {
-      const int to_row = row - halo + th, to_column = column - halo + tw;
-      if (inside(to_row, to_column, C::Rows, C::Columns))
-        one(to_row, to_column, first_row - halo + row, first_column - halo + column, tap, th, tw);
+    for_each_tap<K, C::Rows + halo, C::Columns + halo, batch<T>>(true, [&](auto count, const auto& at) {
+      bring<count.value>(shared, w, [&](int i) -> Move {
+        const Tap t = at(i);
+        const int row = t.row - halo + t.kh, column = t.column - halo + t.kw;
+        return move(inside(row, column, C::Rows, C::Columns), t, row, column, first_row - halo + t.row,
+                    first_column - halo + t.column);
+      });
     });
   } else {
-    for_each_weight<K, C::Rows, C::Columns>(false, [&](int row, int column, int tap, int th, int tw) {
-      one(row, column, first_row + row - th, first_column + column - tw, tap, th, tw);
+    for_each_tap<K, C::Rows, C::Columns, batch<T>>(false, [&](auto count, const auto& at) {
+      bring<count.value>(shared, w, [&](int i) -> Move {
+        const Tap t = at(i);
+        return move(true, t, t.row, t.column, first_row + t.row - t.kh, first_column + t.column - t.kw);
+      });
     });
   }
 }
@@ -424,11 +492,15 @@ __global__ void __launch_bounds__(256, 1)
   }
   __syncthreads();
   T* out = w + (tile.n * q.w.n + int64_t(tile.group) * q.w.g);
-  for_each_weight<K, C::Rows, C::Columns>(q.w.taps_inner, [&](int r, int column, int tap, int tap_h, int tap_w) {
-    const int h = tile.row + r, v = tile.column + column;
-    if (h < q.w_height && v < q.w_width)
-      store(weights[r * C::w_pitch + column * C::w_pixel + tap],
-            &out[tap_h * q.w.kh + tap_w * q.w.kw + h * q.w.h + v * q.w.w]);
+  for_each_tap<K, C::Rows, C::Columns, 8>(q.w.taps_inner, [&](auto count, const auto& at) {
+#pragma unroll
+    for (int i = 0; i < count.value; ++i) {
+      const Tap t = at(i);
+      const int h = tile.row + t.row, v = tile.column + t.column;
+      if (t.exists && h < q.w_height && v < q.w_width)
+        store(weights[t.row * C::w_pitch + t.column * C::w_pixel + t.tap],
+              &out[t.kh * q.w.kh + t.kw * q.w.kw + h * q.w.h + v * q.w.w]);
+    }
   });
 }
 

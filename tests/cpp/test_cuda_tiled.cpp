@@ -130,6 +130,8 @@ void refusals() {
   refused(shape, DType::f32, Layout::contiguous, Pass::forward, "strides");
   shape = good, shape.g = 8;
   refused(shape, DType::f32, Layout::contiguous, Pass::forward, "channels a group");
+  shape = good, shape.h = 2, shape.ph = 0;
+  refused(shape, DType::f32, Layout::contiguous, Pass::grad_input, "no pixels");
   shape = good, shape.h = shape.w = 40000;
   refused(shape, DType::f32, Layout::contiguous, Pass::forward, "32-bit");
 }

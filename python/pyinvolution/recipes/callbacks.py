@@ -59,7 +59,7 @@ class LastCheckpoint(ModelCheckpoint):
     validation begins with it when it is resumed.
     """
 
-    def __init__(self, dirpath: str, every_n_train_steps: int) -> None:
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int) -> None:
         super().__init__(dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps)
         self._before_validation = False
 
@@ -148,14 +148,6 @@ class StopOnSignal(Checkpoint):
             f"stopped by SIGTERM at step {trainer.global_step}, saved {path}; resume with --ckpt_path {path}"
         )
         raise SystemExit(self.EXIT_CODE)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self.on_predict_start(trainer, pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Nothing to save, and Lightning would let the loop run to its end.
-        self._original = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL)}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, original in self._original.items():
@@ -246,7 +238,7 @@ class PredictionWriter(BasePredictionWriter):
         output: the file.
     """
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str | Path) -> None:
         super().__init__("batch")
         self.output = Path(output)
         self._rows: list[tuple[int, list[int], list[float]]] = []

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from pyinvolution.recipes import callbacks, configs
@@ -70,42 +71,56 @@ class RecipeCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, TypeError) as error:
-            raise RecipeError(str(error)) from error
+            link: BaseException | None = error
+            while link and not isinstance(link, RecipeError):  # jsonargparse wraps what a constructor raises
+                link = link.__cause__ or link.__context__
+            raise link or RecipeError(" ".join(str(error).split())) from error
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand != "fit":
+            self.save_config_callback = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = Path(config.default_root_dir or ".").absolute()
-        extra = [
+        added: list[Callback] = []
+        if config.enable_progress_bar is not False:
+            added.append(RichProgressBar())
+        if self.subcommand == "fit":
+            added += self._training_callbacks(config, root)
+        else:
+            config.enable_checkpointing = False
+        if self.subcommand == "predict":
+            added.append(callbacks.PredictionWriter(root / self._get(self.config_init, "output")))
+        if config.logger in (None, True):
+            config.logger = self.subcommand == "fit" and _loggers(root)
+        plugins = config.plugins or []
+        config.plugins = [*(plugins if isinstance(plugins, list) else [plugins]), callbacks.AtomicCheckpointIO()]
+        config.callbacks = [*(config.callbacks or []), *added]
+        return super().instantiate_trainer(default_root_dir=root, **kwargs)
+
+    def _training_callbacks(self, config: Namespace, root: Path) -> list[Callback]:
+        added: list[Callback] = [
             callbacks.SeedEveryBatch(),
             callbacks.StopOnDivergence(),
             callbacks.ImagesPerSecond(),
+            callbacks.Curves(),
         ]
-        if self.subcommand == "fit":
-            extra.append(callbacks.Curves())
-        if self.subcommand == "predict":
-            extra.append(callbacks.PredictionWriter(str(root / self._get(self.config_init, "output"))))
-        loggers = config.logger
-        if loggers in (None, True):
-            loggers = False
-            if self.subcommand == "fit":
-                table = CSVLogger(root, "logs")
-                loggers = [table, TensorBoardLogger(root, "logs", table.version, default_hp_metric=False)]
-        if loggers and self.subcommand == "fit":
-            extra.append(LearningRateMonitor("step"))
-        if config.enable_progress_bar is not False:
-            extra.append(RichProgressBar())
+        if config.logger is not False:
+            added.append(LearningRateMonitor("step"))
         if config.enable_checkpointing is not False:
             checkpoint = self._get(self.config_init, "checkpoint")
-            extra += [
+            added += [
                 ModelCheckpoint(root, "best", checkpoint.monitor, mode=checkpoint.mode),
-                callbacks.LastCheckpoint(str(root), checkpoint.every_n_train_steps),
+                callbacks.LastCheckpoint(root, checkpoint.every_n_train_steps),
                 callbacks.StopOnSignal(),
             ]
-        plugins = config.plugins or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), callbacks.AtomicCheckpointIO()]
-        kwargs |= {"default_root_dir": root, "logger": loggers, "plugins": plugins}
-        config.callbacks = [*(config.callbacks or []), *extra]
-        return super().instantiate_trainer(**kwargs)
+        return added
+
+
+def _loggers(root: Path) -> list[Logger]:
+    table = CSVLogger(root, "logs")
+    return [table, TensorBoardLogger(root, "logs", table.version, default_hp_metric=False)]
 
 
 def run(arguments: list[str]) -> RecipeCLI:
@@ -120,6 +135,9 @@ def run(arguments: list[str]) -> RecipeCLI:
         lambda record: "Tip:" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against a newer torch
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.")
+    if arguments[0] != "fit":
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     arguments = _insert_checkpoint_config(_resolve_configs(arguments))
     # Through sys.argv: a distributed strategy starts its other processes with it.
     before, sys.argv = sys.argv, [sys.argv[0], *arguments]

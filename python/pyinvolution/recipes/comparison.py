@@ -22,8 +22,9 @@ from pyinvolution.reference import involution2d as unfold_involution2d
 __all__ = ["Measurement", "measure", "table"]
 
 KERNEL, GROUP_CHANNELS = 7, 16
-LAYERS = {"RedNet-50 stage 1": (8, 64, 56, 56), "RedNet-50 stage 3": (8, 256, 14, 14)}
-"""N, C, H, W of involutions in RedNet-50 at 224 x 224."""
+Shape = tuple[int, int, int, int]
+SHAPES: list[Shape] = [(8, 64, 56, 56), (8, 256, 14, 14)]
+"""N, C, H, W of involutions in the first and third stage of RedNet-50 at 224 x 224."""
 VARIANTS: dict[str, Callable[..., Tensor]] = {"unfold": unfold_involution2d, "involution2d": involution2d}
 
 
@@ -31,7 +32,7 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {"unfold": unfold_involution2d, "in
 class Measurement:
     """Median time in seconds and growth of the process' peak resident memory in bytes."""
 
-    layer: str
+    shape: Shape
     variant: str
     backward: bool
     seconds: float
@@ -39,46 +40,42 @@ class Measurement:
 
 
 def measure() -> list[Measurement]:
-    """Measure everything in a process of its own, whose memory no training has been through.
+    """Measure `SHAPES` in a process of its own, whose memory no training has been through.
 
     Raises:
         subprocess.CalledProcessError: the two disagree, or one of them failed.
     """
     # By default glibc gives every large block back to the system, and half of unfold's time is then page faults.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [sys.executable, "-m", __name__, json.dumps(SHAPES)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [Measurement(**values) for values in json.loads(done.stdout.splitlines()[-1])]
 
 
 def table(measurements: list[Measurement]) -> Table:
-    """A row for each layer and direction."""
-    found = {(m.layer, m.backward, m.variant): m for m in measurements}
+    """A row for each shape without and with gradients."""
     result = Table(
-        title="Involutions of RedNet-50, batch 8",
-        caption=f"float32, {torch.get_num_threads()} threads; time and growth of peak memory; checked equal first",
+        title="Involutions as in RedNet-50, batch 8: time and growth of peak memory",
+        caption=f"float32, {torch.get_num_threads()} threads; checked equal first",
         box=SIMPLE,
+        pad_edge=False,
     )
-    for column in ("input", "pass"):
+    for column in ("input", ""):
         result.add_column(column)
     for column in ("unfold", "", "ours", "", "faster", "smaller"):
         result.add_column(column, justify="right")
-    for layer, shape in LAYERS.items():
-        for backward in (False, True):
-            naive, ours = (found[layer, backward, variant] for variant in VARIANTS)
-            result.add_row(
-                "" if backward else "x".join(map(str, shape[1:])),
-                "forward, backward" if backward else "forward",
-                *(text for m in (naive, ours) for text in (f"{1e3 * m.seconds:.0f} ms", f"{m.peak / 2**20:.0f} MiB")),
-                f"[bold]{naive.seconds / ours.seconds:.0f} x[/]",
-                f"[bold]{naive.peak / ours.peak:.0f} x[/]",
-            )
+    for naive, ours in zip(measurements[::2], measurements[1::2], strict=True):
+        result.add_row(
+            *(("", "training") if ours.backward else ("x".join(map(str, ours.shape[1:])), "inference")),
+            *(text for m in (naive, ours) for text in (f"{1e3 * m.seconds:.0f} ms", f"{m.peak / 2**20:.0f} MiB")),
+            f"[bold]{naive.seconds / ours.seconds:.0f} x[/]",
+            f"[bold]{naive.peak / max(ours.peak, 1):.0f} x[/]",
+        )
     return result
 
 
-def _inputs(layer: str, requires_grad: bool) -> tuple[Tensor, Tensor]:
-    n, c, h, w = LAYERS[layer]
+def _inputs(shape: Shape, requires_grad: bool) -> tuple[Tensor, Tensor]:
+    n, c, h, w = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, c, h, w, generator=generator)
     # In place: a temporary would leave free memory behind, which the measured peak would not count.
@@ -95,13 +92,13 @@ def _run(variant: str, x: Tensor, kernels: Tensor) -> list[Tensor]:
     return [tensor for tensor in (output, x.grad, kernels.grad) if tensor is not None]
 
 
-def _check(layer: str) -> None:
-    naive, ours = (_run(variant, *_inputs(layer, True)) for variant in VARIANTS)
+def _check(shape: Shape) -> None:
+    naive, ours = (_run(variant, *_inputs(shape, True)) for variant in VARIANTS)
     torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
 
 
-def _time_and_peak(layer: str, variant: str, backward: bool, repeats: int = 5) -> Measurement:
-    inputs = _inputs(layer, backward)
+def _time_and_peak(shape: Shape, variant: str, backward: bool, repeats: int = 5) -> Measurement:
+    inputs = _inputs(shape, backward)
     before = _resident()
     _run(variant, *inputs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
@@ -110,7 +107,7 @@ def _time_and_peak(layer: str, variant: str, backward: bool, repeats: int = 5) -
         start = time.perf_counter()
         _run(variant, *inputs)
         times.append(time.perf_counter() - start)
-    return Measurement(layer, variant, backward, sorted(times)[repeats // 2], peak)
+    return Measurement(shape, variant, backward, sorted(times)[repeats // 2], peak)
 
 
 def _resident() -> int:
@@ -137,12 +134,12 @@ def _forked(function: Callable, *arguments: object) -> object:
         process.join()
 
 
-def _main() -> None:
-    for layer in LAYERS:
-        _forked(_check, layer)
+def _main(shapes: list[Shape]) -> None:
+    for shape in shapes:
+        _forked(_check, shape)
     results = [
-        _forked(_time_and_peak, layer, variant, backward)
-        for layer in LAYERS
+        _forked(_time_and_peak, shape, variant, backward)
+        for shape in shapes
         for backward in (False, True)
         for variant in VARIANTS
     ]
@@ -150,4 +147,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(json.loads(sys.argv[1]))

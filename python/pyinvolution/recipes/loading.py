@@ -229,7 +229,7 @@ class RecipeData(pl.LightningDataModule):
     def _loader(self, dataset: Dataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by name: for predict, Lightning makes the loader a second time
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -93,17 +93,22 @@ class Recipe(pl.LightningModule):
         except Exception as error:
             raise RecipeError(f"model.init_from: {path} is not a checkpoint of weights: {error}") from error
         state = state.get("state_dict", state)
-        try:
-            if any(key.startswith(("backbone.", "module.backbone.")) for key in state):
+        if any(key.startswith(("backbone.", "module.backbone.")) for key in state):
+            try:
                 self.load_official(state)
-            else:
-                self.net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise RecipeError(f"model.init_from: {path} does not fit this model: {error}") from error
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise RecipeError(f"model.init_from: {path} does not fit this model: {error}") from error
+        else:
+            state = {key.removeprefix("net."): value for key, value in state.items()}
+            _check_fit(state, self.net, f"model.init_from: {path}")
+            self.net.load_state_dict(state)
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         """Load ``net`` from a state dict of the authors' code."""
         raise NotImplementedError
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _check_fit(checkpoint["state_dict"], self, "--ckpt_path")
 
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
@@ -128,3 +133,16 @@ class Recipe(pl.LightningModule):
         # A plain function: its values come from the configuration, so a resumed run may be given another length.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, ratio))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+def _check_fit(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
+    """Raise a RecipeError of one line if ``state`` has other names or shapes than the state dict of ``module``."""
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        name = different[0]
+        raise RecipeError(
+            f"{source} is of another model: {len(different)} of {len(ours)} entries differ in name or shape, first "
+            f"{name}: {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+        )

@@ -9,11 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 __all__ = ["Series", "curves", "kernels", "predictions", "read_metrics"]
 
-Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Optimizer steps and values of a logged quantity."""
 
 TRAIN, VAL, MISTAKE = "#3b6fb6", "#d1603d", "#c8102e"
@@ -33,7 +34,10 @@ STYLE = {
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """What CSVLogger wrote under ``folder``/logs, by name. Steps that a resumed run has repeated count once."""
+    """What CSVLogger wrote under ``folder``/logs, by name: the last value at every step.
+
+    Of the steps which a resumed run has repeated, only its own values count.
+    """
     rows: list[dict[str, str]] = []
     versions = folder.glob("logs/version_*/metrics.csv")
     for path in sorted(versions, key=lambda path: int(path.parent.name.removeprefix("version_"))):
@@ -42,14 +46,12 @@ def read_metrics(folder: Path) -> dict[str, Series]:
         if new:
             first = min(int(row["step"]) for row in new)
             rows = [row for row in rows if int(row["step"]) < first] + new
-    series: dict[str, tuple[list[float], list[float]]] = {}
+    series: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, value in row.items():
             if name not in ("step", "epoch") and value:
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(float(row["step"]))
-                values.append(float(value))
-    return {name: (np.array(steps), np.array(values)) for name, (steps, values) in series.items()}
+                series.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: (np.array([*values]), np.array([*values.values()])) for name, values in series.items()}
 
 
 def curves(metrics: dict[str, Series], path: Path) -> Path:
@@ -61,7 +63,9 @@ def curves(metrics: dict[str, Series], path: Path) -> Path:
             loss.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=1)
             loss.plot(steps, _smooth(values), color=TRAIN, label="training (with label smoothing)")
         _line(loss, metrics, "val/loss", VAL, "validation")
-        loss.set(title="Loss", ylim=(0, None))
+        loss.set(title="Loss", yscale="log")  # the first epochs of a validation can be far off
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         _line(accuracy, metrics, "train/top1", TRAIN, "training (augmented)", 100)
         _line(accuracy, metrics, "val/top1", VAL, "validation", 100)
         accuracy.set(title="Top-1 accuracy (%)")

@@ -2,6 +2,8 @@
 
 import math
 
+from pyinvolution.recipes.errors import RecipeError
+
 __all__ = ["scale_lr", "total_steps", "warmup_cosine"]
 
 
@@ -32,7 +34,7 @@ def total_steps(steps_per_epoch: int, max_epochs: int | None, max_steps: int = -
     in the epoch is restored from a checkpoint.
 
     Raises:
-        ValueError: neither limit is set, so that a schedule has no end.
+        RecipeError: neither limit is set, so that a schedule has no end.
     """
     limits = []
     if max_epochs is not None and max_epochs >= 0:
@@ -40,5 +42,5 @@ def total_steps(steps_per_epoch: int, max_epochs: int | None, max_steps: int = -
     if max_steps >= 0:
         limits.append(max_steps)
     if not limits:
-        raise ValueError("the learning rate decays over the whole run: set trainer.max_epochs or trainer.max_steps")
+        raise RecipeError("the learning rate decays over the whole run: set trainer.max_epochs or trainer.max_steps")
     return max(min(limits), 1)

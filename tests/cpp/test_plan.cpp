@@ -1,0 +1,78 @@
+// The plan table: which CUDA variant it takes, refusals, forced variants, and that each computes the same.
+#include "pyinvolution/plan.h"
+
+#include "oracle.h"
+
+namespace {
+
+Problem problem(const Case& shape, DType dtype, Layout layout = Layout::contiguous) {
+  return problem_of(shape, dtype, Device::cuda, strides_of(shape, layout, Pass::forward));
+}
+
+std::string chosen(const Problem& p, Pass pass) { return choose(p, pass).name; }
+
+const Case rednet{2, 32, 2, 10, 17, 7, 7, 1, 1, 3, 3};
+const Case dilated{1, 32, 2, 10, 17, 7, 7, 1, 1, 6, 6, 2, 2};
+
+void choices() {
+  for (const Pass pass : passes) {
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+      for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+        CHECK(chosen(problem(rednet, dtype, layout), pass) != "generic", "a layer of RedNet has a kernel of its own");
+    CHECK(chosen(problem(rednet, DType::f64), pass) == "generic", "double is for the generic kernel");
+    CHECK(chosen(problem(dilated, DType::f32), pass) == "generic", "dilation is for the generic kernel");
+  }
+}
+
+void verdicts() {
+  const auto verdicts = explain(problem(dilated, DType::f32), Pass::forward);
+  int chosen = 0, refused = 0;
+  for (const Verdict& verdict : verdicts) {
+    chosen += verdict.chosen;
+    refused += verdict.refusal != nullptr;
+    CHECK(!(verdict.chosen && verdict.refusal != nullptr), "what refuses is not chosen");
+    CHECK(verdict.variant->device == Device::cuda, "the variants of the problem's device");
+  }
+  CHECK(chosen == 1 && refused > 0, "one is chosen, others say why not");
+  CHECK(std::string(verdicts.back().variant->name) == "generic" && verdicts.back().refusal == nullptr,
+        "the last one takes everything");
+}
+
+void forced() {
+  for (const std::string& name : variants()) {
+    if (name.rfind("cuda/", 0) != 0) continue;
+    force_variant(name);
+    for (const Pass pass : passes) {
+      Setting setting({rednet, Layout::channels_last, DType::f32, pass}, Device::cuda);
+      run(setting.problem, pass, setting.buffers(), {});
+      setting.check();
+      CHECK("cuda/" + chosen(setting.problem, pass) == name, "the forced variant runs: " + name);
+    }
+    if (name == "cuda/generic") continue;
+    const std::string message = checks::message_of([] { choose(problem(rednet, DType::f64), Pass::forward); });
+    CHECK(message.find(name) != std::string::npos, "a forced variant that refuses is named: " + message);
+  }
+  force_variant("");
+  CHECK(!checks::message_of([] { force_variant("cuda/unheard-of"); }).empty(), "an unknown variant is an error");
+}
+
+void empty() {
+  Case shape = rednet;
+  shape.n = 0;
+  run(problem(shape, DType::f32), Pass::forward, {}, {});
+  shape = rednet, shape.h = 2, shape.ph = 0;
+  run(problem(shape, DType::f32), Pass::forward, {}, {});
+  Setting setting({shape, Layout::contiguous, DType::f32, Pass::grad_input}, Device::cuda);
+  run(setting.problem, Pass::grad_input, setting.buffers(), {});
+  setting.check();
+}
+
+}  // namespace
+
+int main() {
+  choices();
+  verdicts();
+  forced();
+  empty();
+  return checks::report("plan");
+}

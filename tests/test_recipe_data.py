@@ -1,0 +1,184 @@
+"""Data of the recipes: which samples come, what they look like, and what happens to broken files."""
+
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("lightning")
+from recipe_support import write_images
+
+from pyinvolution.recipes import ImageFolderData, RecipeError
+from pyinvolution.recipes.digits import write_digits
+from pyinvolution.recipes.loading import EvalSampler, ResumableSampler, SeededDataset, UnreadableSample
+
+
+def trainer(**changed):
+    values = {"global_step": 0, "world_size": 1, "global_rank": 0, "accumulate_grad_batches": 1}
+    return SimpleNamespace(**values | {"limit_train_batches": 1.0} | changed)
+
+
+def loaded(root, stage="fit", **arguments):
+    """A data module at the beginning of a run."""
+    values = {"size": 16, "resize": 16, "batch_size": 4, "num_workers": 0}
+    data = ImageFolderData(root=str(root), **values | arguments)
+    data.trainer = trainer()
+    data.setup(stage)
+    return data
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_images(tmp_path / "data")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sampler_goes_on_where_the_run_stands(ranks):
+    size, length, epochs = 20, 6, {}
+    run = SimpleNamespace(position=(0, 0))
+    for rank in range(ranks):
+        sampler = ResumableSampler(range(size), lambda: run.position, length, 7, ranks, rank)
+        for epoch in range(3):
+            run.position = (epoch, 0)
+            epochs[rank, epoch] = list(sampler)
+            run.position = (epoch, 4)
+            assert list(sampler) == epochs[rank, epoch][4:]
+            assert len(sampler) == length == len(epochs[rank, epoch])
+            assert {key[0] for key in epochs[rank, epoch]} == {epoch}
+    for epoch in range(3):
+        drawn = [index for rank in range(ranks) for _, index in epochs[rank, epoch]]
+        assert len(set(drawn)) == len(drawn) == ranks * length
+    assert epochs[0, 0] != [(0, index) for _, index in epochs[0, 1]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_sees_every_sample_once(ranks):
+    shares = [list(EvalSampler(range(10), ranks, rank)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    indices = [index for share in shares for _, index in share]
+    assert sorted(index for index in indices if index >= 0) == list(range(10))
+
+
+def test_position_follows_the_optimizer_step(root):
+    data = loaded(root, batch_size=3)
+    data.trainer = trainer(accumulate_grad_batches=2)
+    assert (data.global_batch, data.batches_per_epoch, data.steps_per_epoch) == (6, 8, 4)
+    sampler = data.train_dataloader().sampler
+    whole = list(sampler)
+    data.trainer.global_step = 4 + 3
+    assert [epoch for epoch, _ in sampler] == [1] * 6
+    data.trainer.global_step = 3
+    assert list(sampler) == whole[18:]
+    data.trainer = trainer(accumulate_grad_batches=2, limit_train_batches=3)
+    assert (data.batches_per_epoch, data.steps_per_epoch) == (3, 2)
+    data.trainer = trainer(limit_train_batches=0.5)
+    assert data.batches_per_epoch == 4
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(root):
+    data = loaded(root)
+    one, two = (SeededDataset(data.train_samples, seed, "skip", training=True) for seed in (0, 1))
+    image, target = one[3, 5]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(one[3, 5][0], image)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator belongs to the model"
+    assert target == data.train_samples.files[5][1]
+    for other in (one[4, 5], one[3, 6], two[3, 5]):
+        assert not torch.equal(other[0], image)
+
+
+def test_evaluation_pipeline(root):
+    data = loaded(root, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0), size=8, resize=16)
+    image, _ = data.val_samples[0]
+    pixels = torch.from_numpy(np.asarray(Image.open(data.val_samples.files[0][0]))).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.5, 0.25, 0.0])[:, None, None], torch.tensor([0.5, 1.0, 2.0])[:, None, None]
+    torch.testing.assert_close(image, (pixels[:, 4:12, 4:12] - mean) / std)
+
+
+BROKEN = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"not an image",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_image(root, kind):
+    data = loaded(root)
+    broken = data.train_samples.files[2][0]
+    with open(broken, "rb") as file:
+        content = BROKEN[kind](file.read())
+    with open(broken, "wb") as file:
+        file.write(content)
+    data.val_samples.files[1] = (broken, 1)
+
+    skipping = SeededDataset(data.train_samples, 0, "skip", training=True)
+    with pytest.warns(UserWarning, match=f"skipped: cannot read image {broken}"):
+        image, target = skipping[0, 2]
+    assert target == data.train_samples.files[3][1]
+    with pytest.warns(UserWarning, match=broken):
+        assert torch.equal(skipping[0, 2][0], image)
+
+    with pytest.warns(UserWarning, match=broken):
+        assert SeededDataset(data.val_samples, 0, "skip", training=False)[0, 1][1] == -1, "must not count twice"
+    with pytest.raises(UnreadableSample, match=broken):
+        SeededDataset(data.train_samples, 0, "raise", training=True)[0, 2]
+
+
+def test_nothing_readable(root):
+    data = loaded(root)
+    data.train_samples.files = [(str(root), 0)] * 2
+    with pytest.raises(RecipeError, match="none of the 2 samples"), pytest.warns(UserWarning, match="skipped"):
+        SeededDataset(data.train_samples, 0, "skip", training=True)[0, 0]
+
+
+def test_wrong_trees_and_values(root, tmp_path):
+    with pytest.raises(RecipeError, match=r"no folder 'val'.*train/CLASS/IMAGE"):
+        loaded(tmp_path)
+    with pytest.raises(RecipeError, match="no image to predict"):
+        loaded(root, "predict", predict_root=str(tmp_path / "none"))
+    (root / "val" / "extra").mkdir()
+    with pytest.raises(RecipeError, match="extra"):
+        loaded(root)
+    (root / "val" / "extra" / "image.png").write_bytes((root / "val" / "class0" / "000.png").read_bytes())
+    with pytest.raises(RecipeError, match="train has 2 classes and val 3; only in train: none; only in val: extra"):
+        loaded(root)
+    with pytest.raises(RecipeError, match=r"data.train_transform: torchvision.transforms.v2 has no 'RandomCorp'"):
+        ImageFolderData(train_transform=[{"RandomCorp": {"size": 32}}])
+    with pytest.raises(RecipeError, match=r"data.val_transform: CenterCrop: .*sice"):
+        ImageFolderData(val_transform=[{"CenterCrop": {"sice": 32}}])
+    with pytest.raises(RecipeError, match=r"data.batch_size must be at least 1, got 0"):
+        ImageFolderData(batch_size=0)
+    small = ImageFolderData(root=str(root), batch_size=64)
+    small.train_samples, small.trainer = range(24), trainer(world_size=2)
+    with pytest.raises(RecipeError, match="24 training samples do not fill one step of 128"):
+        small.train_dataloader()
+
+
+def test_digits(tmp_path):
+    def digest():
+        files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+        return {str(path.relative_to(tmp_path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    assert write_digits(tmp_path) == (1437, 360)
+    first = digest()
+    assert len(first) == 1797
+    assert len(set(map(str, (name.rsplit("/")[-1] for name in first)))) == 1797, "no digit in both splits"
+    for digit in range(10):
+        held_out = sum(name.startswith(f"val/{digit}/") for name in first)
+        total = held_out + sum(name.startswith(f"train/{digit}/") for name in first)
+        assert held_out / total == pytest.approx(0.2, abs=0.005)
+    with Image.open(tmp_path / min(first)) as image:
+        assert (image.size, image.mode) == ((32, 32), "L")
+
+    changed, removed = sorted(first)[:2]
+    (tmp_path / changed).write_bytes(b"changed")
+    (tmp_path / removed).unlink()
+    kept = (tmp_path / sorted(first)[2]).stat().st_mtime_ns
+    write_digits(tmp_path)
+    assert digest() == first
+    assert (tmp_path / sorted(first)[2]).stat().st_mtime_ns == kept
