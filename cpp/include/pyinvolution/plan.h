@@ -43,7 +43,7 @@ PYINVOLUTION_API std::vector<Verdict> explain(const SpanProblem&, SpanPass);
 
 // Names every variant of an operator in the order of its table, as device/name. Throws std::invalid_argument for an
 // unknown operator.
-PYINVOLUTION_API std::vector<std::string> variants(const std::string& op);
+PYINVOLUTION_API std::vector<std::string> variants(const std::string& op = "involution2d");
 
 // Makes `choose` take the named variant for every problem of its operator; names of several operators are separated by
 // commas, "" ends that. PYINVOLUTION_VARIANT sets the initial value. Throws std::invalid_argument for an unknown name.
