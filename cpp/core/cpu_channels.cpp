@@ -122,11 +122,14 @@ Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, c
   return plan;
 }
 
-FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffers, int64_t vector_bytes) {
+FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
+                            int64_t vector_bytes) {
   const Problem& p = problem.involution;
   FusedBackward plan{};
   plan.problem = problem;
   plan.buffers = buffers;
+  plan.w = w;
+  plan.grad_w = grad_w;
   plan.lanes = vector_bytes / 4;
   plan.blocks = blocks_of(p);
   plan.reduced_padded = round_up(problem.reduced, plan.lanes);
@@ -135,6 +138,7 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
   plan.parts =
       std::clamp<int64_t>(most_part_bytes / std::max<int64_t>(1, part_bytes), 1, std::min(most_parts, p.batch));
   plan.chunks = std::min(p.groups, ceil_div(most_parts, plan.parts));
+  if (problem.reduced == 0) plan.parts = p.batch, plan.chunks = p.groups;  // nothing is shared
 
   plan.x_rows = packed_rows(p, p.out_h);
   plan.x_phase = plan.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1;
@@ -149,7 +153,8 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
     return begin;
   };
   const bool x = buffers.grad_x != nullptr, reduced = buffers.grad_reduced != nullptr;
-  const bool span = buffers.grad_span != nullptr, any = reduced || span || buffers.grad_bias != nullptr;
+  const bool span = buffers.grad_span != nullptr;
+  const bool any = grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
   plan.x_at = take(any, plan.blocks * plan.x_rows * block_channels * plan.x_channel);
   plan.grad_x_at = take(x, plan.blocks * p.in_h * p.in_w * block_channels);
   plan.grad_reduced_at = take(reduced, problem.reduced * p.out_h * plan.row_padded);
@@ -163,52 +168,71 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
   plan.grad_y_across_at = take(true, backward_columns * block_channels);
   plan.staging_at = take(true, tile_pixels * block_channels);
   plan.scratch_bytes = at * 4;
-  plan.shared_bytes = plan.parts * problem.span_rows() * (plan.reduced_padded + 1) * 4;
+  plan.shared_bytes = problem.reduced == 0 ? 0 : plan.parts * problem.span_rows() * (plan.reduced_padded + 1) * 4;
   if (plan.chunks > 1 && reduced)
     plan.shared_bytes += plan.chunks * p.batch * problem.reduced * p.out_h * plan.row_padded * 4;
   return plan;
 }
 
-const char* channels_refusal(const Problem& p, Pass pass) {
-  if (pass != Pass::forward) return "it has a forward pass only";
-  if (const char* reason = refusal(p)) return reason;
+namespace {
+
+const char* backward_refusal(const SpanProblem& problem) {
+  const Problem& p = problem.involution;
+  const double rows = double(packed_rows(p, p.out_h)) * double(packed_columns(p) + p.stride_w * 32);
+  const double pixels = double(p.out_h) * double(p.out_w + 16) * double(problem.reduced + 16) * 3;
+  if ((rows * double(blocks_of(p) * block_channels) * 2 + pixels) * 4 > most_backward_bytes)
+    return "a thread would need more than 512 MB for an image";
   return nullptr;
 }
 
-void channels_run(const Problem& problem, Pass, const Buffers& buffers, const Execution& execution) {
-  SpanProblem span{};
-  span.involution = problem;
-  SpanBuffers all{};
-  all.x = buffers.x;
-  all.y = buffers.y;
-  run_forward(span, all, buffers.w, execution);
-}
-
-const char* fused_refusal(const SpanProblem& problem, SpanPass pass) {
-  if (const char* reason = refusal(problem.involution)) return reason;
-  if (problem.reduced > 4096) return "more than 4096 reduced channels do not fit the cache";
-  if (pass == SpanPass::backward) {
-    const Problem& p = problem.involution;
-    const double rows = double(packed_rows(p, p.out_h)) * double(packed_columns(p) + p.stride_w * 32);
-    const double pixels = double(p.out_h) * double(p.out_w + 16) * double(problem.reduced + 16) * 3;
-    if ((rows * double(blocks_of(p) * block_channels) * 2 + pixels) * 4 > most_backward_bytes)
-      return "a thread would need more than 512 MB for an image";
-  }
-  return nullptr;
-}
-
-void fused_run(const SpanProblem& problem, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
-  if (pass == SpanPass::forward) return run_forward(problem, buffers, nullptr, execution);
+void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
+                  const Execution& execution) {
   const Problem& p = problem.involution;
   const Vectors vectors = current_vectors();
-  FusedBackward plan = plan_backward(problem, buffers, vectors.bytes);
+  FusedBackward plan = plan_backward(problem, buffers, w, grad_w, vectors.bytes);
   plan.shared = static_cast<float*>(scratch(plan.shared_bytes, Scratch::call));
   const auto round = [&](bool finish, int64_t tasks) {
     for_each_task(execution, tasks,
                   [&](int64_t index) { vectors.backward(plan, finish, index, scratch(plan.scratch_bytes)); });
   };
   round(false, plan.parts * plan.chunks);
-  round(true, p.groups + (plan.chunks > 1 && buffers.grad_reduced != nullptr ? p.batch : 0));
+  if (problem.reduced > 0) round(true, p.groups + (plan.chunks > 1 && buffers.grad_reduced != nullptr ? p.batch : 0));
+}
+
+}  // namespace
+
+const char* channels_refusal(const Problem& p, Pass pass) {
+  if (const char* reason = refusal(p)) return reason;
+  if (pass == Pass::forward) return nullptr;
+  if (p.out_h == 0 || p.out_w == 0) return "there is no output pixel";
+  SpanProblem span{};
+  span.involution = p;
+  return backward_refusal(span);
+}
+
+void channels_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
+  SpanProblem span{};
+  span.involution = problem;
+  std::copy_n(problem.x_stride, 4, span.grad_x_stride);
+  SpanBuffers all{};
+  all.y = buffers.y;
+  switch (pass) {
+    case Pass::forward: all.x = buffers.x; return run_forward(span, all, buffers.w, execution);
+    case Pass::grad_input: all.grad_x = buffers.x; return run_backward(span, all, buffers.w, nullptr, execution);
+    case Pass::grad_weight: all.x = buffers.x; return run_backward(span, all, nullptr, buffers.w, execution);
+  }
+}
+
+const char* fused_refusal(const SpanProblem& problem, SpanPass pass) {
+  if (const char* reason = refusal(problem.involution)) return reason;
+  if (problem.reduced < 1) return "there is no reduced channel";
+  if (problem.reduced > 4096) return "more than 4096 reduced channels do not fit the cache";
+  return pass == SpanPass::backward ? backward_refusal(problem) : nullptr;
+}
+
+void fused_run(const SpanProblem& problem, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
+  if (pass == SpanPass::forward) return run_forward(problem, buffers, nullptr, execution);
+  run_backward(problem, buffers, nullptr, nullptr, execution);
 }
 
 }  // namespace pyinvolution::cpu

@@ -70,8 +70,10 @@ constexpr int64_t backward_margin =
     (tile_pixels - backward_columns) / 2;  // a window of up to 9 columns reads past the row
 
 struct FusedBackward {
-  SpanProblem problem;
+  SpanProblem problem;  // reduced = 0: the weights are in memory, at w, or their gradient goes to grad_w
   SpanBuffers buffers;
+  const void* w;
+  void* grad_w;
 
   int64_t lanes;
   int64_t blocks;
@@ -98,7 +100,7 @@ struct FusedBackward {
   }
 };
 
-FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, int64_t vector_bytes);
+FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w, int64_t vector_bytes);
 
 // With `finish` a task of the second round.
 using BackwardTask = void (*)(const FusedBackward&, bool finish, int64_t task, void* scratch);

@@ -173,33 +173,6 @@ struct ChannelsRun {
     }
   }
 
-  // W of group g at the pixels of a tile, from memory, as [tap][pixel].
-  void load_weights(int64_t g, const Tile& tile, float* to) const {
-    const T* from = static_cast<const T*>(plan.w) + n * p.w_stride[0] + g * p.w_stride[1] + tile.row * p.w_stride[4] +
-                    tile.column * p.w_stride[5];
-    const int64_t pixel = p.w_stride[5];
-    const bool one_run = tile.rows == 1 || p.w_stride[4] == tile.columns * pixel;
-    const int64_t runs = one_run ? 1 : tile.rows, run = tile.pixels() / runs;
-    const bool taps_together = p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w;
-    for (int64_t r = 0; r < runs; ++r) {
-      const T* source = from + r * p.w_stride[4];
-      float* target = to + r * run;
-      if (pixel != 1 && taps_together) {
-        exchange(source, pixel, run, 1, p.taps(), target, tile_pixels, memory + plan.staging_at);
-      } else {
-        for (int64_t i = 0; i < p.kernel_h; ++i)
-          for (int64_t j = 0; j < p.kernel_w; ++j, target += tile_pixels) {
-            const T* tap = source + i * p.w_stride[2] + j * p.w_stride[3];
-            if (pixel == 1) {
-              for (int64_t v = 0; v < run; ++v) target[v] = load(tap[v]);
-            } else {
-              for (int64_t v = 0; v < run; ++v) target[v] = load(tap[v * pixel]);
-            }
-          }
-      }
-    }
-  }
-
   void apply_tile(const Tile& tile, int64_t g, int64_t block, const Apply apply, Window window) const {
     const int64_t channels = channels_of(block), first = g * p.group_channels() + block * block_channels;
     float epilogue[2 * block_channels] = {};
@@ -267,7 +240,8 @@ struct ChannelsRun {
                    (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + plan.bias_at, weights,
                    tile_pixels);
         else
-          load_weights(g, tile, weights);
+          load_weights(weights_of<T>(p, plan.w, n, g, tile.row, tile.column), p, tile.rows, tile.columns, weights,
+                       memory + plan.staging_at);
         for (int64_t block = 0; block < plan.blocks; ++block) apply_tile(tile, g, block, apply, window);
       });
     }

@@ -1,5 +1,5 @@
-// The inner loops of the backward pass of `fused`; see cpu_channels.h. Included after cpu_channels.inl, under the same
-// rules; the function with external linkage is BACKWARD_TASK.
+// The inner loops of the backward passes of `fused` and `channels`; see cpu_channels.h. Included after
+// cpu_channels.inl, under the same rules; the function with external linkage is BACKWARD_TASK.
 #include <cstdint>
 #include <cstring>
 
@@ -145,7 +145,7 @@ struct BackwardRun {
   float* memory;
   float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *gw, *gy, *gy_across, *staging;
   int64_t chunk, part;
-  bool want_x, want_span;
+  bool want_x, want_weights;  // which gradients, that of W as a step to others included
 
   BackwardRun(const FusedBackward& backward, int64_t task, void* scratch)
       : plan(backward),
@@ -160,8 +160,8 @@ struct BackwardRun {
     gw = at(plan.grad_weights_at), gy = at(plan.grad_y_at), gy_across = at(plan.grad_y_across_at);
     staging = at(plan.staging_at);
     want_x = plan.buffers.grad_x != nullptr;
-    want_span =
-        plan.buffers.grad_reduced != nullptr || plan.buffers.grad_span != nullptr || plan.buffers.grad_bias != nullptr;
+    want_weights = plan.grad_w != nullptr || plan.buffers.grad_reduced != nullptr ||
+                   plan.buffers.grad_span != nullptr || plan.buffers.grad_bias != nullptr;
   }
 
   int64_t channels_of(int64_t block) const {
@@ -222,7 +222,7 @@ struct BackwardRun {
     float* inner = gy + backward_margin * block_channels;
     load_pixels(from, channels_of(block), columns, p.y_stride[1], p.y_stride[3], inner, staging);
     std::memset(inner + columns * block_channels, 0, size_t(backward_margin * block_channels) * sizeof(float));
-    if (want_span) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
+    if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
   }
 
   // --- the products of a tile
@@ -253,8 +253,11 @@ struct BackwardRun {
     const int64_t vectors = (columns + V::lanes - 1) / V::lanes;
     float* weights = w + backward_margin;
     if (want_x) {
-      multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
-               tile_pixels);
+      if (plan.w != nullptr)
+        load_weights(weights_of<T>(p, plan.w, n, g, row, column), p, 1, columns, weights, staging);
+      else
+        multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
+                 tile_pixels);
       for (int64_t k = 0; k < taps; ++k)
         std::memset(weights + k * tile_pixels + columns, 0,
                     size_t(tile_pixels - 2 * backward_margin - columns + backward_margin) * sizeof(float));
@@ -268,8 +271,9 @@ struct BackwardRun {
             gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
                    gx_block(block) + h * p.in_w * block_channels);
         }
-      if (want_span) grad_weights(block, row, column, columns);
+      if (want_weights) grad_weights(block, row, column, columns);
     }
+    if (plan.grad_w != nullptr) store_weights(gw, p, columns, weights_of<T>(p, plan.grad_w, n, g, row, column));
     if (plan.buffers.grad_bias != nullptr) {
       float* to = plan.bias_part(part) + g * taps;
       for (int64_t k = 0; k < taps; ++k) {
@@ -292,14 +296,17 @@ struct BackwardRun {
     const Gather gather = gather_for(p);
     const size_t gr_bytes = size_t(span.reduced * p.out_h * plan.row_padded) * sizeof(float);
     if (plan.buffers.grad_reduced != nullptr) std::memset(gr, 0, gr_bytes);
-    pack_reduced(n);
+    if (span.reduced > 0) pack_reduced(n);
     for (int64_t g = p.groups * chunk / plan.chunks, last = p.groups * (chunk + 1) / plan.chunks; g < last; ++g) {
       if (want_x) std::memset(gx, 0, size_t(plan.blocks * p.in_h * p.in_w * block_channels) * sizeof(float));
-      if (want_span)
+      if (want_weights)
         for (int64_t block = 0; block < plan.blocks; ++block) pack_input(n, g, block);
       int64_t pitch = 0;
-      const float* s = span_rows<T>(span, plan.buffers, g, span_memory, &pitch);
-      load_bias<T>(span, plan.buffers, g, bias);
+      const float* s = nullptr;
+      if (span.reduced > 0) {
+        s = span_rows<T>(span, plan.buffers, g, span_memory, &pitch);
+        load_bias<T>(span, plan.buffers, g, bias);
+      }
       for (int64_t row = 0; row < p.out_h; ++row)
         for (int64_t column = 0; column < p.out_w; column += backward_columns)
           tile(n, g, row, column, {s, pitch, 1}, gather);

@@ -239,5 +239,57 @@ void load_pixels(const T* from, int64_t channels, int64_t pixels, int64_t channe
   }
 }
 
+// W of an image, group and pixel.
+template <class T>
+T* weights_of(const Problem& p, const void* w, int64_t n, int64_t g, int64_t row, int64_t column) {
+  return static_cast<T*>(const_cast<void*>(w)) + n * p.w_stride[0] + g * p.w_stride[1] + row * p.w_stride[4] +
+         column * p.w_stride[5];
+}
+
+// W at rows x columns pixels as [tap][pixel].
+template <class T>
+void load_weights(const T* from, const Problem& p, int64_t rows, int64_t columns, float* to, float* staging) {
+  const int64_t pixel = p.w_stride[5], pixels = rows * columns;
+  const bool one_run = rows == 1 || p.w_stride[4] == columns * pixel;
+  const int64_t runs = one_run ? 1 : rows, run = pixels / runs;
+  const bool taps_together = p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w;
+  for (int64_t r = 0; r < runs; ++r) {
+    const T* source = from + r * p.w_stride[4];
+    float* target = to + r * run;
+    if (pixel != 1 && taps_together) {
+      exchange(source, pixel, run, 1, p.taps(), target, tile_pixels, staging);
+      continue;
+    }
+    for (int64_t i = 0; i < p.kernel_h; ++i)
+      for (int64_t j = 0; j < p.kernel_w; ++j, target += tile_pixels) {
+        const T* tap = source + i * p.w_stride[2] + j * p.w_stride[3];
+        if (pixel == 1) {
+          for (int64_t v = 0; v < run; ++v) target[v] = load(tap[v]);
+        } else {
+          for (int64_t v = 0; v < run; ++v) target[v] = load(tap[v * pixel]);
+        }
+      }
+  }
+}
+
+// The reverse, for a run of pixels in a row.
+template <class T>
+void store_weights(const float* from, const Problem& p, int64_t columns, T* to) {
+  const int64_t pixel = p.w_stride[5];
+  if constexpr (Same<T>::as_float) {
+    if (pixel != 1 && p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w)
+      return transpose(from, tile_pixels, p.taps(), columns, to, pixel);
+  }
+  for (int64_t i = 0; i < p.kernel_h; ++i)
+    for (int64_t j = 0; j < p.kernel_w; ++j, from += tile_pixels) {
+      T* tap = to + i * p.w_stride[2] + j * p.w_stride[3];
+      if (pixel == 1) {
+        for (int64_t v = 0; v < columns; ++v) store(from[v], &tap[v]);
+      } else {
+        for (int64_t v = 0; v < columns; ++v) store(from[v], &tap[v * pixel]);
+      }
+    }
+}
+
 }  // namespace
 }  // namespace pyinvolution::cpu
