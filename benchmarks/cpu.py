@@ -1,11 +1,11 @@
 """Operators, layers and models on a CPU, against what they replace: `python -m benchmarks.cpu` (about 5 minutes).
 
 Everything that is compared runs in one process, by turns; a ratio is the median of the ratios of neighbouring runs,
-with their quartiles. A result is compared with the reference before it is timed. Written to benchmarks/results: JSON (rows,
-machine, versions, limits measured in the same run), CSV, a bar chart (PNG) and the summary as Markdown.
+with their quartiles. A result is compared with the reference before it is timed. Written to benchmarks/results: JSON
+(rows, machine, versions, limits measured in the same run), CSV, a bar chart (PNG) and the summary as Markdown.
 
 Unfolding allocates tens of megabytes a call; with glibc's default each is mapped and unmapped, and page faults take
-half of its time. Its columns are therefore there twice: as found, and with the threshold raised ("unfold, malloc tuned").
+half of its time. Its columns are therefore there twice: as found, and with the threshold raised ("malloc tuned").
 """
 
 import argparse
@@ -317,8 +317,9 @@ def summary(report: Report, about: dict[str, Any]) -> str:
             lines.append(f"| {r['what']}, {r['name']} | | {r['mb']:.0f} MB | {r['ResNet-50: mb'] / r['mb']:.2f} less |")
     lines += [
         "",
-        "| layer of RedNet-50 | threads | fused ms | % of a matrix product's rate | faster than oneDNN 3x3: fused | whole "
-        "layer | backward |",
+        "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate.",
+        "",
+        "| layer of RedNet-50 | threads | fused ms | share, % | fused | whole layer | backward |",
     ]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     by = {(r["what"], r["name"], r["threads"]): r for r in report.rows if "threads" in r}
@@ -409,8 +410,14 @@ def main() -> None:
         unfold_table(report, arguments.threads, tuned=True)
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    about = {"date": str(date.today()), "machine": machine(), "build": build_info(), "commit": commit.strip(),
-             "limits": measured, "environment": {k: v for k, v in os.environ.items() if k.startswith("PYINVOLUTION_")}}  # fmt: skip
+    about: dict[str, Any] = {
+        "date": str(date.today()),
+        "machine": machine(),
+        "build": build_info(),
+        "commit": commit.strip(),
+        "load": os.getloadavg(),
+        "limits": measured,
+    }
     slug = "-".join(about["machine"]["Model name"].lower().replace("(r)", "").split())
     stem = arguments.output / f"{about['date']}-cpu-{slug}-{about['build']['isa'].split()[0]}"
     arguments.output.mkdir(parents=True, exist_ok=True)
