@@ -65,12 +65,21 @@ def run_forked(runs: list[list[str]], folder: Path) -> list[tuple[int, str]]:
     return [(int((folder / f"{i}.status").read_text()), (folder / f"{i}.stderr").read_text()) for i in range(len(runs))]
 
 
-def run_distributed(*runs: list[str]) -> subprocess.CompletedProcess:
-    """Command lines one after the other in two processes under torchrun."""
+def run_distributed(*runs: list[str]) -> tuple[int, str]:
+    """Exit status and stderr of command lines, one after the other, in two processes under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     runs = [[*run, "--trainer.devices=2", "--trainer.strategy=ddp"] for run in runs]
     command = [sys.executable, *launcher, __file__, "here", "", json.dumps(runs)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, stderr = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its processes
+            raise
+    return process.returncode, stderr
 
 
 def main(mode: str, folder: str, runs: str) -> None:
