@@ -1,9 +1,14 @@
-"""The build backend: scikit-build-core, after a look whether there is a torch to build with.
+"""The build backend: scikit-build-core, with two things settled beforehand.
 
-Without this, pip would resolve and download torch as a dependency first, some gigabytes, and only then fail to build.
+Without torch there is nothing to build with. pip would find out late, after it downloaded torch as a dependency (some
+gigabytes), so the first question that it asks is answered with an error.
+
+Editable installs rebuild at import, which an isolated build cannot promise: its build tools are gone by then.
 """
 
 import sys
+import sysconfig
+from pathlib import Path
 
 from find_torch import ADVICE, find_torch
 from scikit_build_core import build
@@ -23,3 +28,9 @@ def get_requires_for_build_wheel(config_settings=None):
 def get_requires_for_build_editable(config_settings=None):
     _require_torch()
     return build.get_requires_for_build_editable(config_settings)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    isolated = not Path(build.__file__).is_relative_to(sysconfig.get_path("purelib"))
+    settings = {"editable.rebuild": "false"} if isolated else {}
+    return build.build_editable(wheel_directory, settings | (config_settings or {}), metadata_directory)
