@@ -9,10 +9,20 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 OPTIONS = "{layers: [1, 1], stem: small, stem_channels: 32, base_channels: 16, kernel_size: 3, drop_rate: 0.2}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For modules that import it: the layers are small, and the machine may be busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_images(root: Path, train: int = 24, val: int = 10, classes: int = 2, size: int = 16) -> Path:

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from recipe_support import fit_arguments, write_images
+from recipe_support import fit_arguments, one_thread, write_images  # noqa: F401
 from torch.nn.functional import cross_entropy
 
 from pyinvolution.models import create_model, official_state_dict

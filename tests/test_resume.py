@@ -5,19 +5,18 @@ from functools import cache
 from typing import NamedTuple
 
 import pytest
-import torch
-from recipe_support import assert_same_state, fit_arguments, interruption, run_forked, training_state, write_images
+from recipe_support import (
+    assert_same_state,
+    fit_arguments,
+    interruption,
+    one_thread,  # noqa: F401
+    run_forked,
+    training_state,
+    write_images,
+)
 
 pytest.importorskip("lightning")
 from pyinvolution.recipes import command, plots
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
