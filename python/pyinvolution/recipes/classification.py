@@ -53,7 +53,7 @@ class Classification(Recipe):
         self.train_top1 = top1.clone()
         # Groups would merge both for good if they happened to agree on the first batch.
         self.val_accuracy = MetricCollection({"val/top1": top1, "val/top5": top5}, compute_groups=False)
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # else it drops them
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         load_official(self.net, state)
