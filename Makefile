@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/editable
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake -type f)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake -type f -not -name "*.pyc")
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd ';')
 export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')

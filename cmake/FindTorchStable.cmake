@@ -1,17 +1,6 @@
 # The headers and libtorch_cpu of the torch that the building Python has: target `TorchStable::TorchStable` and
 # TorchStable_VERSION. torch is never imported (a build in an isolated environment could not), only found.
-set(find_torch [[
-import importlib.util, pathlib, re, sysconfig
-spec = importlib.util.find_spec("torch")
-places = list(spec.submodule_search_locations or []) if spec else []
-places += [sysconfig.get_path(name) + "/torch" for name in ("platlib", "purelib")]
-for place in map(pathlib.Path, places):
-    if (place / "include/torch/csrc/stable/library.h").exists():
-        version = re.search(r"__version__ = '([^']+)'", (place / "version.py").read_text())
-        print(place.as_posix(), version[1] if version else "unknown", sep=";", end="")
-        break
-]])
-execute_process(COMMAND ${Python_EXECUTABLE} -c "${find_torch}" OUTPUT_VARIABLE torch)
+execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_torch.py OUTPUT_VARIABLE torch)
 if(NOT torch)
   message(FATAL_ERROR
     "pyinvolution needs PyTorch 2.10 or newer in the environment it is built in, and ${Python_EXECUTABLE} has none.\n"

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 OPTIONS = "{layers: [1, 1], stem: small, stem_channels: 32, base_channels: 16, kernel_size: 3, drop_rate: 0.2}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For modules that import it: the layers are small, and the machine may be busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_images(root: Path, train: int = 24, val: int = 10, classes: int = 2, size: int = 16) -> Path:
@@ -65,12 +75,21 @@ def run_forked(runs: list[list[str]], folder: Path) -> list[tuple[int, str]]:
     return [(int((folder / f"{i}.status").read_text()), (folder / f"{i}.stderr").read_text()) for i in range(len(runs))]
 
 
-def run_distributed(*runs: list[str]) -> subprocess.CompletedProcess:
-    """Command lines one after the other in two processes under torchrun."""
+def run_distributed(*runs: list[str]) -> tuple[int, str]:
+    """Exit status and stderr of command lines, one after the other, in two processes under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     runs = [[*run, "--trainer.devices=2", "--trainer.strategy=ddp"] for run in runs]
     command = [sys.executable, *launcher, __file__, "here", "", json.dumps(runs)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, stderr = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its processes
+            raise
+    return process.returncode, stderr
 
 
 def main(mode: str, folder: str, runs: str) -> None:

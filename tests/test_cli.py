@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 import yaml
-from recipe_support import environment, fit_arguments, write_images
+from recipe_support import environment, fit_arguments, one_thread, write_images  # noqa: F401
 
 from pyinvolution import cli
 from pyinvolution.models import list_models
 
 pytest.importorskip("lightning")
-from pyinvolution.recipes import comparison
+from pyinvolution.recipes import RecipeError, comparison
 
 
 def run(capsys, *arguments):
@@ -110,8 +110,10 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_input_is_one_line(capsys, arguments, message):
-    status, _, err = run(capsys, "fit", "--trainer.accelerator=cpu", *arguments)
+def test_wrong_input_is_one_line(capsys, tmp_path, arguments, message):
+    status, _, err = run(
+        capsys, "fit", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", *arguments
+    )
     assert status == 2
     (line,) = [line for line in err.splitlines() if "error" in line]
     assert line.startswith("pyinvolution fit: error: ")
@@ -119,9 +121,9 @@ def test_wrong_input_is_one_line(capsys, arguments, message):
     assert "Traceback" not in err
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(Exception, match="no folder 'val'"):
-        cli.main(["fit", "--debug", "--trainer.accelerator=cpu", "--data.root=/nowhere"])
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(RecipeError, match="no folder 'val'"):
+        cli.main([*fit_arguments(tmp_path, tmp_path), "--debug"])
 
 
 def test_wrong_classes(capsys, trained, tmp_path):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from recipe_support import fit_arguments, write_images
+from recipe_support import fit_arguments, one_thread, write_images  # noqa: F401
 from torch.nn.functional import cross_entropy
 
 from pyinvolution.models import create_model, official_state_dict
@@ -18,23 +18,43 @@ def data(tmp_path_factory):
 
 
 class Poison(pl.Callback):
-    """Makes a weight NaN before step 6."""
+    """Makes a weight NaN at the beginning or the end of a training batch."""
+
+    def __init__(self, step: int, after: bool = False) -> None:
+        self.step, self.after = step, after
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == 6:
+        if trainer.global_step == self.step and not self.after:
+            pl_module.net.head.bias.data[0] = torch.nan
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step and self.after:
             pl_module.net.head.bias.data[0] = torch.nan
 
 
-def test_divergence_names_step_rate_and_checkpoint(data, tmp_path):
-    arguments = fit_arguments(data, tmp_path, "--trainer.callbacks+=test_recipe_classification.Poison")
+@pytest.mark.parametrize(
+    ("poison", "message", "saved_step"),
+    [
+        (["step=6"], "the loss is nan at step 6 (epoch 1, batch 0), learning rate 0.0375; ", 6),
+        (["step=8", "after=true"], "the weights are not finite at step 8 (epoch 1, batch 1), learning rate 0.0", 6),
+    ],
+    ids=["loss", "weights"],
+)
+def test_divergence_names_step_rate_and_checkpoint(data, tmp_path, poison, message, saved_step):
     with pytest.raises(TrainingDiverged) as error:
-        command.run(arguments)
-    message = str(error.value)
-    assert "the loss is nan at step 6 (epoch 1, batch 0), learning rate 0.0375" in message
+        command.run(
+            fit_arguments(
+                data,
+                tmp_path,
+                "--trainer.callbacks+=test_recipe_classification.Poison",
+                *(f"--trainer.callbacks.init_args.{value}" for value in poison),
+            )
+        )
     path = tmp_path / "last.ckpt"
-    assert f"last good checkpoint: {path}" in message
+    assert message in str(error.value)
+    assert f"last good checkpoint: {path}" in str(error.value)
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["global_step"] == 6
+    assert checkpoint["global_step"] == saved_step
     assert all(value.isfinite().all() for value in checkpoint["current_model_state"].values())
 
 

@@ -31,17 +31,17 @@ def test_two_processes(data, tmp_path):
     def accumulating(name):
         return fit_arguments(data, tmp_path / name, "--trainer.accumulate_grad_batches=2", "--data.batch_size=2")
 
-    interrupted = run_distributed([*accumulating("resumed"), *interruption(15, 4, batch_idx=2, rank=1)])
-    assert interrupted.returncode != 0
-    assert "stopped by SIGTERM at step 5" in interrupted.stderr
+    status, stderr = run_distributed([*accumulating("resumed"), *interruption(15, 4, batch_idx=2, rank=1)])
+    assert status != 0
+    assert "stopped by SIGTERM at step 5" in stderr
     assert training_state(tmp_path / "resumed" / "last.ckpt")["['global_step']"] == 5
 
-    done = run_distributed(
+    status, stderr = run_distributed(
         [*accumulating("resumed"), "--ckpt_path=last"],
         accumulating("uninterrupted"),
         first_gradients(data, tmp_path, "two", 4),
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, stderr
     states = [training_state(tmp_path / name / "last.ckpt") for name in ("resumed", "uninterrupted")]
     assert_same_state(*states)
     assert states[0]["['global_step']"] == 9

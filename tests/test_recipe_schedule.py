@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("lightning")
 import torch
-from recipe_support import fit_arguments, write_images
+from recipe_support import fit_arguments, one_thread, write_images  # noqa: F401
 
 from pyinvolution.recipes import RecipeError, command, plots
 from pyinvolution.recipes.schedule import scale_lr, total_steps, warmup_cosine

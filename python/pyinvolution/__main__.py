@@ -2,4 +2,5 @@
 
 from pyinvolution.cli import main
 
-main()
+if __name__ == "__main__":  # spawned processes import this module
+    main()

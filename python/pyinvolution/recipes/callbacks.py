@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -13,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from pyinvolution.recipes import plots
@@ -63,16 +64,33 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps)
         self._before_validation = False
 
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__  # not with the interval, which a resumed run may change
+
     def save(self, trainer: pl.Trainer) -> None:
         if not trainer.fast_dev_run:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    # Overrides of ModelCheckpoint.
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        state = trainer.lightning_module.state_dict()
+        if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
+            raise _diverged(trainer, "the weights are not finite")
+        super()._save_checkpoint(trainer, filepath)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not trainer.ckpt_path and (earlier := self._find_last_checkpoints(trainer)):
+            rank_zero_warn(f"{max(earlier)} of an earlier run stays; to go on with it: --ckpt_path last")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if between_steps(trainer):
             super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
             self._before_validation = True
             self.save(trainer)
             self._before_validation = False
@@ -82,6 +100,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass  # the averaged weights are the model's by now
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -117,6 +138,8 @@ class StopOnSignal(Checkpoint):
         self._received.add(signum)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may handle signals
         signals = [signal.SIGTERM]
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -156,17 +179,23 @@ class StopOnSignal(Checkpoint):
 
 
 class StopOnDivergence(Callback):
-    """Raises `TrainingDiverged` before a loss that is NaN or infinite reaches the weights."""
+    """Raises `TrainingDiverged` before a loss that is NaN or infinite reaches the weights.
+
+    `LastCheckpoint` looks at the weights themselves, so that no checkpoint holds what a finite loss did to them.
+    """
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if torch.isfinite(loss):
-            return
-        path = last_checkpoint(trainer)
-        raise TrainingDiverged(
-            f"the loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
-            f"{trainer.fit_loop.batch_idx}), learning rate {trainer.optimizers[0].param_groups[0]['lr']:g}; "
-            + (f"last good checkpoint: {path}" if path else "there is no checkpoint yet")
-        )
+        if not torch.isfinite(loss):
+            raise _diverged(trainer, f"the loss is {loss.item()}")
+
+
+def _diverged(trainer: pl.Trainer, what: str) -> TrainingDiverged:
+    path = last_checkpoint(trainer)
+    return TrainingDiverged(
+        f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}), "
+        f"learning rate {trainer.optimizers[0].param_groups[0]['lr']:g}; "
+        + (f"last good checkpoint: {path}" if path else "there is no checkpoint yet")
+    )
 
 
 def last_checkpoint(trainer: pl.Trainer) -> str:

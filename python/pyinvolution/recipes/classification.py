@@ -46,12 +46,14 @@ class Classification(Recipe):
         self.save_hyperparameters(logger=False)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         top1, top5 = (
-            MulticlassAccuracy(num_classes, min(k, num_classes), average="micro", ignore_index=IGNORED) for k in (1, 5)
+            # Without validation of the arguments, which waits for the GPU.
+            MulticlassAccuracy(num_classes, min(k, num_classes), "micro", ignore_index=IGNORED, validate_args=False)
+            for k in (1, 5)
         )
         self.train_top1 = top1.clone()
         # Groups would merge both for good if they happened to agree on the first batch.
         self.val_accuracy = MetricCollection({"val/top1": top1, "val/top5": top5}, compute_groups=False)
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # else it drops them
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         load_official(self.net, state)

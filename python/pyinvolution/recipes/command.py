@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -24,6 +25,10 @@ from pyinvolution.recipes.loading import RecipeData
 from pyinvolution.recipes.module import Recipe
 
 __all__ = ["RecipeCLI", "run"]
+
+
+HELP = """--print_config shows every field with its value, --model.help Classification and --data.help
+ImageFolderData explain those of the model and the data. pyinvolution configs lists what --config knows by name."""
 
 
 class Parser(LightningArgumentParser):
@@ -83,8 +88,9 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = Path(config.default_root_dir or ".").absolute()
+        given = config.callbacks or []
         added: list[Callback] = []
-        if config.enable_progress_bar is not False:
+        if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):
             added.append(RichProgressBar())
         if self.subcommand == "fit":
             added += self._training_callbacks(config, root)
@@ -94,9 +100,11 @@ class RecipeCLI(LightningCLI):
             added.append(callbacks.PredictionWriter(root / self._get(self.config_init, "output")))
         if config.logger in (None, True):
             config.logger = self.subcommand == "fit" and _loggers(root)
-        plugins = config.plugins or []
-        config.plugins = [*(plugins if isinstance(plugins, list) else [plugins]), callbacks.AtomicCheckpointIO()]
-        config.callbacks = [*(config.callbacks or []), *added]
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] * bool(config.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, callbacks.AtomicCheckpointIO()]
+        config.plugins = plugins
+        config.callbacks = [*given, *added]
         return super().instantiate_trainer(default_root_dir=root, **kwargs)
 
     def _training_callbacks(self, config: Namespace, root: Path) -> list[Callback]:
@@ -151,6 +159,7 @@ def run(arguments: list[str]) -> RecipeCLI:
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,
+            parser_kwargs={"prog": "pyinvolution"} | {name: {"description": HELP} for name in RecipeCLI.subcommands()},
         )
     except MisconfigurationException as error:
         raise RecipeError(str(error)) from error

@@ -55,7 +55,7 @@ def measure() -> list[Measurement]:
 def table(measurements: list[Measurement]) -> Table:
     """A row for each shape without and with gradients."""
     result = Table(
-        title="Involutions as in RedNet-50, batch 8: time and growth of peak memory",
+        title=f"Involutions as in RedNet-50, batch {measurements[0].shape[0]}: time and growth of peak memory",
         caption=f"float32, {torch.get_num_threads()} threads; checked equal first",
         box=SIMPLE,
         pad_edge=False,

@@ -57,12 +57,15 @@ class ImageFolderData(RecipeData):
         root: folder with ``train`` and ``val``.
         size: height and width in pixels of the images the network sees.
         resize: length in pixels of the shorter side before the centre crop of evaluation.
-        scale, ratio: area and aspect ratio of the random crop of training.
+        scale: smallest and largest area of the random crop of training, as a fraction of the image.
+        ratio: smallest and largest width to height of the random crop.
         hflip: probability of a horizontal flip in training.
         interpolation: of resizing.
-        mean, std: of the RGB channels in [0, 1], for normalisation.
-        train_transform, val_transform: replace crop, resize and flip: transforms of torchvision.transforms.v2 by name,
-            e.g. ``[{"RandomCrop": {"size": 32, "padding": 2}}]``. Conversion and normalisation always follow.
+        mean: of the RGB channels in [0, 1], for normalisation.
+        std: likewise.
+        train_transform: instead of random crop and flip: transforms of torchvision.transforms.v2 by name, e.g.
+            ``[{"RandomCrop": {"size": 32, "padding": 2}}]``. Conversion to float and normalisation follow.
+        val_transform: instead of resize and centre crop, likewise.
         predict_root: an image or a folder of images, in any depth, for predict; None for ROOT/val.
         kwargs: of `RecipeData`.
     """

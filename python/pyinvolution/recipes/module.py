@@ -22,8 +22,10 @@ class Recipe(pl.LightningModule):
         net: the network.
         lr: learning rate at ``reference_batch`` images a step; it is scaled linearly to the actual global batch
             (devices x nodes x accumulated batches x batch size).
-        reference_batch: None switches the scaling off.
-        momentum, nesterov, weight_decay: of SGD; the decay acts on all parameters.
+        reference_batch: images a step that ``lr`` is meant for; None switches the scaling off.
+        momentum: of SGD.
+        nesterov: momentum as Nesterov's.
+        weight_decay: of SGD, on all parameters.
         warmup_steps: optimizer steps of the linear warm-up, whatever the batch; 0 for none. A run that is shorter never
             reaches the full rate, and is warned of.
         warmup_ratio: factor of the learning rate at the first step.
