@@ -51,6 +51,8 @@ def test_compile_has_one_graph() -> None:
     x = torch.randn(1, 3, 64, 64)
     explanation = torch._dynamo.explain(optimized)(x)
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+    layers = (nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), Involution2d(32, 7, 2), nn.BatchNorm2d(32), nn.ReLU())
+    optimized = optimize_for_inference(spread(nn.Sequential(*layers)))
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         result = torch.compile(optimized, fullgraph=True)(x)
         torch.testing.assert_close(result, optimized(x), rtol=1e-4, atol=1e-4)

@@ -125,7 +125,7 @@ def test_isa(isa: str, dtype: torch.dtype, layout: str) -> None:
             check(case, reduced, dtype, layout)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 2), groups=st.integers(1, 3), per_group=st.integers(8, 36), reduced=st.integers(1, 9),
     size=st.tuples(st.integers(1, 15), st.integers(1, 40)), kernel=st.tuples(st.integers(1, 7), st.integers(1, 8)),
@@ -140,8 +140,16 @@ def test_any_shape(
     case = Case((batch, groups * per_group, *size), groups, kernel, stride, padding, dilation)
     if 0 in case.output:
         return
+    given = tensors(case, reduced, torch.float32, layout)
+    exact = composed(case, *given, work=torch.float64)
+    # Over chance shapes the reference's own error is a matter of luck; a bound by the terms' absolute values is not.
+    magnitude = composed(case, *(t.abs() for t in given), work=torch.float64)
     with override_isa(isa), force_variant("cpu/fused"):
-        check(case, reduced, torch.float32, layout)
+        actual = passes(case, *given)
+    for name, a, e, m in zip(NAMES, actual, exact, magnitude, strict=True):
+        excess = (a.double() - e).abs() - 16 * torch.finfo(torch.float32).eps * m
+        assert a.isfinite().all()
+        assert (excess <= 0).all(), f"{name} of {case}, R={reduced}, {layout}, {isa}"
 
 
 @pytest.mark.parametrize("variant", [v for v in variants("span_involution2d") if v.startswith("cpu")])
