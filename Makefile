@@ -41,7 +41,7 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.operator
+	$(BIN)/python -m benchmarks.cpu
 
 clean:
 	rm -rf build $(VENV)

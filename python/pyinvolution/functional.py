@@ -278,7 +278,7 @@ class _SpanInvolution2d(torch.autograd.Function):
         geometry = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            grads = _composed_gradients(grad_output, *tensors, geometry=geometry, needed=needed)
+            grads = _composed_gradients(geometry, needed, grad_output, *tensors)
         else:
             grads = ops.span_involution2d_backward(grad_output, *tensors, *geometry, needed)
         return *(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None, None, None
@@ -288,8 +288,8 @@ class _SpanInvolution2d(torch.autograd.Function):
         tensors, geometry = arguments[:4], arguments[4:]
         if in_dims[2] is None and in_dims[3] is None:
             size = info.batch_size
-            merged = (ops.to_batch(t, d, size) for t, d in zip(tensors[:2], in_dims[:2], strict=True))
-            return _apply_span(*merged, *tensors[2:], *geometry).unflatten(0, (size, -1)), 0
+            input, reduced = (ops.to_batch(t, d, size) for t, d in zip(tensors[:2], in_dims[:2], strict=True))
+            return _apply_span(input, reduced, *tensors[2:], *geometry).unflatten(0, (size, -1)), 0
         return torch.vmap(partial(_compose_span, geometry=geometry), in_dims[:4])(*tensors), 0
 
 
@@ -300,13 +300,13 @@ def _compose_span(
 
 
 def _composed_gradients(
+    geometry: tuple[Pair, ...],
+    needed: tuple[bool, ...],
     grad_output: Tensor,
     input: Tensor,
     reduced: Tensor,
     span_weight: Tensor,
     span_bias: Tensor | None,
-    geometry: tuple[Pair, ...],
-    needed: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """All gradients in operators that autograd can differentiate again."""
     weight = ops.span(reduced, span_weight, span_bias, geometry[0])

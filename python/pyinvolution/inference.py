@@ -56,7 +56,8 @@ def optimize_for_inference(model: nn.Module, example_input: Tensor | None = None
     _fold(result)
     _enter_channels_last(result)
     result.to(memory_format=torch.channels_last)
-    result.max_difference = _compare(reference, result, _example(model) if example_input is None else example_input)
+    difference = _compare(reference, result, _example(model) if example_input is None else example_input)
+    result.max_difference = difference  # type: ignore[assignment]
     return result
 
 
@@ -68,13 +69,17 @@ class _Tracer(fx.Tracer):
 class _FoldedInvolution2d(nn.Module):
     """An `Involution2d` in evaluation mode, then ``scale * y + shift`` for each channel, then ReLU."""
 
+    scale: Tensor | None
+    shift: Tensor | None
+
     def __init__(self, layer: Involution2d, norm: nn.BatchNorm2d | None, relu: bool) -> None:
         super().__init__()
         self.pool = layer.pool
-        self.reduce = layer.reduce
-        if isinstance(getattr(self.reduce, "norm", None), nn.BatchNorm2d):
-            self.reduce.conv = fuse_conv_bn_eval(self.reduce.conv, self.reduce.norm)
-            del self.reduce.norm
+        reduce: Any = layer.reduce
+        if isinstance(getattr(reduce, "norm", None), nn.BatchNorm2d):
+            reduce.conv = fuse_conv_bn_eval(reduce.conv, reduce.norm)
+            del reduce.norm
+        self.reduce = reduce
         self.span, self.project = layer.span, layer.project
         self.geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         self.extra_padding = layer._extra_padding
@@ -97,7 +102,7 @@ class _FoldedInvolution2d(nn.Module):
         if torch.is_grad_enabled() and (input.requires_grad or reduced.requires_grad):
             # The operator with an epilogue has no gradient; this is for those who explain a prediction by one.
             output = span_involution2d(*tensors, *self.geometry)
-            if self.scale is not None:
+            if self.scale is not None and self.shift is not None:
                 output = (output * self.scale[:, None, None] + self.shift[:, None, None]).to(output.dtype)
             output = output.relu() if self.relu else output
         else:
@@ -150,8 +155,8 @@ def _fold(model: fx.GraphModule) -> None:
         layer = module_of(node, (nn.Conv2d, Involution2d))
         if layer is None or type(layer) not in (nn.Conv2d, Involution2d):
             continue
-        norm_node = follower(node, norm_of)
-        norm = norm_of(norm_node) if norm_node is not None else None
+        norm_node: Any = follower(node, norm_of)
+        norm: Any = norm_of(norm_node) if norm_node is not None else None
         if isinstance(layer, nn.Conv2d):
             if norm_node is not None:
                 model.set_submodule(str(node.target), fuse_conv_bn_eval(layer, norm))

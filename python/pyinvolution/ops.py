@@ -195,9 +195,9 @@ def _(
 # --- autocast ---------------------------------------------------------------------------------------------------------
 
 
-def autocast_tensors(*tensors: Tensor | None) -> tuple:
+def autocast_tensors(input: Tensor, *others: Tensor | None) -> tuple:
     """Casts as autocast does for a convolution: to its dtype on its device, all floating dtypes but float64."""
-    device_type = tensors[0].device.type
+    tensors, device_type = (input, *others), input.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
@@ -267,8 +267,8 @@ def span_gradients(
     grad = grad_weight.flatten(1, 3).flatten(2)
     rows = span_weight.flatten(1)
     return (
-        torch.einsum("kr,nkp->nrp", rows, grad).view_as(reduced) if needed[0] else None,
-        torch.einsum("nkp,nrp->kr", grad, reduced.flatten(2)).view_as(span_weight) if needed[1] else None,
+        torch.einsum("kr,nkp->nrp", rows, grad).reshape_as(reduced) if needed[0] else None,
+        torch.einsum("nkp,nrp->kr", grad, reduced.flatten(2)).reshape_as(span_weight) if needed[1] else None,
         grad.sum((0, 2)) if needed[2] else None,
     )
 
@@ -323,9 +323,9 @@ def _(info, in_dims, grad_output, input, reduced, span_weight, span_bias, kernel
     empty = grad_input.new_empty(size, 0)
     return (
         grad_input.unflatten(0, (size, -1)) if output_mask[0] else empty,
-        torch.einsum("vkr,vnkp->vnrp", rows.flatten(2), grad).view_as(pixels) if output_mask[1] else empty,
-        torch.einsum("vnkp,vnrp->vkr", grad, pixels.flatten(3)).view_as(rows) if output_mask[2] else empty,
-        grad.sum((1, 3)) if output_mask[3] else empty,
+        torch.einsum("vkr,vnkp->vnrp", rows.flatten(2), grad).reshape_as(pixels) if output_mask[1] else empty,
+        torch.einsum("vnkp,vnrp->vkr", grad, pixels.flatten(3)).reshape_as(rows) if output_mask[2] else empty,
+        grad.sum((1, 3)) if grad is not None and output_mask[3] else empty,
     ), (0,) * 4
 
 

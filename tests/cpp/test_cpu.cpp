@@ -43,10 +43,12 @@ int run_and_check(const Trial& trial, const Named& variant, uint64_t seed = 1) {
 
 // Shapes of 8 and more channels a group, whose rows fit tiles in every way.
 std::vector<Case> wide_cases() {
-  return {{1, 32, 2, 9, 11, 7, 7, 1, 1, 3, 3},   {1, 32, 2, 10, 9, 7, 7, 2, 2, 3, 3},  {2, 16, 1, 7, 9, 3, 3, 1, 1, 1, 1},
-          {1, 16, 1, 13, 6, 5, 5, 2, 1, 2, 2},   {1, 24, 2, 6, 5, 2, 4, 1, 1, 0, 1},   {1, 40, 1, 9, 9, 3, 3, 1, 2, 2, 3, 2, 3},
-          {1, 16, 1, 3, 130, 1, 3, 1, 1, 0, 1},  {1, 16, 1, 3, 260, 3, 7, 1, 2, 1, 3}, {1, 8, 1, 4, 4, 9, 9, 1, 1, 4, 4},
-          {1, 16, 1, 3, 3, 3, 3, 7, 9, 30, 30, 25, 25}, {1, 9, 1, 5, 230, 3, 3, 1, 1, 1, 1}, {2, 33, 3, 14, 14, 5, 5, 1, 1, 2, 2}};
+  return {{1, 32, 2, 9, 11, 7, 7, 1, 1, 3, 3},  {1, 32, 2, 10, 9, 7, 7, 2, 2, 3, 3},
+          {2, 16, 1, 7, 9, 3, 3, 1, 1, 1, 1},   {1, 16, 1, 13, 6, 5, 5, 2, 1, 2, 2},
+          {1, 24, 2, 6, 5, 2, 4, 1, 1, 0, 1},   {1, 40, 1, 9, 9, 3, 3, 1, 2, 2, 3, 2, 3},
+          {1, 16, 1, 3, 130, 1, 3, 1, 1, 0, 1}, {1, 16, 1, 3, 260, 3, 7, 1, 2, 1, 3},
+          {1, 8, 1, 4, 4, 9, 9, 1, 1, 4, 4},    {1, 16, 1, 3, 3, 3, 3, 7, 9, 30, 30, 25, 25},
+          {1, 9, 1, 5, 230, 3, 3, 1, 1, 1, 1},  {2, 33, 3, 14, 14, 5, 5, 1, 1, 2, 2}};
 }
 
 void involution() {
@@ -64,12 +66,12 @@ void involution() {
       }
     for (const Case& shape : wide_cases())
       for (const Layout layout : layouts)
-        for (const DType dtype : dtypes)
-          ran += run_and_check({shape, layout, dtype, Pass::forward}, variant, ++seed);
+        for (const DType dtype : dtypes) ran += run_and_check({shape, layout, dtype, Pass::forward}, variant, ++seed);
     for (const Case& shape : {Case{1, 16, 2, 8, 9, 3, 3, 1, 1, 1, 1}, Case{1, 16, 1, 9, 9, 5, 5, 2, 2, 2, 2}})
       for (const Layout layout : {Layout::contiguous, Layout::channels_last})
         for (const Pass pass : passes)
-          for (seed = 1; seed <= 4; ++seed) ran += run_and_check({shape, layout, DType::f32, pass, Values::special}, variant, seed);
+          for (seed = 1; seed <= 4; ++seed)
+            ran += run_and_check({shape, layout, DType::f32, pass, Values::special}, variant, seed);
     CHECK(ran > 0, std::string(variant.name) + " ran nothing");
   }
 }
@@ -87,7 +89,8 @@ double worst_difference(const Tensor& result, const std::vector<double>& want, d
   return worst;
 }
 
-void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, bool with_bias, const Execution& execution) {
+void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, bool with_bias,
+               const Execution& execution) {
   const Strides forward = strides_of(shape, layout, Pass::forward);
   const Strides written = strides_of(shape, layout == Layout::expanded ? Layout::contiguous : layout, Pass::forward);
   SpanProblem span{};
@@ -101,9 +104,11 @@ void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, b
                                          : layout == Layout::gapped      ? strides_in_order(r_sizes, {1, 0, 3, 2}, 1)
                                                                          : strides_in_order(r_sizes, {0, 1, 2, 3});
   Tensor x(dtype, x_sizes, forward.x), y(dtype, y_sizes, forward.y), r(dtype, r_sizes, r_strides);
-  Tensor s(dtype, {rows, reduced}, layout == Layout::gapped ? std::vector<int64_t>{2 * reduced + 1, 2} : std::vector<int64_t>{reduced, 1});
+  Tensor s(dtype, {rows, reduced},
+           layout == Layout::gapped ? std::vector<int64_t>{2 * reduced + 1, 2} : std::vector<int64_t>{reduced, 1});
   Tensor b(dtype, {rows}, {1}), gy(dtype, y_sizes, written.y);
-  Tensor gx(dtype, x_sizes, written.x), gr(dtype, r_sizes, r_strides), gs(dtype, {rows, reduced}, {reduced, 1}), gb(dtype, {rows}, {1});
+  Tensor gx(dtype, x_sizes, written.x), gr(dtype, r_sizes, r_strides), gs(dtype, {rows, reduced}, {reduced, 1}),
+      gb(dtype, {rows}, {1});
   Tensor scale(DType::f32, {shape.c}, {1}), shift(DType::f32, {shape.c}, {1});
   std::mt19937_64 engine(1);
   std::uniform_real_distribution<double> uniform(-1, 1);
@@ -115,7 +120,8 @@ void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, b
   std::copy_n(r_strides.begin(), 4, span.grad_reduced_stride);
 
   // W, and its involution and gradients, in double.
-  Tensor w(DType::f64, {shape.n, shape.g, shape.kh, shape.kw, p.out_h, p.out_w}, strides_in_order({shape.n, shape.g, shape.kh, shape.kw, p.out_h, p.out_w}, {0, 1, 2, 3, 4, 5}));
+  Tensor w(DType::f64, {shape.n, shape.g, shape.kh, shape.kw, p.out_h, p.out_w},
+           strides_in_order({shape.n, shape.g, shape.kh, shape.kw, p.out_h, p.out_w}, {0, 1, 2, 3, 4, 5}));
   const int64_t pixels = p.out_h * p.out_w;
   for (int64_t n = 0; n < shape.n; ++n)
     for (int64_t k = 0; k < rows; ++k)
@@ -139,11 +145,13 @@ void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, b
         }
       }
 
-  const std::string text = "span " + std::string(to_string(dtype)) + " " + to_text(layout) + " R=" + std::to_string(reduced) + " " + shape.text();
+  const std::string text = "span " + std::string(to_string(dtype)) + " " + to_text(layout) +
+                           " R=" + std::to_string(reduced) + " " + shape.text();
   const auto check = [&](const char* what, const Tensor& result, const std::vector<double>& want) {
     double largest = 0;
     const double worst = worst_difference(result, want, &largest);
-    CHECK(worst <= (unit_roundoff(dtype) + 4e-6) * 2 * largest, text + ": " + what + " is off by " + std::to_string(worst) + " of " + std::to_string(largest));
+    CHECK(worst <= (unit_roundoff(dtype) + 4e-6) * 2 * largest,
+          text + ": " + what + " is off by " + std::to_string(worst) + " of " + std::to_string(largest));
     CHECK(result.gaps_untouched(), text + ": " + what + ": memory between elements was written");
   };
   SpanBuffers buffers{};
@@ -165,13 +173,15 @@ void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, b
   }
   double largest = 0, ignored = 0;
   for (const double value : y_want) largest = std::max(largest, std::fabs(value));
-  CHECK(worst_difference(y, z_want, &ignored) <= (unit_roundoff(dtype) + 4e-6) * 4 * (largest + 1), text + ": epilogue");
+  CHECK(worst_difference(y, z_want, &ignored) <= (unit_roundoff(dtype) + 4e-6) * 4 * (largest + 1),
+        text + ": epilogue");
 
   span.epilogue = span.relu = false;
   buffers.scale = buffers.shift = nullptr;
   std::copy(written.y.begin(), written.y.end(), p.y_stride);
   buffers.y = gy.data();
-  buffers.grad_x = gx.data(), buffers.grad_reduced = gr.data(), buffers.grad_span = gs.data(), buffers.grad_bias = gb.data();
+  buffers.grad_x = gx.data(), buffers.grad_reduced = gr.data(), buffers.grad_span = gs.data(),
+  buffers.grad_bias = gb.data();
   if (cpu::fused_refusal(span, SpanPass::backward) != nullptr) return;
   for (Tensor* tensor : {&gx, &gr, &gs, &gb}) tensor->poison();
   cpu::fused_run(span, SpanPass::backward, buffers, execution);
