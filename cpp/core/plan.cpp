@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../../cuda/generic/generic.h"
+#include "../../cuda/mma/mma.h"
 #include "../../cuda/tiled/tiled.h"
 #include "cpu.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 // Best first. Each device ends in a variant that supports every problem.
 constexpr Variant table[] = {
+    {"mma", Device::cuda, cuda::mma_refusal, cuda::mma_run},
     {"tiled", Device::cuda, cuda::tiled_refusal, cuda::tiled_run},
     {"generic", Device::cuda, cuda::generic_refusal, cuda::generic_run},
     {"columns", Device::cpu, cpu::columns_refusal, cpu::columns_run},

@@ -19,6 +19,9 @@ void choices() {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
       for (const Layout layout : {Layout::contiguous, Layout::channels_last})
         CHECK(chosen(problem(rednet, dtype, layout), pass) != "generic", "a layer of RedNet has a kernel of its own");
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+      CHECK(chosen(problem(rednet, DType::bf16, layout), pass) == "mma", "16 bits are for the tensor cores");
+    CHECK(chosen(problem(rednet, DType::f32), pass) == "tiled", "float is not");
     CHECK(chosen(problem(rednet, DType::f64), pass) == "generic", "double is for the generic kernel");
     CHECK(chosen(problem(dilated, DType::f32), pass) == "generic", "dilation is for the generic kernel");
   }
@@ -43,7 +46,7 @@ void forced() {
     if (name.rfind("cuda/", 0) != 0) continue;
     force_variant(name);
     for (const Pass pass : passes) {
-      Setting setting({rednet, Layout::channels_last, DType::f32, pass}, Device::cuda);
+      Setting setting({rednet, Layout::channels_last, DType::bf16, pass}, Device::cuda);
       run(setting.problem, pass, setting.buffers(), {});
       setting.check();
       CHECK("cuda/" + chosen(setting.problem, pass) == name, "the forced variant runs: " + name);
