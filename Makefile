@@ -1,13 +1,16 @@
 # Two commands set everything up on a machine with Python >= 3.10 and g++:
 #   make demo    trains a small RedNet on real handwritten digits and draws what it learned
 #   make test    runs the tests
-# PYTHON picks the interpreter; PYINVOLUTION_CUDA=OFF and PYINVOLUTION_CUDA_ARCHITECTURES=90 make builds with nvcc shorter.
+# PYTHON picks the interpreter. Where nvcc is found, CUDA kernels are built for this machine's GPU (without one, for compute
+# capability 9.0, which compiles them at least); PYINVOLUTION_CUDA_ARCHITECTURES="80;90" names others, PYINVOLUTION_CUDA=OFF none.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/editable
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake -type f)
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd ';')
+export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
 .PHONY: demo test test-python test-cpp lint format bench clean

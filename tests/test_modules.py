@@ -256,3 +256,35 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_input(input, error, message):
     with pytest.raises(error, match=f"Involution2d: input.*{message}"):
         Involution2d(32)(input)
+
+
+def test_fused_and_unfused_agree_and_are_selectable():
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 9, 8)
+    results = {}
+    for fused in (None, True, False):
+        torch.manual_seed(1)
+        layer = Involution2d(32, 7, 2, fused=fused)
+        with torch.profiler.profile() as profile:
+            loss = layer(x).square().sum()
+        names = {event.name for event in profile.events()}
+        assert ("pyinvolution::span_involution2d" in names) == (fused is not False)
+        loss.backward()
+        results[fused] = [loss, *(p.grad for p in layer.parameters())]
+    for other in (None, True):
+        torch.testing.assert_close(results[other], results[False], rtol=1e-3, atol=1e-4)
+    with pytest.raises(TypeError, match="fused must be a bool or None, got 1"):
+        Involution2d(32, fused=1)
+
+
+def test_a_hook_on_span_sees_the_kernels():
+    layer, seen = Involution2d(32, 7), []
+    layer.span.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    layer(torch.randn(1, 32, 5, 6))
+    assert seen == [(1, 2 * 49, 5, 6)]
+
+
+def test_float64_is_not_fused():
+    with torch.profiler.profile() as profile:
+        Involution2d(32, 7).double()(torch.randn(1, 32, 5, 6).double())
+    assert "pyinvolution::involution2d" in {event.name for event in profile.events()}

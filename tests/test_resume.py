@@ -37,14 +37,20 @@ def uninterrupted(data, tmp_path_factory):
     return state
 
 
-# Signal, workers, accumulated batches, when, step of the checkpoint from which it goes on. Saved are steps 4, 8, ...
-# and the ends of epochs: 6, 12, 18 (3, 6, 9 with two accumulated batches).
+# Signal, workers, accumulated batches, when (again in the resumed run), step of the checkpoint from which it goes on.
+# Saved are steps 4, 8, ... and the ends of epochs: 6, 12, 18 (3, 6, 9 with two accumulated batches).
 CASES = {
-    "kill": (signal.SIGKILL, 0, 1, {"step": 9}, 8),
-    "kill, 2 workers, accumulating": (signal.SIGKILL, 2, 2, {"step": 5, "batch_idx": 5}, 4),
-    "term, 2 workers": (signal.SIGTERM, 2, 1, {"step": 9}, 10),
-    "term, accumulating": (signal.SIGTERM, 0, 2, {"step": 4, "batch_idx": 2}, 5),
-    "term in validation": (signal.SIGTERM, 0, 1, {"step": 12, "batch_idx": 1, "validation": True}, 12),
+    "kill": (signal.SIGKILL, 0, 1, [{"step": 9}], 8),
+    "kill twice, 2 workers, accumulating": (
+        signal.SIGKILL,
+        2,
+        2,
+        [{"step": 5, "batch_idx": 5}, {"step": 4, "batch_idx": 3}],
+        4,
+    ),
+    "term, 2 workers": (signal.SIGTERM, 2, 1, [{"step": 9}], 10),
+    "term, accumulating": (signal.SIGTERM, 0, 2, [{"step": 4, "batch_idx": 2}], 5),
+    "term in validation": (signal.SIGTERM, 0, 1, [{"step": 12, "batch_idx": 1, "validation": True}], 12),
 }
 
 
@@ -57,10 +63,15 @@ def arguments_of(case, data, folder):
 
 @pytest.fixture(scope="module")
 def interrupted(data, tmp_path_factory):
-    """Folder of the runs, and exit status and stderr of each."""
+    """Folder of the runs, and exit status and stderr of the last one of each case."""
     folder = tmp_path_factory.mktemp("interrupted")
-    runs = [[*arguments_of(name, data, folder), *interruption(case[0], **case[3])] for name, case in CASES.items()]
-    return folder, dict(zip(CASES, run_forked(runs, folder), strict=True))
+    names, runs = [], []
+    for name, (signum, _, _, times, _) in CASES.items():
+        for when in times:
+            resumed = ["--ckpt_path=last"] if name in names else []
+            runs.append([*arguments_of(name, data, folder), *interruption(signum, **when), *resumed])
+            names.append(name)
+    return folder, dict(zip(names, run_forked(runs, folder), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -44,6 +44,12 @@ Problem problem_of(const std::string& dtype, const std::string& device, const st
   return p;
 }
 
+py::list listed(const std::vector<Verdict>& verdicts) {
+  py::list all;
+  for (const Verdict& verdict : verdicts) all.append(py::make_tuple(verdict.variant, verdict.refusal, verdict.chosen));
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -51,7 +57,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_built") = PYINVOLUTION_TORCH_BUILT;
   m.def("cuda_build", &cuda::cuda_build);
 
-  m.def("variants", &variants);
+  m.def("variants", &variants, py::arg("op"));
   m.def("force_variant", &force_variant, py::arg("name"));
   m.def("forced_variant", &forced_variant);
 
@@ -59,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return to_string(current_isa()); });
   m.def("override_isa", &override_isa, py::arg("name"));
 
+  const char* const answer = "[(variant, refusal or None, chosen)] in the order of the plan table";
   m.def(
       "explain",
       [](const std::string& pass, const std::string& dtype, const std::string& device,
@@ -68,13 +75,31 @@ PYBIND11_MODULE(_C, m) {
          const std::vector<int64_t>& output_stride) {
         const Problem problem = problem_of(dtype, device, input, weight, stride, padding, dilation, input_stride,
                                            weight_stride, output_stride);
-        py::list verdicts;
-        for (const Verdict& verdict :
-             explain(problem, parse<Pass>(pass, {Pass::forward, Pass::grad_input, Pass::grad_weight})))
-          verdicts.append(py::make_tuple(verdict.variant->name, verdict.refusal, verdict.chosen));
-        return verdicts;
+        return listed(explain(problem, parse<Pass>(pass, {Pass::forward, Pass::grad_input, Pass::grad_weight})));
       },
       py::kw_only(), py::arg("pass_"), py::arg("dtype"), py::arg("device"), py::arg("input"), py::arg("weight"),
       py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_stride"), py::arg("weight_stride"),
-      py::arg("output_stride"), "[(variant, refusal or None, chosen)] in the order of the plan table");
+      py::arg("output_stride"), answer);
+
+  // `weight` is the shape that W would have.
+  m.def(
+      "explain_span",
+      [](const std::string& pass, const std::string& dtype, const std::string& device,
+         const std::vector<int64_t>& input, const std::vector<int64_t>& weight, int64_t reduced,
+         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+         const std::vector<int64_t>& input_stride, const std::vector<int64_t>& reduced_stride,
+         const std::vector<int64_t>& span_stride, const std::vector<int64_t>& output_stride) {
+        SpanProblem span{};
+        span.involution = problem_of(dtype, device, input, weight, stride, padding, dilation, input_stride,
+                                     std::vector<int64_t>(6, 0), output_stride);
+        span.reduced = reduced;
+        std::copy_n(reduced_stride.begin(), 4, span.reduced_stride);
+        std::copy_n(span_stride.begin(), 2, span.span_stride);
+        std::copy_n(input_stride.begin(), 4, span.grad_x_stride);
+        std::copy_n(reduced_stride.begin(), 4, span.grad_reduced_stride);
+        return listed(explain(span, parse<SpanPass>(pass, {SpanPass::forward, SpanPass::backward})));
+      },
+      py::kw_only(), py::arg("pass_"), py::arg("dtype"), py::arg("device"), py::arg("input"), py::arg("weight"),
+      py::arg("reduced"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_stride"),
+      py::arg("reduced_stride"), py::arg("span_stride"), py::arg("output_stride"), answer);
 }

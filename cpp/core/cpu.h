@@ -13,7 +13,17 @@ void scalar_run(const Problem&, Pass, const Buffers&, const Execution&);
 const char* columns_refusal(const Problem&, Pass);
 void columns_run(const Problem&, Pass, const Buffers&, const Execution&);
 
+// Vectors along the channels of a group, weights from memory.
+const char* channels_refusal(const Problem&, Pass);
+void channels_run(const Problem&, Pass, const Buffers&, const Execution&);
+
+// The same with weights computed tile by tile.
+const char* fused_refusal(const SpanProblem&, SpanPass);
+void fused_run(const SpanProblem&, SpanPass, const SpanBuffers&, const Execution&);
+
 // A thread's scratch memory of at least `bytes`, aligned to 64 bytes; the next call of the same thread reuses it.
-void* scratch(int64_t bytes);
+// `task` is what tasks use, `call` what lives as long as an operator's call.
+enum class Scratch { task, call };
+void* scratch(int64_t bytes, Scratch = Scratch::task);
 
 }  // namespace pyinvolution::cpu

@@ -153,13 +153,14 @@ void columns_run(const Problem& problem, Pass pass, const Buffers& buffers, cons
                 [&](int64_t index) { task(plan, index, scratch(plan.scratch_bytes)); });
 }
 
-void* scratch(int64_t bytes) {
+void* scratch(int64_t bytes, Scratch use) {
   struct Block {
     void* memory = nullptr;
     int64_t size = 0;
     ~Block() { std::free(memory); }
   };
-  thread_local Block block;
+  thread_local Block blocks[2];
+  Block& block = blocks[int(use)];
   if (block.size < bytes) {
     std::free(block.memory);
     block.size = 0;

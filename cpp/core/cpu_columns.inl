@@ -6,53 +6,11 @@
 #include <cstring>
 
 #include "cpu_columns.h"
+#include "cpu_vector.h"
 #include "storage.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace pyinvolution::cpu {
 namespace {
-
-template <class A>
-struct Vector {
-  static constexpr int64_t lanes = VECTOR_BYTES / sizeof(A);
-  typedef A Lanes __attribute__((vector_size(VECTOR_BYTES)));
-
-  Lanes value;
-
-  static Vector zero() { return {Lanes{}}; }
-  static Vector load(const A* from) {
-    Vector v;
-    std::memcpy(&v.value, from, sizeof v.value);
-    return v;
-  }
-  void store(A* to) const { std::memcpy(to, &value, sizeof value); }
-  void add_product(const Vector& a, const Vector& b) { value += a.value * b.value; }
-
-  // The first `count` lanes; the others are zero and their memory is not touched.
-  static Vector load_first(const A* from, int64_t count) {
-#if VECTOR_BYTES == 64
-    if constexpr (sizeof(A) == 4)
-      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from)};
-    else
-      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from)};
-#elif VECTOR_BYTES == 32
-    if constexpr (sizeof(A) == 4) {
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      return {(Lanes)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lane))};
-    } else {
-      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-      return {(Lanes)_mm256_maskload_pd(from, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lane))};
-    }
-#else
-    Vector v = zero();
-    for (int64_t i = 0; i < count; ++i) v.value[i] = from[i];
-    return v;
-#endif
-  }
-};
 
 // [channels][columns] of one row into packed rows `pitch` apart. `from` is null for a row outside the tensor.
 template <class T, class A>

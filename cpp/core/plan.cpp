@@ -1,5 +1,6 @@
 #include "pyinvolution/plan.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -18,21 +19,47 @@ constexpr Variant table[] = {
     {"mma", Device::cuda, cuda::mma_refusal, cuda::mma_run},
     {"tiled", Device::cuda, cuda::tiled_refusal, cuda::tiled_run},
     {"generic", Device::cuda, cuda::generic_refusal, cuda::generic_run},
+    {"channels", Device::cpu, cpu::channels_refusal, cpu::channels_run},
     {"columns", Device::cpu, cpu::columns_refusal, cpu::columns_run},
     {"scalar", Device::cpu, cpu::scalar_refusal, cpu::scalar_run},
 };
 
-std::string qualified(const Variant& variant) { return std::string(to_string(variant.device)) + "/" + variant.name; }
+const char* never(const SpanProblem&, SpanPass) { return nullptr; }
 
-bool is_named(const Variant& variant, const std::string& name) {
-  return name == variant.name || name == qualified(variant);
+constexpr SpanVariant span_table[] = {
+    {"composed", Device::cuda, never, nullptr},
+    {"fused", Device::cpu, cpu::fused_refusal, cpu::fused_run},
+    {"composed", Device::cpu, never, nullptr},
+};
+
+// What is forced in an operator's table: for each device a variant or nullptr.
+template <class V>
+struct Bound {
+  const V* on[2] = {nullptr, nullptr};
+};
+
+template <class V>
+std::string qualified(const V& variant) {
+  return std::string(to_string(variant.device)) + "/" + variant.name;
 }
 
-// The variant that a device is bound to, or nullptr.
+template <class V, size_t Size>
+bool bind(const V (&variants)[Size], const std::string& name, Bound<V>& bound, std::string& names) {
+  bool found = false;
+  for (const V& variant : variants) {
+    names += (names.empty() ? "" : ", ") + qualified(variant);
+    if (name != variant.name && name != qualified(variant)) continue;
+    bound.on[int(variant.device)] = &variant;
+    found = true;
+  }
+  return found;
+}
+
 struct Forced {
   std::mutex mutex;
-  std::string name;
-  const Variant* on[2] = {nullptr, nullptr};
+  std::string names;
+  Bound<Variant> involution;
+  Bound<SpanVariant> span;
 
   Forced() {
     const char* initial = std::getenv("PYINVOLUTION_VARIANT");
@@ -40,18 +67,21 @@ struct Forced {
   }
 
   void set(const std::string& wanted) {
-    const Variant* found[2] = {nullptr, nullptr};
-    std::string names;
-    for (const Variant& variant : table) {
-      if (is_named(variant, wanted)) found[int(variant.device)] = &variant;
-      names += (names.empty() ? "" : ", ") + qualified(variant);
+    Bound<Variant> involution_found;
+    Bound<SpanVariant> span_found;
+    for (size_t begin = 0; begin < wanted.size();) {
+      const size_t end = std::min(wanted.find(',', begin), wanted.size());
+      const std::string name = wanted.substr(begin, end - begin);
+      std::string known;
+      const bool one = bind(table, name, involution_found, known);
+      const bool other = bind(span_table, name, span_found, known);
+      if (!one && !other) throw std::invalid_argument("unknown variant \"" + name + "\", expected one of " + known);
+      begin = end + 1;
     }
-    if (!wanted.empty() && found[0] == nullptr && found[1] == nullptr)
-      throw std::invalid_argument("unknown variant \"" + wanted + "\", expected one of " + names);
     const std::lock_guard<std::mutex> lock(mutex);
-    name = wanted;
-    on[0] = found[0];
-    on[1] = found[1];
+    names = wanted;
+    involution = involution_found;
+    span = span_found;
   }
 };
 
@@ -60,10 +90,48 @@ Forced& forced() {
   return state;
 }
 
-const Variant* forced_on(Device device) {
+Device device_of(const Problem& problem) { return problem.device; }
+Device device_of(const SpanProblem& problem) { return problem.involution.device; }
+
+template <class V>
+const V* forced_on(Device device, const Bound<V> Forced::* bound) {
   Forced& state = forced();
   const std::lock_guard<std::mutex> lock(state.mutex);
-  return state.on[int(device)];
+  return (state.*bound).on[int(device)];
+}
+
+template <class V, size_t Size, class P, class Which>
+const V& choose_from(const V (&variants)[Size], const Bound<V> Forced::* bound, const P& problem, Which pass) {
+  const Device device = device_of(problem);
+  if (const V* variant = forced_on(device, bound)) {
+    if (const char* refusal = variant->refusal(problem, pass))
+      throw std::invalid_argument("the forced variant " + qualified(*variant) + " cannot run this " + to_string(pass) +
+                                  ": " + refusal);
+    return *variant;
+  }
+  std::string refusals;
+  for (const V& variant : variants) {
+    if (variant.device != device) continue;
+    const char* refusal = variant.refusal(problem, pass);
+    if (refusal == nullptr) return variant;
+    refusals += std::string(refusals.empty() ? "" : "; ") + variant.name + ": " + refusal;
+  }
+  throw std::invalid_argument(std::string("no ") + to_string(device) + " variant can run this " + to_string(pass) +
+                              ": " + refusals);
+}
+
+template <class V, size_t Size, class P, class Which>
+std::vector<Verdict> verdicts_of(const V (&variants)[Size], const Bound<V> Forced::* bound, const P& problem,
+                                 Which pass) {
+  const V* chosen = forced_on(device_of(problem), bound);
+  std::vector<Verdict> verdicts;
+  for (const V& variant : variants) {
+    if (variant.device != device_of(problem)) continue;
+    const char* refusal = variant.refusal(problem, pass);
+    if (chosen == nullptr && refusal == nullptr) chosen = &variant;
+    verdicts.push_back({variant.name, refusal, chosen == &variant && refusal == nullptr});
+  }
+  return verdicts;
 }
 
 int64_t outputs(const Problem& p, Pass pass) {
@@ -78,21 +146,10 @@ int64_t outputs(const Problem& p, Pass pass) {
 }  // namespace
 
 const Variant& choose(const Problem& problem, Pass pass) {
-  if (const Variant* variant = forced_on(problem.device)) {
-    if (const char* refusal = variant->refusal(problem, pass))
-      throw std::invalid_argument("the forced variant " + qualified(*variant) + " cannot run this " + to_string(pass) +
-                                  ": " + refusal);
-    return *variant;
-  }
-  std::string refusals;
-  for (const Variant& variant : table) {
-    if (variant.device != problem.device) continue;
-    const char* refusal = variant.refusal(problem, pass);
-    if (refusal == nullptr) return variant;
-    refusals += std::string(refusals.empty() ? "" : "; ") + variant.name + ": " + refusal;
-  }
-  throw std::invalid_argument(std::string("no ") + to_string(problem.device) + " variant can run this " +
-                              to_string(pass) + ": " + refusals);
+  return choose_from(table, &Forced::involution, problem, pass);
+}
+const SpanVariant& choose(const SpanProblem& problem, SpanPass pass) {
+  return choose_from(span_table, &Forced::span, problem, pass);
 }
 
 void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
@@ -101,29 +158,32 @@ void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execut
 }
 
 std::vector<Verdict> explain(const Problem& problem, Pass pass) {
-  const Variant* chosen = forced_on(problem.device);
-  std::vector<Verdict> verdicts;
-  for (const Variant& variant : table) {
-    if (variant.device != problem.device) continue;
-    const char* refusal = variant.refusal(problem, pass);
-    if (chosen == nullptr && refusal == nullptr) chosen = &variant;
-    verdicts.push_back({&variant, refusal, chosen == &variant && refusal == nullptr});
-  }
-  return verdicts;
+  return verdicts_of(table, &Forced::involution, problem, pass);
+}
+std::vector<Verdict> explain(const SpanProblem& problem, SpanPass pass) {
+  return verdicts_of(span_table, &Forced::span, problem, pass);
 }
 
-std::vector<std::string> variants() {
+std::vector<std::string> variants(const std::string& op) {
   std::vector<std::string> names;
-  for (const Variant& variant : table) names.push_back(qualified(variant));
+  const auto add = [&](const auto& variants) {
+    for (const auto& variant : variants) names.push_back(qualified(variant));
+  };
+  if (op == "involution2d")
+    add(table);
+  else if (op == "span_involution2d")
+    add(span_table);
+  else
+    throw std::invalid_argument("unknown operator \"" + op + "\", expected involution2d or span_involution2d");
   return names;
 }
 
-void force_variant(const std::string& name) { forced().set(name); }
+void force_variant(const std::string& names) { forced().set(names); }
 
 std::string forced_variant() {
   Forced& state = forced();
   const std::lock_guard<std::mutex> lock(state.mutex);
-  return state.name;
+  return state.names;
 }
 
 const char* to_string(DType dtype) {
@@ -146,5 +206,7 @@ const char* to_string(Pass pass) {
   }
   return "unknown";
 }
+
+const char* to_string(SpanPass pass) { return pass == SpanPass::forward ? "forward" : "backward"; }
 
 }  // namespace pyinvolution

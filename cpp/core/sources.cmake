@@ -4,11 +4,15 @@ function(pyinvolution_core_sources target)
   cmake_parse_arguments(PARSE_ARGV 1 ARG "" "NO_CUDA" "")
   set(core ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_sources(${target} PRIVATE
-    ${core}/plan.cpp ${core}/isa.cpp ${core}/cpu_scalar.cpp ${core}/cpu_columns.cpp ${core}/cpu_columns_baseline.cpp)
+    ${core}/plan.cpp ${core}/isa.cpp ${core}/cpu_scalar.cpp
+    ${core}/cpu_columns.cpp ${core}/cpu_columns_baseline.cpp
+    ${core}/cpu_channels.cpp ${core}/cpu_channels_baseline.cpp)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    target_sources(${target} PRIVATE ${core}/cpu_columns_avx2.cpp ${core}/cpu_columns_avx512.cpp)
-    set_source_files_properties(${core}/cpu_columns_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
-    set_source_files_properties(${core}/cpu_columns_avx512.cpp PROPERTIES COMPILE_OPTIONS
+    set(avx2 ${core}/cpu_columns_avx2.cpp ${core}/cpu_channels_avx2.cpp)
+    set(avx512 ${core}/cpu_columns_avx512.cpp ${core}/cpu_channels_avx512.cpp)
+    target_sources(${target} PRIVATE ${avx2} ${avx512})
+    set_source_files_properties(${avx2} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+    set_source_files_properties(${avx512} PROPERTIES COMPILE_OPTIONS
       "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
     target_compile_definitions(${target} PRIVATE PYINVOLUTION_X86_VECTORS=1)
   endif()

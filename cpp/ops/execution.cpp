@@ -28,20 +28,32 @@ void* current_cuda_stream(int32_t device) {
   return stream;
 }
 
-}  // namespace
-
-void run_on(const torch::stable::Tensor& where, const Problem& problem, Pass pass, const Buffers& buffers) {
+// Calls body(Execution).
+template <class Body>
+void execute(const torch::stable::Tensor& where, Device device, const Body& body) {
   Execution execution;
-  if (problem.device == Device::cpu) {
+  if (device == Device::cpu) {
     execution.parallel_for = parallel_for;
     execution.threads = int(torch::stable::get_num_threads());
-    run(problem, pass, buffers, execution);
+    body(execution);
   } else {
     const int32_t index = where.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(index);
     execution.stream = current_cuda_stream(index);
-    run(problem, pass, buffers, execution);
+    body(execution);
   }
+}
+
+}  // namespace
+
+void run_on(const torch::stable::Tensor& where, const Problem& problem, Pass pass, const Buffers& buffers) {
+  execute(where, problem.device, [&](const Execution& execution) { run(problem, pass, buffers, execution); });
+}
+
+void run_on(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& problem, SpanPass pass,
+            const SpanBuffers& buffers) {
+  execute(where, problem.involution.device,
+          [&](const Execution& execution) { variant.run(problem, pass, buffers, execution); });
 }
 
 }  // namespace pyinvolution::ops

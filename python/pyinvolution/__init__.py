@@ -5,8 +5,9 @@ from importlib.metadata import version
 __version__ = version("pyinvolution")
 
 from pyinvolution import functional, models
-from pyinvolution.functional import involution2d
-from pyinvolution.introspection import build_info, explain, force_variant, override_isa
+from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.inference import optimize_for_inference
+from pyinvolution.introspection import build_info, explain, explain_span, force_variant, override_isa
 from pyinvolution.modules import Involution2d
 
 __all__ = [
@@ -14,9 +15,12 @@ __all__ = [
     "__version__",
     "build_info",
     "explain",
+    "explain_span",
     "force_variant",
     "functional",
     "involution2d",
     "models",
+    "optimize_for_inference",
     "override_isa",
+    "span_involution2d",
 ]

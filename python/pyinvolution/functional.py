@@ -1,5 +1,7 @@
 """Involution as a function: differentiable, and at home in autocast, torch.compile, torch.export and torch.func."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from pyinvolution import ops
 from pyinvolution.ops import Pair
 
-__all__ = ["involution2d"]
+__all__ = ["involution2d", "span_involution2d"]
 
 
 def involution2d(
@@ -42,44 +44,113 @@ def involution2d(
         ValueError: shapes, devices, layouts or values do not fit. The message names the argument, its value and
             what was expected.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"involution2d: input is a {type(input).__name__}, expected a Tensor")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"involution2d: weight is a {type(weight).__name__}, expected a Tensor")
-    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+    op = "involution2d"
+    _check_tensors(op, input=input, weight=weight)
+    geometry = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
     unbatched = input.dim() == 3 and weight.dim() == 5
     if unbatched:
         input, weight = input.unsqueeze(0), weight.unsqueeze(0)
     input, weight = ops.autocast_tensors(input, weight)
-
-    if torch.compiler.is_compiling():
-        output = _apply(input, weight, geometry)
-    else:
-        try:
-            output = _apply(input, weight, geometry)
-        except RuntimeError as error:
-            ops.explain_failure(error, input, weight, *geometry)
+    output = _explained(_apply, ops.check, input, weight, *geometry)
     if bias is not None:
         output = output + _column(bias, input)
     return output.squeeze(0) if unbatched else output
 
 
-def _apply(input: Tensor, weight: Tensor, geometry: tuple[Pair, ...]) -> Tensor:
+def span_involution2d(
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None = None,
+    kernel_size: int | Pair = 7,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+) -> Tensor:
+    r"""Involution with kernels from a 1x1 convolution, ``involution2d(input, span(reduced))``, in one operator.
+
+    .. math::
+        W_{n,g,k,p} = b_{g K + k} + \sum_r S_{g K + k, r} \, R_{n,r,p}, \qquad K = K_h K_w
+
+    (Li et al., CVPR 2021, section 3, equation 6, after its reduction.) Where the device has a fused kernel, W is never
+    in memory, neither forward nor backward: backward computes it again from ``reduced``. Elsewhere, and in a backward
+    pass that is to be differentiated again, the result is composed of a convolution and `involution2d`. Under autocast,
+    tensors take its dtype.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.
+        reduced: (N, R, Ho, Wo), or without N; input's dtype and device, like the other tensors.
+        span_weight: (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1); row g * Kh * Kw + i * Kw + j gives tap (i, j) of group
+            g. G divides C.
+        span_bias: (G * Kh * Kw,) or None.
+        kernel_size: Kh and Kw.
+        stride, padding, dilation: int or (vertical, horizontal).
+
+    Returns:
+        (N, C, Ho, Wo) or (C, Ho, Wo), in input's memory format.
+
+    Raises:
+        TypeError, ValueError: as `involution2d` does.
+    """
+    op = "span_involution2d"
+    given = {"input": input, "reduced": reduced, "span_weight": span_weight}
+    _check_tensors(op, **given if span_bias is None else {**given, "span_bias": span_bias})
+    geometry = tuple(
+        _pair(op, name, value)
+        for name, value in (
+            ("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)
+        )
+    )  # fmt: skip
+    unbatched = input.dim() == 3 and reduced.dim() == 3
+    if unbatched:
+        input, reduced = input.unsqueeze(0), reduced.unsqueeze(0)
+    tensors = ops.autocast_tensors(input, reduced, span_weight, span_bias)
+    output = _explained(_apply_span, ops.check_span, *tensors, *geometry)
+    return output.squeeze(0) if unbatched else output
+
+
+def _explained(function: Callable[..., Tensor], check: Callable[..., None], *arguments: Any) -> Tensor:
+    """Turns an operator's RuntimeError into the TypeError or ValueError of the argument at fault, where one is."""
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        return function(*arguments)
+    except RuntimeError:
+        check(*arguments)
+        raise
+
+
+def _check_tensors(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+
+
+def _apply(input: Tensor, weight: Tensor, *geometry: Pair) -> Tensor:
     # The operator alone costs half of what it does through a Function.
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return _Involution2d.apply(input, weight, *geometry)
     return ops.involution2d(input, weight, *geometry)
 
 
-def _pair(name: str, value: int | Pair) -> Pair:
+def _apply_span(
+    input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *geometry: Pair
+) -> Tensor:
+    tensors = (input, reduced, span_weight, span_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _SpanInvolution2d.apply(*tensors, *geometry)
+    return ops.span_involution2d(*tensors, None, None, False, *geometry)
+
+
+def _pair(op: str, name: str, value: int | Pair) -> Pair:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value, value
     if not isinstance(value, (tuple, list)) or any(
         isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) for v in value
     ):
-        raise TypeError(f"involution2d: {name} is {value!r}, expected an int or a pair of ints")
+        raise TypeError(f"{op}: {name} is {value!r}, expected an int or a pair of ints")
     if len(value) != 2:
-        raise ValueError(f"involution2d: {name} is {value!r}, expected an int or a pair of ints")
+        raise ValueError(f"{op}: {name} is {value!r}, expected an int or a pair of ints")
     return value[0], value[1]
 
 
@@ -124,7 +195,7 @@ class _Involution2d(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *geometry: Pair) -> tuple[Tensor, int]:
         size = info.batch_size
         merged = ops.to_batch(input, in_dims[0], size), ops.to_batch(weight, in_dims[1], size)
-        return _apply(*merged, geometry).unflatten(0, (size, -1)), 0
+        return _apply(*merged, *geometry).unflatten(0, (size, -1)), 0
 
 
 class _Involution2dBackward(torch.autograd.Function):
@@ -168,7 +239,7 @@ class _Involution2dBackward(torch.autograd.Function):
             if not computed:
                 continue
             if ctx.needs_input_grad[0]:
-                add(0, _apply(x, w, tuple(ctx.geometry)))
+                add(0, _apply(x, w, *ctx.geometry))
             if ctx.needs_input_grad[other]:
                 add(other, backward_of(x, w, (other == 1, other == 2))[other - 1])
         return *grads, None, None, None, None
@@ -185,3 +256,63 @@ class _Involution2dBackward(torch.autograd.Function):
             tuple(g.unflatten(0, (size, -1)) if want else g for g, want in zip(grads, needed, strict=True)),
             tuple(0 if want else None for want in needed),
         )
+
+
+class _SpanInvolution2d(torch.autograd.Function):
+    """Y from X, R and the span's parameters, with all gradients; W is not saved."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *geometry: Pair
+    ) -> Tensor:
+        return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        geometry = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            grads = _composed_gradients(grad_output, *tensors, geometry=geometry, needed=needed)
+        else:
+            grads = ops.span_involution2d_backward(grad_output, *tensors, *geometry, needed)
+        return *(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
+        tensors, geometry = arguments[:4], arguments[4:]
+        if in_dims[2] is None and in_dims[3] is None:
+            size = info.batch_size
+            merged = (ops.to_batch(t, d, size) for t, d in zip(tensors[:2], in_dims[:2], strict=True))
+            return _apply_span(*merged, *tensors[2:], *geometry).unflatten(0, (size, -1)), 0
+        return torch.vmap(partial(_compose_span, geometry=geometry), in_dims[:4])(*tensors), 0
+
+
+def _compose_span(
+    input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, geometry: tuple[Pair, ...]
+) -> Tensor:
+    return _apply(input, ops.span(reduced, span_weight, span_bias, geometry[0]), *geometry[1:])
+
+
+def _composed_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    geometry: tuple[Pair, ...],
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """All gradients in operators that autograd can differentiate again."""
+    weight = ops.span(reduced, span_weight, span_bias, geometry[0])
+    mask = (needed[0], any(needed[1:]))
+    grad_input, grad_weight = _Involution2dBackward.apply(grad_output, input, weight, *geometry[1:], mask)
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if mask[1]:
+        grads = ops.span_gradients(grad_weight, reduced, span_weight, span_bias, needed[1:])
+    return tuple(g if want else input.new_empty(0) for g, want in zip((grad_input, *grads), needed, strict=True))

@@ -4,6 +4,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from pyinvolution._library import _C
 from pyinvolution.ops import Pair
 
 PASSES = ("forward", "grad_input", "grad_weight")
+SPAN_PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,106 @@ def explain(
     return Explanation(problem, tuple(Verdict(*verdict) for verdict in verdicts))
 
 
-def variants() -> list[str]:
-    """Every kernel variant as "device/name", best first for each device."""
-    return _C.variants()
+def explain_span(
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None = None,
+    kernel_size: int | Pair = 7,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    *,
+    pass_: str = "forward",
+) -> Explanation:
+    """The same for ``functional.span_involution2d``.
+
+    Args:
+        pass_: "forward" or "backward".
+    """
+    if pass_ not in SPAN_PASSES:
+        raise ValueError(f"explain_span: pass_ is {pass_!r}, expected one of {', '.join(SPAN_PASSES)}")
+    kernel, *geometry = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
+    ops.check_span(input, reduced, span_weight, span_bias, kernel, *geometry)
+    if input.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"explain_span: input is on {input.device}, expected a CPU or CUDA device")
+    groups = span_weight.shape[0] // (kernel[0] * kernel[1])
+    output = torch.empty(
+        *input.shape[:2], *reduced.shape[-2:], device="meta", memory_format=suggest_memory_format(input)
+    )
+    verdicts = _C.explain_span(
+        pass_=pass_,
+        dtype=str(input.dtype).removeprefix("torch."),
+        device=input.device.type,
+        input=input.shape,
+        weight=(input.shape[0], groups, *kernel, *reduced.shape[2:]),
+        reduced=reduced.shape[1],
+        stride=geometry[0],
+        padding=geometry[1],
+        dilation=geometry[2],
+        input_stride=input.stride(),
+        reduced_stride=reduced.stride(),
+        span_stride=span_weight.stride()[:2],
+        output_stride=output.stride(),
+    )
+    problem = (
+        f"span_involution2d {pass_}, {input.dtype} on {input.device.type}: input {tuple(input.shape)}, reduced "
+        f"{tuple(reduced.shape)}, {groups} groups, kernel_size {kernel}, stride {geometry[0]}, padding {geometry[1]}, "
+        f"dilation {geometry[2]}"
+    )
+    return Explanation(problem, tuple(Verdict(*verdict) for verdict in verdicts))
+
+
+def span_fuses(
+    input: Tensor, channels: int, span_weight: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair
+) -> bool:
+    """Whether a fused kernel runs a layer forward and backward, by what does not change from call to call."""
+    device, dtype = input.device.type, input.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    rows, width = span_weight.shape[:2]
+    groups = rows // (kernel_size[0] * kernel_size[1])
+    # The sizes of a parameter and those that the layer knows: the input's may be symbols.
+    return _layer_fuses(device, str(dtype), channels, groups, width, kernel_size, stride, dilation)
+
+
+@torch.compiler.assume_constant_result
+def _layer_fuses(*layer: Any) -> bool:
+    return _layer_verdict(_C.forced_variant(), *layer)
+
+
+@lru_cache
+def _layer_verdict(
+    forced: str,
+    device: str,
+    dtype: str,
+    channels: int,
+    groups: int,
+    reduced: int,
+    kernel: Pair,
+    stride: Pair,
+    dilation: Pair,
+) -> bool:
+    if device not in ("cpu", "cuda") or groups < 1:
+        return False
+    # An image of 14 x 14 output pixels without padding.
+    size = tuple(13 * s + d * (k - 1) + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
+    for pass_ in SPAN_PASSES:
+        verdicts = _C.explain_span(
+            pass_=pass_, dtype=dtype.removeprefix("torch."), device=device, input=(1, channels, *size),
+            weight=(1, groups, *kernel, 14, 14), reduced=reduced, stride=stride, padding=(0, 0), dilation=dilation,
+            input_stride=(channels * size[0] * size[1], 1, channels * size[1], channels),
+            reduced_stride=(reduced * 196, 1, reduced * 14, reduced), span_stride=(reduced, 1),
+            output_stride=(channels * 196, 1, channels * 14, channels),
+        )  # fmt: skip
+        if next((name for name, _, chosen in verdicts if chosen), "composed") == "composed":
+            return False
+    return True
+
+
+def variants(operator: str = "involution2d") -> list[str]:
+    """Every kernel variant of an operator as "device/name", best first for each device."""
+    return _C.variants(operator)
 
 
 @contextmanager

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
-from pyinvolution.functional import involution2d
+from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.introspection import span_fuses
+from pyinvolution.ops import Pair, span
 
 __all__ = ["Involution2d"]
 
 # Opaque to torch.fx, which cannot follow their branches.
 torch.fx.wrap("involution2d")
+torch.fx.wrap("generate_and_apply")
 torch.fx.wrap("check_input")
 torch.fx.wrap("_drop_batch")
 
@@ -56,6 +59,9 @@ class Involution2d(nn.Module):
         norm_layer: called with the reduced channels, returns the layer after ``reduce.conv``; None for none
             (``reduce.conv`` then has a bias).
         activation: called without arguments, returns the non-linearity after the norm.
+        fused: compute the kernels inside the involution (`functional.span_involution2d`), so that they are never in
+            memory. None does so where the library has a fused kernel for the layer; False always keeps the two apart,
+            as does a hook on ``span``.
         device, dtype: of the parameters.
 
     Shape:
@@ -81,6 +87,7 @@ class Involution2d(nn.Module):
         bias: bool = False,
         norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        fused: bool | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,7 +103,10 @@ class Involution2d(nn.Module):
             raise ValueError(f"group_channels must divide channels={channels}, got {group_channels}")
         if reduction > channels:
             raise ValueError(f"reduction must leave at least one of channels={channels}, got {reduction}")
+        if fused is not None and not isinstance(fused, bool):
+            raise TypeError(f"fused must be a bool or None, got {fused!r}")
         self.groups = channels // group_channels
+        self.fused = fused
 
         kh, kw = self.kernel_size
         halo = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
@@ -133,11 +143,18 @@ class Involution2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
-        kernels = self.span(self.reduce(x if self.pool is None else self.pool(x)))
-        kernels = kernels.unflatten(1, (self.groups, *self.kernel_size))
+        reduced = self.reduce(x if self.pool is None else self.pool(x))
         if any(self._extra_padding):
             x = pad(x, self._extra_padding)
-        output = involution2d(x, kernels, self.bias, self.stride, self.padding, self.dilation)
+        geometry = (self.stride, self.padding, self.dilation)
+        if self.fused is False or self.span._forward_hooks or self.span._forward_pre_hooks:
+            kernels = self.span(reduced).unflatten(1, (self.groups, *self.kernel_size))
+            output = involution2d(x, kernels, self.bias, *geometry)
+        else:
+            output = generate_and_apply(
+                x, reduced, self.span.weight, self.span.bias, self.bias, self.channels, self.kernel_size, *geometry,
+                self.fused,
+            )  # fmt: skip
         if self.project is not None:
             output = self.project(output)
         return _drop_batch(output, input)
@@ -148,6 +165,28 @@ class Involution2d(nn.Module):
             text += f", dilation={self.dilation}"
         text += f", group_channels={self.group_channels}, reduction={self.reduction}"
         return text if self.bias is None else text + ", bias=True"
+
+
+def generate_and_apply(
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    bias: Tensor | None,
+    channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    fused: bool | None,
+) -> Tensor:
+    """The span and the involution, in one operator where ``fused`` is True, or None and the library has a kernel."""
+    if fused is None:
+        fused = span_fuses(input, channels, span_weight, kernel_size, stride, dilation)
+    if not fused:
+        return involution2d(input, span(reduced, span_weight, span_bias, kernel_size), bias, stride, padding, dilation)
+    output = span_involution2d(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
+    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 class _CellMean(nn.AvgPool2d):

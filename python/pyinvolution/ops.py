@@ -5,7 +5,6 @@ tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP 
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from pyinvolution import _library  # noqa: F401
 
 involution2d = torch.ops.pyinvolution.involution2d.default
 involution2d_backward = torch.ops.pyinvolution.involution2d_backward.default
+span_involution2d = torch.ops.pyinvolution.span_involution2d.default
+span_involution2d_backward = torch.ops.pyinvolution.span_involution2d_backward.default
 
 Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -30,58 +31,119 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def _check_tensors(op: str, **tensors: Tensor) -> None:
+    """Layout and dtype of all; the dtype and device of the first, the input, are those of the others."""
+    input = tensors["input"]
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32, float64, float16 or bfloat16")
+    for name, tensor in tensors.items():
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected input's dtype {input.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected input's device {input.device}")
+
+
+def _check_pairs(op: str, **pairs: Sequence[int]) -> None:
+    for name, pair in pairs.items():
+        least = 0 if name == "padding" else 1
+        if len(pair) != 2 or any(value < least or value >= 2**31 for value in pair):
+            raise ValueError(f"{op}: {name} is {tuple(pair)}, expected two values of at least {least} and below 2^31")
+
+
+def _check_kernel(
+    op: str,
+    holder: str,
+    input: Tensor,
+    groups: int,
+    kernel: Sequence[int],
+    out: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    channels, height, width = input.shape[1:]
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"{op}: {holder} has {groups} groups, expected a divisor of input's {channels} channels")
+    kh, kw = kernel
+    if kh < 1 or kw < 1:
+        raise ValueError(f"{op}: {holder} has a kernel of {kh} x {kw} taps, expected at least 1 x 1")
+    expected_h = output_size(height, kh, stride[0], padding[0], dilation[0])
+    expected_w = output_size(width, kw, stride[1], padding[1], dilation[1])
+    if out[0] != expected_h or out[1] != expected_w:
+        too_large = "" if expected_h > 0 and expected_w > 0 else ": the kernel is larger than the padded input"
+        raise ValueError(
+            f"{op}: {holder} has kernels for {out[0]} x {out[1]} output pixels, expected {expected_h} x {expected_w} "
+            f"for an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
+            f"{tuple(padding)} and dilation {tuple(dilation)}{too_large}"
+        )
+
+
 def check(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> None:
     """Raises a TypeError or ValueError for arguments that are no involution; the kernels make the same checks."""
-    for name, tensor in (("input", input), ("weight", weight)):
-        if tensor.layout != torch.strided:
-            raise ValueError(f"involution2d: {name} has layout {tensor.layout}, expected torch.strided")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"involution2d: {name} has dtype {tensor.dtype}, expected float32, float64, float16 or bfloat16"
-            )
-    if weight.dtype != input.dtype:
-        raise TypeError(f"involution2d: weight has dtype {weight.dtype}, expected input's dtype {input.dtype}")
-    if weight.device != input.device:
-        raise ValueError(f"involution2d: weight is on {weight.device}, expected input's device {input.device}")
+    op = "involution2d"
+    _check_tensors(op, input=input, weight=weight)
     if input.dim() != 4:
-        raise ValueError(f"involution2d: input has shape {_shape(input)}, expected (N, C, H, W) or (C, H, W)")
+        raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W) or (C, H, W)")
     if weight.dim() != 6:
         raise ValueError(
-            f"involution2d: weight has shape {_shape(weight)}, expected (N, G, Kh, Kw, Ho, Wo), or without N for an "
+            f"{op}: weight has shape {_shape(weight)}, expected (N, G, Kh, Kw, Ho, Wo), or without N for an "
             "input without N"
         )
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(pair) != 2 or any(value < least or value >= 2**31 for value in pair):
-            raise ValueError(
-                f"involution2d: {name} is {tuple(pair)}, expected two values of at least {least} and below 2^31"
-            )
-    batch, channels, height, width = input.shape
-    if weight.shape[0] != batch:
-        raise ValueError(f"involution2d: weight has batch size {weight.shape[0]}, expected input's, {batch}")
+    _check_pairs(op, stride=stride, padding=padding, dilation=dilation)
+    if weight.shape[0] != input.shape[0]:
+        raise ValueError(f"{op}: weight has batch size {weight.shape[0]}, expected input's, {input.shape[0]}")
     groups, kh, kw, out_h, out_w = weight.shape[1:]
-    if groups < 1 or channels % groups != 0:
-        raise ValueError(f"involution2d: weight has {groups} groups, expected a divisor of input's {channels} channels")
-    if kh < 1 or kw < 1:
-        raise ValueError(f"involution2d: weight has a kernel of {kh} x {kw} taps, expected at least 1 x 1")
-    expected_h = output_size(height, kh, stride[0], padding[0], dilation[0])
-    expected_w = output_size(width, kw, stride[1], padding[1], dilation[1])
-    if out_h != expected_h or out_w != expected_w:
-        too_large = "" if expected_h > 0 and expected_w > 0 else ": the kernel is larger than the padded input"
+    _check_kernel(op, "weight", input, groups, (kh, kw), (out_h, out_w), stride, padding, dilation)
+
+
+def check_span(
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """The same for a span involution."""
+    op = "span_involution2d"
+    tensors = {"input": input, "reduced": reduced, "span_weight": span_weight}
+    if span_bias is not None:
+        tensors["span_bias"] = span_bias
+    _check_tensors(op, **tensors)
+    if input.dim() != 4:
+        raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W) or (C, H, W)")
+    if reduced.dim() != 4:
         raise ValueError(
-            f"involution2d: weight has kernels for {out_h} x {out_w} output pixels, expected "
-            f"{expected_h} x {expected_w} for an input of {height} x {width}, a kernel of {kh} x {kw}, "
-            f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}{too_large}"
+            f"{op}: reduced has shape {_shape(reduced)}, expected (N, R, Ho, Wo), or without N for an input without N"
         )
-
-
-def explain_failure(
-    error: RuntimeError, input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
-) -> NoReturn:
-    """Turns an operator's RuntimeError into the TypeError or ValueError of the argument at fault, where one is."""
-    check(input, weight, stride, padding, dilation)
-    raise error
+    _check_pairs(op, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+    if reduced.shape[0] != input.shape[0]:
+        raise ValueError(f"{op}: reduced has batch size {reduced.shape[0]}, expected input's, {input.shape[0]}")
+    shape = tuple(span_weight.shape)
+    if len(shape) not in (2, 4) or shape[1] != reduced.shape[1] or shape[2:] not in ((), (1, 1)):
+        raise ValueError(
+            f"{op}: span_weight has shape {shape}, expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with "
+            f"R = {reduced.shape[1]}, reduced's channels"
+        )
+    taps = kernel_size[0] * kernel_size[1]
+    if shape[0] % taps != 0:
+        raise ValueError(
+            f"{op}: span_weight has {shape[0]} rows, expected a multiple of the {taps} taps of kernel_size "
+            f"{tuple(kernel_size)}"
+        )
+    _check_kernel(
+        op, "reduced" if shape[0] and input.shape[1] % (shape[0] // taps) == 0 else "span_weight",
+        input, shape[0] // taps, kernel_size, tuple(reduced.shape[2:]), stride, padding, dilation,
+    )  # fmt: skip
+    if span_bias is not None and tuple(span_bias.shape) != shape[:1]:
+        raise ValueError(f"{op}: span_bias has shape {_shape(span_bias)}, expected ({shape[0]},)")
 
 
 # --- shape functions --------------------------------------------------------------------------------------------------
@@ -106,16 +168,42 @@ def _(grad_output, input, weight, stride, padding, dilation, output_mask):
     )
 
 
+@torch.library.register_fake("pyinvolution::span_involution2d")
+def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation):
+    check_span(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
+    shape = (*input.shape[:2], *reduced.shape[-2:])
+    return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
+
+
+@torch.library.register_fake("pyinvolution::span_involution2d_backward")
+def _(
+    grad_output, input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation, output_mask
+):  # fmt: skip
+    check_span(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
+    expected = (*input.shape[:2], *reduced.shape[-2:])
+    if tuple(grad_output.shape) != expected:
+        raise ValueError(f"span_involution2d: grad_output has shape {_shape(grad_output)}, expected {expected}")
+    grads = (
+        torch.empty_like(input),
+        torch.empty_like(reduced),
+        span_weight.new_empty(span_weight.shape),
+        input.new_empty(span_weight.shape[:1]),
+    )
+    return tuple(grad if wanted else input.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
+
+
 # --- autocast ---------------------------------------------------------------------------------------------------------
 
 
-def autocast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_tensors(*tensors: Tensor | None) -> tuple:
     """Casts as autocast does for a convolution: to its dtype on its device, all floating dtypes but float64."""
     device_type = tensors[0].device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
 
 
 _autocast = torch.library.Library("pyinvolution", "IMPL")
@@ -127,7 +215,13 @@ def _register_autocast(key: str, device_type: str) -> None:
         with torch.amp.autocast(device_type, enabled=False):
             return involution2d(*tensors, stride, padding, dilation)
 
+    def span_involution2d_autocast(input, reduced, span_weight, span_bias, scale, shift, relu, *geometry):
+        tensors = autocast_tensors(input, reduced, span_weight, span_bias)
+        with torch.amp.autocast(device_type, enabled=False):
+            return span_involution2d(*tensors, scale, shift, relu, *geometry)
+
     _autocast.impl("involution2d", involution2d_autocast, key)
+    _autocast.impl("span_involution2d", span_involution2d_autocast, key)
 
 
 _register_autocast("AutocastCPU", "cpu")
@@ -160,6 +254,81 @@ def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, outp
     ), tuple(0 if wanted else None for wanted in output_mask)
 
 
+def span(reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, kernel_size: Pair) -> Tensor:
+    """The weights of a span involution, (N, G, Kh, Kw, Ho, Wo): its span as the 1x1 convolution that it is."""
+    weight = torch.nn.functional.conv2d(reduced, span_weight.reshape(*span_weight.shape[:2], 1, 1), span_bias)
+    return weight.unflatten(1, (-1, *kernel_size))
+
+
+def span_gradients(
+    grad_weight: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of reduced, span_weight and span_bias, as functions that can be differentiated again."""
+    grad = grad_weight.flatten(1, 3).flatten(2)
+    rows = span_weight.flatten(1)
+    return (
+        torch.einsum("kr,nkp->nrp", rows, grad).view_as(reduced) if needed[0] else None,
+        torch.einsum("nkp,nrp->kr", grad, reduced.flatten(2)).view_as(span_weight) if needed[1] else None,
+        grad.sum((0, 2)) if needed[2] else None,
+    )
+
+
+def merged_span(
+    reduced: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    dims: Sequence[int | None],
+    size: int,
+    kernel_size: Sequence[int],
+) -> Tensor:
+    """The weights of ``size`` elements with parameters of their own, merged into the batch."""
+
+    def each(tensor: Tensor, dim: int | None) -> Tensor:
+        return to_batch(tensor, dim, size).unflatten(0, (size, -1))
+
+    rows, pixels = each(span_weight, dims[1]).flatten(2), each(reduced, dims[0])
+    weight = torch.einsum("vkr,vnrhw->vnkhw", rows, pixels)
+    if span_bias is not None:
+        weight = weight + each(span_bias, dims[2])[:, None, :, None, None]
+    return weight.flatten(0, 1).unflatten(1, (-1, *kernel_size))
+
+
+@torch.library.register_vmap("pyinvolution::span_involution2d")
+def _(info, in_dims, input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, *geometry):
+    size = info.batch_size
+    if in_dims[2] is None and in_dims[3] is None and in_dims[4] is None and in_dims[5] is None:
+        merged = (to_batch(t, d, size) for t, d in zip((input, reduced), in_dims[:2], strict=True))
+        output = span_involution2d(*merged, span_weight, span_bias, scale, shift, relu, kernel_size, *geometry)
+    elif scale is None and not relu:
+        # Parameters of their own for each element: only their weights can be merged into the batch.
+        weight = merged_span(reduced, span_weight, span_bias, in_dims[1:4], size, kernel_size)
+        output = involution2d(to_batch(input, in_dims[0], size), weight, *geometry)
+    else:
+        raise ValueError("span_involution2d: vmap over the parameters takes no scale, shift and relu")
+    return output.unflatten(0, (size, -1)), 0
+
+
+@torch.library.register_vmap("pyinvolution::span_involution2d_backward")
+def _(info, in_dims, grad_output, input, reduced, span_weight, span_bias, kernel_size, *rest):
+    # Each element has gradients of its parameters to itself, hence the weights are composed.
+    *geometry, output_mask = rest
+    size = info.batch_size
+    weight = merged_span(reduced, span_weight, span_bias, in_dims[2:5], size, kernel_size)
+    merged = (to_batch(t, d, size) for t, d in zip((grad_output, input), in_dims[:2], strict=True))
+    mask = (output_mask[0], any(output_mask[1:]))
+    grad_input, grad_weight = involution2d_backward(*merged, weight, *geometry, mask)
+    grad = grad_weight.flatten(1, 3).flatten(2).unflatten(0, (size, -1)) if mask[1] else None
+    rows = to_batch(span_weight, in_dims[3], size).unflatten(0, (size, -1))
+    pixels = to_batch(reduced, in_dims[2], size).unflatten(0, (size, -1))
+    empty = grad_input.new_empty(size, 0)
+    return (
+        grad_input.unflatten(0, (size, -1)) if output_mask[0] else empty,
+        torch.einsum("vkr,vnkp->vnrp", rows.flatten(2), grad).view_as(pixels) if output_mask[1] else empty,
+        torch.einsum("vnkp,vnrp->vkr", grad, pixels.flatten(3)).view_as(rows) if output_mask[2] else empty,
+        grad.sum((1, 3)) if output_mask[3] else empty,
+    ), (0,) * 4
+
+
 # --- FLOP formulas: a multiply-add is two -----------------------------------------------------------------------------
 
 
@@ -177,3 +346,29 @@ def _(input_shape, weight_shape, *args, **kwargs) -> int:
 @register_flop_formula(torch.ops.pyinvolution.involution2d_backward)
 def _(grad_shape, input_shape, weight_shape, stride, padding, dilation, output_mask, **kwargs) -> int:
     return sum(output_mask) * _flops(input_shape, weight_shape)
+
+
+def _span_flops(reduced_shape: Sequence[int], span_shape: Sequence[int]) -> int:
+    batch, reduced, out_h, out_w = reduced_shape
+    return 2 * batch * reduced * span_shape[0] * out_h * out_w
+
+
+def _applied_flops(input_shape: Sequence[int], reduced_shape: Sequence[int], kernel_size: Sequence[int]) -> int:
+    return _flops(input_shape, (input_shape[0], 0, *kernel_size, *reduced_shape[2:]))
+
+
+@register_flop_formula(torch.ops.pyinvolution.span_involution2d)
+def _(input_shape, reduced_shape, span_shape, span_bias, scale, shift, relu, kernel_size, *args, **kwargs) -> int:
+    return _span_flops(reduced_shape, span_shape) + _applied_flops(input_shape, reduced_shape, kernel_size)
+
+
+@register_flop_formula(torch.ops.pyinvolution.span_involution2d_backward)
+def _(
+    grad_shape, input_shape, reduced_shape, span_shape, span_bias, kernel_size, stride, padding, dilation, output_mask,
+    **kwargs,
+) -> int:  # fmt: skip
+    # Of the mathematics, as for a layer whose weights are kept: recomputing them is not counted.
+    applied = output_mask[0] + any(output_mask[1:])
+    return applied * _applied_flops(input_shape, reduced_shape, kernel_size) + sum(output_mask[1:3]) * _span_flops(
+        reduced_shape, span_shape
+    )

@@ -30,14 +30,18 @@ void choices() {
 void verdicts() {
   const auto verdicts = explain(problem(dilated, DType::f32), Pass::forward);
   int chosen = 0, refused = 0;
+  std::vector<std::string> names, known;
+  for (const std::string& name : variants())
+    if (name.rfind("cuda/", 0) == 0) known.push_back(name);
   for (const Verdict& verdict : verdicts) {
     chosen += verdict.chosen;
     refused += verdict.refusal != nullptr;
     CHECK(!(verdict.chosen && verdict.refusal != nullptr), "what refuses is not chosen");
-    CHECK(verdict.variant->device == Device::cuda, "the variants of the problem's device");
+    names.emplace_back(std::string("cuda/") + verdict.variant);
   }
+  CHECK(names == known, "the variants of the problem's device, in order");
   CHECK(chosen == 1 && refused > 0, "one is chosen, others say why not");
-  CHECK(std::string(verdicts.back().variant->name) == "generic" && verdicts.back().refusal == nullptr,
+  CHECK(std::string(verdicts.back().variant) == "generic" && verdicts.back().refusal == nullptr,
         "the last one takes everything");
 }
 

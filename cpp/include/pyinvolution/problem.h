@@ -51,6 +51,49 @@ struct Buffers {
   void* y;
 };
 
+// An involution whose weights are a 1x1 convolution ("span") of a few reduced channels, so that W need not exist:
+//
+//   W[n,g,k,p] = b[g K + k] + sum over r of  S[g K + k, r] * R[n,r,p]      K = Kh * Kw
+//
+// R is N,R,Ho,Wo, S is (G K),R and b is (G K). The result may pass through an epilogue (a folded norm, and ReLU):
+//
+//   Z[n,c,p] = max(0, scale[c] * Y[n,c,p] + shift[c])
+enum class SpanPass : int32_t {
+  forward,   // y from x, reduced, span
+  backward,  // the gradients from x, reduced, span and y, which holds grad_output; no epilogue
+};
+
+struct SpanProblem {
+  Problem involution;  // w_stride has no meaning
+  int64_t reduced;     // R
+
+  int64_t reduced_stride[4];  // n r h w
+  int64_t span_stride[2];     // row column
+  bool epilogue;              // scale and shift
+  bool relu;
+
+  // Of the gradients that backward writes; that of S and b are contiguous.
+  int64_t grad_x_stride[4];
+  int64_t grad_reduced_stride[4];
+
+  int64_t span_rows() const { return involution.groups * involution.taps(); }
+};
+
+struct SpanBuffers {
+  void* x;
+  void* reduced;
+  void* span;
+  void* bias;   // nullptr: none
+  void* scale;  // [channels], like shift in the type that sums are kept in; nullptr: none
+  void* shift;
+  void* y;
+  // backward: nullptr where a gradient is not wanted
+  void* grad_x;
+  void* grad_reduced;
+  void* grad_span;
+  void* grad_bias;
+};
+
 // How a kernel gets its threads: `body(begin, end, state)` over disjoint ranges that cover [begin, end). It has the
 // signature of torch_parallel_for, so that torch's thread pool is the only one in the process. Bodies do not throw.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* state);

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 __all__ = ["Series", "curves", "kernels", "predictions", "read_metrics"]
@@ -62,7 +63,9 @@ def curves(metrics: dict[str, Series], path: Path) -> Path:
             loss.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=1)
             loss.plot(steps, _smooth(values), color=TRAIN, label="training (with label smoothing)")
         _line(loss, metrics, "val/loss", VAL, "validation")
-        loss.set(title="Loss", ylim=(0, None))
+        loss.set(title="Loss", yscale="log")  # the first epochs of a validation can be far off
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         _line(accuracy, metrics, "train/top1", TRAIN, "training (augmented)", 100)
         _line(accuracy, metrics, "val/top1", VAL, "validation", 100)
         accuracy.set(title="Top-1 accuracy (%)")

@@ -1,0 +1,430 @@
+"""Operators, layers and models on a CPU, against what they replace: `python -m benchmarks.cpu` (about 5 minutes).
+
+Everything that is compared runs in one process, by turns; a ratio is the median of the ratios of neighbouring runs,
+with their quartiles. A result is compared with the reference before it is timed. Written to benchmarks/results: JSON (rows,
+machine, versions, limits measured in the same run), CSV, a bar chart (PNG) and the summary as Markdown.
+
+Unfolding allocates tens of megabytes a call; with glibc's default each is mapped and unmapped, and page faults take
+half of its time. Its columns are therefore there twice: as found, and with the threshold raised ("unfold, malloc tuned").
+"""
+
+import argparse
+import csv
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, conv2d, cross_entropy
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from cases import REDNET50, Case, tensors  # noqa: E402
+from tolerance import assert_accurate  # noqa: E402
+
+from pyinvolution import build_info, force_variant, ops, optimize_for_inference, reference  # noqa: E402
+from pyinvolution.models import create_model  # noqa: E402
+
+REDUCTION = 4
+Function = Callable[[], object]
+
+
+def interleaved(functions: dict[str, Function], seconds: float, least: int = 5) -> dict[str, list[float]]:
+    """Seconds of each call, all functions by turns until `seconds` have passed."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+@dataclass
+class Ratio:
+    """How many times longer the other takes: median and quartiles of neighbouring pairs."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(ours: Sequence[float], other: Sequence[float]) -> "Ratio":
+        ratios = sorted(b / a for a, b in zip(ours, other, strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return Ratio(statistics.median(ratios), low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+class Report:
+    """Rows of one run."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, name: str, threads: int, ours: str, times: dict[str, list[float]], **extra: Any) -> None:
+        row = {"what": what, "name": name, "threads": threads, "ms": statistics.median(times[ours]) * 1e3, **extra}
+        for other, seconds in times.items():
+            if other != ours:
+                row[f"{other}: ms"] = statistics.median(seconds) * 1e3
+                ratio = Ratio.of(times[ours], seconds)
+                row[f"{other}: ratio"], row[f"{other}: low"], row[f"{other}: high"] = (
+                    ratio.median,
+                    ratio.low,
+                    ratio.high,
+                )
+        self.rows.append(row)
+        ratios = ", ".join(f"{k.removesuffix(': ratio')} {v:.2f}x" for k, v in row.items() if k.endswith(": ratio"))
+        print(f"{what}, {name}, {threads} threads: {row['ms']:.3f} ms; {ratios}", flush=True)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def limits(threads: int) -> dict[str, float]:
+    """10^9 multiply-adds a second of a large matrix product, and 10^9 bytes a second of a copy (read and written)."""
+    torch.set_num_threads(threads)
+    a, b, big = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.randn(1 << 25)
+    other = torch.empty_like(big)
+    times = interleaved({"mm": lambda: torch.mm(a, b), "copy": lambda: other.copy_(big)}, 1.0)
+    return {"gmac_per_s": 1024**3 / min(times["mm"]) / 1e9, "copy_gb_per_s": 2 * big.nbytes / min(times["copy"]) / 1e9}
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def multiply_adds(case: Case, reduced: int = 0) -> int:
+    n, c = case.input[:2]
+    return n * math.prod(case.kernel) * math.prod(case.output) * (c + case.groups * reduced)
+
+
+def span_tensors(case: Case) -> tuple[Tensor, ...]:
+    """R, S and b of a layer."""
+    reduced, rows = case.input[1] // REDUCTION, case.groups * math.prod(case.kernel)
+    r = torch.randn(case.input[0], reduced, *case.output).to(memory_format=torch.channels_last)
+    return r, torch.randn(rows, reduced) / reduced**0.5, torch.randn(rows)
+
+
+def check_layer(case: Case, x: Tensor, gy: Tensor, r: Tensor, s: Tensor, b: Tensor) -> None:
+    """Both operators against unfolding, in float64, and the fused gradients against those of the composition."""
+
+    def unfolded(dtype: torch.dtype) -> Tensor:
+        weight = conv2d(r.to(dtype), s[..., None, None].to(dtype), b.to(dtype)).unflatten(1, (-1, *case.kernel))
+        return reference.involution2d(x.to(dtype), weight, None, *case.geometry)
+
+    geometry, mask = (case.kernel, *case.geometry), (True,) * 4
+    exact, same = unfolded(torch.float64), unfolded(torch.float32)
+    weight = conv2d(r, s[..., None, None], b).unflatten(1, (-1, *case.kernel))
+    assert_accurate(ops.involution2d(x, weight, *case.geometry), exact, same, str(case))
+    assert_accurate(ops.span_involution2d(x, r, s, b, None, None, False, *geometry), exact, same, str(case))
+    fused = ops.span_involution2d_backward(gy, x, r, s, b, *geometry, mask)
+    with force_variant("cpu/composed"):
+        composed = ops.span_involution2d_backward(gy, x, r, s, b, *geometry, mask)
+    for one, other in zip(fused, composed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+def layer(report: Report, name: str, case: Case, threads: int) -> None:
+    """The fused operator, and the whole layer that generates its kernels, against ResNet-50's 3x3 convolution there."""
+    x, _, gy = tensors(case, torch.float32, "channels_last")
+    r, s, b = span_tensors(case)
+    check_layer(case, x, gy, r, s, b)
+    geometry, channels = (case.kernel, *case.geometry), case.input[1]
+    weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
+    reduce = torch.randn(s.shape[1], channels, 1, 1).to(memory_format=torch.channels_last)
+
+    def fused() -> Tensor:
+        return ops.span_involution2d(x, r, s, b, None, None, False, *geometry)
+
+    def whole() -> Tensor:
+        pooled = x if case.stride == (1, 1) else avg_pool2d(x, case.stride)
+        return ops.span_involution2d(x, conv2d(pooled, reduce).relu_(), s, b, None, None, True, *geometry)
+
+    def backward() -> object:
+        return ops.span_involution2d_backward(gy, x, r, s, b, *geometry, (True,) * 4)
+
+    def convolution() -> Tensor:
+        return conv2d(x, weight, None, case.stride, 1)
+
+    def convolution_backward() -> object:
+        rest = (None, case.stride, (1, 1), (1, 1), False, (0, 0), 1, (True, True, False))
+        return torch.ops.aten.convolution_backward(gy, x, weight, *rest)
+
+    gmac = multiply_adds(case, s.shape[1]) / 1e9
+    for what, ours, other, against in (
+        ("fused", fused, convolution, "oneDNN 3x3"),
+        ("whole layer", whole, convolution, "oneDNN 3x3"),
+        ("fused backward", backward, convolution_backward, "oneDNN 3x3 backward"),
+    ):
+        times = interleaved({"ours": ours, against: other}, 0.3)
+        report.add(what, f"{name} N={case.input[0]}", threads, "ours", times, gmac=gmac)
+
+
+def unfolding(
+    report: Report, name: str, case: Case, layout: str, threads: int, suffix: str, compiled: Callable | None
+) -> None:
+    """involution2d against unfold + einsum: forward, and backward alone."""
+    x, w, gy = tensors(case, torch.float32, layout)
+    leaves = (x.clone().requires_grad_(), w.contiguous().clone().requires_grad_())
+    kept = reference.involution2d(*leaves, None, *case.geometry)
+    forward: dict[str, Function] = {
+        "ours": lambda: ops.involution2d(x, w, *case.geometry),
+        f"unfold{suffix}": lambda: reference.involution2d(x, w, None, *case.geometry),
+    }
+    if compiled is not None:
+        forward["unfold, compiled"] = lambda: compiled(x, w, None, *case.geometry)
+    backward: dict[str, Function] = {
+        "ours": lambda: ops.involution2d_backward(gy, x, w, *case.geometry, (True, True)),
+        f"unfold{suffix}": lambda: torch.autograd.grad(kept, leaves, gy, retain_graph=True),
+    }
+    for what, functions in (("involution2d", forward), ("involution2d backward", backward)):
+        report.add(what, f"{name} {layout}", threads, "ours", interleaved(functions, 0.25, 3))
+
+
+def unfold_table(report: Report, threads: Sequence[int], tuned: bool) -> None:
+    compiled = torch.compile(reference.involution2d, dynamic=False)
+    for count in threads:
+        torch.set_num_threads(count)
+        for name, case in REDNET50.items():
+            for layout in ("channels_last", "contiguous"):
+                use = tuned and layout == "contiguous" and count == 1
+                suffix = ", malloc tuned" if tuned else ""
+                unfolding(report, name, case, layout, count, suffix, compiled if use else None)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def resnet50() -> nn.Module:
+    from torchvision.models import resnet50
+
+    return resnet50()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"RedNet-50": lambda: create_model("rednet50"), "ResNet-50": resnet50}
+
+
+def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) -> None:
+    import torch._inductor.config
+
+    models = {name: optimize_for_inference(make().eval()) for name, make in MODELS.items()}
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        for count in threads:
+            torch.set_num_threads(count)
+            for batch in batches:
+                x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
+                seconds = 6.0 if batch == 1 else 10.0
+                eager: dict[str, Function] = {n: lambda m=m: m(x) for n, m in models.items()}  # noqa: B023
+                report.add("inference, eager", f"N={batch}", count, "RedNet-50", interleaved(eager, seconds))
+                torch._dynamo.reset()
+                compiled = {name: torch.compile(m, fullgraph=True) for name, m in models.items()}
+                for name, model in compiled.items():
+                    torch.testing.assert_close(model(x), models[name](x), rtol=1e-3, atol=1e-3)
+                frozen: dict[str, Function] = {n: lambda m=m: m(x) for n, m in compiled.items()}  # noqa: B023
+                times = interleaved(frozen, seconds)
+                report.add("inference, compile + freezing", f"N={batch}", count, "RedNet-50", times)
+
+
+def training_step(model: nn.Module, batch: int) -> Function:
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 1000, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def training(report: Report, threads: int, batch: int) -> None:
+    torch.set_num_threads(threads)
+    steps = {name: training_step(make(), batch) for name, make in MODELS.items()}
+    report.add("training step, eager", f"N={batch}", threads, "RedNet-50", interleaved(steps, 20.0))
+
+
+def peak_memory(name: str, batch: int) -> None:
+    """Prints how many MB a training step adds to the process at its peak. Runs in a process of its own."""
+    step = training_step(MODELS[name](), 1)
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = training_step(MODELS[name](), batch)
+    step()
+    step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory(report: Report, batch: int) -> None:
+    peaks = {}
+    for name in MODELS:
+        command = [sys.executable, "-m", "benchmarks.cpu", "--peak-memory", name, "--batch", str(batch)]
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        peaks[name] = float(output.split()[-1])
+    print(f"peak memory of a training step at N={batch}, MB: {peaks}")
+    report.rows.append({"what": "training step, peak MB", "name": f"N={batch}", "mb": peaks["RedNet-50"],
+                        "ResNet-50: mb": peaks["ResNet-50"]})  # fmt: skip
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str]:
+    info = dict(
+        line.split(":", 1) for line in subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
+        if ":" in line
+    ) if platform.system() == "Linux" else {}  # fmt: skip
+    keys = ("Model name", "CPU family", "Model", "CPU(s)", "L1d cache", "L2 cache", "L3 cache")
+    return {key: info[key].strip() for key in keys if key in info} or {"Model name": platform.processor()}
+
+
+def summary(report: Report, about: dict[str, Any]) -> str:
+    """The tables of the README."""
+    isa = about["build"]["isa"].split()[0]
+    cpu = f"{about['machine']['Model name']} ({about['machine'].get('CPU(s)', '?')} cores, {isa})"
+    lines = [
+        f"{cpu}, torch {about['build']['torch_running']}, float32, {about['date']}.",
+        "How many times faster: median (quartiles) of neighbouring runs.",
+        "",
+    ]
+    rows = [r for r in report.rows if r["what"].startswith(("inference", "training")) and "ms" in r]
+    lines += ["| RedNet-50 against ResNet-50 | threads | ms | faster |", "| --- | --- | --- | --- |"]
+    for r in rows:
+        ratio = Ratio(r["ResNet-50: ratio"], r["ResNet-50: low"], r["ResNet-50: high"])
+        lines.append(f"| {r['what']}, {r['name']} | {r['threads']} | {r['ms']:.1f} | {ratio} |")
+    for r in report.rows:
+        if "mb" in r:
+            lines.append(f"| {r['what']}, {r['name']} | | {r['mb']:.0f} MB | {r['ResNet-50: mb'] / r['mb']:.2f} less |")
+    lines += [
+        "",
+        "| layer of RedNet-50 | threads | fused ms | % of a matrix product's rate | faster than oneDNN 3x3: fused | whole "
+        "layer | backward |",
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    by = {(r["what"], r["name"], r["threads"]): r for r in report.rows if "threads" in r}
+    for r in report.rows:
+        if r["what"] != "fused":
+            continue
+        share = r["gmac"] / r["ms"] * 1e5 / about["limits"][str(r["threads"])]["gmac_per_s"]
+        whole = by["whole layer", r["name"], r["threads"]]["oneDNN 3x3: ratio"]
+        back = by["fused backward", r["name"], r["threads"]]["oneDNN 3x3 backward: ratio"]
+        cells = (r["name"], r["threads"], f"{r['ms']:.3f}", f"{share:.0f}", f"{r['oneDNN 3x3: ratio']:.1f}")
+        lines.append(f"| {' | '.join(map(str, cells))} | {whole:.1f} | {back:.1f} |")
+    lines += ["", "| involution2d against unfold + einsum | slowest layer | median layer |", "| --- | --- | --- |"]
+    groups: dict[str, list[float]] = {}
+    for r in report.rows:
+        if r["what"].startswith("involution2d"):
+            layout = r["name"].split()[-1]
+            for key, value in r.items():
+                if key.endswith(": ratio"):
+                    title = f"{r['what']}, {layout}, {r['threads']} threads: {key.removesuffix(': ratio')}"
+                    groups.setdefault(title, []).append(value)
+    for title, values in groups.items():
+        lines.append(f"| {title} | {min(values):.1f} | {statistics.median(values):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def chart(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    rows = [r for r in report.rows if r["what"] == "whole layer" and r["threads"] == 1 and r["name"].endswith("N=1")]
+    left.bar([r["name"].removesuffix(" N=1") for r in rows], [r["oneDNN 3x3: ratio"] for r in rows], color="#c0392b")
+    left.axhline(3, color="gray", linestyle="--", linewidth=1)
+    left.set(ylabel="times faster", title="Whole involution layer against oneDNN's 3x3 convolution, N=1, 1 thread")
+    left.tick_params(axis="x", rotation=45)
+    rows = [r for r in report.rows if "ResNet-50: ratio" in r]
+    names = [f"{r['what'].replace('inference, ', '')}\n{r['name']}, {r['threads']} thr." for r in rows]
+    errors = [
+        [r["ResNet-50: ratio"] - r["ResNet-50: low"] for r in rows],
+        [r["ResNet-50: high"] - r["ResNet-50: ratio"] for r in rows],
+    ]
+    right.barh(
+        names[::-1], [r["ResNet-50: ratio"] for r in rows][::-1], xerr=[e[::-1] for e in errors], color="#2980b9"
+    )
+    right.axvline(1, color="gray", linestyle="--", linewidth=1)
+    right.set(xlabel="times faster", title="RedNet-50 against ResNet-50, same tooling")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=int, default=8, help="the larger batch of models and of a training step")
+    parser.add_argument("--only", nargs="+", choices=["layers", "unfold", "inference", "training"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="a directory")
+    parser.add_argument("--peak-memory", choices=list(MODELS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_memory:
+        return peak_memory(arguments.peak_memory, arguments.batch)
+
+    def wanted(part: str) -> bool:
+        return arguments.only is None or part in arguments.only
+
+    torch.manual_seed(0)
+    report = Report()
+    measured = {str(threads): limits(threads) for threads in arguments.threads}
+    print("limits:", measured)
+    if wanted("layers"):
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            for name, case in REDNET50.items():
+                layer(report, name, case, threads)
+    if wanted("unfold"):
+        unfold_table(report, arguments.threads, tuned=False)
+    if wanted("inference"):
+        inference(report, arguments.threads, (1, arguments.batch))
+    if wanted("training"):
+        training(report, max(arguments.threads), arguments.batch)
+        memory(report, arguments.batch)
+    if wanted("unfold") and platform.system() == "Linux":
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; last, since they stay.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)
+        libc.mallopt(-1, (1 << 31) - 1)
+        unfold_table(report, arguments.threads, tuned=True)
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    about = {"date": str(date.today()), "machine": machine(), "build": build_info(), "commit": commit.strip(),
+             "limits": measured, "environment": {k: v for k, v in os.environ.items() if k.startswith("PYINVOLUTION_")}}  # fmt: skip
+    slug = "-".join(about["machine"]["Model name"].lower().replace("(r)", "").split())
+    stem = arguments.output / f"{about['date']}-cpu-{slug}-{about['build']['isa'].split()[0]}"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": report.rows}, indent=1) + "\n")
+    columns = list(dict.fromkeys(key for row in report.rows for key in row))
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(report.rows)
+    chart(report, stem.with_suffix(".png"))
+    if arguments.only is None:
+        stem.with_suffix(".md").write_text(summary(report, about))
+    print(f"written: {stem}.*")
+
+
+if __name__ == "__main__":
+    main()

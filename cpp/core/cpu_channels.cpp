@@ -1,0 +1,214 @@
+#include "cpu_channels.h"
+
+#include <algorithm>
+
+#include "cpu.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// What a strip keeps of X, and of R, in half of a typical L2 cache together.
+constexpr int64_t strip_bytes = 128 * 1024;
+// Where one output row needs more, the rows that it reads are no longer near.
+constexpr int64_t most_bytes = 4 * 1024 * 1024;
+constexpr int64_t least_group_channels = 8;
+constexpr int64_t tasks_per_thread = 4;
+// A strip of fewer pixels packs more halo than it saves.
+constexpr int64_t least_strip_pixels = 224;
+// Below this many multiply-adds, waking the other threads takes longer than they save.
+constexpr int64_t least_parallel = 1 << 18;
+
+// Backward: enough for many threads; each part has sums of its own.
+constexpr int64_t most_parts = 32;
+constexpr int64_t most_part_bytes = 64 * 1024 * 1024;
+constexpr int64_t most_backward_bytes = 512 * 1024 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int64_t packed_rows(const Problem& p, int64_t height) {
+  return (height - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+}
+int64_t packed_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1; }
+int64_t blocks_of(const Problem& p) { return ceil_div(p.group_channels(), block_channels); }
+
+// Bytes of X that a strip packs for a group.
+double strip_input_bytes(const Problem& p, int64_t height) {
+  return double(blocks_of(p)) * double(packed_rows(p, height)) * double(packed_columns(p)) * (4 * block_channels);
+}
+
+const char* refusal(const Problem& p) {
+  if (p.dtype == DType::f64) return "float64 has its own sums; these are in float32";
+  if (p.group_channels() < least_group_channels) return "fewer than 8 channels in a group fill less than half a block";
+  if (strip_input_bytes(p, 1) > most_bytes || p.taps() > 1024)
+    return "what one output row reads does not fit the cache";
+  return nullptr;
+}
+
+struct Vectors {
+  ChannelsTask task = channels_task_baseline;
+  BackwardTask backward = backward_task_baseline;
+  int64_t bytes = 16;
+};
+
+Vectors current_vectors() {
+#if PYINVOLUTION_X86_VECTORS
+  if (current_isa() == Isa::avx2) return {channels_task_avx2, backward_task_avx2, 32};
+  if (current_isa() == Isa::avx512) return {channels_task_avx512, backward_task_avx512, 64};
+#endif
+  return {};
+}
+
+void run_forward(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, const Execution& execution) {
+  const Problem& p = problem.involution;
+  const double taps = double(p.batch) * double(p.taps()) * double(p.out_h * p.out_w);
+  const double work = taps * double(p.channels + p.groups * problem.reduced);
+  const Execution where = work < least_parallel ? Execution{} : execution;
+  const Vectors vectors = current_vectors();
+  const Channels plan = plan_channels(problem, buffers, w, vectors.bytes, where.threads);
+  for_each_task(where, p.batch * plan.strips * plan.chunks,
+                [&](int64_t index) { vectors.task(plan, index, scratch(plan.scratch_bytes)); });
+}
+
+}  // namespace
+
+Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, int64_t vector_bytes,
+                       int threads) {
+  const Problem& p = problem.involution;
+  Channels plan{};
+  plan.problem = problem;
+  plan.buffers = buffers;
+  plan.w = w;
+  plan.lanes = vector_bytes / 4;
+  plan.blocks = blocks_of(p);
+  plan.packed_columns = packed_columns(p);
+  plan.tile_columns = ceil_div(p.out_w, ceil_div(p.out_w, tile_pixels));
+  plan.tile_rows = std::max<int64_t>(1, tile_pixels / p.out_w);
+
+  const int64_t wanted = tasks_per_thread * threads;
+  const int64_t most_strips = std::max<int64_t>(1, p.out_h * p.out_w / least_strip_pixels);
+  int64_t strips = std::min(ceil_div(wanted, p.batch), most_strips);
+  plan.height = ceil_div(p.out_h, strips);
+  const auto fits = [&](int64_t height) {
+    return strip_input_bytes(p, height) <= strip_bytes && height * p.out_w * problem.reduced * 4 <= strip_bytes;
+  };
+  while (plan.height > 1 && !fits(plan.height)) plan.height = ceil_div(p.out_h, ++strips);
+  if (plan.height > plan.tile_rows) plan.height = plan.height / plan.tile_rows * plan.tile_rows;
+  plan.strips = ceil_div(p.out_h, plan.height);
+  plan.tile_rows = std::min(plan.tile_rows, plan.height);
+  plan.chunks = std::min(p.groups, ceil_div(wanted, p.batch * plan.strips));
+  plan.packed_rows = packed_rows(p, plan.height);
+  plan.vectors = ceil_div(plan.tile_rows * plan.tile_columns, plan.lanes);
+
+  const int64_t tiles = ceil_div(plan.height, plan.tile_rows) * ceil_div(p.out_w, plan.tile_columns);
+  int64_t at = 0;
+  const auto take = [&](int64_t floats) {
+    const int64_t begin = at;
+    at += round_up(floats, 16);
+    return begin;
+  };
+  take(plan.blocks * plan.packed_rows * plan.packed_columns * block_channels);
+  plan.reduced_at = take(tiles * plan.vectors * plan.lanes * problem.reduced);
+  plan.span_at = take(p.taps() * problem.reduced);
+  plan.bias_at = take(p.taps());
+  plan.weights_at = take(p.taps() * tile_pixels + plan.lanes);
+  plan.result_at = take(tile_pixels * block_channels);
+  // Rows on their way from one type or order to another.
+  plan.staging_at = take(std::max({plan.lanes * problem.reduced, plan.lanes * p.taps(), tile_pixels * block_channels}) +
+                         2 * block_channels);
+  plan.scratch_bytes = at * 4;
+  return plan;
+}
+
+FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffers, int64_t vector_bytes) {
+  const Problem& p = problem.involution;
+  FusedBackward plan{};
+  plan.problem = problem;
+  plan.buffers = buffers;
+  plan.lanes = vector_bytes / 4;
+  plan.blocks = blocks_of(p);
+  plan.reduced_padded = round_up(problem.reduced, plan.lanes);
+  plan.row_padded = round_up(p.out_w, plan.lanes);
+  const int64_t part_bytes = problem.span_rows() * (problem.reduced + 1) * 4;
+  plan.parts =
+      std::clamp<int64_t>(most_part_bytes / std::max<int64_t>(1, part_bytes), 1, std::min(most_parts, p.batch));
+  plan.chunks = std::min(p.groups, ceil_div(most_parts, plan.parts));
+
+  plan.x_rows = packed_rows(p, p.out_h);
+  plan.x_phase = plan.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1;
+  plan.x_channel = plan.x_phase * p.stride_w;
+  for (int64_t j = 0; j < p.kernel_w; ++j)
+    plan.tap_offset.push_back(p.dilation_w * j % p.stride_w * plan.x_phase + p.dilation_w * j / p.stride_w);
+
+  int64_t at = 0;
+  const auto take = [&](bool wanted, int64_t floats) {
+    const int64_t begin = at;
+    at += wanted ? round_up(floats, 16) : 0;
+    return begin;
+  };
+  const bool x = buffers.grad_x != nullptr, reduced = buffers.grad_reduced != nullptr;
+  const bool span = buffers.grad_span != nullptr, any = reduced || span || buffers.grad_bias != nullptr;
+  plan.x_at = take(any, plan.blocks * plan.x_rows * block_channels * plan.x_channel);
+  plan.grad_x_at = take(x, plan.blocks * p.in_h * p.in_w * block_channels);
+  plan.grad_reduced_at = take(reduced, problem.reduced * p.out_h * plan.row_padded);
+  plan.panels_at = take(x, problem.reduced * p.out_h * plan.row_padded);
+  plan.pixels_at = take(span, p.out_h * p.out_w * plan.reduced_padded);
+  plan.span_at = take(true, p.taps() * problem.reduced);
+  plan.bias_at = take(true, p.taps());
+  plan.weights_at = take(true, (p.taps() + 1) * tile_pixels);
+  plan.grad_weights_at = take(true, p.taps() * tile_pixels);
+  plan.grad_y_at = take(true, tile_pixels * block_channels);
+  plan.grad_y_across_at = take(true, backward_columns * block_channels);
+  plan.staging_at = take(true, tile_pixels * block_channels);
+  plan.scratch_bytes = at * 4;
+  plan.shared_bytes = plan.parts * problem.span_rows() * (plan.reduced_padded + 1) * 4;
+  if (plan.chunks > 1 && reduced)
+    plan.shared_bytes += plan.chunks * p.batch * problem.reduced * p.out_h * plan.row_padded * 4;
+  return plan;
+}
+
+const char* channels_refusal(const Problem& p, Pass pass) {
+  if (pass != Pass::forward) return "it has a forward pass only";
+  if (const char* reason = refusal(p)) return reason;
+  return nullptr;
+}
+
+void channels_run(const Problem& problem, Pass, const Buffers& buffers, const Execution& execution) {
+  SpanProblem span{};
+  span.involution = problem;
+  SpanBuffers all{};
+  all.x = buffers.x;
+  all.y = buffers.y;
+  run_forward(span, all, buffers.w, execution);
+}
+
+const char* fused_refusal(const SpanProblem& problem, SpanPass pass) {
+  if (const char* reason = refusal(problem.involution)) return reason;
+  if (problem.reduced > 4096) return "more than 4096 reduced channels do not fit the cache";
+  if (pass == SpanPass::backward) {
+    const Problem& p = problem.involution;
+    const double rows = double(packed_rows(p, p.out_h)) * double(packed_columns(p) + p.stride_w * 32);
+    const double pixels = double(p.out_h) * double(p.out_w + 16) * double(problem.reduced + 16) * 3;
+    if ((rows * double(blocks_of(p) * block_channels) * 2 + pixels) * 4 > most_backward_bytes)
+      return "a thread would need more than 512 MB for an image";
+  }
+  return nullptr;
+}
+
+void fused_run(const SpanProblem& problem, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
+  if (pass == SpanPass::forward) return run_forward(problem, buffers, nullptr, execution);
+  const Problem& p = problem.involution;
+  const Vectors vectors = current_vectors();
+  FusedBackward plan = plan_backward(problem, buffers, vectors.bytes);
+  plan.shared = static_cast<float*>(scratch(plan.shared_bytes, Scratch::call));
+  const auto round = [&](bool finish, int64_t tasks) {
+    for_each_task(execution, tasks,
+                  [&](int64_t index) { vectors.backward(plan, finish, index, scratch(plan.scratch_bytes)); });
+  };
+  round(false, plan.parts * plan.chunks);
+  round(true, p.groups + (plan.chunks > 1 && buffers.grad_reduced != nullptr ? p.batch : 0));
+}
+
+}  // namespace pyinvolution::cpu

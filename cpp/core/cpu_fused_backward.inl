@@ -1,0 +1,411 @@
+// The inner loops of the backward pass of `fused`; see cpu_channels.h. Included after cpu_channels.inl, under the same
+// rules; the function with external linkage is BACKWARD_TASK.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu_channels.h"
+#include "cpu_pieces.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// grad_X at Columns neighbouring columns of a phase of a row, from a row of taps: columns q = Stride m + Phase -
+// padding,
+//   gx[m] += sum over t of  w[Phase + Stride t][m - t] * gy[m - t]
+// w and gy are zero where m - t is no pixel.
+template <int Columns, int Stride, int Width, int Phase>
+void gather_block(const float* w, const float* gy, float* gx) {
+  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
+  V sum[Columns][block_vectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[c][v] = V::load(gx + c * Stride * block_channels + v * V::lanes);
+#pragma GCC unroll 32
+  for (int p = 1 - taps; p < Columns; ++p) {
+    V at[block_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + p * block_channels + v * V::lanes);
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; ++c) {
+      const int t = c - p;
+      if (t < 0 || t >= taps) continue;
+      const float weight = w[(Phase + Stride * t) * tile_pixels + p];
+#pragma GCC unroll 4
+      for (int v = 0; v < block_vectors; ++v) sum[c][v].add_product(at[v], weight);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[c][v].store(gx + c * Stride * block_channels + v * V::lanes);
+}
+
+// All columns of a phase that the pixels [0, pixels) of a tile reach; gx is the row, whose column 0 the pixel `pixel`
+// of the image at tap `padding` reads, w and gy are at the tile's first pixel.
+template <int Stride, int Width, int Phase>
+void gather_phase(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
+  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
+  if constexpr (taps > 0) {
+    // m from the first pixel to the last one at its last tap, as far as the column is inside.
+    int64_t begin = first, end = first + pixels - 1 + taps;
+    const int64_t left = (p.padding_w - Phase + Stride - 1) / Stride;
+    const int64_t right = (p.in_w + p.padding_w - Phase + Stride - 1) / Stride;
+    if (begin < left) begin = left;
+    if (end > right) end = right;
+    if (begin >= end) return;
+    const int64_t columns = end - begin, count = (columns + most_columns - 1) / most_columns;
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t m = begin + columns * b / count;
+      with_count<most_columns>(begin + columns * (b + 1) / count - m, [&](auto n) {
+        gather_block<decltype(n)::value, Stride, Width, Phase>(
+            w + (m - first), gy + (m - first) * block_channels,
+            gx + (Stride * m + Phase - p.padding_w) * block_channels);
+      });
+    }
+  }
+}
+
+template <int Stride, int Width>
+void gather(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
+  gather_phase<Stride, Width, 0>(p, w, gy, first, pixels, gx);
+  if constexpr (Stride > 1) gather_phase<Stride, Width, 1>(p, w, gy, first, pixels, gx);
+}
+
+// Any window: each tap by itself.
+template <>
+void gather<0, 0>(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t j = 0; j < p.kernel_w; ++j) {
+      const int64_t q = (first + i) * p.stride_w + j * p.dilation_w - p.padding_w;
+      if (q < 0 || q >= p.in_w) continue;
+      const float weight = w[j * tile_pixels + i];
+      for (int v = 0; v < block_vectors; ++v) {
+        float* to = gx + q * block_channels + v * V::lanes;
+        V sum = V::load(to);
+        sum.add_product(V::load(gy + i * block_channels + v * V::lanes), weight);
+        sum.store(to);
+      }
+    }
+}
+
+using Gather = void (*)(const Problem&, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx);
+
+Gather gather_for(const Problem& p) {
+  if (p.dilation_w != 1 || p.padding_w >= (1 << 20)) return gather<0, 0>;
+  if (p.stride_w == 1) {
+    switch (p.kernel_w) {
+      case 3: return gather<1, 3>;
+      case 5: return gather<1, 5>;
+      case 7: return gather<1, 7>;
+      default: break;
+    }
+  } else if (p.stride_w == 2) {
+    switch (p.kernel_w) {
+      case 3: return gather<2, 3>;
+      case 5: return gather<2, 5>;
+      case 7: return gather<2, 7>;
+      default: break;
+    }
+  }
+  return gather<0, 0>;
+}
+
+// grad_W of Taps neighbouring taps at a vector of pixels: to[t] += sum over channels c of gy[c] * x[c][offset[t]].
+template <int Taps>
+void weigh_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel, const int64_t* offset,
+                 int64_t channels, bool add, float* to) {
+  V sum[Taps];
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) sum[t] = add ? V::load(to + t * tile_pixels) : V::zero();
+  for (int64_t c = 0; c < channels; ++c) {
+    const V grad = V::load(gy + c * gy_channel);
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) sum[t].add_product(grad, V::load(x + c * x_channel + offset[t]));
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) sum[t].store(to + t * tile_pixels);
+}
+
+float total(const float* from, int64_t count) {
+  V sum = V::zero();
+  int64_t i = 0;
+  for (; i + V::lanes <= count; i += V::lanes) sum.value += V::load(from + i).value;
+  if (i < count) sum.value += V::load_first(from + i, count - i).value;
+  float all = 0;
+  for (int64_t lane = 0; lane < V::lanes; ++lane) all += sum.value[lane];
+  return all;
+}
+
+template <class T>
+struct BackwardRun {
+  const FusedBackward& plan;
+  const SpanProblem& span;
+  const Problem& p;
+  float* memory;
+  float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *gw, *gy, *gy_across, *staging;
+  int64_t chunk, part;
+  bool want_x, want_span;
+
+  BackwardRun(const FusedBackward& backward, int64_t task, void* scratch)
+      : plan(backward),
+        span(backward.problem),
+        p(backward.problem.involution),
+        memory(static_cast<float*>(scratch)),
+        chunk(task % backward.chunks),
+        part(task / backward.chunks) {
+    const auto at = [&](int64_t offset) { return memory + offset; };
+    x = at(plan.x_at), gx = at(plan.grad_x_at), gr = at(plan.grad_reduced_at), panels = at(plan.panels_at);
+    pixels = at(plan.pixels_at), span_memory = at(plan.span_at), bias = at(plan.bias_at), w = at(plan.weights_at);
+    gw = at(plan.grad_weights_at), gy = at(plan.grad_y_at), gy_across = at(plan.grad_y_across_at);
+    staging = at(plan.staging_at);
+    want_x = plan.buffers.grad_x != nullptr;
+    want_span =
+        plan.buffers.grad_reduced != nullptr || plan.buffers.grad_span != nullptr || plan.buffers.grad_bias != nullptr;
+  }
+
+  int64_t channels_of(int64_t block) const {
+    return least(block_channels, p.group_channels() - block * block_channels);
+  }
+  int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
+
+  // --- packing
+
+  int64_t x_row_floats() const { return block_channels * plan.x_channel; }
+  float* x_block(int64_t block) const { return x + block * plan.x_rows * x_row_floats(); }
+  float* gx_block(int64_t block) const { return gx + block * p.in_h * p.in_w * block_channels; }
+
+  // X of a block as [row][channel][phase][column / stride], zero-padded.
+  void pack_input(int64_t n, int64_t g, int64_t block) const {
+    const int64_t channels = channels_of(block);
+    const T* image =
+        static_cast<const T*>(plan.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * p.x_stride[1];
+    float* to = x_block(block);
+    std::memset(to, 0, size_t(plan.x_rows * x_row_floats()) * sizeof(float));
+    for (int64_t r = 0; r < plan.x_rows; ++r, to += x_row_floats()) {
+      const int64_t h = r - p.padding_h;
+      if (h < 0 || h >= p.in_h) continue;
+      for (int64_t phase = 0; phase < p.stride_w; ++phase) {
+        // Padded columns phase + stride * m hold column phase + stride * m - padding.
+        const int64_t left = p.padding_w <= phase ? 0 : (p.padding_w - phase + p.stride_w - 1) / p.stride_w;
+        const int64_t inside = p.in_w + p.padding_w - phase;
+        const int64_t right = least(plan.x_phase, inside <= 0 ? 0 : (inside + p.stride_w - 1) / p.stride_w);
+        if (left >= right) continue;
+        const T* from = image + h * p.x_stride[2] + (left * p.stride_w + phase - p.padding_w) * p.x_stride[3];
+        exchange(from, p.stride_w * p.x_stride[3], right - left, p.x_stride[1], channels,
+                 to + phase * plan.x_phase + left, plan.x_channel, staging);
+      }
+    }
+  }
+
+  // R of an image: for each tile [vector][r][lane], and [pixel][r].
+  void pack_reduced(int64_t n) const {
+    const T* image = static_cast<const T*>(plan.buffers.reduced) + n * span.reduced_stride[0];
+    for (int64_t row = 0; row < p.out_h; ++row)
+      for (int64_t column = 0; column < p.out_w; column += backward_columns) {
+        const int64_t columns = least(backward_columns, p.out_w - column);
+        const T* from = image + row * span.reduced_stride[2] + column * span.reduced_stride[3];
+        if (want_x) pack_pixels(from, span.reduced_stride, span.reduced, 1, columns, panel(row, column), staging);
+        if (plan.buffers.grad_span == nullptr) continue;
+        float* to = pixels + (row * p.out_w + column) * plan.reduced_padded;
+        std::memset(to, 0, size_t(columns * plan.reduced_padded) * sizeof(float));
+        exchange(from, span.reduced_stride[1], span.reduced, span.reduced_stride[3], columns, to, plan.reduced_padded,
+                 staging);
+      }
+  }
+  float* panel(int64_t row, int64_t column) const { return panels + (row * plan.row_padded + column) * span.reduced; }
+
+  // grad_Y of a block at a tile as [pixel][16] with zeros on either side, and as [channel][pixel].
+  void pack_gradient(int64_t n, int64_t g, int64_t block, int64_t row, int64_t column, int64_t columns) const {
+    const T* from = static_cast<const T*>(plan.buffers.y) + n * p.y_stride[0] +
+                    first_channel(g, block) * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
+    float* inner = gy + backward_margin * block_channels;
+    load_pixels(from, channels_of(block), columns, p.y_stride[1], p.y_stride[3], inner, staging);
+    std::memset(inner + columns * block_channels, 0, size_t(backward_margin * block_channels) * sizeof(float));
+    if (want_span) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
+  }
+
+  // --- the products of a tile
+
+  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns) const {
+    const int64_t channels = channels_of(block);
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const float* from = x_block(block) + (row * p.stride_h + i * p.dilation_h) * x_row_floats() + column;
+      float* to = gw + i * p.kernel_w * tile_pixels;
+      for (int64_t v = 0; v < columns; v += V::lanes) {
+        int64_t j = 0;
+        const auto taps = [&](auto count) {
+          constexpr int n = decltype(count)::value;
+          for (; j + n <= p.kernel_w; j += n)
+            weigh_block<n>(gy_across + v, backward_columns, from + v, plan.x_channel, plan.tap_offset.data() + j,
+                           channels, block > 0, to + j * tile_pixels + v);
+        };
+        taps(Count<7>{});
+        taps(Count<5>{});
+        taps(Count<3>{});
+        taps(Count<1>{});
+      }
+    }
+  }
+
+  void tile(int64_t n, int64_t g, int64_t row, int64_t column, const Left& s, Gather gather) const {
+    const int64_t columns = least(backward_columns, p.out_w - column), taps = p.taps();
+    const int64_t vectors = (columns + V::lanes - 1) / V::lanes;
+    float* weights = w + backward_margin;
+    if (want_x) {
+      multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
+               tile_pixels);
+      for (int64_t k = 0; k < taps; ++k)
+        std::memset(weights + k * tile_pixels + columns, 0,
+                    size_t(tile_pixels - 2 * backward_margin - columns + backward_margin) * sizeof(float));
+    }
+    for (int64_t block = 0; block < plan.blocks; ++block) {
+      pack_gradient(n, g, block, row, column, columns);
+      if (want_x)
+        for (int64_t i = 0; i < p.kernel_h; ++i) {
+          const int64_t h = row * p.stride_h + i * p.dilation_h - p.padding_h;
+          if (h >= 0 && h < p.in_h)
+            gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
+                   gx_block(block) + h * p.in_w * block_channels);
+        }
+      if (want_span) grad_weights(block, row, column, columns);
+    }
+    if (plan.buffers.grad_bias != nullptr) {
+      float* to = plan.bias_part(part) + g * taps;
+      for (int64_t k = 0; k < taps; ++k) {
+        to[k] += total(gw + k * tile_pixels, columns);
+      }
+    }
+    if (plan.buffers.grad_reduced != nullptr)
+      multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, tile_pixels}, vectors, taps, nullptr,
+               gr + row * plan.row_padded + column, p.out_h * plan.row_padded);
+    if (plan.buffers.grad_span != nullptr)
+      multiply({gw, tile_pixels, 1}, taps,
+               {pixels + (row * p.out_w + column) * plan.reduced_padded, V::lanes, plan.reduced_padded},
+               plan.reduced_padded / V::lanes, columns, nullptr, plan.span_part(part) + g * taps * plan.reduced_padded,
+               plan.reduced_padded);
+  }
+
+  // --- the task
+
+  void image(int64_t n) const {
+    const Gather gather = gather_for(p);
+    const size_t gr_bytes = size_t(span.reduced * p.out_h * plan.row_padded) * sizeof(float);
+    if (plan.buffers.grad_reduced != nullptr) std::memset(gr, 0, gr_bytes);
+    pack_reduced(n);
+    for (int64_t g = p.groups * chunk / plan.chunks, last = p.groups * (chunk + 1) / plan.chunks; g < last; ++g) {
+      if (want_x) std::memset(gx, 0, size_t(plan.blocks * p.in_h * p.in_w * block_channels) * sizeof(float));
+      if (want_span)
+        for (int64_t block = 0; block < plan.blocks; ++block) pack_input(n, g, block);
+      int64_t pitch = 0;
+      const float* s = span_rows<T>(span, plan.buffers, g, span_memory, &pitch);
+      load_bias<T>(span, plan.buffers, g, bias);
+      for (int64_t row = 0; row < p.out_h; ++row)
+        for (int64_t column = 0; column < p.out_w; column += backward_columns)
+          tile(n, g, row, column, {s, pitch, 1}, gather);
+      if (want_x)
+        for (int64_t block = 0; block < plan.blocks; ++block)
+          for (int64_t h = 0; h < p.in_h; ++h)
+            store_pixels(gx_block(block) + h * p.in_w * block_channels, channels_of(block), p.in_w,
+                         static_cast<T*>(plan.buffers.grad_x) + n * span.grad_x_stride[0] +
+                             first_channel(g, block) * span.grad_x_stride[1] + h * span.grad_x_stride[2],
+                         span.grad_x_stride[1], span.grad_x_stride[3], staging);
+    }
+    if (plan.buffers.grad_reduced == nullptr) return;
+    if (plan.chunks > 1)
+      std::memcpy(plan.reduced_part(chunk, n), gr, gr_bytes);
+    else
+      store_reduced(n, gr);
+  }
+
+  // [r][row][padded column] sums of an image into grad_R.
+  void store_reduced(int64_t n, const float* from) const {
+    T* to = static_cast<T*>(plan.buffers.grad_reduced) + n * span.grad_reduced_stride[0];
+    const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
+    for (int64_t row = 0; row < p.out_h; ++row) {
+      T* out = to + row * span.grad_reduced_stride[2];
+      const float* in = from + row * plan.row_padded;
+      const int64_t plane = p.out_h * plan.row_padded;
+      if (pixel == 1) {
+        for (int64_t r = 0; r < span.reduced; ++r)
+          for (int64_t v = 0; v < p.out_w; ++v) store(in[r * plane + v], &out[r * channel + v]);
+        continue;
+      }
+      if constexpr (Same<T>::as_float) {
+        if (channel == 1) {
+          transpose(in, plane, span.reduced, p.out_w, out, pixel);
+          continue;
+        }
+      }
+      for (int64_t v = 0; v < p.out_w; ++v)
+        for (int64_t r = 0; r < span.reduced; ++r) store(in[r * plane + v], &out[r * channel + v * pixel]);
+    }
+  }
+
+  void run() const {
+    const int64_t taps = p.taps(), first = p.groups * chunk / plan.chunks * taps;
+    const int64_t rows = p.groups * (chunk + 1) / plan.chunks * taps - first;
+    if (plan.buffers.grad_span != nullptr)
+      std::memset(plan.span_part(part) + first * plan.reduced_padded, 0,
+                  size_t(rows * plan.reduced_padded) * sizeof(float));
+    if (plan.buffers.grad_bias != nullptr) std::memset(plan.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
+    // The zeros around a tile stay.
+    std::memset(w, 0, size_t(taps * tile_pixels + tile_pixels) * sizeof(float));
+    std::memset(gy, 0, size_t((backward_columns + 2 * backward_margin) * block_channels) * sizeof(float));
+    std::memset(gy_across, 0, size_t(block_channels * backward_columns) * sizeof(float));
+    for (int64_t n = p.batch * part / plan.parts; n < p.batch * (part + 1) / plan.parts; ++n) image(n);
+  }
+
+  // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R
+
+  void finish(int64_t task) const {
+    if (task >= p.groups) return finish_reduced(task - p.groups);
+    const int64_t taps = p.taps();
+    for (int64_t k = task * taps; k < (task + 1) * taps; ++k) {
+      if (plan.buffers.grad_span != nullptr) {
+        T* to = static_cast<T*>(plan.buffers.grad_span) + k * span.reduced;
+        for (int64_t r = 0; r < span.reduced; ++r) {
+          float sum = 0;
+          for (int64_t i = 0; i < plan.parts; ++i) sum += plan.span_part(i)[k * plan.reduced_padded + r];
+          store(sum, &to[r]);
+        }
+      }
+      if (plan.buffers.grad_bias != nullptr) {
+        float sum = 0;
+        for (int64_t i = 0; i < plan.parts; ++i) sum += plan.bias_part(i)[k];
+        store(sum, &static_cast<T*>(plan.buffers.grad_bias)[k]);
+      }
+    }
+  }
+
+  void finish_reduced(int64_t n) const {
+    const int64_t count = span.reduced * p.out_h * plan.row_padded;
+    float* sum = plan.reduced_part(0, n);
+    for (int64_t i = 1; i < plan.chunks; ++i) {
+      const float* other = plan.reduced_part(i, n);
+      for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
+    }
+    store_reduced(n, sum);
+  }
+};
+
+template <class T>
+void backward_task(const FusedBackward& plan, bool finish, int64_t task, void* scratch) {
+  if (finish)
+    BackwardRun<T>(plan, 0, scratch).finish(task);
+  else
+    BackwardRun<T>(plan, task, scratch).run();
+}
+
+}  // namespace
+
+void BACKWARD_TASK(const FusedBackward& plan, bool finish, int64_t task, void* scratch) {
+  switch (plan.problem.involution.dtype) {
+    case DType::f32: return backward_task<float>(plan, finish, task, scratch);
+    case DType::f16: return backward_task<Half>(plan, finish, task, scratch);
+    case DType::bf16: return backward_task<BFloat16>(plan, finish, task, scratch);
+    case DType::f64: return;
+  }
+}
+
+}  // namespace pyinvolution::cpu

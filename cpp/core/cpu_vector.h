@@ -1,0 +1,91 @@
+// A vector of VECTOR_BYTES in the arithmetic type, for files that are compiled with their own instruction set: these
+// define VECTOR_BYTES first. GCC's and Clang's vector extensions, so that the same loops serve SSE2, AVX and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// GCC before 12 has no __builtin_shufflevector, Clang has no __builtin_shuffle.
+#if defined(__clang__)
+#define PYINVOLUTION_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PYINVOLUTION_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+
+namespace pyinvolution::cpu {
+namespace {
+
+template <class A>
+struct Vector {
+  static constexpr int64_t lanes = VECTOR_BYTES / sizeof(A);
+  typedef A Lanes __attribute__((vector_size(VECTOR_BYTES)));
+
+  Lanes value;
+
+  static Vector zero() { return {Lanes{}}; }
+  static Vector load(const A* from) {
+    Vector v;
+    std::memcpy(&v.value, from, sizeof v.value);
+    return v;
+  }
+  void store(A* to) const { std::memcpy(to, &value, sizeof value); }
+  void add_product(const Vector& a, const Vector& b) { value += a.value * b.value; }
+  void add_product(const Vector& a, A b) { value += a.value * b; }
+
+  // The first `count` lanes; the others are zero and their memory is not touched.
+  static Vector load_first(const A* from, int64_t count) {
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(A) == 4)
+      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from)};
+    else
+      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from)};
+#elif VECTOR_BYTES == 32
+    if constexpr (sizeof(A) == 4) {
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      return {(Lanes)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lane))};
+    } else {
+      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+      return {(Lanes)_mm256_maskload_pd(from, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lane))};
+    }
+#else
+    Vector v = zero();
+    for (int64_t i = 0; i < count; ++i) v.value[i] = from[i];
+    return v;
+#endif
+  }
+};
+
+// `rows` rows of `columns` floats, exchanged: to[column][row]. Rows are `from_pitch` apart, columns `to_pitch`.
+inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to,
+                      int64_t to_pitch) {
+  typedef float Four __attribute__((vector_size(16)));
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const float* source = from + r * from_pitch;
+    float* target = to + r;
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      Four in[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&in[i], source + i * from_pitch + c, sizeof(Four));
+      const Four low01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
+      const Four high01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+      const Four low23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
+      const Four high23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+      const Four out[4] = {
+          PYINVOLUTION_SHUFFLE(low01, low23, 0, 1, 4, 5), PYINVOLUTION_SHUFFLE(low01, low23, 2, 3, 6, 7),
+          PYINVOLUTION_SHUFFLE(high01, high23, 0, 1, 4, 5), PYINVOLUTION_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; ++i) std::memcpy(target + (c + i) * to_pitch, &out[i], sizeof(Four));
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < 4; ++i) target[c * to_pitch + i] = source[i * from_pitch + c];
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * to_pitch + r] = from[r * from_pitch + c];
+}
+
+}  // namespace
+}  // namespace pyinvolution::cpu

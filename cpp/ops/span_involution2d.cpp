@@ -1,0 +1,222 @@
+#include "span_involution2d.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+
+#include "arguments.h"
+#include "execution.h"
+#include "involution2d.h"
+
+namespace pyinvolution::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using Sizes = std::vector<int64_t>;
+
+constexpr const char* op = "span_involution2d";
+
+SpanProblem problem_of(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                       const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
+                       const Sizes& padding, const Sizes& dilation) {
+  SpanProblem span{};
+  Problem& p = span.involution;
+  p = geometry_of(op, input, stride, padding, dilation);
+  check_pair(op, "kernel_size", kernel_size, 1);
+  check(op, reduced.dim() == 4, "reduced has shape ", text(reduced.sizes()), ", expected 4 dimensions (N, R, Ho, Wo)");
+  check_alike(op, "reduced", reduced, input);
+  check_alike(op, "span_weight", span_weight, input);
+  check(op, reduced.size(0) == p.batch, "reduced has batch size ", reduced.size(0), ", expected input's, ", p.batch);
+  span.reduced = reduced.size(1);
+  check(op,
+        (span_weight.dim() == 2 || (span_weight.dim() == 4 && span_weight.size(2) == 1 && span_weight.size(3) == 1)) &&
+            span_weight.size(1) == span.reduced,
+        "span_weight has shape ", text(span_weight.sizes()),
+        ", expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with R = ", span.reduced, ", reduced's channels");
+  const int64_t rows = span_weight.size(0), taps = kernel_size[0] * kernel_size[1];
+  check(op, rows % taps == 0, "span_weight has ", rows, " rows, expected a multiple of the ", taps,
+        " taps of kernel_size ", text(kernel_size));
+  set_kernel(op, "span_weight", p, rows / taps, kernel_size[0], kernel_size[1]);
+  check_pixels(op, "reduced", p, reduced.size(2), reduced.size(3));
+  if (span_bias) {
+    check_alike(op, "span_bias", *span_bias, input);
+    check_shape(op, "span_bias", *span_bias, {rows});
+  }
+  std::copy_n(input.strides().data(), 4, p.x_stride);
+  std::copy_n(reduced.strides().data(), 4, span.reduced_stride);
+  std::copy_n(span_weight.strides().data(), 2, span.span_stride);
+  return span;
+}
+
+void check_epilogue(const Tensor& input, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+  check(op, scale.has_value() == shift.has_value(), scale ? "shift" : "scale", " is None, expected it with ",
+        scale ? "scale" : "shift");
+  if (!scale) return;
+  const ScalarType dtype = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  for (const auto& [name, tensor] : {std::pair{"scale", &*scale}, std::pair{"shift", &*shift}}) {
+    check_shape(op, name, *tensor, {input.size(1)});
+    check_dtype(op, name, *tensor, dtype, "");
+    check_device(op, name, *tensor, input);
+  }
+}
+
+// An operator of torch's by its name.
+template <class... Arguments>
+Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// W by torch's convolution, (N, G, Kh, Kw, Ho, Wo).
+Tensor compose_weight(const Tensor& reduced, const Tensor& span_weight, const std::optional<Tensor>& span_bias,
+                      const Problem& p) {
+  const Tensor weight = torch::stable::view(span_weight, {span_weight.size(0), span_weight.size(1), 1, 1});
+  const Tensor w =
+      call("aten::conv2d", "", reduced, weight, span_bias, Sizes{1, 1}, Sizes{0, 0}, Sizes{1, 1}, int64_t{1});
+  return torch::stable::view(w, {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w});
+}
+
+Tensor compose(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+               const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& shift, bool relu, const Problem& p, const Sizes& stride,
+               const Sizes& padding, const Sizes& dilation) {
+  Tensor y = involution2d(input, compose_weight(reduced, span_weight, span_bias, p), stride, padding, dilation);
+  if (scale) {
+    const Sizes column{p.channels, 1, 1};
+    // An addition takes a Scalar, which has no stable form.
+    y = call("aten::mul", "Tensor", y, torch::stable::view(*scale, column));
+    y = torch::stable::subtract(y, call("aten::neg", "", torch::stable::view(*shift, column)));
+  }
+  if (relu) y = call("aten::relu", "", y);
+  return torch::stable::to(y, input.scalar_type());
+}
+
+struct Gradients {
+  Tensor input, reduced, span_weight, span_bias;
+};
+
+void compose_backward(const Gradients& gradients, const Tensor& grad_output, const Tensor& input, const Tensor& reduced,
+                      const Tensor& span_weight, const std::optional<Tensor>& span_bias, const Problem& p,
+                      const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                      const std::vector<bool>& output_mask) {
+  const bool span = output_mask[1] || output_mask[2] || output_mask[3];
+  const Tensor weight = compose_weight(reduced, span_weight, span_bias, p);
+  const auto [grad_input, grad_weight] =
+      involution2d_backward(grad_output, input, weight, stride, padding, dilation, {output_mask[0], span});
+  const auto assign = [](Tensor to, const Tensor& from) { torch::stable::copy_(to, from); };
+  if (output_mask[0]) assign(gradients.input, grad_input);
+  if (!span) return;
+  const std::array<bool, 3> mask{output_mask[1], output_mask[2], output_mask[3]};
+  const Sizes rows{span_weight.size(0)};
+  std::array<StableIValue, 11> stack{
+      torch::stable::detail::from(torch::stable::view(grad_weight, {p.batch, p.groups * p.taps(), p.out_h, p.out_w})),
+      torch::stable::detail::from(reduced),
+      torch::stable::detail::from(torch::stable::view(span_weight, {rows[0], span_weight.size(1), 1, 1})),
+      torch::stable::detail::from(std::optional<Sizes>(rows)),
+      torch::stable::detail::from(Sizes{1, 1}),
+      torch::stable::detail::from(Sizes{0, 0}),
+      torch::stable::detail::from(Sizes{1, 1}),
+      torch::stable::detail::from(false),
+      torch::stable::detail::from(Sizes{0, 0}),
+      torch::stable::detail::from(int64_t{1}),
+      torch::stable::detail::from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  // All three come back, undefined where they are not wanted.
+  const std::array<Tensor, 3> grads{torch::stable::detail::to<Tensor>(stack[0]),
+                                    torch::stable::detail::to<Tensor>(stack[1]),
+                                    torch::stable::detail::to<Tensor>(stack[2])};
+  if (mask[0]) assign(gradients.reduced, grads[0]);
+  if (mask[1]) assign(torch::stable::view(gradients.span_weight, {rows[0], span_weight.size(1), 1, 1}), grads[1]);
+  if (mask[2]) assign(gradients.span_bias, grads[2]);
+}
+
+}  // namespace
+
+Tensor span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                         const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& shift, bool relu, const Sizes& kernel_size, const Sizes& stride,
+                         const Sizes& padding, const Sizes& dilation) {
+  SpanProblem span = problem_of(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
+  check_epilogue(input, scale, shift);
+  span.epilogue = scale.has_value();
+  span.relu = relu;
+  const Problem& p = span.involution;
+  const Sizes shape{p.batch, p.channels, p.out_h, p.out_w};
+  const Tensor output = torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device(), std::nullopt,
+                                             memory_format_of(input));
+  if (output.numel() == 0) return output;
+  std::copy_n(output.strides().data(), 4, span.involution.y_stride);
+  const SpanVariant& variant = choose(span, SpanPass::forward);
+  if (variant.run == nullptr)
+    return compose(input, reduced, span_weight, span_bias, scale, shift, relu, p, stride, padding, dilation);
+  const auto dense = [](const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+  };
+  const std::optional<Tensor> bias = dense(span_bias), dense_scale = dense(scale), dense_shift = dense(shift);
+  SpanBuffers buffers{};
+  buffers.x = address(input), buffers.reduced = address(reduced), buffers.span = address(span_weight);
+  buffers.bias = bias ? address(*bias) : nullptr;
+  buffers.scale = scale ? address(*dense_scale) : nullptr;
+  buffers.shift = shift ? address(*dense_shift) : nullptr;
+  buffers.y = output.mutable_data_ptr();
+  run_on(input, variant, span, SpanPass::forward, buffers);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                                      const Tensor& reduced, const Tensor& span_weight,
+                                                                      const std::optional<Tensor>& span_bias,
+                                                                      const Sizes& kernel_size, const Sizes& stride,
+                                                                      const Sizes& padding, const Sizes& dilation,
+                                                                      const std::vector<bool>& output_mask) {
+  SpanProblem span = problem_of(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
+  Problem& p = span.involution;
+  check_shape(op, "grad_output", grad_output, {p.batch, p.channels, p.out_h, p.out_w});
+  check_alike(op, "grad_output", grad_output, input);
+  check(op, output_mask.size() == 4, "output_mask has ", output_mask.size(), " values, expected 4");
+
+  const auto like = [&](bool wanted, const Tensor& tensor) {
+    return wanted ? torch::stable::empty_like(tensor) : torch::stable::new_empty(input, Sizes{0});
+  };
+  const Gradients gradients{
+      like(output_mask[0], input), like(output_mask[1], reduced),
+      output_mask[2]
+          ? torch::stable::new_empty(span_weight, Sizes(span_weight.sizes().begin(), span_weight.sizes().end()))
+          : like(false, input),
+      output_mask[3] ? torch::stable::new_empty(input, Sizes{span_weight.size(0)}) : like(false, input)};
+  const auto done = [&] {
+    return std::tuple{gradients.input, gradients.reduced, gradients.span_weight, gradients.span_bias};
+  };
+  if (grad_output.numel() == 0) {
+    for (Tensor gradient : {gradients.input, gradients.reduced, gradients.span_weight, gradients.span_bias})
+      torch::stable::zero_(gradient);
+    return done();
+  }
+  std::copy_n(grad_output.strides().data(), 4, p.y_stride);
+  if (output_mask[0]) std::copy_n(gradients.input.strides().data(), 4, span.grad_x_stride);
+  if (output_mask[1]) std::copy_n(gradients.reduced.strides().data(), 4, span.grad_reduced_stride);
+  const SpanVariant& variant = choose(span, SpanPass::backward);
+  if (variant.run == nullptr) {
+    compose_backward(gradients, grad_output, input, reduced, span_weight, span_bias, p, stride, padding, dilation,
+                     output_mask);
+    return done();
+  }
+  const std::optional<Tensor> bias =
+      span_bias ? std::optional<Tensor>(torch::stable::contiguous(*span_bias)) : std::nullopt;
+  const auto wanted = [&](int index, const Tensor& tensor) {
+    return output_mask[size_t(index)] ? tensor.mutable_data_ptr() : nullptr;
+  };
+  SpanBuffers buffers{};
+  buffers.x = address(input), buffers.reduced = address(reduced), buffers.span = address(span_weight);
+  buffers.bias = bias ? address(*bias) : nullptr;
+  buffers.y = address(grad_output);
+  buffers.grad_x = wanted(0, gradients.input), buffers.grad_reduced = wanted(1, gradients.reduced);
+  buffers.grad_span = wanted(2, gradients.span_weight), buffers.grad_bias = wanted(3, gradients.span_bias);
+  run_on(input, variant, span, SpanPass::backward, buffers);
+  return done();
+}
+
+}  // namespace pyinvolution::ops

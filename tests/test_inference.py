@@ -1,0 +1,128 @@
+"""optimize_for_inference: the same outputs, with everything folded, in one graph."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyinvolution import Involution2d, optimize_for_inference
+from pyinvolution.introspection import force_variant
+from pyinvolution.models import create_model
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Batch norms with statistics and parameters as after training."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.2, 0.7)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model.eval()
+
+
+def small_rednet() -> nn.Module:
+    return spread(create_model("rednet26", num_classes=7, base_channels=16, stem_channels=32))
+
+
+def rest(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, Involution2d))]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rednet(memory_format: torch.memory_format) -> None:
+    model = small_rednet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimized = optimize_for_inference(model)
+    assert not rest(optimized)
+    assert not any(p.requires_grad for p in optimized.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    x = torch.randn(2, 3, 65, 70).to(memory_format=memory_format)
+    expected = model(x)
+    assert 0 < optimized.max_difference < 1e-3 * expected.abs().max()
+    torch.testing.assert_close(optimized(x), expected, rtol=1e-4, atol=1e-4)
+    # About a third of the launches are left.
+    assert not any("norm" in str(node.target) for node in optimized.graph.nodes)
+
+
+def test_compile_has_one_graph() -> None:
+    torch._dynamo.reset()
+    optimized = optimize_for_inference(small_rednet())
+    x = torch.randn(1, 3, 64, 64)
+    explanation = torch._dynamo.explain(optimized)(x)
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        result = torch.compile(optimized, fullgraph=True)(x)
+        torch.testing.assert_close(result, optimized(x), rtol=1e-4, atol=1e-4)
+
+
+class Block(nn.Module):
+    def __init__(self, layer: nn.Module, *after: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.after = layer, nn.Sequential(*after)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.after(self.layer(input)) + 1
+
+
+@pytest.mark.parametrize("variant", ["cpu/fused", "cpu/composed"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: Block(Involution2d(32, 7, 2), nn.BatchNorm2d(32), nn.ReLU()),
+        lambda: Block(Involution2d(32, 3), nn.BatchNorm2d(32, affine=False)),
+        lambda: Block(Involution2d(32, 4, bias=True), nn.ReLU()),
+        lambda: Block(Involution2d(32, 5, bias=True), nn.BatchNorm2d(32), nn.SiLU()),
+        lambda: Block(Involution2d(32, 3, out_channels=8), nn.BatchNorm2d(8), nn.ReLU()),
+        lambda: Block(Involution2d(32, 3, norm_layer=None), nn.Dropout()),
+        lambda: Block(Involution2d(32, 3, norm_layer=lambda c: nn.GroupNorm(2, c))),
+        lambda: Block(nn.Conv2d(32, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        lambda: Block(nn.Conv2d(32, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)),
+    ],
+)
+def test_blocks(block, variant: str) -> None:
+    torch.manual_seed(0)
+    model = block().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    if isinstance(model.layer, Involution2d) and model.layer.bias is not None:
+        nn.init.normal_(model.layer.bias)
+    x = torch.randn(2, 32, 9, 8, requires_grad=True)
+    expected = model(x)
+    with force_variant(variant):
+        optimized = optimize_for_inference(model)
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), expected, rtol=1e-4, atol=1e-4)
+        grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (model, optimized)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_convolution_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.conv(self.norm(self.conv(input)))
+
+    model = spread(Shared())
+    x = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(optimize_for_inference(model)(x), model(x))
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match="model must be a Module, got int"):
+        optimize_for_inference(3)
+    with pytest.raises(TypeError, match="example_input is needed"):
+        optimize_for_inference(nn.Sequential(nn.ReLU()))
+    assert optimize_for_inference(nn.Sequential(nn.ReLU()), torch.randn(3)).max_difference == 0
+
+    class Branch(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return input if input.sum() > 0 else -input
+
+    with pytest.raises(ValueError, match="Branch cannot be traced"):
+        optimize_for_inference(Branch(), torch.randn(3))
