@@ -7,4 +7,5 @@ set(PYINVOLUTION_CUDA_KERNELS
   ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_bf16.cu
   ${CMAKE_CURRENT_LIST_DIR}/mma/mma.cu
   ${CMAKE_CURRENT_LIST_DIR}/mma/mma_f16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/mma/mma_bf16.cu)
+  ${CMAKE_CURRENT_LIST_DIR}/mma/mma_bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/fused.cu)

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../../cuda/build.h"
+#include "../../cuda/fused/fused.h"
 #include "../../cuda/generic/generic.h"
 #include "../../cuda/mma/mma.h"
 #include "../../cuda/tiled/tiled.h"
@@ -28,5 +29,10 @@ void tiled_run(const Problem&, Pass, const Buffers&, const Execution&) { throw s
 
 const char* mma_refusal(const Problem&, Pass) { return refusal; }
 void mma_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
+
+const char* fused_refusal(const SpanProblem&, SpanPass) { return refusal; }
+void fused_run(const SpanProblem&, SpanPass, const SpanBuffers&, const Execution&) {
+  throw std::runtime_error(refusal);
+}
 
 }  // namespace pyinvolution::cuda

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "../../cuda/fused/fused.h"
 #include "../../cuda/generic/generic.h"
 #include "../../cuda/mma/mma.h"
 #include "../../cuda/tiled/tiled.h"
@@ -27,6 +28,7 @@ constexpr Variant table[] = {
 const char* never(const SpanProblem&, SpanPass) { return nullptr; }
 
 constexpr SpanVariant span_table[] = {
+    {"fused", Device::cuda, cuda::fused_refusal, cuda::fused_run},
     {"composed", Device::cuda, never, nullptr},
     {"fused", Device::cpu, cpu::fused_refusal, cpu::fused_run},
     {"composed", Device::cpu, never, nullptr},

@@ -388,6 +388,45 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
+// Whether all sums of the warp are finite: zero times a finite number is zero, else NaN.
+__device__ __forceinline__ bool all_finite(const float (&sums)[4][4]) {
+  float zero = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) zero += sums[r][i] * 0.0f;
+  }
+  return !__any_sync(~0u, zero != 0.0f);
+}
+
+// Writes the sums of all warps, [row][16 channels x 8 pixels], by way of shared memory that they have finished reading.
+template <class C, class I, class T>
+__device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const Geometry& q,
+                                         const Tile& tile, int group, int strip, int row) {
+  const int lane = int(threadIdx.x) % 32;
+  __syncthreads();
+  if (group < tile.groups) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int channel = group * group_channels + half * 8;
+        uint32_t bits = pack<T>(sums[r][2 * half], sums[r][2 * half + 1]);
+        int at;
+        if constexpr (I::channels_inner) {
+          bits = transpose_matrix(bits);
+          at = I::at(row + r, strip * 8 + lane / 4, channel + lane % 4 * 2);
+        } else {
+          at = I::at(row + r, strip * 8 + lane % 4 * 2, channel + lane / 4);
+        }
+        *reinterpret_cast<uint32_t*>(shared + at) = bits;
+      }
+    }
+  }
+  __syncthreads();
+  put_image<I, C::Warps>(shared, out, q.y, tile.groups * group_channels, q.y_height, q.y_width, tile.row, tile.column);
+}
+
 // ToInput: the gradient of the input, where x is grad_output and y the gradient.
 template <class C, bool ChannelsInner, bool TapsInner, bool ToInput, class T>
 __global__ void __launch_bounds__(C::threads, 2)
@@ -450,14 +489,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
     }
 
-    // Zero times a finite number is zero, else NaN.
-    float zero = 0;
-#pragma unroll
-    for (int r = 0; r < rows; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) zero += sums[r][i] * 0.0f;
-    }
-    if (__any_sync(~0u, zero != 0.0f)) {
+    if (!all_finite(sums)) {
 #pragma unroll
       for (int r = 0; r < rows; ++r) {
         float again[4] = {};
@@ -477,36 +509,11 @@ __global__ void __launch_bounds__(C::threads, 2)
     }
   }
 
-  // Through shared memory, where the image was.
-  __syncthreads();
   T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
-  const auto put = [&](auto to) {
-    using O = decltype(to);
-    if (group < tile.groups) {
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int channel = group * group_channels + half * 8;
-          uint32_t bits = pack<T>(sums[r][2 * half], sums[r][2 * half + 1]);
-          int at;
-          if constexpr (O::channels_inner) {
-            bits = transpose_matrix(bits);
-            at = O::at(row + r, strip * 8 + lane / 4, channel + lane % 4 * 2);
-          } else {
-            at = O::at(row + r, strip * 8 + lane % 4 * 2, channel + lane / 4);
-          }
-          *reinterpret_cast<uint32_t*>(image + at) = bits;
-        }
-      }
-    }
-    __syncthreads();
-    put_image<O, C::Warps>(image, out, q.y, channels, q.y_height, q.y_width, tile.row, tile.column);
-  };
   if (q.y.channels_inner) {
-    put(Image<C::Rows, C::Columns, true>{});
+    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row);
   } else {
-    put(Image<C::Rows, C::Columns, false>{});
+    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row);
   }
 }
 

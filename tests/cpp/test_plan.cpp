@@ -45,6 +45,19 @@ void verdicts() {
         "the last one takes everything");
 }
 
+void spans() {
+  SpanProblem span{};
+  span.involution = problem(rednet, DType::bf16, Layout::channels_last);
+  span.reduced = 16;
+  std::copy_n(strides_in_order({2, 16, 10, 17}, {0, 2, 3, 1}).begin(), 4, span.reduced_stride);
+  span.span_stride[0] = 16, span.span_stride[1] = 1;
+  const auto chosen = [&](SpanPass pass) { return std::string(choose(span, pass).name); };
+  CHECK(chosen(SpanPass::forward) == "fused", "a layer of RedNet is fused");
+  CHECK(chosen(SpanPass::backward) == "composed", "its gradients are not");
+  span.involution.dtype = DType::f32;
+  CHECK(chosen(SpanPass::forward) == "composed", "nor is float");
+}
+
 void forced() {
   for (const std::string& name : variants()) {
     if (name.rfind("cuda/", 0) != 0) continue;
@@ -79,6 +92,7 @@ void empty() {
 int main() {
   choices();
   verdicts();
+  spans();
   forced();
   empty();
   return checks::report("plan");
