@@ -59,7 +59,8 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // Four 8x8 matrices of 16-bit elements (ldmatrix.x4): lane i gives the address of row i%8 of matrix i/8, 16 bytes, and
-// gets elements 2*(i%4) and 2*(i%4)+1 of row i/4 of each; transposed: of column i/4.
+// gets elements 2*(i%4) and 2*(i%4)+1 of row i/4 of each; transposed: of column i/4. Or two (ldmatrix.x2), from the
+// addresses of lanes 0 to 15.
 __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -69,6 +70,18 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const vo
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&registers)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&registers)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(registers[0]), "=r"(registers[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&registers)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(registers[0]), "=r"(registers[1])
                : "r"(shared_address(row))
                : "memory");
 }

@@ -4,4 +4,8 @@ set(PYINVOLUTION_CUDA_KERNELS
   ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled.cu
   ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_f32.cu
   ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_f16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_bf16.cu)
+  ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/mma/mma.cu
+  ${CMAKE_CURRENT_LIST_DIR}/mma/mma_f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/mma/mma_bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/fused.cu)

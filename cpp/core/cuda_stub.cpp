@@ -3,7 +3,9 @@
 #include <stdexcept>
 
 #include "../../cuda/build.h"
+#include "../../cuda/fused/fused.h"
 #include "../../cuda/generic/generic.h"
+#include "../../cuda/mma/mma.h"
 #include "../../cuda/tiled/tiled.h"
 
 #ifndef PYINVOLUTION_NO_CUDA_REASON
@@ -24,5 +26,13 @@ void generic_run(const Problem&, Pass, const Buffers&, const Execution&) { throw
 
 const char* tiled_refusal(const Problem&, Pass) { return refusal; }
 void tiled_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
+
+const char* mma_refusal(const Problem&, Pass) { return refusal; }
+void mma_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
+
+const char* fused_refusal(const SpanProblem&, SpanPass) { return refusal; }
+void fused_run(const SpanProblem&, SpanPass, const SpanBuffers&, const Execution&) {
+  throw std::runtime_error(refusal);
+}
 
 }  // namespace pyinvolution::cuda

@@ -6,7 +6,9 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "../../cuda/fused/fused.h"
 #include "../../cuda/generic/generic.h"
+#include "../../cuda/mma/mma.h"
 #include "../../cuda/tiled/tiled.h"
 #include "cpu.h"
 
@@ -15,6 +17,7 @@ namespace {
 
 // Best first. Each device ends in a variant that supports every problem.
 constexpr Variant table[] = {
+    {"mma", Device::cuda, cuda::mma_refusal, cuda::mma_run},
     {"tiled", Device::cuda, cuda::tiled_refusal, cuda::tiled_run},
     {"generic", Device::cuda, cuda::generic_refusal, cuda::generic_run},
     {"channels", Device::cpu, cpu::channels_refusal, cpu::channels_run},
@@ -25,6 +28,7 @@ constexpr Variant table[] = {
 const char* never(const SpanProblem&, SpanPass) { return nullptr; }
 
 constexpr SpanVariant span_table[] = {
+    {"fused", Device::cuda, cuda::fused_refusal, cuda::fused_run},
     {"composed", Device::cuda, never, nullptr},
     {"fused", Device::cpu, cpu::fused_refusal, cpu::fused_run},
     {"composed", Device::cpu, never, nullptr},

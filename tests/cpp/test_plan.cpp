@@ -19,6 +19,9 @@ void choices() {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
       for (const Layout layout : {Layout::contiguous, Layout::channels_last})
         CHECK(chosen(problem(rednet, dtype, layout), pass) != "generic", "a layer of RedNet has a kernel of its own");
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+      CHECK(chosen(problem(rednet, DType::bf16, layout), pass) == "mma", "16 bits are for the tensor cores");
+    CHECK(chosen(problem(rednet, DType::f32), pass) == "tiled", "float is not");
     CHECK(chosen(problem(rednet, DType::f64), pass) == "generic", "double is for the generic kernel");
     CHECK(chosen(problem(dilated, DType::f32), pass) == "generic", "dilation is for the generic kernel");
   }
@@ -42,12 +45,25 @@ void verdicts() {
         "the last one takes everything");
 }
 
+void spans() {
+  SpanProblem span{};
+  span.involution = problem(rednet, DType::bf16, Layout::channels_last);
+  span.reduced = 16;
+  std::copy_n(strides_in_order({2, 16, 10, 17}, {0, 2, 3, 1}).begin(), 4, span.reduced_stride);
+  span.span_stride[0] = 16, span.span_stride[1] = 1;
+  const auto chosen = [&](SpanPass pass) { return std::string(choose(span, pass).name); };
+  CHECK(chosen(SpanPass::forward) == "fused", "a layer of RedNet is fused");
+  CHECK(chosen(SpanPass::backward) == "composed", "its gradients are not");
+  span.involution.dtype = DType::f32;
+  CHECK(chosen(SpanPass::forward) == "composed", "nor is float");
+}
+
 void forced() {
   for (const std::string& name : variants()) {
     if (name.rfind("cuda/", 0) != 0) continue;
     force_variant(name);
     for (const Pass pass : passes) {
-      Setting setting({rednet, Layout::channels_last, DType::f32, pass}, Device::cuda);
+      Setting setting({rednet, Layout::channels_last, DType::bf16, pass}, Device::cuda);
       run(setting.problem, pass, setting.buffers(), {});
       setting.check();
       CHECK("cuda/" + chosen(setting.problem, pass) == name, "the forced variant runs: " + name);
@@ -76,6 +92,7 @@ void empty() {
 int main() {
   choices();
   verdicts();
+  spans();
   forced();
   empty();
   return checks::report("plan");

@@ -164,6 +164,8 @@ inline int __any_sync(uint32_t mask, int value, Site site = Site::here()) {
 inline int __all_sync(uint32_t mask, int value, Site site = Site::here()) {
   return emulator::ballot("__all_sync", mask, value != 0, site) == mask;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   uint32_t result = 0;
@@ -186,11 +188,15 @@ void wait_for_copies() {
   emulator::wait_for_copies(GroupsLeft);
 }
 
-inline void load_matrices(uint32_t (&registers)[4], const void* row, Site site = Site::here()) {
-  emulator::load_matrices(registers, 4, false, row, site);
+template <int Matrices>
+void load_matrices(uint32_t (&registers)[Matrices], const void* row, Site site = Site::here()) {
+  static_assert(Matrices == 2 || Matrices == 4, "what the kernels use");
+  emulator::load_matrices(registers, Matrices, false, row, site);
 }
-inline void load_matrices_transposed(uint32_t (&registers)[4], const void* row, Site site = Site::here()) {
-  emulator::load_matrices(registers, 4, true, row, site);
+template <int Matrices>
+void load_matrices_transposed(uint32_t (&registers)[Matrices], const void* row, Site site = Site::here()) {
+  static_assert(Matrices == 2 || Matrices == 4, "what the kernels use");
+  emulator::load_matrices(registers, Matrices, true, row, site);
 }
 inline uint32_t transpose_matrix(uint32_t value, Site site = Site::here()) {
   return emulator::transpose_matrix(value, site);
