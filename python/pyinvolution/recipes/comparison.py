@@ -67,7 +67,7 @@ def table(measurements: list[Measurement]) -> Table:
     for naive, ours in zip(measurements[::2], measurements[1::2], strict=True):
         result.add_row(
             *(("", "training") if ours.backward else ("x".join(map(str, ours.shape[1:])), "inference")),
-            *(text for m in (naive, ours) for text in (f"{1e3 * m.seconds:.0f} ms", f"{m.peak / 2**20:.0f} MiB")),
+            *(text for m in (naive, ours) for text in (f"{1e3 * m.seconds:.1f} ms", f"{m.peak / 2**20:.0f} MiB")),
             f"[bold]{naive.seconds / ours.seconds:.0f} x[/]",
             f"[bold]{naive.peak / max(ours.peak, 1):.0f} x[/]",
         )
