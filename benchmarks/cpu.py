@@ -319,7 +319,8 @@ def summary(report: Report, about: dict[str, Any]) -> str:
         lines.append(f"| {r['what']}, {r['name']} | {r['threads']} | {r['ms']:.1f} | {ratio} |")
     for r in report.rows:
         if "mb" in r:
-            lines.append(f"| {r['what']}, {r['name']} | | {r['mb']:.0f} MB | (ResNet-50: {r['ResNet-50: mb']:.0f} MB) |")
+            theirs = f"(ResNet-50: {r['ResNet-50: mb']:.0f} MB)"
+            lines.append(f"| {r['what']}, {r['name']} | | {r['mb']:.0f} MB | {theirs} |")
     lines += [
         "",
         "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate.",
