@@ -32,7 +32,7 @@ from torch.nn.functional import avg_pool2d, conv2d, cross_entropy
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 
-from cases import REDNET50, Case, tensors  # noqa: E402
+from cases import REDNET50, Case, oracle_passes, reference_passes, tensors  # noqa: E402
 from tolerance import assert_accurate  # noqa: E402
 
 from pyinvolution import build_info, force_variant, ops, optimize_for_inference, reference  # noqa: E402
@@ -183,6 +183,10 @@ def unfolding(
 ) -> None:
     """involution2d against unfold + einsum: forward, and backward alone."""
     x, w, gy = tensors(case, torch.float32, layout)
+    results = ops.involution2d(x, w, *case.geometry), *ops.involution2d_backward(gy, x, w, *case.geometry, (True, True))
+    passes = zip(results, oracle_passes(case, x, w, gy), reference_passes(case, x, w, gy), strict=True)
+    for result, exact, same in passes:
+        assert_accurate(result, exact, same, str(case))
     leaves = (x.clone().requires_grad_(), w.contiguous().clone().requires_grad_())
     kept = reference.involution2d(*leaves, None, *case.geometry)
     forward: dict[str, Function] = {

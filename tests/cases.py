@@ -1,8 +1,6 @@
 """Involution problems of every kind, shared by tests and benchmarks."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -146,11 +144,3 @@ def reference_passes(case: Case, input: Tensor, weight: Tensor, grad_output: Ten
 def oracle_passes(case: Case, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same in float64."""
     return reference_passes(case, *(t.double() for t in inputs))
-
-
-def all_inputs(cases: list[Case]) -> Iterator[tuple[Case, torch.dtype, str]]:
-    return product(cases, DTYPES, LAYOUTS)
-
-
-def with_batch(case: Case, batch: int) -> Case:
-    return replace(case, input=(batch, *case.input[1:]))
