@@ -57,5 +57,5 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
-		--config-settings build-dir=$(BUILD) --config-settings editable.rebuild=false --editable ".[train,dev]"
+		--config-settings build-dir=$(BUILD) --config-settings editable.rebuild=false --editable ".[dev]"
 	touch $@

@@ -13,7 +13,8 @@ from pyinvolution import cli
 from pyinvolution.models import list_models
 
 pytest.importorskip("lightning")
-from pyinvolution.recipes import RecipeError, comparison
+from pyinvolution.recipes import RecipeError
+from pyinvolution.recipes.classification import comparison
 
 
 def run(capsys, *arguments):

@@ -12,7 +12,7 @@ pytest.importorskip("lightning")
 from recipe_support import write_images
 
 from pyinvolution.recipes import ImageFolderData, RecipeError
-from pyinvolution.recipes.digits import write_digits
+from pyinvolution.recipes.classification.digits import write_digits
 from pyinvolution.recipes.loading import EvalSampler, ResumableSampler, SeededDataset, UnreadableSample
 
 

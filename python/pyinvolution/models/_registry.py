@@ -4,11 +4,16 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TypeVar
 
 from torch import nn
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+# Modules of this package whose models need torchvision; imported when a name is looked for.
+WITH_TORCHVISION: tuple[str, ...] = ()
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
 _listed: set[str] = set()
@@ -42,14 +47,28 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Module:
         ValueError: no model has this name, or an argument is out of range.
         TypeError: the class has no such argument.
     """
+    _import_all()
     if name not in _builders:
         close = get_close_matches(str(name), _builders)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no model is named {name!r}: {hint}known names are {', '.join(sorted(_builders))}")
+        raise ValueError(
+            f"no model is named {name!r}: {hint}known names are {', '.join(sorted(_builders))}{_missing()}"
+        )
     return _builders[name](num_classes=num_classes, **kwargs)
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that match a shell-style ``pattern``, in natural order; all can be created by name alone."""
+    _import_all()
     names = (name for name in _listed if fnmatch(name, pattern))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in _digits.split(name)])
+
+
+def _import_all() -> None:
+    if not _missing():
+        for module in WITH_TORCHVISION:
+            import_module(f"pyinvolution.models.{module}")
+
+
+def _missing() -> str:
+    return "" if find_spec("torchvision") else "; detection and segmentation need torchvision"

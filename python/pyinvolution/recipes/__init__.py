@@ -5,8 +5,8 @@ from typing import Any
 
 # Imported on use: Lightning takes seconds, and the parts that do without it should not wait.
 _MODULES = {
-    "Classification": "classification",
-    "ImageFolderData": "imagefolder",
+    "Classification": "classification.module",
+    "ImageFolderData": "classification.imagefolder",
     "Recipe": "module",
     "RecipeData": "loading",
     "RecipeError": "errors",

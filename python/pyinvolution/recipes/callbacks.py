@@ -1,6 +1,5 @@
 """Callbacks of every recipe: exact interruption and resumption, a stop on NaN, throughput, pictures, predictions."""
 
-import csv
 import os
 import signal
 import threading
@@ -12,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -26,7 +25,6 @@ __all__ = [
     "Curves",
     "ImagesPerSecond",
     "LastCheckpoint",
-    "PredictionWriter",
     "SeedEveryBatch",
     "StopOnDivergence",
     "StopOnSignal",
@@ -257,41 +255,6 @@ class Curves(Callback):
             logger.save()
         metrics = plots.read_metrics(folder)
         if metrics:
-            rank_zero_info(f"curves: {plots.curves(metrics, folder / 'curves.png')}")
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Writes a CSV file with the path, the best classes and their probabilities for every image, in the order of paths.
-
-    Args:
-        output: the file.
-    """
-
-    def __init__(self, output: str | Path) -> None:
-        super().__init__("batch")
-        self.output = Path(output)
-        self._rows: list[tuple[int, list[int], list[float]]] = []
-
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: tuple[Tensor, Tensor, Tensor], *args: Any
-    ) -> None:
-        self._rows += zip(*(tensor.tolist() for tensor in prediction), strict=True)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rows = self._rows
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, rows)
-            rows = [row for share in shares for row in share]
-        if not trainer.is_global_zero:
-            return
-        files, names = trainer.datamodule.predict_samples.files, trainer.datamodule.classes
-        count = len(rows[0][1]) if rows else 0
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with self.output.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", *(f"{field}_{k + 1}" for k in range(count) for field in ("class", "probability"))])
-            for index, classes, probabilities in sorted(rows):
-                best = [(names[c] if names else c, f"{p:.6f}") for c, p in zip(classes, probabilities, strict=True)]
-                writer.writerow([files[index][0], *(value for pair in best for value in pair)])
-        rank_zero_info(f"predictions of {len(rows)} images: {self.output}")
+            rank_zero_info(
+                f"curves: {plots.curves(metrics, folder / 'curves.png', pl_module.monitor, pl_module.monitor_title)}"
+            )

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import Namespace
@@ -60,13 +60,18 @@ class RecipeCLI(LightningCLI):
             default=1000,
             help="optimizer steps between two writes of last.ckpt, which is also written around every validation",
         )
-        parser.add_argument("--checkpoint.monitor", type=str, default="val/top1", help="what best.ckpt is chosen by")
-        parser.add_argument("--checkpoint.mode", type=str, default="max", help="max or min")
+        parser.add_argument(
+            "--checkpoint.monitor",
+            type=str | None,
+            default=None,
+            help="what best.ckpt is chosen by; None: the recipe's",
+        )
+        parser.add_argument("--checkpoint.mode", type=Literal["max", "min"], default="max", help="max or min")
         parser.add_argument(
             "--output",
-            type=str,
-            default="predictions.csv",
-            help="what predict writes; relative to trainer.default_root_dir",
+            type=str | None,
+            default=None,
+            help="what predict writes; relative to trainer.default_root_dir; None: the recipe's",
         )
 
     def _parse_ckpt_path(self) -> None:
@@ -97,7 +102,8 @@ class RecipeCLI(LightningCLI):
         else:
             config.enable_checkpointing = False
         if self.subcommand == "predict":
-            added.append(callbacks.PredictionWriter(root / self._get(self.config_init, "output")))
+            output = self._get(self.config_init, "output") or self.model.output
+            added.append(self.model.prediction_writer(root / output))
         if config.logger in (None, True):
             config.logger = self.subcommand == "fit" and _loggers(root)
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] * bool(config.plugins)
@@ -119,7 +125,7 @@ class RecipeCLI(LightningCLI):
         if config.enable_checkpointing is not False:
             checkpoint = self._get(self.config_init, "checkpoint")
             added += [
-                ModelCheckpoint(root, "best", checkpoint.monitor, mode=checkpoint.mode),
+                ModelCheckpoint(root, "best", checkpoint.monitor or self.model.monitor, mode=checkpoint.mode),
                 callbacks.LastCheckpoint(root, checkpoint.every_n_train_steps),
                 callbacks.StopOnSignal(),
             ]

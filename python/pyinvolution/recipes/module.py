@@ -1,7 +1,8 @@
 """What every recipe's LightningModule shares: optimizer, schedule, memory format, compilation, averaged weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -10,22 +11,29 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.schedule import scale_lr, total_steps, warmup_cosine
+from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
 __all__ = ["Recipe"]
 
 
 class Recipe(pl.LightningModule):
-    """A network ``net`` with SGD, linear warm-up and half-cosine decay per optimizer step.
+    """A network ``net`` with its optimizer, linear warm-up and a decay of the learning rate by the optimizer step.
 
     Args:
         net: the network.
         lr: learning rate at ``reference_batch`` images a step; it is scaled linearly to the actual global batch
             (devices x nodes x accumulated batches x batch size).
         reference_batch: images a step that ``lr`` is meant for; None switches the scaling off.
+        optimizer: "sgd", or "adamw" for small runs.
         momentum: of SGD.
-        nesterov: momentum as Nesterov's.
-        weight_decay: of SGD, on all parameters.
+        nesterov: momentum as Nesterov's, of SGD.
+        weight_decay: on all parameters that are trained.
+        decay: "cosine" (half a cosine over the run), "poly" ((1 - progress)^``power``) or "step" (times ``gamma`` at
+            every one of ``milestones``).
+        milestones: epochs after which "step" decays.
+        gamma: of "step".
+        power: of "poly".
+        min_lr: what "cosine" and "poly" end at; scaled like ``lr``.
         warmup_steps: optimizer steps of the linear warm-up, whatever the batch; 0 for none. A run that is shorter never
             reaches the full rate, and is warned of.
         warmup_ratio: factor of the learning rate at the first step.
@@ -41,14 +49,25 @@ class Recipe(pl.LightningModule):
         RecipeError: a value is out of its range, or ``init_from`` does not fit.
     """
 
+    # What best.ckpt is chosen by and curves.png shows (beside its train/ namesake), a share of 1; the file of predict.
+    monitor: ClassVar[str]
+    monitor_title: ClassVar[str]
+    output: ClassVar[str]
+
     def __init__(
         self,
         net: nn.Module,
         lr: float = 0.8,
         reference_batch: int | None = 2048,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 1e-4,
+        decay: Literal["cosine", "poly", "step"] = "cosine",
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
+        power: float = 0.9,
+        min_lr: float = 0.0,
         warmup_steps: int = 3130,
         warmup_ratio: float = 0.25,
         init_from: str | None = None,
@@ -64,6 +83,12 @@ class Recipe(pl.LightningModule):
             ("reference_batch", reference_batch, reference_batch is None or reference_batch > 0),
             ("momentum", momentum, 0 <= momentum < 1),
             ("nesterov", nesterov, momentum > 0 or not nesterov),
+            ("optimizer", optimizer, optimizer in ("sgd", "adamw")),
+            ("decay", decay, decay in ("cosine", "poly", "step")),
+            ("milestones", milestones, all(milestone > 0 for milestone in milestones)),
+            ("gamma", gamma, 0 < gamma <= 1),
+            ("power", power, power > 0),
+            ("min_lr", min_lr, 0 <= min_lr <= lr),
             ("weight_decay", weight_decay, weight_decay >= 0),
             ("warmup_steps", warmup_steps, warmup_steps >= 0),
             ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio <= 1),
@@ -73,7 +98,10 @@ class Recipe(pl.LightningModule):
                 raise RecipeError(f"model.{name} is out of range: got {value!r} (momentum={momentum})")
         self.net = net
         self.lr, self.reference_batch = lr, reference_batch
-        self.sgd = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        self.optimizer, self.weight_decay = optimizer, weight_decay
+        self.sgd = {"momentum": momentum, "nesterov": nesterov}
+        self.decay, self.milestones, self.gamma, self.power = decay, milestones, gamma, power
+        self.min_ratio = min_lr / lr
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.ema_decay = ema_decay
         torch.set_float32_matmul_precision(matmul_precision)
@@ -109,6 +137,10 @@ class Recipe(pl.LightningModule):
         """Load ``net`` from a state dict of the authors' code."""
         raise NotImplementedError
 
+    def prediction_writer(self, output: Path) -> pl.Callback:
+        """Callback that writes to ``output`` what `predict_step` returns."""
+        raise NotImplementedError
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_fit(checkpoint["state_dict"], self, "--ckpt_path")
 
@@ -124,16 +156,30 @@ class Recipe(pl.LightningModule):
         data = self.trainer.datamodule
         lr = scale_lr(self.lr, data.global_batch, self.reference_batch)
         total = total_steps(data.steps_per_epoch, self.trainer.max_epochs, self.trainer.max_steps)
-        warmup, ratio = self.warmup_steps, self.warmup_ratio
-        rank_zero_info(f"{total} steps of {data.global_batch} images, learning rate {lr:g}, warm-up {warmup} steps")
-        if 0 < total <= warmup:
+        if 0 < total <= self.warmup_steps:
             rank_zero_warn(
-                f"model.warmup_steps={warmup} is not shorter than the run of {total} steps: the learning rate will not "
-                f"reach {lr:g}"
+                f"model.warmup_steps={self.warmup_steps} is not shorter than the run of {total} steps: the learning "
+                f"rate will not reach {lr:g}"
             )
-        optimizer = torch.optim.SGD(self.parameters(), lr=lr, **self.sgd)
+        rank_zero_info(
+            f"{total} steps of {data.global_batch} images, learning rate {lr:g}, warm-up {self.warmup_steps} steps"
+        )
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, lr, weight_decay=self.weight_decay, **self.sgd)
+        else:
+            optimizer = torch.optim.AdamW(parameters, lr, weight_decay=self.weight_decay)
+
         # A plain function: its values come from the configuration, so a resumed run may be given another length.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, ratio))
+        def factor(step: int) -> float:
+            rise = warmup(step, self.warmup_steps, self.warmup_ratio)
+            if self.decay == "step":
+                return rise * multistep(step / data.steps_per_epoch, self.milestones, self.gamma)
+            fall = cosine(step / total) if self.decay == "cosine" else poly(step / total, self.power)
+            return rise * (self.min_ratio + (1 - self.min_ratio) * fall)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 

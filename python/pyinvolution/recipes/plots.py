@@ -54,24 +54,24 @@ def read_metrics(folder: Path) -> dict[str, Series]:
     return {name: (np.array([*values]), np.array([*values.values()])) for name, values in series.items()}
 
 
-def curves(metrics: dict[str, Series], path: Path) -> Path:
-    """Loss, top-1 and learning rate against the optimizer step."""
+def curves(metrics: dict[str, Series], path: Path, monitor: str, title: str) -> Path:
+    """Loss, the share ``monitor`` (val/...) in percent and learning rate against the optimizer step."""
     with _figure(path, (12, 3.6)) as figure:
-        loss, accuracy, rate = figure.subplots(1, 3)
+        loss, score, rate = figure.subplots(1, 3)
         if "train/loss" in metrics:
             steps, values = metrics["train/loss"]
             loss.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=1)
-            loss.plot(steps, _smooth(values), color=TRAIN, label="training (with label smoothing)")
+            loss.plot(steps, _smooth(values), color=TRAIN, label="training")
         _line(loss, metrics, "val/loss", VAL, "validation")
         loss.set(title="Loss", yscale="log")  # the first epochs of a validation can be far off
         loss.yaxis.set_major_formatter("{x:g}")
         loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-        _line(accuracy, metrics, "train/top1", TRAIN, "training (augmented)", 100)
-        _line(accuracy, metrics, "val/top1", VAL, "validation", 100)
-        accuracy.set(title="Top-1 accuracy (%)")
-        if "val/top1" in metrics:
-            steps, values = metrics["val/top1"]
-            accuracy.annotate(
+        _line(score, metrics, monitor.replace("val/", "train/"), TRAIN, "training (augmented)", 100)
+        _line(score, metrics, monitor, VAL, "validation", 100)
+        score.set(title=title)
+        if monitor in metrics:
+            steps, values = metrics[monitor]
+            score.annotate(
                 f"{100 * values[-1]:.2f}",
                 (steps[-1], 100 * values[-1]),
                 xytext=(0, -14),
@@ -82,7 +82,7 @@ def curves(metrics: dict[str, Series], path: Path) -> Path:
             )
         _line(rate, metrics, "lr", TRAIN, None, marker="")
         rate.set(title="Learning rate", ylim=(0, None))
-        for axes in (loss, accuracy, rate):
+        for axes in (loss, score, rate):
             axes.set_xlabel("optimizer step")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="best")

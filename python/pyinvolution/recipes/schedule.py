@@ -1,10 +1,11 @@
 """Learning rate of a run as a function of the optimizer step."""
 
 import math
+from collections.abc import Sequence
 
 from pyinvolution.recipes.errors import RecipeError
 
-__all__ = ["scale_lr", "total_steps", "warmup_cosine"]
+__all__ = ["cosine", "multistep", "poly", "scale_lr", "total_steps", "warmup"]
 
 
 def scale_lr(lr: float, global_batch: int, reference_batch: int | None) -> float:
@@ -15,16 +16,27 @@ def scale_lr(lr: float, global_batch: int, reference_batch: int | None) -> float
     return lr if reference_batch is None else lr * global_batch / reference_batch
 
 
-def warmup_cosine(step: int, total: int, warmup: int = 0, warmup_ratio: float = 0.25) -> float:
-    """Factor of the learning rate at optimizer step ``step`` of ``total``.
+def cosine(progress: float) -> float:
+    """Factor of the learning rate when the share ``progress`` of the run is over: a half cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
-    A half cosine from 1 to 0 over the whole run (paper, appendix A.1), times a line from ``warmup_ratio`` to 1 over the
-    first ``warmup`` steps, as in the authors' code: the cosine does not wait for the warm-up.
+
+def poly(progress: float, power: float) -> float:
+    """Likewise (1 - progress) to a power."""
+    return (1 - min(progress, 1)) ** power
+
+
+def multistep(epoch: float, milestones: Sequence[int], gamma: float) -> float:
+    """Factor of the learning rate ``epoch`` epochs after the start: ``gamma`` for every milestone that is reached."""
+    return gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+def warmup(step: int, steps: int, ratio: float) -> float:
+    """Factor at optimizer step ``step``: a line from ``ratio`` to 1 over the first ``steps``.
+
+    It multiplies the decay, which does not wait for it, as in the authors' code.
     """
-    cosine = 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
-    if step >= warmup:
-        return cosine
-    return cosine * (1 - (1 - step / warmup) * (1 - warmup_ratio))
+    return 1.0 if step >= steps else 1 - (1 - step / steps) * (1 - ratio)
 
 
 def total_steps(steps_per_epoch: int, max_epochs: int | None, max_steps: int = -1) -> int:

@@ -1,5 +1,6 @@
 """Image classification: the ImageNet recipe of the paper (appendix A.1), for any model of the library."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -8,8 +9,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from pyinvolution.models import create_model, load_official
+from pyinvolution.recipes.classification.imagefolder import IGNORED
+from pyinvolution.recipes.classification.predictions import PredictionWriter
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.imagefolder import IGNORED
 from pyinvolution.recipes.module import Recipe
 
 __all__ = ["Classification"]
@@ -25,6 +27,9 @@ class Classification(Recipe):
         label_smoothing: of the training loss; validation goes without.
         kwargs: of `Recipe`.
     """
+
+    monitor, monitor_title = "val/top1", "Top-1 accuracy (%)"
+    output = "predictions.csv"
 
     def __init__(
         self,
@@ -57,6 +62,9 @@ class Classification(Recipe):
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         load_official(self.net, state)
+
+    def prediction_writer(self, output: Path) -> PredictionWriter:
+        return PredictionWriter(output)
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule

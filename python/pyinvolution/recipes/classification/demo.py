@@ -11,10 +11,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pyinvolution import Involution2d
-from pyinvolution.recipes import command, comparison, plots
-from pyinvolution.recipes.classification import Classification
-from pyinvolution.recipes.digits import write_digits
-from pyinvolution.recipes.imagefolder import ImageFolderData
+from pyinvolution.recipes import command, plots
+from pyinvolution.recipes.classification import comparison
+from pyinvolution.recipes.classification.digits import write_digits
+from pyinvolution.recipes.classification.imagefolder import ImageFolderData
+from pyinvolution.recipes.classification.module import Classification
 
 __all__ = ["run"]
 

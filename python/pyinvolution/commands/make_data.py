@@ -1,0 +1,26 @@
+"""Write a small data set in the layout of a large one."""
+
+import argparse
+from importlib import import_module
+
+__all__ = ["configure", "main"]
+
+# Name: help, module below pyinvolution.recipes, function (root) -> numbers of training and validation images.
+DATA = {
+    "digits": (
+        "1,797 handwritten digits, 32 x 32, as ImageNet's tree of folders",
+        "classification.digits",
+        "write_digits",
+    ),
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=[*DATA], help="; ".join(f"{name}: {text}" for name, (text, *_) in DATA.items()))
+    parser.add_argument("root", metavar="DIR", help="where the tree goes")
+
+
+def main(options: argparse.Namespace) -> None:
+    _, module, function = DATA[options.name]
+    train, val = getattr(import_module(f"pyinvolution.recipes.{module}"), function)(options.root)
+    print(f"{train} training and {val} validation images in {options.root}")

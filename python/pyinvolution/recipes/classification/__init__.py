@@ -1,0 +1,1 @@
+"""Image classification: the recipe, data in ImageFolder trees, the digits and the demonstration."""
