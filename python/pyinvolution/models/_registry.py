@@ -35,12 +35,13 @@ def register_model(builder: Builder, *, listed: bool = True) -> Builder:
     return builder
 
 
-def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Module:
+def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Module:
     """Build a model with fresh parameters.
 
     Args:
         name: one of `list_models`, or ``"rednet"``, which takes ``layers=(blocks of stage 1, ...)``.
-        num_classes: outputs of the classifier; 0 for a model without one, which returns pooled features.
+        num_classes: classes of the data, None for the model's default (ImageNet's 1000 for classifiers); 0 makes a
+            classifier return pooled features. A detector counts the background too.
         kwargs: further arguments of the model's class, e.g. `RedNet`.
 
     Raises:
@@ -51,10 +52,11 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Module:
     if name not in _builders:
         close = get_close_matches(str(name), _builders)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"no model is named {name!r}: {hint}known names are {', '.join(sorted(_builders))}{_missing()}"
-        )
-    return _builders[name](num_classes=num_classes, **kwargs)
+        known = ", ".join(sorted(_builders))
+        raise ValueError(f"no model is named {name!r}: {hint}known names are {known}{_missing()}")
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    return _builders[name](**kwargs)
 
 
 def list_models(pattern: str = "*") -> list[str]:
