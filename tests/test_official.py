@@ -131,8 +131,8 @@ def test_full_size_in_single_precision():
 
 
 def test_every_name_has_its_counterpart(entries, model):
-    assert len(LAYERS) == len(list_models())
-    for name, depth in zip(list_models(), LAYERS, strict=True):
+    assert len(LAYERS) == len(list_models("rednet*"))
+    for name, depth in zip(list_models("rednet*"), LAYERS, strict=True):
         there = {key: value.shape for key, value in checkpoint(LAYERS[depth]).items()}
         here = official_state_dict(create_model(name, **NARROW))
         assert {key: value.shape for key, value in here.items()} == there

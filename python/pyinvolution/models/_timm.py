@@ -52,7 +52,7 @@ def _register() -> None:
     except ImportError as error:
         warnings.warn(f"RedNet is not available from timm.create_model: {error}", stacklevel=2)
         return
-    names = [name for name in list_models() if not is_model(name)]
+    names = [name for name in list_models("rednet*") if not is_model(name)]
     cfg = {
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
