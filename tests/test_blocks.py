@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import conv2d
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torchvision")
 from torchvision.models import resnet50
@@ -132,6 +133,22 @@ def test_places(name, count, parent, channels):
     found[parent].register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].shape[1], output.shape[1])))
     assert resnet.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
     assert seen == [(channels, channels)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("non_local", 35 * 16 * 8 * 4 + 35 * 35 * 8 * 2),
+        ("criss_cross", 2 * (35 * 16 * (2 + 2 + 16) + 35 * 12 * (2 + 16))),
+        ("deformable", 35 * 16 * 9 * (27 + 16)),
+        ("dynamic_graph", 4 * 35 * 16 * 9 * (18 + 45 + 1)),
+    ],
+)
+def test_multiply_adds(name, expected):
+    """35 pixels of 16 channels."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        create_block(name, CHANNELS).eval()(torch.randn(1, CHANNELS, *SIZE))
+    assert counter.get_total_flops() == 2 * expected
 
 
 def test_wrong_arguments():

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
+import pyinvolution.blocks.deformable  # noqa: F401  the FLOP formula of a deformable convolution
+
 __all__ = ["DynamicGraph2d"]
 
 
