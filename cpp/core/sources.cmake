@@ -4,7 +4,7 @@ function(pyinvolution_core_sources target)
   cmake_parse_arguments(PARSE_ARGV 1 ARG "" "NO_CUDA" "")
   set(core ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_sources(${target} PRIVATE
-    ${core}/plan.cpp ${core}/isa.cpp ${core}/cpu_scalar.cpp
+    ${core}/plan.cpp ${core}/involution.cpp ${core}/isa.cpp ${core}/cpu_scalar.cpp
     ${core}/cpu_columns.cpp ${core}/cpu_columns_baseline.cpp
     ${core}/cpu_channels.cpp ${core}/cpu_channels_baseline.cpp)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

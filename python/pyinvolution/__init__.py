@@ -5,6 +5,7 @@ from importlib.metadata import version
 __version__ = version("pyinvolution")
 
 from pyinvolution import functional, models
+from pyinvolution._library import cmake_prefix_path
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
 from pyinvolution.introspection import build_info, explain, explain_span, force_variant, override_isa
@@ -14,6 +15,7 @@ __all__ = [
     "Involution2d",
     "__version__",
     "build_info",
+    "cmake_prefix_path",
     "explain",
     "explain_span",
     "force_variant",

@@ -18,6 +18,10 @@ if _spec is None or _spec.origin is None:
     raise ImportError(
         "pyinvolution's native library is missing; install the package (pip install .), or run outside its source"
     )
+_folder = Path(_spec.origin).parent
 # Loaded first by its path, so that _C finds it already in the process.
-torch.ops.load_library(Path(_spec.origin).with_name("libpyinvolution.so"))
+torch.ops.load_library(_folder / "libpyinvolution.so")
 _C = import_module("pyinvolution._C")
+
+cmake_prefix_path = str(_folder / "share/cmake")
+"""For CMAKE_PREFIX_PATH of C++ projects that call find_package(pyinvolution)."""

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pyinvolution import __version__, commands
+from pyinvolution import __version__, cmake_prefix_path, commands
 
 TRAINING = {
     "fit": "train a model: pyinvolution fit --config imagenet/rednet50.yaml --data.root DIR",
@@ -43,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+class _CMakeDir(argparse.Action):
+    """Not "version", which breaks long lines."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        print(cmake_prefix_path)
+        parser.exit()
+
+
 def _run(arguments: list[str]) -> int | None:
     parser = argparse.ArgumentParser(
         "pyinvolution",
@@ -50,6 +58,7 @@ def _run(arguments: list[str]) -> int | None:
         epilog="COMMAND --help tells more; --debug adds a traceback to an error.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--cmake-dir", action=_CMakeDir, nargs=0, help="print what CMAKE_PREFIX_PATH needs, and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINING.items():
         subparsers.add_parser(name, help=text)

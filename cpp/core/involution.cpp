@@ -1,0 +1,130 @@
+#include "pyinvolution/involution.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#ifndef PYINVOLUTION_VERSION
+#define PYINVOLUTION_VERSION "unknown"
+#endif
+
+namespace pyinvolution {
+namespace {
+
+void expect(bool holds, const char* name, int64_t value, const std::string& expected) {
+  if (!holds)
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", expected " + expected);
+}
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+// What makes the size of the output computable.
+void validate_window(const Problem& p) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  const auto between = [](const char* name, int64_t value, int64_t least) {
+    expect(value >= least && value <= most, name, value, "at least " + std::to_string(least) + " and below 2^31");
+  };
+  for (const auto& [name, value] : {std::pair{"batch", p.batch}, {"in_h", p.in_h}, {"in_w", p.in_w}})
+    expect(value >= 0, name, value, "at least 0");
+  for (const auto& [name, value] : {std::pair{"kernel_h", p.kernel_h},
+                                    {"kernel_w", p.kernel_w},
+                                    {"stride_h", p.stride_h},
+                                    {"stride_w", p.stride_w},
+                                    {"dilation_h", p.dilation_h},
+                                    {"dilation_w", p.dilation_w}})
+    between(name, value, 1);
+  for (const auto& [name, value] : {std::pair{"padding_h", p.padding_h}, {"padding_w", p.padding_w}})
+    between(name, value, 0);
+  expect(p.channels >= 0, "channels", p.channels, "at least 0");
+  expect(p.groups >= 1 && p.channels % p.groups == 0, "groups", p.groups,
+         "a divisor of channels, " + std::to_string(p.channels));
+}
+
+// Strides of dense tensors: sizes by significance, given as (axis, size), last fastest.
+template <size_t Axes>
+void dense(int64_t (&strides)[Axes], const std::array<int64_t, Axes>& sizes, const std::array<size_t, Axes>& order) {
+  int64_t stride = 1;
+  for (size_t i = Axes; i-- > 0; stride *= std::max<int64_t>(sizes[order[i]], 1)) strides[order[i]] = stride;
+}
+
+constexpr std::array<size_t, 4> nchw{0, 1, 2, 3}, nhwc{0, 2, 3, 1};
+
+}  // namespace
+
+const char* version() { return PYINVOLUTION_VERSION; }
+
+Problem make_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
+                     const Geometry& geometry, Layout layout) {
+  Problem p{};
+  p.dtype = dtype, p.device = device;
+  p.batch = input[0], p.channels = input[1], p.in_h = input[2], p.in_w = input[3], p.groups = groups;
+  p.kernel_h = geometry.kernel[0], p.kernel_w = geometry.kernel[1];
+  p.stride_h = geometry.stride[0], p.stride_w = geometry.stride[1];
+  p.padding_h = geometry.padding[0], p.padding_w = geometry.padding[1];
+  p.dilation_h = geometry.dilation[0], p.dilation_w = geometry.dilation[1];
+  validate_window(p);
+  p.out_h = output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+  p.out_w = output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  const auto& order = layout == Layout::nchw ? nchw : nhwc;
+  dense<4>(p.x_stride, input, order);
+  dense<4>(p.y_stride, {p.batch, p.channels, p.out_h, p.out_w}, order);
+  const std::array<size_t, 6> first{0, 1, 2, 3, 4, 5}, last{0, 4, 5, 1, 2, 3};
+  dense<6>(p.w_stride, {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w},
+           layout == Layout::nchw ? first : last);
+  return p;
+}
+
+SpanProblem make_span_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
+                              int64_t reduced, const Geometry& geometry, Layout layout, bool epilogue, bool relu) {
+  expect(reduced >= 1, "reduced", reduced, "at least 1");
+  SpanProblem span{};
+  span.involution = make_problem(dtype, device, input, groups, geometry, layout);
+  span.reduced = reduced, span.epilogue = epilogue, span.relu = relu;
+  const Problem& p = span.involution;
+  dense<4>(span.reduced_stride, {p.batch, reduced, p.out_h, p.out_w}, layout == Layout::nchw ? nchw : nhwc);
+  span.span_stride[0] = reduced, span.span_stride[1] = 1;
+  std::copy_n(p.x_stride, 4, span.grad_x_stride);
+  std::copy_n(span.reduced_stride, 4, span.grad_reduced_stride);
+  return span;
+}
+
+void validate(const Problem& p) {
+  validate_window(p);
+  const int64_t h = output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+  const int64_t w = output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  expect(p.out_h == h, "out_h", p.out_h, std::to_string(h));
+  expect(p.out_w == w, "out_w", p.out_w, std::to_string(w));
+}
+
+void run(const SpanProblem& span, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
+  const Problem& p = span.involution;
+  if (p.batch * p.channels * p.out_h * p.out_w == 0) return;
+  const SpanVariant& variant = choose(span, pass);
+  if (variant.run != nullptr) return variant.run(span, pass, buffers, execution);
+  std::string reasons;
+  for (const Verdict& verdict : explain(span, pass))
+    if (verdict.refusal != nullptr) reasons += std::string("; ") + verdict.variant + ": " + verdict.refusal;
+  throw std::invalid_argument(std::string("no fused ") + to_string(p.device) + " kernel runs this " + to_string(pass) +
+                              reasons);
+}
+
+bool fuses(DType dtype, Device device, int64_t channels, int64_t groups, int64_t reduced, const Geometry& geometry) {
+  // An image of 14 x 14 output pixels without padding.
+  std::array<int64_t, 4> input{1, channels, 0, 0};
+  for (size_t i : {0, 1}) input[2 + i] = 13 * geometry.stride[i] + geometry.dilation[i] * (geometry.kernel[i] - 1) + 1;
+  Geometry window = geometry;
+  window.padding = {0, 0};
+  const SpanProblem span = make_span_problem(dtype, device, input, groups, reduced, window);
+  const auto fused = [&](SpanPass pass) {
+    const std::vector<Verdict> verdicts = explain(span, pass);
+    return std::any_of(verdicts.begin(), verdicts.end(),
+                       [](const Verdict& v) { return v.chosen && std::string(v.variant) != "composed"; });
+  };
+  return fused(SpanPass::forward) && fused(SpanPass::backward);
+}
+
+}  // namespace pyinvolution
