@@ -13,7 +13,7 @@ GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
 export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-.PHONY: demo test test-python test-cpp lint format bench clean
+.PHONY: demo test test-python test-cpp lint format bench bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyinvolution demo
@@ -42,6 +42,10 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.cpu
+
+# Without a GPU it prints what bounds each shape.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf build $(VENV)

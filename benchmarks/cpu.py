@@ -9,69 +9,40 @@ half of its time. Its columns are therefore there twice: as found, and with the 
 """
 
 import argparse
-import csv
 import ctypes
-import json
-import math
-import os
 import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import REDNET50, Case, tensors
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-from cases import REDNET50, Case, oracle_passes, reference_passes, tensors  # noqa: E402
-from tolerance import assert_accurate  # noqa: E402
-
-from pyinvolution import build_info, force_variant, ops, optimize_for_inference, reference  # noqa: E402
-from pyinvolution.models import create_model  # noqa: E402
-
-REDUCTION = 4
-Function = Callable[[], object]
-
-
-def interleaved(functions: dict[str, Function], seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """Seconds of each call, all functions by turns until `seconds` have passed."""
-    for function in functions.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-@dataclass
-class Ratio:
-    """How many times longer the other takes: median and quartiles of neighbouring pairs."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(ours: Sequence[float], other: Sequence[float]) -> "Ratio":
-        ratios = sorted(b / a for a, b in zip(ours, other, strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4)
-        return Ratio(statistics.median(ratios), low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+from benchmarks import ROOT
+from benchmarks.harness import (
+    RESULTS,
+    Function,
+    Ratio,
+    about,
+    check_involution,
+    check_span,
+    convolution,
+    interleaved,
+    product_and_copy,
+    pyplot,
+    ratios_text,
+    slug,
+    span_tensors,
+    write_rows,
+)
+from benchmarks.roofline import multiply_adds
+from pyinvolution import ops, optimize_for_inference, reference
+from pyinvolution.models import create_model
 
 
 class Report:
@@ -85,70 +56,29 @@ class Report:
         for other, seconds in times.items():
             if other != ours:
                 row[f"{other}: ms"] = statistics.median(seconds) * 1e3
-                ratio = Ratio.of(times[ours], seconds)
-                row[f"{other}: ratio"], row[f"{other}: low"], row[f"{other}: high"] = (
-                    ratio.median,
-                    ratio.low,
-                    ratio.high,
-                )
+                row.update(Ratio.of(times[ours], seconds).columns(other))
         self.rows.append(row)
-        ratios = ", ".join(f"{k.removesuffix(': ratio')} {v:.2f}x" for k, v in row.items() if k.endswith(": ratio"))
-        print(f"{what}, {name}, {threads} threads: {row['ms']:.3f} ms; {ratios}", flush=True)
+        print(f"{what}, {name}, {threads} threads: {row['ms']:.3f} ms; {ratios_text(row)}", flush=True)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def limits(threads: int) -> dict[str, float]:
-    """10^9 multiply-adds a second of a large matrix product, and 10^9 bytes a second of a copy (read and written)."""
     torch.set_num_threads(threads)
-    a, b, big = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.randn(1 << 25)
-    other = torch.empty_like(big)
-    times = interleaved({"mm": lambda: torch.mm(a, b), "copy": lambda: other.copy_(big)}, 1.0)
-    return {"gmac_per_s": 1024**3 / min(times["mm"]) / 1e9, "copy_gb_per_s": 2 * big.nbytes / min(times["copy"]) / 1e9}
+    return product_and_copy("cpu", torch.float32, 1024, 1 << 25)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
-
-
-def multiply_adds(case: Case, reduced: int = 0) -> int:
-    n, c = case.input[:2]
-    return n * math.prod(case.kernel) * math.prod(case.output) * (c + case.groups * reduced)
-
-
-def span_tensors(case: Case) -> tuple[Tensor, ...]:
-    """R, S and b of a layer."""
-    reduced, rows = case.input[1] // REDUCTION, case.groups * math.prod(case.kernel)
-    r = torch.randn(case.input[0], reduced, *case.output).to(memory_format=torch.channels_last)
-    return r, torch.randn(rows, reduced) / reduced**0.5, torch.randn(rows)
-
-
-def check_layer(case: Case, x: Tensor, gy: Tensor, r: Tensor, s: Tensor, b: Tensor) -> None:
-    """Both operators against unfolding, in float64, and the fused gradients against those of the composition."""
-
-    def unfolded(dtype: torch.dtype) -> Tensor:
-        weight = conv2d(r.to(dtype), s[..., None, None].to(dtype), b.to(dtype)).unflatten(1, (-1, *case.kernel))
-        return reference.involution2d(x.to(dtype), weight, None, *case.geometry)
-
-    geometry, mask = (case.kernel, *case.geometry), (True,) * 4
-    exact, same = unfolded(torch.float64), unfolded(torch.float32)
-    weight = conv2d(r, s[..., None, None], b).unflatten(1, (-1, *case.kernel))
-    assert_accurate(ops.involution2d(x, weight, *case.geometry), exact, same, str(case))
-    assert_accurate(ops.span_involution2d(x, r, s, b, None, None, False, *geometry), exact, same, str(case))
-    fused = ops.span_involution2d_backward(gy, x, r, s, b, *geometry, mask)
-    with force_variant("cpu/composed"):
-        composed = ops.span_involution2d_backward(gy, x, r, s, b, *geometry, mask)
-    for one, other in zip(fused, composed, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
 
 
 def layer(report: Report, name: str, case: Case, threads: int) -> None:
     """The fused operator, and the whole layer that generates its kernels, against ResNet-50's 3x3 convolution there."""
     x, _, gy = tensors(case, torch.float32, "channels_last")
     r, s, b = span_tensors(case)
-    check_layer(case, x, gy, r, s, b)
+    check_span(case, x, r, s, b, gy)
     geometry, channels = (case.kernel, *case.geometry), case.input[1]
-    weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
+    forward, convolution_backward = convolution(case, x, gy, 3)
     reduce = torch.randn(s.shape[1], channels, 1, 1).to(memory_format=torch.channels_last)
 
     def fused() -> Tensor:
@@ -161,17 +91,10 @@ def layer(report: Report, name: str, case: Case, threads: int) -> None:
     def backward() -> object:
         return ops.span_involution2d_backward(gy, x, r, s, b, *geometry, (True,) * 4)
 
-    def convolution() -> Tensor:
-        return conv2d(x, weight, None, case.stride, 1)
-
-    def convolution_backward() -> object:
-        rest = (None, case.stride, (1, 1), (1, 1), False, (0, 0), 1, (True, True, False))
-        return torch.ops.aten.convolution_backward(gy, x, weight, *rest)
-
     gmac = multiply_adds(case, s.shape[1]) / 1e9
     for what, ours, other, against in (
-        ("fused", fused, convolution, "oneDNN 3x3"),
-        ("whole layer", whole, convolution, "oneDNN 3x3"),
+        ("fused", fused, forward, "oneDNN 3x3"),
+        ("whole layer", whole, forward, "oneDNN 3x3"),
         ("fused backward", backward, convolution_backward, "oneDNN 3x3 backward"),
     ):
         times = interleaved({"ours": ours, against: other}, 0.3)
@@ -183,10 +106,7 @@ def unfolding(
 ) -> None:
     """involution2d against unfold + einsum: forward, and backward alone."""
     x, w, gy = tensors(case, torch.float32, layout)
-    results = ops.involution2d(x, w, *case.geometry), *ops.involution2d_backward(gy, x, w, *case.geometry, (True, True))
-    passes = zip(results, oracle_passes(case, x, w, gy), reference_passes(case, x, w, gy), strict=True)
-    for result, exact, same in passes:
-        assert_accurate(result, exact, same, str(case))
+    check_involution(case, x, w, gy)
     leaves = (x.clone().requires_grad_(), w.contiguous().clone().requires_grad_())
     kept = reference.involution2d(*leaves, None, *case.geometry)
     forward: dict[str, Function] = {
@@ -298,15 +218,6 @@ def memory(report: Report, batch: int) -> None:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, str]:
-    info = dict(
-        line.split(":", 1) for line in subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
-        if ":" in line
-    ) if platform.system() == "Linux" else {}  # fmt: skip
-    keys = ("Model name", "CPU family", "Model", "CPU(s)", "L1d cache", "L2 cache", "L3 cache")
-    return {key: info[key].strip() for key in keys if key in info} or {"Model name": platform.processor()}
-
-
 def summary(report: Report, about: dict[str, Any]) -> str:
     """The tables of the README."""
     isa = about["build"]["isa"].split()[0]
@@ -319,7 +230,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
     rows = [r for r in report.rows if r["what"].startswith(("inference", "training")) and "ms" in r]
     lines += ["| RedNet-50 against ResNet-50 | threads | ms | faster |", "| --- | --- | --- | --- |"]
     for r in rows:
-        ratio = Ratio(r["ResNet-50: ratio"], r["ResNet-50: low"], r["ResNet-50: high"])
+        ratio = Ratio.from_row(r, "ResNet-50")
         lines.append(f"| {r['what']}, {r['name']} | {r['threads']} | {r['ms']:.1f} | {ratio} |")
     for r in report.rows:
         if "mb" in r:
@@ -356,12 +267,8 @@ def summary(report: Report, about: dict[str, Any]) -> str:
 
 
 def chart(report: Report, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    plots = pyplot()
+    figure, (left, right) = plots.subplots(1, 2, figsize=(13, 5))
     rows = [r for r in report.rows if r["what"] == "whole layer" and r["threads"] == 1 and r["name"].endswith("N=1")]
     left.bar([r["name"].removesuffix(" N=1") for r in rows], [r["oneDNN 3x3: ratio"] for r in rows], color="#c0392b")
     left.axhline(3, color="gray", linestyle="--", linewidth=1)
@@ -387,7 +294,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=8, help="the larger batch of models and of a training step")
     parser.add_argument("--only", nargs="+", choices=["layers", "unfold", "inference", "training"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="a directory")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
     parser.add_argument("--peak-memory", choices=list(MODELS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_memory:
@@ -419,27 +326,12 @@ def main() -> None:
         libc.mallopt(-1, (1 << 31) - 1)
         unfold_table(report, arguments.threads, tuned=True)
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    about: dict[str, Any] = {
-        "date": str(date.today()),
-        "machine": machine(),
-        "build": build_info(),
-        "commit": commit.strip(),
-        "load": os.getloadavg(),
-        "limits": measured,
-    }
-    slug = "-".join(about["machine"]["Model name"].lower().replace("(r)", "").split())
-    stem = arguments.output / f"{about['date']}-cpu-{slug}-{about['build']['isa'].split()[0]}"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": report.rows}, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for row in report.rows for key in row))
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(report.rows)
+    run = about(limits=measured)
+    stem = arguments.output / f"{run['date']}-cpu-{slug(run['machine']['Model name'])}-{run['build']['isa'].split()[0]}"
+    write_rows(stem, report.rows, about=run)
     chart(report, stem.with_suffix(".png"))
     if arguments.only is None:
-        stem.with_suffix(".md").write_text(summary(report, about))
+        stem.with_suffix(".md").write_text(summary(report, run))
     print(f"written: {stem}.*")
 
 

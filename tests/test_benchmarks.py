@@ -1,0 +1,168 @@
+"""The benchmarks: a dry run of the GPU's on the CPU, the arithmetic of its floors, and the verdicts on its targets."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import REDNET50
+
+from benchmarks import gpu, harness, roofline, targets
+from benchmarks.roofline import H200, Work, batched
+from pyinvolution import ops
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch():
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, False
+
+
+def dry_run(folder: Path, *more: str) -> None:
+    gpu.main(["--device", "cpu", "--quick", "--output", str(folder), *more])
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(tmp_path, "--only", "ops")
+    files = {path.name.split("dry-run")[1]: path for path in tmp_path.iterdir()}
+    assert set(files) == {".json", ".csv", ".md", "-roofline.png", "-ratios.png"}
+    assert all(path.stat().st_size > 10_000 for name, path in files.items() if name.endswith("png"))
+
+    data = json.loads(files[".json"].read_text())
+    about = data["about"]
+    assert about["dry_run"] is True
+    assert about["left_out"] == about["does_not_fit"] == []
+    for key in ("date", "machine", "commit", "build", "command", "limits", "device", "versions"):
+        assert about[key], key
+    assert files[".md"].read_text().startswith("**A dry run")
+    assert all(target["met"] is None for target in data["targets"]), "a dry run meets no target"
+
+    rows = data["rows"]
+    found = {(r["what"], r["shape"], r["dtype"], r["layout"]) for r in rows}
+    assert len(found) == len(rows) == len(roofline.OPERATORS) * len(gpu.TINY) * 2 * 2
+    for row in rows:
+        assert 0 < row["ms: low"] <= row["ms"] <= row["ms: high"]
+        assert row["floor_ms"] == max(row["floor_bytes_ms"], row["floor_fma_ms"])
+        assert row["copy_share"] == pytest.approx(row["gb_per_s"] / about["limits"]["copy_gb_per_s"])
+        others = {c.removesuffix(": ratio") for c in row if c.endswith(": ratio")}
+        assert not [c for c in row if c.endswith(": note")], row
+        expected = {"3x3 convolution"} if "forward +" not in row["what"] else {targets.LIBRARY}
+        if row["what"].startswith("involution2d"):
+            expected |= {"unfold", "depthwise 7x7", "variant scalar"}
+        assert expected <= others
+    assert any("unfold, compiled: ratio" in r for r in rows)
+    with files[".csv"].open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["ms"]) for r in table] == [r["ms"] for r in rows]
+    assert "unfold" in capsys.readouterr().out
+
+
+def test_models_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(gpu, "PEERS", ("RedNet-26", "ResNet-50"))
+    dry_run(tmp_path, "--only", "models")
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    by = {(r["what"], r["mode"], r["model"]): r for r in rows}
+    for key in (("inference", "eager"), ("inference", "torch.compile"), ("training step", "eager")):
+        row = by[(*key, "RedNet-26")]
+        assert row["ResNet-50: ratio"] > 0
+        assert row["images_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
+    assert "needs a GPU" in by["inference", "CUDA graph", "RedNet-26"]["model: note"]
+
+
+@pytest.mark.parametrize("operator", ["involution2d", "involution2d_backward", "span_involution2d_backward"])
+def test_a_wrong_result_stops_the_run(operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(ops, operator)
+
+    def wrong(*arguments: Any) -> Any:
+        result = right(*arguments)
+        last = result if isinstance(result, torch.Tensor) else result[-1]
+        last[(-1,) * last.dim()] += 1
+        return result
+
+    monkeypatch.setattr(ops, operator, wrong)
+    with pytest.raises(AssertionError, match=r"output|gradient|grad_"):
+        dry_run(tmp_path, "--only", "ops")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_of_a_large_batch_is_checked() -> None:
+    case = batched(REDNET50["512@7"], 20)
+    assert harness.sampled_images(case) == [0, 3, 5, 8, 11, 14, 16, 19]
+    assert harness.sampled_images(batched(case, 3)) == [0, 1, 2]
+
+
+def test_floor_by_hand() -> None:
+    """64 channels in 4 groups, 56 x 56, K = 7, a batch of 256, bfloat16."""
+    case = batched(REDNET50["64@56"], 256)
+    pixels = 256 * 56 * 56
+    x, w, r, s = 64 * pixels, 4 * 49 * pixels, 16 * pixels, 196 * 16 + 196
+    assert Work.of("involution2d", case, "bfloat16") == Work(2 * (2 * x + w), 64 * 49 * pixels)
+    assert Work.of("involution2d backward", case, "float32") == Work(4 * (3 * x + 2 * w), 2 * 64 * 49 * pixels)
+    fused = Work.of("span_involution2d", case, "bfloat16")
+    assert fused == Work(2 * (2 * x + r + s), (64 * 49 + 196 * 16) * pixels)
+    # 520 MB at 4.3 TB/s, and 5.03 billion multiply-adds at 33.5 thousand billion a second.
+    assert H200.floor(Work.of("involution2d", case, "bfloat16"), "bfloat16").ms == pytest.approx(0.12098, rel=1e-4)
+    assert H200.floor(fused, "bfloat16").bytes_ms == pytest.approx(0.05377, rel=1e-3)
+    assert H200.floor(fused, "float32").fma_ms == pytest.approx(0.15030, rel=1e-3)
+    assert roofline.design_ms("involution2d", "64@56", 256, "bfloat16", H200) == pytest.approx(0.078, rel=1e-3)
+    assert roofline.design_ms("involution2d", "64@56", 256, "float32", H200) is None
+    assert "not measured" in roofline.floors_table(H200, "bfloat16")
+
+
+def measured_rows(share: float, ratio: float) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for shape in targets.K7:
+        for dtype in roofline.WIDTH:
+            row = {"shape": shape, "batch": 256, "dtype": dtype, "layout": "channels_last", "copy_share": share}
+            rows += [{"what": what, **row} for what in ("involution2d", "involution2d backward")]
+        row = {"shape": shape, "batch": 256, "dtype": "bfloat16", "layout": "channels_last", "ms": 1.0, "floor_ms": 0.9}
+        variant = "composed" if shape == "512@7" else "fused"
+        rows.append({"what": "span_involution2d", **row, "variant": variant, f"{targets.LIBRARY}: ratio": ratio})
+    for model, mb in (("RedNet-50", 90.0), ("ResNet-50", 100.0)):
+        row = {"what": "training step", "model": model, "batch": 128, "mode": "eager", "peak_mb": mb}
+        rows.append({**row, "ResNet-50: ratio": 1.1} if model == "RedNet-50" else row)
+    return rows
+
+
+def test_targets_are_judged_by_the_worst_row() -> None:
+    def verdicts(share: float, ratio: float, drop: int = 0) -> dict[str, targets.Verdict]:
+        return {v.target.split(" (")[0]: v for v in targets.evaluate(measured_rows(share, ratio)[drop:], H200)}
+
+    forward = "unfused forward, channels_last, N=256, share of the copy bandwidth"
+    library = "fused forward, bfloat16, against library span + unfused"
+    good = verdicts(0.81, 1.8)
+    assert good[forward].met is True
+    assert good[library].met is True
+    assert good["training memory of RedNet-50 over ResNet-50's, eager"].value == pytest.approx(0.9)
+    assert good["RedNet-50 against ResNet-50, training step, N=128, eager"].met is True
+    assert good["RedNet-50 against ResNet-50, inference, N=256, eager"].met is None
+    assert good["unfused forward, NCHW, N=256, share of the copy bandwidth"].met is None
+    assert verdicts(0.79, 1.6)[forward].met is False
+    assert verdicts(0.79, 1.6)[library].met is False
+    incomplete = verdicts(0.81, 1.8, drop=3)[forward]
+    assert incomplete.met is None
+    assert "not everything measured" in incomplete.cells()
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main([])
+    output = capsys.readouterr().out
+    assert "There is no GPU here" in output
+    assert "computed, not measured" in output
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device", "cpu"], ["--official", "nowhere"], ["--minutes", "0"], ["--only", "everything"]]
+)
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
