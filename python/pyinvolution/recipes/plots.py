@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-__all__ = ["Series", "curves", "kernels", "predictions", "read_metrics"]
+__all__ = ["Series", "costs", "curves", "kernels", "predictions", "read_metrics"]
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Optimizer steps and values of a logged quantity."""
@@ -173,6 +173,23 @@ def kernels(
                 axes.imshow(window, cmap="RdBu_r", vmin=-bound, vmax=bound)
                 axes.set_xlabel(f"{window.shape[0]} x {window.shape[1]}", fontsize=7)
                 _frame(axes, color, 2.5)
+    return path
+
+
+def costs(systems: Sequence[str], quantities: dict[str, Sequence[float]], path: Path) -> Path:
+    """Bars of each quantity in percent of the first system's; the last system is ours."""
+    colors = ["#999999"] + [TRAIN] * (len(systems) - 2) + [VAL]
+    with _figure(path, (3.1 * len(quantities) + 1.5, 0.34 * len(systems) + 1.1)) as figure:
+        panels = figure.subplots(1, len(quantities), sharey=True)
+        for axes, (title, values) in zip(np.atleast_1d(panels), quantities.items(), strict=True):
+            percent = 100 * np.array(values) / values[0]
+            axes.barh(systems, percent, color=colors[: len(systems)])
+            axes.axvline(100, color="#333333", linewidth=1, linestyle=":")
+            for row, value in enumerate(percent):
+                axes.text(value + 1.5, row, f"{value:.0f}", va="center", fontsize=8)
+            axes.set(title=title, xlabel="% of the first", xlim=(0, 1.14 * percent.max()))
+            axes.invert_yaxis() if axes is panels.flat[0] else None
+            axes.grid(False, axis="y")
     return path
 
 
