@@ -1,0 +1,311 @@
+"""A whole search: table of costs, supernet, NSGA-II, and what the result is worth."""
+
+import logging
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress, track
+from scipy.stats import kendalltau, spearmanr
+
+from pyinvolution.recipes import command
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.search import report
+from pyinvolution.recipes.search.config import SearchConfig, merged
+from pyinvolution.recipes.search.costs import CostTable
+from pyinvolution.recipes.search.data import HeldOut, held_out_batches, training_batches
+from pyinvolution.recipes.search.evaluation import Evaluator
+from pyinvolution.recipes.search.files import read_json, write_json
+from pyinvolution.recipes.search.space import Architecture, describe, involution_share, key
+from pyinvolution.recipes.search.study import Candidate, Study, front
+from pyinvolution.recipes.search.supernet import Supernet
+
+__all__ = ["run"]
+
+SAME_COST = 0.05
+"""How far the costs of networks of equal cost may be apart, relative to the found one's."""
+
+
+def run(config: SearchConfig) -> dict[str, Any]:
+    """Search, and write ``report.json``, ``report.md``, ``search.png`` and ``found.yaml`` to ``config.output``.
+
+    What is in the folder already is not done again, and an interrupted training goes on from its last checkpoint.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        RecipeError: the configuration or the data is wrong, or no network is within the budget.
+    """
+    config.claim()
+    # The layers are small: a second thread gains little, and loses much on a machine that is busy with other things.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.timing.threads)
+    try:
+        with _quiet():
+            result = _Search(config).run()
+    finally:
+        torch.set_num_threads(threads)
+    report.write(result, config.folder)
+    console = Console()
+    console.rule("result")
+    console.print(Markdown(report.markdown(result)))
+    for name in ("report.md", "report.json", "search.png", "found.yaml"):
+        console.print(f"  {config.folder / name}", highlight=False)
+    return result
+
+
+def fit(training: dict[str, Any], folder: Path) -> float:
+    """Accuracy after a training by the recipe, which is kept in ``folder`` and not repeated.
+
+    A training that was interrupted goes on.
+    """
+    done = folder / "result.json"
+    if not done.is_file():
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder)}
+        path = folder / "recipe.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(merged(training, {"trainer": quiet}), sort_keys=False))
+        last = folder / "last.ckpt"
+        cli = command.run(["fit", "--config", str(path), *(["--ckpt_path", str(last)] if last.is_file() else [])])
+        metrics = cli.trainer.callback_metrics
+        if "val/top1" not in metrics:  # it had been interrupted after its last step
+            metrics = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]
+        write_json(done, {"top1": float(metrics["val/top1"])})
+    return read_json(done)["top1"]
+
+
+class _Search:
+    """The stages of a search."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config, self.space, self.folder = config, config.search_space, config.folder
+        self.console = Console()
+        self.seconds = read_json(self.folder / "seconds.json")
+        self.data = HeldOut(**config.data, held_out=config.held_out)
+        self.data.setup("fit")
+        _, *size = image = tuple(self.data.val_samples[0][0].shape)
+        self.table = CostTable(self.space, config.num_classes, image, config.timing, self.folder / "costs.json")
+        self.console.rule(f"{len(self.space):,} networks on images of {size[0]} x {size[1]}")
+
+    def run(self) -> dict[str, Any]:
+        with self._stage("table", "costs of all layers, measured"):
+            self.table.fill()
+            reference, limit = self._budget()
+        with self._stage("supernet", "the supernet: another network at every step"):
+            fit(self.config.supernet_training(), self.folder / "supernet")
+            evaluate = self._evaluator()
+        with self._stage("search", f"{self.config.trials} networks by NSGA-II: accuracy and {self.config.cost}"):
+            candidates = self._search(evaluate, limit)
+            best = front(candidates)
+            if not best:
+                raise RecipeError(f"none of {len(candidates)} networks is within budget={self.config.budget}: raise it")
+            found = best[-1].architecture
+            self._export(found)
+        self.console.print(f"found  {describe(found)}", highlight=False)
+        with self._stage("correlation", f"{self.config.networks} networks trained alone, for the rank correlation"):
+            ranked = self._spread(evaluate)
+            correlation = self._correlation(ranked, evaluate)
+        with self._stage("latency", "the sums of the table against whole networks"):
+            latency = self._latency([found, *ranked])
+        with self._stage("comparison", "the found network and random ones of its cost"):
+            comparison = self._comparison(found)
+        return {
+            "space": {"networks": len(self.space), "operators": list(self.space.operators)},
+            "objective": {
+                "cost": self.config.cost,
+                "budget": self.config.budget,
+                "limit": limit,
+                "all_conv": reference,
+            },
+            "candidates": [self._entry(candidate) for candidate in candidates],
+            "front": [self._entry(candidate) for candidate in best],
+            "found": self._entry(best[-1]),
+            "without_budget": self._entry(max(candidates, key=lambda candidate: candidate.accuracy)),
+            "rank_correlation": correlation,
+            "latency": latency,
+            "comparison": comparison,
+            "seconds": self.seconds,
+        }
+
+    @contextmanager
+    def _stage(self, name: str, text: str) -> Iterator[None]:
+        """Time of a stage, that of earlier runs included."""
+        self.console.rule(text, align="left")
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - start
+            write_json(self.folder / "seconds.json", self.seconds)
+
+    def _cost(self, architecture: Architecture) -> float:
+        return self.table.cost(architecture, self.config.cost)
+
+    def _budget(self) -> tuple[float, float]:
+        """Cost of the all-convolution network, and the largest cost that the search accepts."""
+        reference = self._cost(self.space.largest("conv3"))
+        limit = self.config.budget * reference
+        generator = random.Random(self.config.seed)
+        cheapest = min(self._cost(self.space.sample(generator)) for _ in range(1000))
+        if cheapest > limit:
+            raise RecipeError(
+                f"budget={self.config.budget} is out of reach: the cheapest of 1000 random networks costs "
+                f"{cheapest / reference:.2f} of the all-convolution network"
+            )
+        return reference, limit
+
+    def _evaluator(self) -> Evaluator:
+        supernet = Supernet(self.space, self.config.num_classes)
+        state = torch.load(self.folder / "supernet" / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+        supernet.load_state_dict({name.removeprefix("net."): weight for name, weight in state.items()})
+        training = training_batches(self.data, self.config.recalibration_images)
+        return Evaluator(supernet, training, held_out_batches(self.data), self.folder / "accuracies.json")
+
+    def _search(self, evaluate: Evaluator, limit: float) -> list[Candidate]:
+        study = Study(
+            self.space, evaluate, self._cost, limit, self.folder / "study.db", self.config.population, self.config.seed
+        )
+        with Progress(console=self.console) as progress:
+            task = progress.add_task("trials", total=self.config.trials)
+            study.run(self.config.trials, lambda count: progress.update(task, completed=count))
+        return study.candidates
+
+    def _export(self, found: Architecture) -> None:
+        training = merged(self.config.training(found), {"trainer": {"default_root_dir": str(self.folder / "found")}})
+        text = yaml.safe_dump(training, sort_keys=False)
+        path = self.folder / "found.yaml"
+        path.write_text(f"# {describe(found)}\n# To train it: pyinvolution fit --config {path}\n{text}")
+
+    def _spread(self, evaluate: Evaluator) -> list[Architecture]:
+        """Networks at even distances in the supernet's ranking of four times as many random ones."""
+        generator = random.Random(self.config.seed)
+        drawn: dict[Architecture, float] = {}
+        for _ in range(100 * self.config.networks):
+            if len(drawn) < 4 * self.config.networks:
+                architecture = self.space.sample(generator)
+                drawn[architecture] = evaluate(architecture)
+        ranking = sorted(drawn, key=drawn.__getitem__)
+        places = torch.linspace(0, len(ranking) - 1, min(self.config.networks, len(ranking))).round().int().tolist()
+        return [ranking[place] for place in places]
+
+    def _correlation(self, networks: list[Architecture], evaluate: Evaluator) -> dict[str, Any]:
+        shared = [evaluate(architecture) for architecture in networks]
+        alone = [
+            self._fit(self.config.selection_training(architecture), "alone", architecture, self.config.seed)
+            for architecture in track(networks, "networks", console=self.console)
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of constant accuracies; the correlation is then not a number
+            spearman, kendall = (float(test(shared, alone).statistic) for test in (spearmanr, kendalltau))
+        entries = [
+            {"network": describe(architecture), "supernet": ours, "alone": theirs}
+            for architecture, ours, theirs in zip(networks, shared, alone, strict=True)
+        ]
+        return {"spearman": _number(spearman), "kendall": _number(kendall), "networks": entries}
+
+    def _latency(self, networks: list[Architecture]) -> dict[str, Any]:
+        entries = []
+        for architecture in track(networks, "networks", console=self.console):
+            table, measured = self.table.cost(architecture, "latency"), self.table.measured(architecture)
+            error = abs(table - measured) / measured
+            entries.append({"network": describe(architecture), "table": table, "measured": measured, "error": error})
+        errors = [entry["error"] for entry in entries]
+        return {
+            "machine": self.config.timing.machine(),
+            "layers": len(self.table.layers),
+            "mean_error": sum(errors) / len(errors),
+            "largest_error": max(errors),
+            "networks": entries,
+        }
+
+    def _comparison(self, found: Architecture) -> dict[str, Any]:
+        networks = [found, *self._rivals(found)]
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        runs = [(architecture, seed) for seed in seeds for architecture in networks]
+        scores: dict[Architecture, list[float]] = {architecture: [] for architecture in networks}
+        for architecture, seed in track(runs, "trainings", console=self.console):
+            training = self.config.training(architecture)
+            scores[architecture].append(self._fit(training, "compared", architecture, seed))
+        entries = []
+        for architecture in networks:
+            values = torch.tensor(scores[architecture], dtype=torch.float64)
+            entries.append(
+                {
+                    "network": describe(architecture),
+                    "cost": self._cost(architecture),
+                    "involutions": involution_share(architecture),
+                    "accuracies": scores[architecture],
+                    "mean": values.mean().item(),
+                    "std": values.std().item() if len(values) > 1 else None,
+                }
+            )
+        ours, *theirs = (entry["mean"] for entry in entries)
+        return {
+            "seeds": list(seeds),
+            "difference": ours - sum(theirs) / len(theirs),
+            "better_than": sum(ours > mean for mean in theirs),
+            "networks": entries,
+        }
+
+    def _rivals(self, found: Architecture) -> list[Architecture]:
+        generator = random.Random(self.config.seed + 1)
+        cost = self._cost(found)
+        rivals: dict[Architecture, None] = {}
+        for _ in range(50_000):
+            architecture = self.space.sample(generator)
+            if architecture != found and abs(self._cost(architecture) - cost) <= SAME_COST * cost:
+                rivals[architecture] = None
+            if len(rivals) == self.config.opponents:
+                return [*rivals]
+        raise RecipeError(
+            f"only {len(rivals)} of 50000 random networks cost as much as the found one (within {SAME_COST:.0%}), "
+            f"opponents={self.config.opponents} are wanted"
+        )
+
+    def _fit(self, training: dict[str, Any], kind: str, architecture: Architecture, seed: int) -> float:
+        folder = self.folder / kind / f"{key(self.space.encode(architecture))}-seed{seed}"
+        epochs = training.get("trainer", {}).get("max_epochs") or 1
+        # Only the last epoch counts.
+        quiet = {"logger": False, "num_sanity_val_steps": 0, "check_val_every_n_epoch": epochs}
+        return fit(merged(training, {"seed_everything": seed, "trainer": quiet}), folder)
+
+    def _entry(self, candidate: Candidate) -> dict[str, Any]:
+        return {
+            "network": describe(candidate.architecture),
+            "code": list(self.space.encode(candidate.architecture)),
+            "accuracy": candidate.accuracy,
+            "macs": self.table.cost(candidate.architecture, "macs"),
+            "latency": self.table.cost(candidate.architecture, "latency"),
+            "involutions": involution_share(candidate.architecture),
+            "feasible": candidate.feasible,
+        }
+
+
+def _number(value: float) -> float | None:
+    """None for what JSON cannot hold."""
+    return value if value == value else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of every run."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="lightning.*")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
