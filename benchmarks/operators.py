@@ -119,15 +119,18 @@ class Bench:
         except AssertionError as error:
             if own:
                 raise
-            row[f"{name}: note"] = f"not timed: {str(error).splitlines()[0]}"
+            row[f"{name}: note"] = f"not timed: {first_line(error)}"
         except torch.OutOfMemoryError:
             row[f"{name}: note"] = "does not fit into memory"
         except Exception as error:
-            text = (str(error).splitlines() or [""])[0][:160]
-            row[f"{name}: note"] = f"does not run: {type(error).__name__}: {text}"
+            row[f"{name}: note"] = f"does not run: {type(error).__name__}: {first_line(error)}"
 
     def times(self, functions: dict[str, Function], seconds: float | None = None) -> dict[str, list[float]]:
         return interleaved(functions, self.seconds if seconds is None else seconds, self.least, self.clock)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0][:160]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -145,6 +148,7 @@ def measure(
     contenders: Sequence[Contender],
 ) -> None:
     """A row of our operator, whose results were checked before, and of all contenders."""
+    check_alike(ours(), expected, f"{operator}, {setting}")
     row = next((r for r in bench.rows if r["what"] == operator and setting.columns().items() <= r.items()), None)
     if row is None:
         row = {"what": operator, **setting.columns(), "variant": variant, "peak_mb": bench.peak(ours)}

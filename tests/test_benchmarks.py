@@ -76,7 +76,9 @@ def test_models_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "needs a GPU" in by["inference", "CUDA graph", "RedNet-26"]["model: note"]
 
 
-@pytest.mark.parametrize("operator", ["involution2d", "involution2d_backward", "span_involution2d_backward"])
+@pytest.mark.parametrize(
+    "operator", ["involution2d", "involution2d_backward", "span_involution2d", "span_involution2d_backward"]
+)
 def test_a_wrong_result_stops_the_run(operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(ops, operator)
 
