@@ -85,7 +85,7 @@ class RoIAlign(MultiScaleRoIAlign):
         rois = torch.cat([pad(part, (1, 0), value=index) for index, part in enumerate(boxes)])
         sides = box_area(rois[:, 1:]).sqrt()
         levels = (sides / (14 * self.strides[0]) + 1e-6).log2().floor().clamp(0, len(maps) - 1)
-        result = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        result = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], *self.output_size)
         for level, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.where(levels == level)[0]
             pooled = roi_align(features.to(rois.dtype), rois[chosen], self.output_size, 1 / stride, 0, aligned=True)

@@ -1,0 +1,354 @@
+"""Models for programs without Python: torch.export archives, AOTInductor packages and ONNX.
+
+Batch, height and width stay free. Each file is loaded again and compared with the model on random input.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from pyinvolution.inference import TOLERANCE, optimize_for_inference
+from pyinvolution.models import create_model, load_official
+
+__all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]
+
+SMALLEST = 32
+"""Pixels of the smallest image that an exported model takes, each way."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote.
+
+    Attributes:
+        path: of the file.
+        difference: the largest absolute difference between the outputs of file and model on random input.
+        scale: the model's largest absolute output there.
+        dynamic: names of the free dimensions of the input.
+    """
+
+    path: Path
+    difference: float
+    scale: float
+    dynamic: tuple[str, ...]
+
+    def __str__(self) -> str:
+        free = f"free {', '.join(self.dynamic)}" if self.dynamic else "fixed size"
+        return f"{self.path}: {free}; largest difference {self.difference:.3g} where outputs reach {self.scale:.3g}"
+
+
+def load_model(
+    model: str, weights: str | None = None, num_classes: int | None = None, options: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model by its name or from a checkpoint.
+
+    Args:
+        model: a name of `create_model`, or a checkpoint that a recipe wrote, which knows its model.
+        weights: a file with weights for a name: a checkpoint of this library, of the authors' code or a state dict.
+        num_classes, options: of `create_model`, for a name.
+
+    Raises:
+        ValueError: there is no such name or file, or the weights are another model's.
+    """
+    if not Path(model).is_file():
+        try:
+            net = create_model(model, num_classes, **(options or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{model} is neither a file nor a model: {error}") from error
+        return net if weights is None else _load(net, weights, _read(weights))
+    checkpoint = _read(model)
+    arguments = checkpoint.get("hyper_parameters", {})
+    if weights is not None or "name" not in arguments:
+        raise ValueError(
+            f"{model} is a file: weights must be None, got {weights!r}" if weights else
+            f"{model} does not say of which model it is: give the model's name, and the file as weights"
+        )  # fmt: skip
+    net = create_model(arguments["name"], arguments.get("num_classes"), **(arguments.get("options") or {}))
+    return _load(net, model, checkpoint)
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of weights: {str(error).splitlines()[0]}") from error
+
+
+def _load(net: nn.Module, path: str, checkpoint: dict[str, Any]) -> nn.Module:
+    state = checkpoint.get("state_dict", checkpoint)
+    try:
+        if any(key.startswith(("backbone.stem.0.", "module.backbone.")) for key in state):
+            load_official(net, state)
+        else:
+            net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from error
+    return net
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: str = "pt2",
+    example_input: Tensor | None = None,
+    *,
+    dynamic: bool = True,
+    optimize: bool = True,
+    opset: int = 20,
+) -> Export:
+    """Write a model for deployment, load it again and compare.
+
+    A torchvision detector becomes a function of one image (1, 3, H, W) in [0, 1] of a fixed size; it returns boxes,
+    labels and scores, and the masks of a Mask R-CNN inside their boxes, not pasted into the image.
+
+    Args:
+        model: from images (N, C, H, W) to tensors, in any structure, or a torchvision detector; exported in evaluation
+            mode, not changed.
+        path: of the file: .pt2 for "pt2" and "aoti", .onnx for "onnx".
+        format: "pt2", an archive for `torch.export.load` (after ``import pyinvolution``); "aoti", code compiled by
+            AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations alone, so
+            that every runtime takes it.
+        example_input: two or more images (of a detector one); its device and type are the model's. Default: 2 random
+            ones of 224 x 224.
+        dynamic: leave batch, height and width free.
+        optimize: fold norms and epilogues first (`optimize_for_inference`), where the model can be traced for that.
+        opset: version of ONNX's operations, 18 or newer.
+
+    Raises:
+        ValueError: ``format`` or ``opset`` is none of these, or torch cannot export the model.
+        RuntimeError: the file's outputs differ from the model's by more than rounding.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if opset < 18:
+        raise ValueError(f"opset must be at least 18, got {opset}")
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    parameter = next(model.parameters())
+    detector = hasattr(model, "transform") and hasattr(model, "backbone")
+    if detector:
+        model, dynamic, optimize = _Detector(model), False, False
+    if example_input is None:
+        size = (1 if detector else 2, 3, 224, 224)
+        example_input = torch.rand(size, dtype=parameter.dtype, device=parameter.device)
+    path = Path(path)
+    with _traceable_nms() if detector else nullcontext():
+        program, names = _program(model, example_input, dynamic, optimize)
+    run = FORMATS[format](program, path, opset)
+    difference = scale = 0.0
+    for image in _check_inputs(example_input, bool(names)):
+        with torch.no_grad():
+            expected = tree_leaves(model(image))
+        found = run(image)
+        for a, b in zip(expected, found, strict=True):
+            if a.shape != b.shape:
+                raise RuntimeError(f"{path}: an output has shape {tuple(b.shape)}, the model's {tuple(a.shape)}")
+            if a.numel():
+                difference = max(difference, (a.double() - b.to(a.device).double()).abs().max().item())
+                scale = max(scale, a.double().abs().max().item())
+    if not difference <= TOLERANCE.get(example_input.dtype, 1e-3) * max(scale, 1e-6):
+        raise RuntimeError(f"{path}: outputs differ from the model's by {difference:.3g}, where they reach {scale:.3g}")
+    return Export(path, difference, scale, names)
+
+
+def _program(
+    model: nn.Module, example: Tensor, dynamic: bool, optimize: bool
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    prepared: nn.Module = model
+    if optimize:
+        try:
+            prepared = optimize_for_inference(model, example)
+        except ValueError as error:
+            warnings.warn(f"exported as it is, not optimized: {error}", stacklevel=3)
+    dims = {0: Dim("batch", min=1), 2: Dim("height", min=SMALLEST), 3: Dim("width", min=SMALLEST)} if dynamic else {}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(prepared, (example,), dynamic_shapes=(dims or None,))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "; a fixed size may work (dynamic=False)" if dynamic else ""
+        raise ValueError(f"torch.export cannot export {type(model).__name__}: {reason[0]}{hint}") from error
+    return program, tuple(dim.__name__ for dim in dims.values())
+
+
+def _check_inputs(example: Tensor, dynamic: bool) -> list[Tensor]:
+    inputs = [torch.rand_like(example)]
+    if dynamic:
+        channels, height, width = example.shape[1:]
+        inputs.append(example.new_empty(1, channels, height + 33, width + 7).uniform_())
+    return inputs
+
+
+class _Detector(nn.Module):
+    """A detector of torchvision as a function of one image."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+        transform: Any = detector.transform
+        resize_boxes = transform.postprocess
+
+        def postprocess(found: list[dict[str, Tensor]], *sizes: Any) -> list[dict[str, Tensor]]:
+            masks = [image.pop("masks", None) for image in found]
+            found = resize_boxes(found, *sizes)
+            return [i if m is None else {**i, "masks": m} for i, m in zip(found, masks, strict=True)]
+
+        transform.postprocess = postprocess
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        (found,) = self.detector([images[0]])
+        return tuple(found.values())
+
+
+@contextmanager
+def _traceable_nms() -> Iterator[None]:
+    """torchvision's non-maximum suppression by class, without its branches on the number of boxes."""
+    from torchvision.ops import boxes as box_ops
+
+    def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+        beyond = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
+        return torch.ops.torchvision.nms(boxes + (classes.to(boxes) * beyond)[:, None], scores, threshold)
+
+    before, box_ops.batched_nms = box_ops.batched_nms, batched_nms
+    try:
+        yield
+    finally:
+        box_ops.batched_nms = before
+
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+def _write_pt2(program: ExportedProgram, path: Path, opset: int) -> Runner:
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    return lambda image: tree_leaves(loaded(image))
+
+
+def _write_aoti(program: ExportedProgram, path: Path, opset: int) -> Runner:
+    if path.suffix != ".pt2":
+        raise ValueError(f"the path of an AOTInductor package must end in .pt2, got {path}")
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    loaded = torch._inductor.aoti_load_package(str(path))
+    return lambda image: tree_leaves(loaded(image))
+
+
+def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> Runner:
+    import onnxruntime
+
+    torch.onnx.export(
+        program,
+        (),
+        path,
+        input_names=["input"],
+        opset_version=opset,
+        external_data=False,
+        custom_translation_table=onnx_translations(),
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda image: [torch.from_numpy(array) for array in session.run(None, {name: image.cpu().numpy()})]
+
+
+FORMATS: dict[str, Callable[[ExportedProgram, Path, int], Runner]] = {
+    "pt2": _write_pt2,
+    "aoti": _write_aoti,
+    "onnx": _write_onnx,
+}
+
+
+def onnx_translations() -> dict[Callable, Callable]:
+    """The operators in ONNX's standard operations, for ``custom_translation_table`` of `torch.onnx.export`.
+
+    A sum over the taps of a shifted view of the input times the tap's weights, which needs no memory beyond a few
+    images. Sums are kept in float32 (float64 for float64).
+    """
+    from onnx import TensorProto
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def sized(value: Any, sizes: Sequence[int], like: Any) -> Any:
+        """``value`` in the shape (N, *sizes, rows, columns) with N, rows and columns of ``like``."""
+        batch, pixels = op.Shape(like, start=0, end=1), op.Shape(like, start=-2)
+        return op.Reshape(value, op.Concat(batch, op.Constant(value_ints=list(sizes)), pixels, axis=0))
+
+    def constant(values: Sequence[int]) -> Any:
+        return op.Constant(value_ints=[int(value) for value in values])
+
+    def apply(
+        input: Any, weight: Any, channels: int, groups: int, kernel: Sequence[int], *geometry: Sequence[int]
+    ) -> Any:
+        stride, padding, dilation = geometry
+        taps = kernel[0] * kernel[1]
+        x = op.Pad(input, constant([0, 0, *padding, 0, 0, *padding]))
+        x = sized(x, [groups, channels // groups], x)
+        w = sized(weight, [groups, taps], weight)
+        parts = op.Split(w, axis=2, num_outputs=taps) if taps > 1 else [w]
+        total = None
+        for tap, part in enumerate(parts):
+            place = divmod(tap, kernel[1])
+            start = [d * i for d, i in zip(dilation, place, strict=True)]
+            # The last taps end with the image; ONNX takes any end beyond it.
+            end = [
+                -d * (k - 1 - i) if i < k - 1 else 2**31 - 1 for d, k, i in zip(dilation, kernel, place, strict=True)
+            ]
+            shifted = op.Slice(x, constant(start), constant(end), constant([3, 4]), constant(stride))
+            product = op.Mul(shifted, part)
+            total = product if total is None else op.Add(total, product)
+        return sized(total, [channels], weight)
+
+    def sum_type(value: Any) -> int:
+        return TensorProto.DOUBLE if value.dtype == TensorProto.DOUBLE else TensorProto.FLOAT
+
+    def involution2d(
+        input: Any, weight: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> Any:
+        wide = sum_type(input)
+        groups, *kernel = weight.shape[1:4]
+        x, w = op.Cast(input, to=wide), op.Cast(weight, to=wide)
+        return op.CastLike(apply(x, w, input.shape[1], groups, kernel, stride, padding, dilation), input)
+
+    def span_involution2d(
+        input: Any,
+        reduced: Any,
+        span_weight: Any,
+        span_bias: Any,
+        scale: Any,
+        shift: Any,
+        relu: bool,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Any:
+        wide = sum_type(input)
+        rows, width = span_weight.shape[:2]
+        x, r, s = (op.Cast(value, to=wide) for value in (input, reduced, span_weight))
+        kernels = op.Conv(r, op.Reshape(s, constant([rows, width, 1, 1])), kernel_shape=[1, 1])
+        if span_bias is not None:
+            kernels = op.Add(kernels, op.Reshape(op.Cast(span_bias, to=wide), constant([rows, 1, 1])))
+        groups = rows // (kernel_size[0] * kernel_size[1])
+        output = apply(x, kernels, input.shape[1], groups, kernel_size, stride, padding, dilation)
+        if scale is not None:
+            output = op.Add(
+                op.Mul(output, op.Reshape(scale, constant([-1, 1, 1]))), op.Reshape(shift, constant([-1, 1, 1]))
+            )
+        if relu:
+            output = op.Relu(output)
+        return op.CastLike(output, input)
+
+    ours = torch.ops.pyinvolution
+    return {ours.involution2d.default: involution2d, ours.span_involution2d.default: span_involution2d}
