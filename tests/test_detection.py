@@ -302,7 +302,6 @@ def test_training(family, neck, head):
         for name, value in model.state_dict().items()
         if name.startswith("backbone.body.") and ("stem" in name or "layer1" in name or "running" in name)
     }
-    trained = model.state_dict()["backbone.body.layer2.0.conv1.weight"].clone()
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.001)
     for objects in (2, 0):
         optimizer.zero_grad()
@@ -314,7 +313,7 @@ def test_training(family, neck, head):
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in frozen.items())
     assert all(value.isfinite().all() for value in state.values())
-    assert not torch.equal(state["backbone.body.layer2.0.conv1.weight"], trained)
+    assert state["backbone.fpn.inner_blocks.0.0.bias"].abs().max() > 0
 
 
 def test_boxes_are_precise_under_autocast():
