@@ -41,7 +41,7 @@ class Timing:
 
     batch: int = 32
     threads: int = 1
-    seconds: float = 0.03
+    seconds: float = 0.06
     device: str = "auto"
 
     @property
