@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution import optimize_for_inference
-from pyinvolution.models import create_model
+from pyinvolution.models import create_model, load_official, official_state_dict
 
 pytest.importorskip("timm")
 
@@ -20,6 +20,10 @@ PUBLISHED = [
     ("semantic_fpn_resnet50", {}, 28.5, 362.8),
     ("upernet_resnet50", {}, 66.4, 1893.8),
 ]
+
+
+def tiny(name, **options):
+    return create_model(name, backbone="rednet", backbone_options=TINY, **options)
 
 
 def multiply_adds(model, height, width):
@@ -42,11 +46,15 @@ def test_published_sizes(name, options, parameters, published):
 
 def test_every_depth_and_option():
     with torch.device("meta"):
-        deep = create_model("semantic_fpn_rednet101", num_classes=7, neck="involution", frozen_stages=1)
+        deep = create_model(
+            "semantic_fpn_rednet101", num_classes=7, neck="involution", backbone_options={"frozen_stages": 1}
+        )
         assert len(deep.backbone.layer3) == 23
         assert deep(torch.empty(2, 3, 64, 96, device="meta")).shape == (2, 7, 64, 96)
         assert deep.backbone.stem.involution.kernel_size == (7, 7), "as in the authors' segmentation code"
-        plain = create_model("upernet", backbone="rednet", stem_kernel_size=3, auxiliary_channels=0, **TINY)
+        plain = create_model(
+            "upernet", backbone="rednet", auxiliary_channels=0, backbone_options=TINY | {"stem_kernel_size": 3}
+        )
         assert plain.auxiliary_head is None
         assert plain.backbone.stem.involution.kernel_size == (3, 3)
 
@@ -68,7 +76,7 @@ def test_wrong_arguments(arguments, message):
 def test_semantic_fpn_head_sums_its_branches():
     """By the definition: convolution and doubling until a level has the first one's size, then the sum."""
     torch.manual_seed(0)
-    model = create_model("semantic_fpn", backbone="rednet", neck_channels=16, channels=8, num_classes=3, **TINY).eval()
+    model = tiny("semantic_fpn", neck_channels=16, head_channels=8, num_classes=3).eval()
     head = model.decode_head
     for norm in (module for module in head.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.running_mean.normal_(std=0.1)
@@ -93,8 +101,7 @@ def test_semantic_fpn_head_sums_its_branches():
 @pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
 def test_odd_sizes_gradients_and_inference(name):
     torch.manual_seed(0)
-    options = {"channels": 16, "num_classes": 5} | TINY
-    model = create_model(name, backbone="rednet", **options)
+    model = tiny(name, head_channels=16, num_classes=5)
     images = torch.randn(2, 3, 67, 45)
     model.return_auxiliary = True
     outputs = model(images)
@@ -106,3 +113,58 @@ def test_odd_sizes_gradients_and_inference(name):
     assert all(p.grad is not None for p in model.parameters())
     deployed = optimize_for_inference(model, images)
     torch.testing.assert_close(deployed(images), model.eval()(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("neck", ["conv", "involution"])
+def test_official_checkpoint(neck):
+    """The keys of mmseg, spelled out for one layer of each kind; then there and back."""
+    torch.manual_seed(0)
+    model = tiny("semantic_fpn", neck=neck, neck_channels=16, head_channels=8, num_classes=3)
+    state = official_state_dict(model)
+    expected = {
+        "backbone.stem.1.conv2.conv.bias": model.backbone.stem.involution.span.bias,
+        "backbone.layer4.0.conv2.conv1.bn.running_var": model.backbone.layer4[0].involution.reduce.norm.running_var,
+        "neck.lateral_convs.3.conv.bias": model.neck.inner_blocks[3][0].bias,
+        "decode_head.scale_heads.0.0.conv.weight": model.decode_head.scale_heads[0][0][0].weight,
+        "decode_head.scale_heads.3.4.bn.running_mean": model.decode_head.scale_heads[3][4][1].running_mean,
+        "decode_head.conv_seg.bias": model.decode_head.conv_seg.bias,
+    }
+    if neck == "conv":
+        expected["neck.fpn_convs.0.conv.weight"] = model.neck.layer_blocks[0][0].weight
+    else:
+        expected["neck.fpn_convs.0.conv1.conv.weight"] = model.neck.layer_blocks[0].reduce.conv.weight
+        expected["neck.fpn_convs.2.conv2.conv.weight"] = model.neck.layer_blocks[2].span.weight
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value.detach(), msg=key)
+    other = tiny("semantic_fpn", neck=neck, neck_channels=16, head_channels=8, num_classes=3)
+    load_official(other, {"state_dict": state})
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_official_upernet_and_baseline_names():
+    model = tiny("upernet", head_channels=8, num_classes=3)
+    names = set(official_state_dict(model))
+    for layer in (
+        "decode_head.psp_modules.1.1",
+        "decode_head.bottleneck",
+        "decode_head.lateral_convs.0",
+        "decode_head.fpn_convs.2",
+        "decode_head.fpn_bottleneck",
+        "auxiliary_head.convs.0",
+    ):
+        assert {f"{layer}.conv.weight", f"{layer}.bn.weight", f"{layer}.bn.num_batches_tracked"} <= names
+    assert "auxiliary_head.conv_seg.weight" in names
+    with torch.device("meta"):
+        names = set(official_state_dict(create_model("semantic_fpn_resnet50")))
+    stem = {"backbone.stem.0.weight", "backbone.stem.1.running_var", "backbone.stem.6.weight", "backbone.stem.7.bias"}
+    assert stem | {"backbone.layer1.0.bn3.weight", "backbone.layer2.0.downsample.0.weight"} <= names
+
+
+def test_classifier_as_backbone():
+    torch.manual_seed(0)
+    classifier = create_model("rednet", num_classes=10, stem_kernel_size=7, **TINY)
+    model = tiny("semantic_fpn", neck_channels=16)
+    with pytest.warns(UserWarning, match="neck, decode_head"):
+        load_official(model, official_state_dict(classifier))
+    assert torch.equal(model.backbone.layer4[0].conv3.weight, classifier.layer4[0].conv3.weight)

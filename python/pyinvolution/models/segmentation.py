@@ -1,7 +1,8 @@
 """Semantic segmentation with RedNet: semantic FPN and UPerNet (appendix A.3 of the involution paper)."""
 
+import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from pyinvolution.models._registry import create_model, list_models, register_model
 from pyinvolution.models.fpn import FPN, Neck
+from pyinvolution.models.official import Entry, fpn_entries, official_entries, prefixed
 from pyinvolution.models.rednet import LAYERS, RedNet
 from pyinvolution.modules import init_conv, positive_int
 
@@ -218,14 +220,14 @@ class FCNHead(_Classifier):
 
 @partial(register_model, listed=False)
 def semantic_fpn(
-    backbone: str,
+    backbone: str | nn.Module = "rednet50",
     num_classes: int = 19,
     *,
     neck: Neck = "conv",
     neck_channels: int = 256,
-    channels: int = 128,
+    head_channels: int = 128,
     dropout: float = 0.1,
-    **options,
+    backbone_options: Mapping[str, Any] | None = None,
 ) -> SegmentationModel:
     """Semantic FPN (Kirillov et al., CVPR 2019) as in the paper, appendix A.3.
 
@@ -234,33 +236,34 @@ def semantic_fpn(
     292.9 and 204.0 G, and also count an operation for each element of a bias, ReLU, pooling or upsampling.
 
     Args:
-        backbone: name of a RedNet, or of a model of timm that has feature maps.
+        backbone: a RedNet, a model of timm with ``features_only=True``, or the name of either.
         num_classes: channels of the logits.
         neck: what follows the sums of the feature pyramid: "conv" (3x3) or "involution" (7x7).
         neck_channels: of the pyramid.
-        channels: inside the head.
+        head_channels: inside the head.
         dropout: before the classifier.
-        options: of the backbone. A RedNet has ``stem_kernel_size=7`` here unless they say otherwise, as in the authors'
-            segmentation code; weights from their classification code need 3.
+        backbone_options: of a ``backbone`` that is given by name. Unless they say otherwise, the involution of the stem
+            of a RedNet is 7x7 as in the official segmentation models, where ImageNet classifiers have 3x3
+            (``stem_kernel_size``).
 
     Raises:
         ValueError: an argument is out of range, or there is no such backbone.
     """
-    net, widths, strides = _backbone(backbone, options)
+    net, widths, strides = _backbone(backbone, backbone_options)
     pyramid = FPN(widths, positive_int("neck_channels", neck_channels), neck)
-    return SegmentationModel(net, pyramid, SemanticFPNHead(neck_channels, strides, num_classes, channels, dropout))
+    return SegmentationModel(net, pyramid, SemanticFPNHead(neck_channels, strides, num_classes, head_channels, dropout))
 
 
 @partial(register_model, listed=False)
 def upernet(
-    backbone: str,
+    backbone: str | nn.Module = "rednet50",
     num_classes: int = 19,
     *,
-    channels: int = 512,
+    head_channels: int = 512,
     pool_scales: Sequence[int] = (1, 2, 3, 6),
     auxiliary_channels: int = 256,
     dropout: float = 0.1,
-    **options,
+    backbone_options: Mapping[str, Any] | None = None,
 ) -> SegmentationModel:
     """UPerNet (Xiao et al., ECCV 2018) as in the paper, appendix A.3, with an auxiliary FCN head on stage 3.
 
@@ -269,35 +272,62 @@ def upernet(
     convolutions and involutions.
 
     Args:
-        backbone: name of a RedNet, or of a model of timm that has feature maps.
+        backbone: a RedNet, a model of timm with ``features_only=True``, or the name of either.
         num_classes: channels of the logits.
-        channels: inside the head.
+        head_channels: inside the head.
         pool_scales: of the pyramid pooling.
         auxiliary_channels: inside the auxiliary head; 0 for no such head.
         dropout: before the classifiers.
-        options: of the backbone, as for `semantic_fpn`.
+        backbone_options: as for `semantic_fpn`.
 
     Raises:
         ValueError: an argument is out of range, or there is no such backbone.
     """
-    net, widths, _ = _backbone(backbone, options)
+    net, widths, _ = _backbone(backbone, backbone_options)
     auxiliary = FCNHead(-2, widths[-2], num_classes, auxiliary_channels, dropout) if auxiliary_channels else None
-    return SegmentationModel(net, None, UPerHead(widths, num_classes, channels, pool_scales, dropout), auxiliary)
+    return SegmentationModel(net, None, UPerHead(widths, num_classes, head_channels, pool_scales, dropout), auxiliary)
 
 
-def _backbone(name: str, options: dict) -> tuple[nn.Module, list[int], list[int]]:
+def _backbone(backbone: str | nn.Module, options: Mapping[str, Any] | None) -> tuple[nn.Module, list[int], list[int]]:
     """The backbone, channels and strides of its stages."""
-    net: Any
-    if name == "rednet" or name in list_models("rednet*"):
-        net = create_model(name, **{"num_classes": 0, "global_pool": "", "stem_kernel_size": 7} | options)
+    net: Any = backbone
+    given: dict[str, Any] = dict(options or {})
+    if not isinstance(backbone, str):
+        if options:
+            raise ValueError(f"backbone_options need a backbone by name, got {type(backbone).__name__} and {options!r}")
+    elif backbone == "rednet" or backbone in list_models("rednet*"):
+        net = create_model(backbone, **{"num_classes": 0, "global_pool": "", "stem_kernel_size": 7} | given)
+    else:
+        import timm
+
+        if not timm.is_model(backbone):
+            raise ValueError(f"backbone must be a RedNet or a model of timm, got {backbone!r}")
+        net = timm.create_model(backbone, features_only=True, **{"out_indices": (1, 2, 3, 4)} | given)
+    if isinstance(net, RedNet):
         info = net.feature_info[1:]
         return net, [level["num_chs"] for level in info], [level["reduction"] for level in info]
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"backbone must be a RedNet or a model of timm, got {name!r}")
-    net = timm.create_model(name, features_only=True, **{"out_indices": (1, 2, 3, 4)} | options)
     return net, net.feature_info.channels(), net.feature_info.reduction()
+
+
+@official_entries.register
+def _official(model: SegmentationModel) -> dict[str, Entry]:
+    if isinstance(model.backbone, RedNet):
+        entries = prefixed("backbone.", official_entries(model.backbone))
+    else:
+        entries = {f"backbone.{key}": Entry(f"backbone.{_v1c(key)}") for key in model.backbone.state_dict()}
+    if model.neck is not None:
+        entries |= prefixed("neck.", fpn_entries(model.neck))
+    for key in model.state_dict():
+        if key not in entries:
+            # Layers 0 and 1 of a Conv2dNormActivation.
+            name = re.sub(r"\.0\.(weight|bias)$", r".conv.\1", key)
+            entries[key] = Entry(re.sub(r"\.1\.(\w+)$", r".bn.\1", name))
+    return entries
+
+
+def _v1c(key: str) -> str:
+    """The name in the authors' library, mmseg, of an entry of timm's ResNet-C."""
+    return re.sub(r"^bn1\.", "stem.7.", re.sub(r"^conv1\.(\d)", r"stem.\1", key))
 
 
 def _register(build: Callable[..., nn.Module], backbone: str, name: str) -> None:
