@@ -7,6 +7,11 @@ __all__ = ["configure", "main"]
 
 # Name: help, module below pyinvolution.recipes, function (root) -> numbers of training and validation images.
 DATA = {
+    "coco-digits": (
+        "1,200 photographs with handwritten digits on them, 160 x 160, boxes and masks, as COCO's tree",
+        "detection.digits",
+        "write_coco_digits",
+    ),
     "digits": (
         "1,797 handwritten digits, 32 x 32, as ImageNet's tree of folders",
         "classification.digits",

@@ -6,6 +6,8 @@ from typing import Any
 # Imported on use: Lightning takes seconds, and the parts that do without it should not wait.
 _MODULES = {
     "Classification": "classification.module",
+    "CocoData": "detection.coco",
+    "Detection": "detection.module",
     "ImageFolderData": "classification.imagefolder",
     "Recipe": "module",
     "RecipeData": "loading",

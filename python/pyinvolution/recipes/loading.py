@@ -147,6 +147,8 @@ class RecipeData(pl.LightningDataModule):
     train_samples: Samples
     val_samples: Samples
     predict_samples: Samples
+    # Makes a batch of a list of samples; None stacks their tensors.
+    collate: Callable[[list[Any]], Any] | None = None
 
     def __init__(
         self,
@@ -231,6 +233,7 @@ class RecipeData(pl.LightningDataModule):
             dataset,
             batch_size=batch_size,  # by name: for predict, Lightning makes the loader a second time
             sampler=sampler,
+            collate_fn=self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

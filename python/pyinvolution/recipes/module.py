@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "check_fit", "read_weights"]
 
 
 class Recipe(pl.LightningModule):
@@ -112,26 +112,26 @@ class Recipe(pl.LightningModule):
             self.net.to(memory_format=torch.channels_last)
         if compile:
             # In place: the state dict keeps its names, and the averaged copy is not compiled a second time.
-            self.net.compile(**(compile_options or {}))
+            self.compiled_part.compile(**(compile_options or {}))
+
+    @property
+    def compiled_part(self) -> nn.Module:
+        """What ``compile`` is for."""
+        return self.net
 
     def load_weights(self, path: str) -> None:
         """Load ``net`` from an official checkpoint or from one of this library."""
-        if not Path(path).is_file():
-            raise RecipeError(f"model.init_from: there is no file {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise RecipeError(f"model.init_from: {path} is not a checkpoint of weights: {error}") from error
-        state = state.get("state_dict", state)
-        if any(key.startswith(("backbone.", "module.backbone.")) for key in state):
+        state = read_weights(path, "model.init_from")
+        ours = {key.removeprefix("net."): value for key, value in state.items()}
+        official = any(key.startswith(("backbone.", "module.backbone.")) for key in state)
+        if official and ours.keys() != self.net.state_dict().keys():
             try:
                 self.load_official(state)
             except (RuntimeError, ValueError, KeyError) as error:
                 raise RecipeError(f"model.init_from: {path} does not fit this model: {error}") from error
         else:
-            state = {key.removeprefix("net."): value for key, value in state.items()}
-            _check_fit(state, self.net, f"model.init_from: {path}")
-            self.net.load_state_dict(state)
+            check_fit(ours, self.net, f"model.init_from: {path}")
+            self.net.load_state_dict(ours)
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         """Load ``net`` from a state dict of the authors' code."""
@@ -142,7 +142,7 @@ class Recipe(pl.LightningModule):
         raise NotImplementedError
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _check_fit(checkpoint["state_dict"], self, "--ckpt_path")
+        check_fit(checkpoint["state_dict"], self, "--ckpt_path")
 
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
@@ -183,7 +183,18 @@ class Recipe(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
-def _check_fit(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
+def read_weights(path: str, field: str) -> dict[str, Tensor]:
+    """The state dict in a file of weights, or a RecipeError that names ``field``."""
+    if not Path(path).is_file():
+        raise RecipeError(f"{field}: there is no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RecipeError(f"{field}: {path} is not a checkpoint of weights: {error}") from error
+    return state.get("state_dict", state)
+
+
+def check_fit(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
     """Raise a RecipeError of one line if ``state`` has other names or shapes than the state dict of ``module``."""
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in state.items()}

@@ -8,9 +8,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-__all__ = ["write_digits"]
+__all__ = ["split_digits", "write_digits"]
 
 SIZE = 32
+
+
+def split_digits() -> dict[str, np.ndarray]:
+    """Indices into `sklearn.datasets.load_digits`: "val" is one fifth (360), in which every class has its proportion,
+    "train" the rest."""
+    targets = load_digits().target
+    train, val = train_test_split(np.arange(len(targets)), test_size=360, stratify=targets, random_state=0)
+    return {"train": train, "val": val}
 
 
 def write_digits(root: str | Path) -> tuple[int, int]:
@@ -23,16 +31,15 @@ def write_digits(root: str | Path) -> tuple[int, int]:
         Numbers of training and validation images.
     """
     digits = load_digits()
-    indices = np.arange(len(digits.target))
-    train, val = train_test_split(indices, test_size=360, stratify=digits.target, random_state=0)
-    for split, members in (("train", train), ("val", val)):
+    splits = split_digits()
+    for split, members in splits.items():
         for index in members:
             path = Path(root, split, str(digits.target[index]), f"{index:04d}.png")
             content = _png(digits.images[index])
             if not path.is_file() or path.read_bytes() != content:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-    return len(train), len(val)
+    return len(splits["train"]), len(splits["val"])
 
 
 def _png(image: np.ndarray) -> bytes:

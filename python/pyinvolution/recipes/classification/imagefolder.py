@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.loading import RecipeData, UnreadableSample
 
-__all__ = ["IGNORED", "ImageFiles", "ImageFolderData"]
+__all__ = ["IGNORED", "ImageFiles", "ImageFolderData", "Transforms", "compose", "find_images"]
 
 IGNORED = -1
 """Target of an image that loss and metrics leave out."""
@@ -100,8 +100,8 @@ class ImageFolderData(RecipeData):
             {"ToDtype": {"dtype": torch.float32, "scale": True}},
             {"Normalize": {"mean": mean, "std": std}},
         ]
-        self.train_transform = _compose("train_transform", train_transform + tail)
-        self.val_transform = _compose("val_transform", val_transform + tail)
+        self.train_transform = compose("train_transform", train_transform + tail)
+        self.val_transform = compose("val_transform", val_transform + tail)
         self.classes: list[str] = []
 
     def setup(self, stage: str) -> None:
@@ -129,15 +129,7 @@ class ImageFolderData(RecipeData):
         self.val_samples = ImageFiles(val.samples, self.val_transform)
 
     def _setup_predict(self) -> None:
-        root = Path(self.predict_root or self.root / "val")
-        if root.is_dir():
-            paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        else:
-            paths = [root] if root.is_file() else []
-        if not paths:
-            raise RecipeError(
-                f"there is no image to predict in {root}: set --data.predict_root to an image or a folder"
-            )
+        paths = find_images(Path(self.predict_root or self.root / "val"))
         self.predict_samples = ImageFiles([(str(path), index) for index, path in enumerate(paths)], self.val_transform)
 
     def _folder(self, split: str) -> ImageFolder:
@@ -169,7 +161,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
-def _compose(field: str, transforms: Transforms) -> v2.Compose:
+def find_images(root: Path) -> list[Path]:
+    """The images to predict: those in a folder, in any depth, or ``root`` itself.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise RecipeError(f"there is no image to predict in {root}: set --data.predict_root to an image or a folder")
+    return paths
+
+
+def compose(field: str, transforms: Transforms) -> v2.Compose:
+    """The ``transforms``, or a RecipeError that names ``field`` of the data."""
     built = []
     for transform in transforms:
         for name, arguments in transform.items():

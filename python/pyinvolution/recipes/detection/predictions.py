@@ -1,0 +1,73 @@
+"""What predict writes for a detector."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from pyinvolution.recipes.detection import pictures
+
+__all__ = ["CocoWriter"]
+
+
+class CocoWriter(BasePredictionWriter):
+    """Writes the detections in all images as COCO's results: a list of ``image_id``, ``category_id``, ``bbox`` (x, y,
+    width, height), ``score`` and, from a Mask R-CNN, ``segmentation`` (compressed run lengths); and pictures of the
+    first images to a folder of the same name.
+
+    Images which no annotations list have the numbers that are their names, as in COCO, else their places in the order
+    of paths, and results have their ``file_name`` too.
+
+    Args:
+        output: the file.
+        shown: number of pictures.
+    """
+
+    def __init__(self, output: str | Path, shown: int) -> None:
+        super().__init__("batch")
+        self.output, self.shown = Path(output), shown
+        self._found: list[tuple[int, dict[str, list]]] = []
+
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: list[tuple[int, dict, Any]], *args: Any
+    ) -> None:
+        data = trainer.datamodule
+        for index, found, scene in prediction:
+            self._found.append((index, found))
+            if scene is not None:
+                name = Path(data.predict_samples.files[index][0]).stem
+                pictures.grid([scene], data.classes, self.output.with_suffix("") / f"{name}.png")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = self._found
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, found)
+            found = [image for share in shares for image in share]
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule
+        results = []
+        for index, image in sorted(found, key=lambda image: image[0]):
+            common = {"image_id": data.image_ids[index]}
+            if not data.ids_listed:
+                common["file_name"] = Path(data.predict_samples.files[index][0]).name
+            masks = image.get("masks", [None] * len(image["boxes"]))
+            for box, label, score, mask in zip(image["boxes"], image["labels"], image["scores"], masks, strict=True):
+                x1, y1, x2, y2 = box
+                result = {
+                    **common,
+                    "category_id": data.category_ids[label - 1] if data.category_ids else label,
+                    "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+                    "score": round(score, 6),
+                }
+                results.append(result if mask is None else result | {"segmentation": mask})
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(results))
+        rank_zero_info(f"{len(results)} objects in {len(found)} images: {self.output}")
+        if self.shown:
+            rank_zero_info(f"pictures: {self.output.with_suffix('')}")
