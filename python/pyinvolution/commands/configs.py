@@ -13,4 +13,4 @@ def main(options: argparse.Namespace) -> None:
     from pyinvolution.recipes import configs
 
     for name, text in configs.listing():
-        print(f"{name:32}{text}")
+        print(f"{name:40}{text}")

@@ -7,6 +7,11 @@ __all__ = ["configure", "main"]
 
 # Name: help, module below pyinvolution.recipes, function (root) -> numbers of training and validation images.
 DATA = {
+    "cityscapes-digits": (
+        "680 scenes of two photographs and digits, 128 x 256, as Cityscapes' tree",
+        "segmentation.digits",
+        "write_scenes",
+    ),
     "coco-digits": (
         "1,200 photographs with handwritten digits on them, 160 x 160, boxes and masks, as COCO's tree",
         "detection.digits",

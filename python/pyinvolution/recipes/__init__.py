@@ -5,6 +5,7 @@ from typing import Any
 
 # Imported on use: Lightning takes seconds, and the parts that do without it should not wait.
 _MODULES = {
+    "CityscapesData": "segmentation.cityscapes",
     "Classification": "classification.module",
     "CocoData": "detection.coco",
     "Detection": "detection.module",
@@ -12,6 +13,7 @@ _MODULES = {
     "Recipe": "module",
     "RecipeData": "loading",
     "RecipeError": "errors",
+    "Segmentation": "segmentation.module",
     "TrainingDiverged": "errors",
 }
 

@@ -213,7 +213,7 @@ def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
             kept = {
                 name: value
                 for name, value in arguments_of_init.items()
-                if not name.startswith("_") and name != "init_from"
+                if not name.startswith("_") and name not in ("init_from", "backbone_weights")
             }
             config = {"init_args": kept}
             if "_class_path" in arguments_of_init:

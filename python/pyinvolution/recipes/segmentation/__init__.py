@@ -1,0 +1,1 @@
+"""Semantic segmentation: the recipe, data in the tree of Cityscapes, a small data set like it, and figures."""

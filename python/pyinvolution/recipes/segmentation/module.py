@@ -1,0 +1,174 @@
+"""Semantic segmentation: the Cityscapes recipe of the paper (appendix A.3)."""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from pyinvolution.models import create_model, load_official
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.module import Recipe, check_fit, read_weights
+from pyinvolution.recipes.segmentation.cityscapes import IGNORED
+from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
+from pyinvolution.recipes.segmentation.predictions import SegmentationWriter
+
+__all__ = ["Segmentation"]
+
+
+class Segmentation(Recipe):
+    """Cross entropy over the labelled pixels; mean intersection over union (mIoU) of the classes, over all images.
+
+    Args:
+        name: of the model, as in `pyinvolution.models.list_models`, or "semantic_fpn" or "upernet" with the option
+            ``backbone``.
+        num_classes: classes of the data.
+        options: further arguments of `pyinvolution.models.create_model`, e.g. ``{"neck": "involution"}``.
+        backbone_weights: file with the backbone's weights, e.g. an ImageNet classifier's: an official checkpoint or one
+            of this library. A whole segmentation model is read by ``init_from``.
+        auxiliary_weight: of the loss of UPerNet's auxiliary head.
+        inference: "whole" images, or "slide": a window of ``window`` over them (`sliding_window`).
+        window: height and width.
+        window_stride: rows and columns between two windows.
+        flip: average the probabilities over each image and its mirror image, in evaluation.
+        kwargs: of `Recipe`.
+    """
+
+    monitor, monitor_title = "val/miou", "Mean IoU (%)"
+    output = "predictions"
+
+    def __init__(
+        self,
+        name: str = "semantic_fpn_rednet50",
+        num_classes: int = 19,
+        options: dict[str, Any] | None = None,
+        backbone_weights: str | None = None,
+        auxiliary_weight: float = 0.4,
+        inference: Literal["whole", "slide"] = "whole",
+        window: tuple[int, int] = (512, 1024),
+        window_stride: tuple[int, int] = (341, 683),
+        flip: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if auxiliary_weight < 0:
+            raise RecipeError(f"model.auxiliary_weight must be at least 0, got {auxiliary_weight}")
+        if inference not in ("whole", "slide"):
+            raise RecipeError(f"model.inference must be 'whole' or 'slide', got {inference!r}")
+        if not all(1 <= step <= extent for step, extent in zip(window_stride, window, strict=True)):
+            raise RecipeError(f"model.window_stride must be in 1 to window={window}, got {window_stride}")
+        try:
+            net = create_model(name, num_classes=num_classes, **(options or {}))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"model: {error}") from error
+        if not hasattr(net, "decode_head"):
+            raise RecipeError(f"model.name must be a segmentation model, such as semantic_fpn_rednet50, got {name!r}")
+        net.return_auxiliary = auxiliary_weight > 0
+        if backbone_weights is not None:
+            _load_backbone(net.backbone, backbone_weights)
+        super().__init__(net, **kwargs)
+        self.save_hyperparameters(logger=False)
+        self.num_classes, self.auxiliary_weight = num_classes, auxiliary_weight
+        self.window = (tuple(window), tuple(window_stride)) if inference == "slide" else None
+        self.flip = flip
+        iou = MulticlassJaccardIndex(
+            # Without validation of the arguments, which waits for the GPU. Classes that nowhere occur are NaN.
+            num_classes,
+            average="none",
+            ignore_index=IGNORED,
+            validate_args=False,
+            zero_division=torch.nan,
+        )
+        self.train_iou, self.val_iou = iou, iou.clone()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # else it drops them
+
+    def load_official(self, state: dict[str, Tensor]) -> None:
+        load_official(self.net, state)
+
+    def prediction_writer(self, output: Path) -> SegmentationWriter:
+        return SegmentationWriter(output)
+
+    def setup(self, stage: str) -> None:
+        classes = self.trainer.datamodule.classes
+        if len(classes) != self.num_classes:
+            raise RecipeError(
+                f"model.num_classes is {self.num_classes}, but the data has {len(classes)} classes "
+                f"({', '.join(classes[:3])}, ...): set --model.num_classes {len(classes)}"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes, H, W) of normalised images (N, 3, H, W); log-probabilities with ``flip``."""
+        net = self.net
+        if self.window:
+            net = partial(sliding_window, net, window=self.window[0], stride=self.window[1])
+        images = self.images(images)
+        return flipped(net, images) if self.flip else net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        outputs = self.net(self.images(images))
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = _loss(logits, targets)
+        for other in auxiliary:
+            loss = loss + self.auxiliary_weight * _loss(other, targets)
+        self.train_iou.update(logits.detach(), targets)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self._log_iou(self.train_iou, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, targets = batch
+        logits = self(images)
+        self.val_iou.update(logits, targets)
+        losses = cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+        # Not by a weight, which torchmetrics leaves out of account where it is to keep NaN.
+        self.val_loss.update(losses[targets != IGNORED])
+        self.log("val/loss", self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        iou = self._log_iou(self.val_iou, "val")
+        names = self.trainer.datamodule.classes
+        by_class = {f"val/iou/{name}": value for name, value in zip(names, iou, strict=True) if not value.isnan()}
+        self.log_dict(by_class, sync_dist=True)
+
+    def _log_iou(self, metric: MulticlassJaccardIndex, split: str) -> Tensor:
+        iou = metric.compute()
+        metric.reset()
+        # The same in all processes already, but Lightning cannot know.
+        self.log(f"{split}/miou", iou.nanmean(), prog_bar=split == "val", sync_dist=True)
+        return iou
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Indices (N,) of the images, and their train ids (N, H, W, uint8)."""
+        images, indices = batch
+        train_ids = self(images).argmax(1).to(torch.uint8)
+        read = indices >= 0
+        return indices[read], train_ids[read]
+
+
+def _load_backbone(backbone: nn.Module, path: str) -> None:
+    """Load the weights of a classifier or segmentation model, official or of this library."""
+    field = f"model.backbone_weights: {path}"
+    state = read_weights(path, "model.backbone_weights")
+    ours = {re.sub(r"^(net\.)?(backbone\.)?", "", key): value for key, value in state.items()}
+    ours = {key: value for key, value in ours.items() if key in backbone.state_dict()}
+    if ours:
+        check_fit(ours, backbone, field)
+        backbone.load_state_dict(ours)
+        return
+    try:
+        load_official(backbone, state)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{field} does not fit this model: {error}") from error
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy over the labelled pixels; 0 if there is none."""
+    total = cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
