@@ -29,6 +29,23 @@ test-cpp: $(VENV)/.installed
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
+# dist/: a wheel for this Python and every torch from 2.10 on. Where nvcc is found it has CUDA code for all architectures of
+# cuda/CMakeLists.txt (an hour on two cores), or for those of `make wheel PYINVOLUTION_CUDA_ARCHITECTURES="80;90"`. The second
+# wheel is tagged for the oldest glibc that it runs with, torch's library and our own left out.
+wheel: export PYINVOLUTION_CUDA_ARCHITECTURES =
+wheel: $(VENV)/.installed
+	rm -rf dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+		--config-settings build-dir=build/wheel .
+	$(BIN)/python -m twine check --strict dist/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so --exclude libpyinvolution.so \
+		--wheel-dir dist/manylinux dist/*.whl
+	@find dist -name '*.whl' -size +20M | grep . && { echo "a wheel is larger than 20 MB"; exit 1; } || ls -l dist dist/manylinux
+
+# The wheel on the oldest and the newest torch: downloads both, about 3 GB each.
+test-abi: wheel
+	$(BIN)/python tests/abi.py --folder build/abi dist/*.whl
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

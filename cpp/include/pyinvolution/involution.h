@@ -19,7 +19,7 @@
 
 namespace pyinvolution {
 
-// The library's, for example "0.1.0".
+// Of the library.
 PYINVOLUTION_API const char* version();
 
 // Vertical, horizontal.
