@@ -49,7 +49,7 @@ def test_help_and_configs(capsys):
     assert run(capsys, "--version")[1].strip() == cli.__version__
     _, out, _ = run(capsys, "configs")
     names = [line.split()[0] for line in out.splitlines()]
-    assert names == ["digits/rednet.yaml", *(f"imagenet/{name}.yaml" for name in list_models("rednet*"))]
+    assert {"digits/rednet.yaml", *(f"imagenet/{name}.yaml" for name in list_models("rednet*"))} <= {*names}
     assert all(len(line.split()) > 3 for line in out.splitlines()), "each says what it is"
 
 

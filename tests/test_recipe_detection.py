@@ -1,6 +1,7 @@
 """The detection recipe: data as COCO users know it, COCO's own evaluation, exact resumption, results and errors."""
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from recipe_support import (
     assert_same_state,
     interruption,
     one_thread,  # noqa: F401
+    run_distributed,
     run_forked,
     training_state,
 )
@@ -261,6 +263,20 @@ def test_resumed_run_has_the_same_bits(data, trained, tmp_path):
     (status, _), (end, stderr) = run_forked([[*killed, *interruption(signal.SIGKILL, 7)], resumed], tmp_path)
     assert (status, end) == (-signal.SIGKILL, 0), stderr
     assert_same_state(training_state(tmp_path / "last.ckpt"), training_state(trained / "last.ckpt"))
+
+
+def test_two_processes_evaluate_as_one(data, tmp_path):
+    """Of 5 images one process has a sixth, which does not count."""
+    status, stderr = run_distributed(arguments(data, tmp_path, "--trainer.max_epochs=1"))
+    assert status == 0, stderr
+    (rows,) = (list(csv.DictReader(path.open())) for path in tmp_path.glob("logs/version_0/metrics.csv"))
+    (together,) = (row for row in rows if row["val/box_ap"])
+    checkpoint = f"--ckpt_path={tmp_path}/last.ckpt"
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    alone = command.run(["validate", checkpoint, *quiet, f"--trainer.default_root_dir={tmp_path}"]).trainer
+    metrics = {name: value.item() for name, value in alone.callback_metrics.items()}
+    assert metrics["val/box_ap50"] > 0
+    assert {name: float(together[name]) for name in metrics} == pytest.approx(metrics, abs=1e-6)
 
 
 class Oracle(nn.Module):

@@ -85,7 +85,7 @@ class Detection(Recipe):
         if backbone_weights is not None:
             self.load_backbone(backbone_weights)
         kinds = ("bbox", "segm") if self.masks else ("bbox",)
-        self.net.backbone.register_forward_pre_hook(lambda _, arguments: (self.images(arguments[0]),))
+        self.net.backbone.register_forward_pre_hook(self._to_memory_format)
         self.val_ap = MeanAveragePrecision(iou_type=kinds)
         self.val_ap.warn_on_many_detections = False  # COCO counts 100 an image
         self._scenes: list[pictures.Scene] = []
@@ -111,6 +111,9 @@ class Detection(Recipe):
     @property
     def compiled_part(self) -> nn.Module:
         return self.net.backbone  # the rest depends on what is in the images
+
+    def _to_memory_format(self, backbone: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        return (self.images(arguments[0]),)
 
     def prediction_writer(self, output: Path) -> CocoWriter:
         return CocoWriter(output, self.shown)
@@ -153,12 +156,13 @@ class Detection(Recipe):
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
         images, targets = batch
         for image, target, found in zip(images, targets, self(images), strict=True):
-            if target["image_id"] < 0:
-                continue
             truth = {name: value for name, value in target.items() if isinstance(value, Tensor)}
-            self.val_ap.update([found], [truth])
-            if len(self._scenes) < self.shown:
+            if target["image_id"] < 0:
+                # Without objects it counts for nothing, but the processes must have the same number of images.
+                found, truth = ({name: value[:0] for name, value in side.items()} for side in (found, truth))
+            elif len(self._scenes) < self.shown:
                 self._scenes.append(pictures.Scene.of(image, found, truth))
+            self.val_ap.update([found], [truth])
 
     def on_validation_epoch_end(self) -> None:
         result = self.val_ap.compute()
