@@ -3,13 +3,14 @@
 import json
 import random
 import shutil
+import signal
 
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recipe_support import one_thread, write_images  # noqa: F401
+from recipe_support import assert_same_state, one_thread, write_images  # noqa: F401
 from torch import nn
 
 pytest.importorskip("optuna")
@@ -372,6 +373,19 @@ def test_search_goes_on_from_what_is_there(searched, search_config, tmp_path, mo
     once_more = pipeline.run(config.read(str(search_config), overrides))
     assert len(trained) == 4
     assert once_more["comparison"] == result["comparison"], "the same by seed"
+
+
+def test_interrupted_supernet_ends_like_another(searched, search_config, tmp_path):
+    folder, _ = searched
+    training = config.read(str(search_config), {}).supernet_training()
+    stop = {"class_path": "recipe_support.Interrupt", "init_args": {"signum": int(signal.SIGTERM), "step": 0}}
+    with pytest.raises(SystemExit):
+        pipeline.fit(config.merged(training, {"trainer": {"callbacks": [stop]}}), tmp_path)
+    paths = [tmp_path / "last.ckpt", folder / "supernet" / "last.ckpt"]
+    parts, whole = (torch.load(path, weights_only=True) for path in paths)
+    assert parts["global_step"] == 1 < whole["global_step"]
+    pipeline.fit(training, tmp_path)
+    assert_same_state(torch.load(paths[0], weights_only=True)["state_dict"], whole["state_dict"])
 
 
 def test_exported_network_trains_by_the_ordinary_recipe(searched, tmp_path):

@@ -34,7 +34,7 @@ class Timing:
 
     Args:
         batch: images at once.
-        threads: of the CPU.
+        threads: of the CPU; the trainings of a search use as many.
         seconds: spent on each layer of the table; the whole networks of the check get ten times as much.
         device: "auto" is the GPU where there is one.
     """

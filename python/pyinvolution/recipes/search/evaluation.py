@@ -17,6 +17,8 @@ __all__ = ["Evaluator"]
 class Evaluator:
     """Accuracy of architectures on held-out images, each evaluated once and kept in a file.
 
+    The images stay in memory, that of the supernet's device.
+
     Args:
         supernet: trained weights.
         training: batches that the statistics of the norms are computed on.
@@ -25,7 +27,11 @@ class Evaluator:
     """
 
     def __init__(self, supernet: Supernet, training: Batches, held_out: Batches, path: Path | None = None) -> None:
-        self.supernet, self.training, self.held_out, self.path = supernet, training, held_out, path
+        self.supernet, self.path = supernet, path
+        device = next(supernet.parameters()).device
+        self.training, self.held_out = (
+            [(images.to(device), targets.to(device)) for images, targets in batches] for batches in (training, held_out)
+        )
         self.known: dict[str, float] = read_json(path) if path else {}
 
     def network(self, architecture: Architecture) -> nn.Module:

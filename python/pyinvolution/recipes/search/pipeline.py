@@ -167,6 +167,7 @@ class _Search:
         supernet = Supernet(self.space, self.config.num_classes)
         state = torch.load(self.folder / "supernet" / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
         supernet.load_state_dict({name.removeprefix("net."): weight for name, weight in state.items()})
+        supernet.to("cuda" if torch.cuda.is_available() else "cpu")
         training = training_batches(self.data, self.config.recalibration_images)
         return Evaluator(supernet, training, held_out_batches(self.data), self.folder / "accuracies.json")
 

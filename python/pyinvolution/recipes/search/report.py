@@ -113,43 +113,50 @@ def markdown(result: dict[str, Any]) -> str:
 
 def picture(result: dict[str, Any], path: Path) -> Path:
     """Pareto front, rank correlation, comparison with random networks, and the table of latencies."""
-    with plots._figure(path, (13, 8)) as figure:
+    with plots._figure(path, (13, 9)) as figure:
         pareto, rank, compared, latency = figure.subplots(2, 2, width_ratios=(3, 2)).flat
         _pareto(pareto, result, figure)
-        networks = result["rank_correlation"]["networks"]
-        rank.scatter(*(100 * np.array([entry[name] for entry in networks]) for name in ("supernet", "alone")))
-        rank.set(
-            title=f"Rank correlation: Spearman {_correlation(result['rank_correlation']['spearman'])}, "
-            f"Kendall {_correlation(result['rank_correlation']['kendall'])}",
-            xlabel="accuracy with shared weights (%)",
-            ylabel="accuracy trained alone (%)",
-        )
-        entries = result["comparison"]["networks"]
-        for row, entry in enumerate(entries):
-            color = plots.VAL if row == 0 else plots.TRAIN
-            values = 100 * np.array(entry["accuracies"])
-            compared.scatter(values, [row] * len(values), color=color, alpha=0.6, zorder=3)
-            compared.plot([values.mean()] * 2, [row - 0.25, row + 0.25], color=color, linewidth=3, zorder=4)
-        names = ["found", *(f"random {index}" for index in range(1, len(entries)))]
-        compared.set_yticks(
-            range(len(entries)), [f"{name}\n{entry['network']}" for name, entry in zip(names, entries, strict=True)],
-            fontsize=7,
-        )  # fmt: skip
-        compared.set(title="Trained alone, unseen images; bar: mean", xlabel="accuracy (%)")
-        compared.invert_yaxis()
-        table, measured = (
-            1e6 * np.array([entry[name] for entry in result["latency"]["networks"]]) for name in ("table", "measured")
-        )
-        latency.plot(*[[0, 1.1 * max(*table, *measured)]] * 2, color="#999999")
-        latency.scatter(measured, table, color=plots.TRAIN, zorder=3)
-        latency.set(
-            title=f"Latency: {result['latency']['mean_error']:.1%} off in the mean",
-            xlabel="whole network, measured (us an image)",
-            ylabel="sum of the table (us an image)",
-            xlim=(0, None),
-            ylim=(0, None),
-        )
+        _rank(rank, result["rank_correlation"])
+        _compared(compared, result["comparison"]["networks"])
+        _latency(latency, result["latency"])
     return path
+
+
+def _rank(axes: Axes, correlation: dict[str, Any]) -> None:
+    values = [[100 * entry[name] for entry in correlation["networks"]] for name in ("supernet", "alone")]
+    axes.scatter(*values, color=plots.TRAIN, zorder=3)
+    axes.set(
+        title=f"Rank correlation: Spearman {_correlation(correlation['spearman'])}",
+        xlabel="accuracy with shared weights (%)",
+        ylabel="accuracy trained alone (%)",
+    )
+
+
+def _compared(axes: Axes, entries: list[dict[str, Any]]) -> None:
+    labels = []
+    for row, entry in enumerate(entries):
+        color = plots.TRAIN if row else plots.VAL
+        values = [100 * value for value in entry["accuracies"]]
+        axes.scatter(values, [row] * len(values), color=color, alpha=0.6, zorder=3)
+        axes.plot([100 * entry["mean"]] * 2, [row - 0.25, row + 0.25], color=color, linewidth=3, zorder=4)
+        labels.append("\n".join([f"random {row}" if row else "found", *entry["network"].split(" | ")]))
+    axes.set_yticks(range(len(entries)), labels, fontsize=7)
+    axes.set(title="Trained alone, unseen images; bar: mean", xlabel="accuracy (%)")
+    axes.invert_yaxis()
+
+
+def _latency(axes: Axes, latency: dict[str, Any]) -> None:
+    measured, table = ([1e6 * entry[name] for entry in latency["networks"]] for name in ("measured", "table"))
+    end = 1.1 * max(measured + table)
+    axes.plot([0, end], [0, end], color="#999999")
+    axes.scatter(measured, table, color=plots.TRAIN, zorder=3)
+    axes.set(
+        title=f"Latency: {latency['mean_error']:.1%} off in the mean",
+        xlabel="whole network, measured (us an image)",
+        ylabel="sum of the table (us an image)",
+        xlim=(0, end),
+        ylim=(0, end),
+    )
 
 
 def _pareto(axes: Axes, result: dict[str, Any], figure: Any) -> None:
