@@ -6,6 +6,7 @@ __version__ = version("pyinvolution")
 
 from pyinvolution import functional, models
 from pyinvolution._library import cmake_prefix_path
+from pyinvolution.conversion import convert
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
 from pyinvolution.introspection import build_info, explain, explain_span, force_variant, override_isa
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "build_info",
     "cmake_prefix_path",
+    "convert",
     "explain",
     "explain_span",
     "force_variant",

@@ -44,6 +44,9 @@ def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Modu
             classifier return pooled features. A detector counts the background too.
         kwargs: further arguments of the model's class, e.g. `RedNet`.
 
+    Returns:
+        The model; its attribute ``model_config`` holds the arguments.
+
     Raises:
         ValueError: no model has this name, or an argument is out of range.
         TypeError: the class has no such argument.
@@ -56,7 +59,9 @@ def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Modu
         raise ValueError(f"no model is named {name!r}: {hint}known names are {known}{_missing()}")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    return _builders[name](**kwargs)
+    model = _builders[name](**kwargs)
+    model.model_config = {"name": name, **kwargs}  # type: ignore[assignment]
+    return model
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -1,0 +1,106 @@
+"""Weights of our models on disk: safetensors, with a small JSON that says which model they belong to."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyinvolution.models._registry import create_model
+
+__all__ = ["from_pretrained", "save_pretrained"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write ``path``/config.json and ``path``/model.safetensors, replacing those that are there.
+
+    Args:
+        model: built by `create_model`, from arguments that JSON can hold.
+        path: a folder; it is made if need be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModuleNotFoundError: safetensors is not installed (``pip install "pyinvolution[export]"``).
+        TypeError: the model does not come from `create_model`, or an argument of it is not plain data.
+    """
+    from safetensors.torch import save_file
+
+    config = getattr(model, "model_config", None)
+    if not isinstance(config, dict):
+        raise TypeError(
+            f"model must come from create_model, which knows how to build it again; got {type(model).__name__}"
+        )
+    try:
+        text = json.dumps(config, indent=2) + "\n"
+    except TypeError as error:
+        raise TypeError(f"model was built from arguments that JSON cannot hold: {error}") from None
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
+    # Renamed when complete, weights first: an interrupted call leaves no config with half a file.
+    weights, names = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"
+    try:
+        save_file(state, weights, metadata={"format": "pt"})
+        names.write_text(text)
+        weights.replace(folder / WEIGHTS)
+        names.replace(folder / CONFIG)
+    finally:
+        weights.unlink(missing_ok=True)
+        names.unlink(missing_ok=True)
+    return folder
+
+
+def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module:
+    """Build the model that `save_pretrained` wrote to ``path``, with its weights, on the CPU.
+
+    Args:
+        path: the folder.
+        overrides: arguments of `create_model` instead of the saved ones, as far as they change no weights (e.g.
+            ``grad_checkpointing=True``).
+
+    Returns:
+        The model, in training mode like a new one.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is damaged, or the weights are not those of the model.
+        ModuleNotFoundError, TypeError: safetensors is not installed; an override is unknown.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"there is no {folder / file}")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        name = config.pop("name")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG} does not name a model: {type(error).__name__}: {error}") from None
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    model = create_model(name, **{**config, **overrides})
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    different = sorted(key for key in expected.keys() | state.keys() if _shape(state, key) != expected.get(key))
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"{folder / WEIGHTS} is of another model than {name!r} of {CONFIG}: {len(different)} entries differ, first "
+            f"{key}: {_shape(state, key)} there and {expected.get(key)} here"
+        )
+    with torch.no_grad():
+        model.load_state_dict(state)
+    return model
+
+
+def _shape(state: dict[str, torch.Tensor], key: str) -> torch.Size | None:
+    return state[key].shape if key in state else None
