@@ -77,7 +77,7 @@ def test_match():
 
 
 def small(**kwargs):
-    options = {"layers": [1, 1], "stem": "small", "stem_channels": 16, "base_channels": 16, "num_classes": 4}
+    options = {"layers": [1, 1], "stem": "small", "stem_channels": 32, "base_channels": 16, "num_classes": 4}
     return create_model("rednet", **options | kwargs)
 
 

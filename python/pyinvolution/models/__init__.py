@@ -1,8 +1,8 @@
 """Models built from involution.
 
 `create_model` and `list_models` find them by name, `RedNet` is their class, `load_official` reads checkpoints of the
-authors' code, `save_pretrained` and `from_pretrained` keep models on disk. `SearchableNet` has an operator of its own in
-every block. Where timm is installed, they are in its registry too.
+authors' code, `save_pretrained` and `from_pretrained` keep models on disk. `SearchableNet` has an operator of its own
+in every block. Where timm is installed, they are in its registry too.
 """
 
 from pyinvolution.models._registry import create_model, list_models, register_model
