@@ -82,7 +82,7 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
     try:
         config = json.loads((folder / CONFIG).read_text())
         name = config.pop("name")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} does not name a model: {type(error).__name__}: {error}") from None
     try:
         state = load_file(folder / WEIGHTS)
