@@ -15,7 +15,7 @@ pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.models import create_model
 from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation, command
-from pyinvolution.recipes.segmentation import digits
+from pyinvolution.recipes.segmentation import digits, figure
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, LABEL_IDS, PALETTE, TRAIN_IDS, BalancedCrop
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
 
@@ -343,3 +343,50 @@ def test_two_processes_see_every_image_once(tree, trained, tmp_path):
         (row,) = csv.DictReader(file)
     for name in ("val/miou", "val/iou/road", "val/loss"):
         assert float(row[name]) == pytest.approx(one.trainer.callback_metrics[name].item(), rel=1e-5)
+
+
+def test_figure_marks_where_predictions_differ():
+    """Two blobs and a seam: the blobs are found, the larger first; the seam and what is ignored are not."""
+    truth = np.full((64, 128), ROAD, np.uint8)
+    truth[:, 120:] = IGNORED
+    one, other = truth.copy(), truth.copy()
+    one[10:20, 20:40], other[10:20, 20:40] = CAR, ROAD
+    one[40:46, 60:70] = SIDEWALK
+    one[:, 90] = CAR
+    one[:, 120:] = CAR
+    first, second = figure.differing_regions(one, other, truth)
+    assert 180 <= first.pixels <= 200, "corners may be left out"
+    assert 50 <= second.pixels <= 60
+    for region, (top, left, bottom, right) in ((first, (10, 20, 20, 40)), (second, (40, 60, 46, 70))):
+        assert region.top <= top
+        assert region.left <= left
+        assert region.top + region.height >= bottom
+        assert region.left + region.width >= right
+        assert region.height <= bottom - top + 8
+        assert region.width <= right - left + 8
+    assert figure.differing_regions(one, other, truth, 1) == [first]
+    assert figure.differing_regions(other, other, truth) == []
+
+
+def test_figure(tree, trained, tmp_path, capsys):
+    """Pictures of two checkpoints of a run; wrong names are one line."""
+    checkpoints = [f"--ours={trained / 'best.ckpt'}", f"--baseline={trained / 'last.ckpt'}", f"--output={tmp_path}"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["figure", *checkpoints, "--count=2"])
+    assert not exit.value.code
+    for name in ("comparison", "kernels"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 500
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    for more, message in (
+        (
+            ["--images", "paris_000000_000000"],
+            "has no validation image paris_000000_000000; there are bonn_000001_000019",
+        ),
+        (["--images", "ulm_000000_000019", "--layers", "layer9"], "there is no involution layer9; there are backbone."),
+        (["--ours", __file__], "is no checkpoint of the segmentation recipe"),
+        (["--root", "/nowhere"], "data.root=/nowhere has no split 'val'"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["figure", *checkpoints, *more])
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err

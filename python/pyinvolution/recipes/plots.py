@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-__all__ = ["Series", "costs", "curves", "kernels", "predictions", "read_metrics"]
+__all__ = ["Series", "costs", "curves", "kernels", "predictions", "read_metrics", "taps"]
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Optimizer steps and values of a logged quantity."""
 
 TRAIN, VAL, MISTAKE = "#3b6fb6", "#d1603d", "#c8102e"
+MARKS = "#e07b00", "#007a5e", "#8a3ffc"
 STYLE = {
     "axes.edgecolor": "#666666",
     "axes.grid": True,
@@ -134,22 +135,21 @@ def kernels(
         pixels: up to three (row, column), in [0, 1].
         path: the picture.
     """
-    colors = ("#e07b00", "#007a5e", "#8a3ffc")
     columns = len(images)
     with _figure(path, (1.55 * (columns + len(pixels)) + 0.4, 1.75 * (1 + len(layers)) + 0.3)) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=(columns, len(pixels)), wspace=0.03)
         left.suptitle("Sum over the taps of each pixel's kernel", weight="bold")
         right.suptitle("Taps at the marked pixels", weight="bold")
         maps = left.subplots(1 + len(layers), columns, squeeze=False)
-        taps = right.subplots(1 + len(layers), len(pixels), squeeze=False)
-        for axes in (*maps.flat, *taps.flat):
+        windows = right.subplots(1 + len(layers), len(pixels), squeeze=False)
+        for axes in (*maps.flat, *windows.flat):
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
         height, width = images.shape[1:]
         for axes, image in zip(maps[0], images, strict=True):
             axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
             _frame(axes, "#cccccc", 0.8)
-        for axes, (y, x), color in zip(taps[0], pixels, colors, strict=False):
+        for axes, (y, x), color in zip(windows[0], pixels, MARKS, strict=False):
             maps[0, 0].plot(x * width - 0.5, y * height - 0.5, "o", color=color, markersize=7, markeredgecolor="white")
             radius = height // 6
             row, column = int(y * height), int(x * width)
@@ -168,12 +168,20 @@ def kernels(
                 )
                 _frame(axes, "#cccccc", 0.8)
             bound = np.abs(kernel[0, group]).max()
-            for axes, (y, x), color in zip(taps[row], pixels, colors, strict=False):
-                window = kernel[0, group, :, :, int(y * kernel.shape[4]), int(x * kernel.shape[5])]
-                axes.imshow(window, cmap="RdBu_r", vmin=-bound, vmax=bound)
-                axes.set_xlabel(f"{window.shape[0]} x {window.shape[1]}", fontsize=7)
-                _frame(axes, color, 2.5)
+            for axes, (y, x), color in zip(windows[row], pixels, MARKS, strict=False):
+                _draw_taps(axes, taps(kernel[0, group], (y, x)), bound, color)
     return path
+
+
+def taps(kernel: NDArray[np.float64], pixel: tuple[float, float]) -> NDArray[np.float64]:
+    """The taps (Kh, Kw) of a kernel (Kh, Kw, Ho, Wo) at a pixel (row, column) in [0, 1)."""
+    return kernel[:, :, int(pixel[0] * kernel.shape[2]), int(pixel[1] * kernel.shape[3])]
+
+
+def _draw_taps(axes: Axes, window: NDArray[np.float64], bound: float, color: str) -> None:
+    axes.imshow(window, cmap="RdBu_r", vmin=-bound, vmax=bound)
+    axes.set_xlabel(f"{window.shape[0]} x {window.shape[1]}", fontsize=7)
+    _frame(axes, color, 2.5)
 
 
 def costs(systems: Sequence[str], quantities: dict[str, Sequence[float]], path: Path) -> Path:
@@ -199,13 +207,15 @@ def _frame(axes: Axes, color: str, linewidth: float) -> None:
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+def _figure(path: Path, size: tuple[float, float], formats: Sequence[str] = ()) -> Iterator[Figure]:
+    """A figure which is saved to ``path`` and, beside it, in other ``formats``, e.g. pdf."""
     # A figure of its own: pyplot would choose a window system and keep every figure alive.
     with plt.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=140)
+        for suffix in (path.suffix, *(f".{name}" for name in formats)):
+            figure.savefig(path.with_suffix(suffix), dpi=140)
 
 
 def _line(

@@ -4,18 +4,16 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyinvolution import Involution2d
 from pyinvolution.recipes import command, plots
 from pyinvolution.recipes.classification import comparison
 from pyinvolution.recipes.classification.digits import write_digits
 from pyinvolution.recipes.classification.imagefolder import ImageFolderData
 from pyinvolution.recipes.classification.module import Classification
+from pyinvolution.recipes.kernels import involution_kernels
 
 __all__ = ["run"]
 
@@ -105,21 +103,3 @@ def _mistakes_and_others(wrong: Tensor, count: int) -> list[int]:
     mistakes, others = wrong.nonzero()[:count, 0], (~wrong).nonzero()[:, 0]
     spread = torch.linspace(0, max(len(others) - 1, 0), count - len(mistakes)).long()
     return sorted(mistakes.tolist() + others[spread].tolist())
-
-
-@torch.no_grad()
-def involution_kernels(net: nn.Module, images: Tensor) -> dict[str, NDArray[np.float64]]:
-    """Kernels (N, G, Kh, Kw, Ho, Wo) that every `Involution2d` of ``net`` generates for images (N, 3, H, W)."""
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, Involution2d)}
-    spans: dict[nn.Module, Tensor] = {}
-    hooks = [
-        layer.span.register_forward_hook(lambda span, _, output: spans.update({span: output}))
-        for layer in layers.values()
-    ]
-    net.eval()(images)
-    for hook in hooks:
-        hook.remove()
-    return {
-        name: spans[layer.span].unflatten(1, (layer.groups, *layer.kernel_size)).double().numpy()
-        for name, layer in layers.items()
-    }
