@@ -234,6 +234,9 @@ def test_missing_files(data, tmp_path):
     samples.dataset.root = str(tmp_path)
     with pytest.raises(UnreadableSample, match=f"cannot read image {tmp_path}/000000002000.png"):
         samples[0]
+    wrong = edited(data, tmp_path, lambda c: c["annotations"][-1].update(segmentation=[[1, 2]]))
+    with pytest.raises(UnreadableSample, match=r"cannot read image .*2028.png or its masks"):
+        prepared(data, val_annotations=wrong).val_samples[4]
     other = edited(data, tmp_path, lambda c: c["categories"].append({"id": 91, "name": "more"}))
     with pytest.raises(RecipeError, match=r"3 categories in .* and 4 others in"):
         prepared(data, val_annotations=other)

@@ -47,22 +47,22 @@ class CocoImages:
         image_id = self.dataset.ids[index]
         try:
             image, annotations = self.dataset[index]
+            annotations = [a for a in annotations if self.crowd or not a.get("iscrowd", 0)]
+            masks = self._masks(annotations, image.size[::-1]) if self.masks else None
         except Exception as error:  # decoders raise nearly anything on broken files
             path = Path(self.dataset.root, self.dataset.coco.imgs[image_id]["file_name"])
-            raise UnreadableSample(f"cannot read image {path}: {error}") from error
-        annotations = [a for a in annotations if self.crowd or not a.get("iscrowd", 0)]
+            raise UnreadableSample(f"cannot read image {path} or its masks: {error}") from error
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        size = image.size[::-1]
         target: Target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.size[::-1]),
             "labels": torch.tensor([self.labels[a["category_id"]] for a in annotations], dtype=torch.int64),
             "iscrowd": torch.tensor([a.get("iscrowd", 0) for a in annotations], dtype=torch.int64),
             "area": torch.tensor([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations]).float(),
             "image_id": image_id,
         }
-        if self.masks:
-            target["masks"] = tv_tensors.Mask(self._masks(annotations, size))
+        if masks is not None:
+            target["masks"] = tv_tensors.Mask(masks)
         image, target = self.transform(tv_tensors.Image(image), target)
         plain = {
             key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in target.items()

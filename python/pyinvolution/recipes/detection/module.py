@@ -29,8 +29,6 @@ METRICS = {
     "map_medium": "ap_medium",
     "map_large": "ap_large",
 }
-
-
 _LOSSES = {"classification": "loss_classifier", "bbox_regression": "loss_box_reg"}
 
 
