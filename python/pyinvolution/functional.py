@@ -157,6 +157,8 @@ def _pair(op: str, name: str, value: int | Pair) -> Pair:
 def _column(bias: Tensor, input: Tensor) -> Tensor:
     if not isinstance(bias, Tensor):
         raise TypeError(f"involution2d: bias is a {type(bias).__name__}, expected a Tensor or None")
+    if bias.layout != torch.strided:
+        raise ValueError(f"involution2d: bias has layout {bias.layout}, expected torch.strided")
     if bias.shape != input.shape[1:2]:
         raise ValueError(
             f"involution2d: bias has shape {tuple(bias.shape)}, expected ({input.shape[1]},), one for each channel"
