@@ -334,7 +334,9 @@ def test_evaluation_is_cocos(data, tmp_path):
             assert 0.05 < expected["ap"] < 0.95
             assert {key: logged[f"val/{name}_{key}"] for key in expected} == pytest.approx(expected, abs=1e-4)
     assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"000000002000.png", "000000002007.png"}
-    assert (tmp_path / "detections.png").is_file()
+    for path in (tmp_path / "detections.png", tmp_path / "predictions" / "000000002007.png"):
+        shares = np.mean(np.asarray(Image.open(path).convert("RGB")).min(2) < 200)
+        assert shares > 0.3, "there is something on it"
 
 
 def test_validate_and_predict_from_a_checkpoint(data, trained, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Detection and instance segmentation: the COCO recipe of the paper (appendix A.2)."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from pyinvolution.models import create_model, load_official
+from pyinvolution.recipes.backbone import load_backbone
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe, check_fit, read_weights
+from pyinvolution.recipes.module import Recipe
 
 __all__ = ["Detection"]
 
@@ -81,7 +81,7 @@ class Detection(Recipe):
         self.masks = hasattr(net, "roi_heads") and net.roi_heads.has_mask()
         self.pretrained = not (backbone_weights is None and kwargs.get("init_from") is None)
         if backbone_weights is not None:
-            self.load_backbone(backbone_weights)
+            load_backbone(net.backbone.body, backbone_weights)
         kinds = ("bbox", "segm") if self.masks else ("bbox",)
         self.net.backbone.register_forward_pre_hook(self._to_memory_format)
         self.val_ap = MeanAveragePrecision(iou_type=kinds)
@@ -90,21 +90,6 @@ class Detection(Recipe):
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         load_official(self.net, state)
-
-    def load_backbone(self, path: str) -> None:
-        """Load the backbone of ``net`` from a classifier or detector, official or of this library."""
-        field, body = f"model.backbone_weights: {path}", self.net.backbone.body
-        state = read_weights(path, "model.backbone_weights")
-        ours = {re.sub(r"^(net\.)?(backbone\.body\.)?", "", key): value for key, value in state.items()}
-        ours = {key: value for key, value in ours.items() if key in body.state_dict()}
-        if ours:
-            check_fit(ours, body, field)
-            body.load_state_dict(ours)
-            return
-        try:
-            load_official(body, state)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"{field} does not fit this model: {error}") from error
 
     @property
     def compiled_part(self) -> nn.Module:

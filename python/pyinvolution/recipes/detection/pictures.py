@@ -45,7 +45,6 @@ class Scene:
 
 def draw(axes: Axes, scene: Scene, classes: Sequence[str]) -> None:
     """Masks and boxes in a colour of the class, true boxes dashed."""
-    axes.axis("off")
     shown = scene.image.copy()
     colors = colormaps["tab10"].colors
     for index, label in enumerate(scene.labels if scene.masks is not None else ()):
@@ -67,9 +66,8 @@ def grid(scenes: Sequence[Scene], classes: Sequence[str], path: Path) -> Path:
     columns = min(COLUMNS, len(scenes))
     rows = -(-len(scenes) // columns)
     with _figure(path, (3 * columns, 3 * rows)) as canvas:
-        panels = canvas.subplots(rows, columns, squeeze=False).flat
-        for axes in panels:
+        for axes in (panels := canvas.subplots(rows, columns, squeeze=False)).flat:
             axes.axis("off")
-        for axes, scene in zip(panels, scenes, strict=False):
+        for axes, scene in zip(panels.flat, scenes, strict=False):
             draw(axes, scene, classes)
     return path
