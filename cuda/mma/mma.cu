@@ -12,7 +12,6 @@ const char* mma_refusal(const Problem& p, Pass pass) {
     return "it has square kernels of 3, 5 and 7";
   if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
   if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
-  if (pass == Pass::grad_input && p.stride_h != 1) return "its gradient of the input has a stride of 1";
   if (p.groups < 1 || p.group_channels() != mma::group_channels) return "it has 16 channels a group";
   if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return "neither channels nor columns of the input are dense";
   if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return "neither channels nor columns of the output are dense";
