@@ -33,26 +33,13 @@ inline bool uses_inner_taps(const Problem& p, Pass pass) {
   return taps_are_inner(p) && (pass == Pass::grad_input ? p.y_stride : p.x_stride)[1] == 1;
 }
 
-// The most elements, of 4, 2 and 1, that divide all of `sizes` and at whose multiples `data` is aligned.
-template <class T>
-int vector_of(const void* data, std::initializer_list<int64_t> sizes) {
-  int vector = 4;
-  const auto fits = [&](int64_t size) { return size % vector == 0; };
-  while (vector > 1 && (reinterpret_cast<uintptr_t>(data) % (size_t(vector) * sizeof(T)) != 0 ||
-                        !std::all_of(sizes.begin(), sizes.end(), fits)))
-    vector /= 2;
-  return vector;
-}
-
 template <class T>
 View view(const int64_t (&strides)[4], const void* data, int64_t width) {
   View view{strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1, 1};
   if (view.channels_inner) {
-    const bool aligned = strides[0] % 8 == 0 && strides[2] % 8 == 0 && strides[3] % 8 == 0 &&
-                         reinterpret_cast<uintptr_t>(data) % (8 * sizeof(T)) == 0;
-    view.vector = aligned ? 8 : 1;
+    view.vector = vector_of<T>(8, data, {strides[0], strides[2], strides[3]}) == 8 ? 8 : 1;
   } else {
-    view.vector = vector_of<T>(data, {strides[0], strides[1], strides[2], width});
+    view.vector = vector_of<T>(4, data, {strides[0], strides[1], strides[2], width});
   }
   return view;
 }
@@ -62,25 +49,19 @@ WeightView weight_view(const Problem& p, Pass pass, const void* data) {
   const int64_t tap = p.w_stride[3];
   WeightView view{p.w_stride[0], int(tap), int(p.w_stride[4]), int(p.w_stride[5]), 1};
   view.vector = uses_inner_taps(p, pass)
-                    ? vector_of<T>(data, {view.n, view.h, view.w, p.groups % chunk_groups * p.taps()})
-                    : vector_of<T>(data, {view.n, view.tap, view.h, p.out_w});
+                    ? vector_of<T>(4, data, {view.n, view.h, view.w, p.groups % chunk_groups * p.taps()})
+                    : vector_of<T>(4, data, {view.n, view.tap, view.h, p.out_w});
   return view;
 }
 
 template <class C, class T>
 Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
   Geometry q;
-  q.groups = int(p.groups), q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
-  const View x = view<T>(p.x_stride, buffers.x, p.in_w), y = view<T>(p.y_stride, buffers.y, p.out_w);
-  const bool to_input = pass == Pass::grad_input;
-  q.x = to_input ? y : x, q.y = to_input ? x : y;
-  q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
-  q.y_height = int(to_input ? p.in_h : p.out_h), q.y_width = int(to_input ? p.in_w : p.out_w);
-  q.w_height = int(p.out_h), q.w_width = int(p.out_w);
-  q.padding_h = int(p.padding_h), q.padding_w = int(p.padding_w);
+  set_images(q, p, pass, view<T>(p.x_stride, buffers.x, p.in_w), view<T>(p.y_stride, buffers.y, p.out_w));
+  q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
   q.w = weight_view<T>(p, pass, buffers.w);
   // What has columns inside and a halo begins in a tile where it can be moved in vectors, or in smaller ones.
-  const bool x_columns = !q.x.channels_inner, w_columns = to_input && !uses_inner_taps(p, pass);
+  const bool x_columns = !q.x.channels_inner, w_columns = pass == Pass::grad_input && !uses_inner_taps(p, pass);
   int vector = std::max(x_columns ? q.x.vector : 1, w_columns ? q.w.vector : 1);
   const auto shift = [&] { return C::first_column(q.padding_w) & (vector - 1); };
   while (shift() > C::max_shift) vector /= 2;
