@@ -13,7 +13,7 @@ GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
 export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-.PHONY: demo test test-python test-cpp lint format bench bench-gpu clean
+.PHONY: demo test test-python test-cpp lint format bench bench-gpu sanitize-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyinvolution demo
@@ -63,6 +63,10 @@ bench: $(VENV)/.installed
 # Without a GPU it prints what bounds each shape.
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu
+
+# The GPU tests under compute-sanitizer.
+sanitize-gpu: $(VENV)/.installed
+	PYTHON=$(BIN)/python benchmarks/sanitize.sh
 
 clean:
 	rm -rf build $(VENV)

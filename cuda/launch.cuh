@@ -1,7 +1,9 @@
 // Launching a kernel, on a GPU or in the emulator, and choosing its template arguments from a Problem.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 
 #include "primitives.cuh"
@@ -87,6 +89,43 @@ int64_t reach(const int64_t (&sizes)[Rank], const int64_t (&strides)[Rank]) {
   int64_t last = 0;
   for (int d = 0; d < Rank; ++d) last += sizes[d] > 0 ? (sizes[d] - 1) * strides[d] : 0;
   return last;
+}
+
+// How many elements, of `most` and its halves, can be moved at once: they divide all of `sizes`, and `data` is aligned
+// to them.
+template <class T>
+int vector_of(int most, const void* data, std::initializer_list<int64_t> sizes) {
+  const auto fits = [&](int vector) {
+    return reinterpret_cast<uintptr_t>(data) % (size_t(vector) * sizeof(T)) == 0 &&
+           std::all_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size % vector == 0; });
+  };
+  while (most > 1 && !fits(most)) most /= 2;
+  return most;
+}
+
+// Why kernels for square taps and dense rows cannot run a problem, or nullptr.
+inline const char* usual_refusal(const Problem& p) {
+  if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
+    return "it has square kernels of 3, 5 and 7";
+  if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
+  if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
+  if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return "neither channels nor columns of the input are dense";
+  if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return "neither channels nor columns of the output are dense";
+  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return "the input or the output has no pixels";
+  return nullptr;
+}
+
+// What kernels in tiles are told of the images: q.x is the one with a halo, q.y the tiled one, which are X and Y and in
+// the gradient of the input Y and X.
+template <class Geometry, class View>
+void set_images(Geometry& q, const Problem& p, Pass pass, const View& x, const View& y) {
+  const bool to_input = pass == Pass::grad_input;
+  q.x = to_input ? y : x, q.y = to_input ? x : y;
+  q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
+  q.y_height = int(to_input ? p.in_h : p.out_h), q.y_width = int(to_input ? p.in_w : p.out_w);
+  q.w_height = int(p.out_h), q.w_width = int(p.out_w);
+  q.padding_h = int(p.padding_h), q.padding_w = int(p.padding_w);
+  q.groups = int(p.groups);
 }
 
 // Whether every element's offset and number, and every coordinate with its padding, is below `limit`.

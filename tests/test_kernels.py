@@ -21,11 +21,6 @@ def _poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-def run(case: Case, dtype: torch.dtype, layout: str, device: str, passes: Sequence[str] = PASSES) -> list[torch.Tensor]:
-    x, w, gy = tensors(case, dtype, layout, device)
-    return compute(case, x, w, gy, passes)
-
-
 def compute(
     case: Case, x: torch.Tensor, w: torch.Tensor, gy: torch.Tensor, passes: Sequence[str] = PASSES
 ) -> list[torch.Tensor]:
@@ -49,14 +44,16 @@ def of_passes(results: Sequence[torch.Tensor], passes: Sequence[str]) -> list[to
     return [result for result, pass_ in zip(results, PASSES, strict=True) if pass_ in passes]
 
 
-def check(case: Case, dtype: torch.dtype, layout: str, device: str, passes: Sequence[str] = PASSES) -> None:
-    inputs = tensors(case, dtype, layout)
+def check_given(case: Case, given: Sequence[torch.Tensor], what: str, passes: Sequence[str] = PASSES) -> None:
+    inputs = [t.cpu() for t in given]
     oracle = of_passes(oracle_passes(case, *inputs), passes)
     reference = of_passes(reference_passes(case, *inputs), passes)
-    for what, actual, exact, same in zip(
-        passes, run(case, dtype, layout, device, passes), oracle, reference, strict=True
-    ):
-        assert_accurate(actual.cpu(), exact, same, f"{what} of {case}, {dtype}, {layout}, {device}")
+    for name, actual, exact, same in zip(passes, compute(case, *given, passes), oracle, reference, strict=True):
+        assert_accurate(actual.cpu(), exact, same, f"{name} of {case}, {given[0].dtype}, {what}")
+
+
+def check(case: Case, dtype: torch.dtype, layout: str, device: str, passes: Sequence[str] = PASSES) -> None:
+    check_given(case, tensors(case, dtype, layout, device), f"{layout}, {device}", passes)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -92,7 +89,7 @@ def test_isa(isa: str, dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("case", EMPTY_CASES, ids=str)
 def test_empty(case: Case, device: str) -> None:
     for output, expected in zip(
-        run(case, torch.float32, "contiguous", device),
+        compute(case, *tensors(case, torch.float32, "contiguous", device)),
         ((*case.input[:2], *case.output), case.input, case.weight),
         strict=True,
     ):
@@ -124,16 +121,22 @@ def test_threads_and_runs_give_the_same_bits(variant: str, layout: str) -> None:
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_non_finite_values_reach_what_the_equation_says(variant: str, value: float, layout: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_non_finite_values_reach_what_the_equation_says(
+    variant: str, value: float, layout: str, dtype: torch.dtype, stride: int
+) -> None:
     device, name = variant.split("/")
     if device not in DEVICES:
         pytest.skip("no CUDA device")
-    case = Case((1, 32, 20, 20), 2, (7, 7), padding=(3, 3))
+    if device == "cpu" and (dtype != torch.float32 or stride != 1):
+        pytest.skip("on a CPU all dtypes are computed in float32, and strides alike")
+    case = Case((1, 32, 20, 20), 2, (7, 7), (stride,) * 2, (3, 3))
     for spoiled in range(3):
-        inputs = list(tensors(case, torch.float32, layout))
+        inputs = list(tensors(case, dtype, layout))
         if spoiled == 1:
-            inputs[1][0, 1, 6, 6, 19, 19] = value  # a tap on padding: 0 * value
-            inputs[1][0, 1, 0, 3, 10, 10] = value
+            inputs[1][0, 1, 6, 6, -1, -1] = value  # a tap on padding: 0 * value
+            inputs[1][0, 1, 0, 3, 5, 5] = value
         else:
             inputs[spoiled][0, 17, 2, 9] = value
         expected = oracle_passes(case, *inputs)

@@ -1,6 +1,6 @@
 """span_involution2d: every variant against the float64 oracle, and as PyTorch sees it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import pytest
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution import ops, override_isa, reference
 from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.introspection import available_isas, explain_span, force_variant, variants
+from pyinvolution.introspection import SPAN_PASSES, available_isas, explain_span, force_variant, variants
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -53,10 +53,14 @@ def tensors(
     return x, r, random((rows, reduced)) / reduced**0.5, random((rows,)), gy
 
 
-def passes(case: Case, x: Tensor, r: Tensor, w: Tensor, b: Tensor, gy: Tensor) -> list[Tensor]:
+def passes(
+    case: Case, x: Tensor, r: Tensor, w: Tensor, b: Tensor, gy: Tensor, wanted: Collection[str] = SPAN_PASSES
+) -> list[Tensor]:
     geometry = (case.kernel, *case.geometry)
-    y = ops.span_involution2d(x, r, w, b, None, None, False, *geometry)
-    return [y, *ops.span_involution2d_backward(gy, x, r, w, b, *geometry, (True,) * 4)]
+    y = [ops.span_involution2d(x, r, w, b, None, None, False, *geometry)] if "forward" in wanted else []
+    if "backward" in wanted:
+        y += ops.span_involution2d_backward(gy, x, r, w, b, *geometry, (True,) * 4)
+    return y
 
 
 def composed(case: Case, *given: Tensor, work: torch.dtype | None = None) -> list[Tensor]:
@@ -74,11 +78,20 @@ def composed(case: Case, *given: Tensor, work: torch.dtype | None = None) -> lis
     return [t.detach().to(work or dtype) for t in results]
 
 
-def check(case: Case, reduced: int, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
-    given = tensors(case, reduced, dtype, layout)
-    exact, same = composed(case, *given, work=torch.float64), composed(case, *given)
-    actual = passes(case, *(t.to(device) for t in given))
-    for name, a, e, s in zip(NAMES, actual, exact, same, strict=True):
+def check(
+    case: Case,
+    reduced: int,
+    dtype: torch.dtype,
+    layout: str,
+    device: str = "cpu",
+    wanted: Collection[str] = SPAN_PASSES,
+) -> None:
+    given = tensors(case, reduced, dtype, layout, device)
+    inputs = [t.cpu() for t in given]
+    exact, same = composed(case, *inputs, work=torch.float64), composed(case, *inputs)
+    actual = passes(case, *given, wanted)
+    results = slice(0 if "forward" in wanted else 1, None if "backward" in wanted else 1)
+    for name, a, e, s in zip(NAMES[results], actual, exact[results], same[results], strict=True):
         assert_accurate(a.cpu(), e, s, f"{name} of {case}, R={reduced}, {dtype}, {layout}, {device}")
 
 
@@ -86,7 +99,7 @@ def refused(variant: str, given: tuple[Tensor, ...], case: Case) -> set[str]:
     """The passes that a variant refuses."""
     return {
         pass_
-        for pass_ in ("forward", "backward")
+        for pass_ in SPAN_PASSES
         for verdict in explain_span(*given[:4], case.kernel, *case.geometry, pass_=pass_).verdicts
         if verdict.variant == variant and verdict.refusal
     }
@@ -110,10 +123,12 @@ def test_variant(variant: str, dtype: torch.dtype, layout: str) -> None:
     ran = 0
     for case, reduced in CASES:
         with force_variant(variant):
-            if not refused(name, tensors(case, reduced, dtype, layout, device), case):
-                check(case, reduced, dtype, layout, device)
+            wanted = set(SPAN_PASSES) - refused(name, tensors(case, reduced, dtype, layout, device), case)
+            if wanted:
+                check(case, reduced, dtype, layout, device, wanted)
                 ran += 1
-    assert ran or dtype == torch.float64, f"{variant} ran nothing"
+    narrow = variant == "cuda/fused" and (dtype.itemsize != 2 or layout != "channels_last")
+    assert ran or narrow or dtype == torch.float64, f"{variant} ran nothing"
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -8,20 +8,12 @@ namespace pyinvolution::cuda {
 
 const char* mma_refusal(const Problem& p, Pass pass) {
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "it multiplies half and bfloat16";
-  if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
-    return "it has square kernels of 3, 5 and 7";
-  if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
-  if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
-  if (pass == Pass::grad_input && p.stride_h != 1) return "its gradient of the input has a stride of 1";
+  if (const char* refusal = usual_refusal(p)) return refusal;
   if (p.groups < 1 || p.group_channels() != mma::group_channels) return "it has 16 channels a group";
-  if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return "neither channels nor columns of the input are dense";
-  if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return "neither channels nor columns of the output are dense";
   if (!mma::taps_are_inner(p) && !mma::columns_are_inner(p))
     return "neither taps nor columns of the weight are dense, or its groups and taps are not evenly spaced";
   if ((pass == Pass::grad_input ? p.y_stride : p.x_stride)[1] != 1 && !mma::columns_are_inner(p))
     return "the taps of the weight are dense, and the channels of what they apply to are not";
-
-  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return "the input or the output has no pixels";
 
   // Offsets within an image are 32-bit, also those in the halo and in parts of tiles beyond the image, as is the number
   // of blocks.

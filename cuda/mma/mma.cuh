@@ -2,22 +2,23 @@
 // group.
 //
 //   forward       Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, S*p + k - padding]
-//   grad_input    X[n,c,q]   = sum over taps k of W[n,g(c),k,p] * Y[n,c,p],  p = q + padding - k   (S = 1)
+//   grad_input    X[n,c,q]   = sum over taps k of W[n,g(c),k,p] * Y[n,c,p],  p = (q + padding - k) / S where whole
 //   grad_weight   W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, S*p + k - padding]
 //
 // X is N,C,H,W; W is N,G,K,K,Ho,Wo; Y is N,C,Ho,Wo (in gradients, grad_output). A block has a tile of Rows x Columns
 // pixels of Y and a chunk of up to 4 groups; X below it with its halo and zeros outside the image, W and Y lie in
 // shared memory as they are stored, and cross to and from it in 4 to 16 bytes, in the background where they come.
 //
-// apply (forward, grad_input): for a strip of 8 pixels and a kernel row,
+// forward: for a strip of 8 pixels and a kernel row,
 //     Y[16 channels x 8 pixels] += X[16 channels x 8*(S+1) positions] * band[8*(S+1) positions x 8 pixels]
 // where band[i][p] is the weight of pixel p at tap i - S*p, and zero beside the kernel. A lane's place in the operand B
 // is a pair of positions of one pixel; the positions of a pixel repeat modulo 8, so a lane has one pair of taps for all
 // kernel rows: two 16-bit loads, one PRMT, and a mask for each pair of registers. X goes through ldmatrix and serves 4
 // rows of Y. A warp owns one group of one strip of 4 rows: for K = 7, S = 1, 28 HMMA, 10 ldmatrix and 56 loads of
-// weights. The gradient of the input is the same sum with reversed taps over Y, once each weight lies with the pixel of
-// X it leads to: only the loading of W differs. The zeros of the band make NaN of an Inf beside a pixel's kernel. So
-// where a sum is not finite, the warp computes it again tap by tap.
+// weights. The zeros of the band make NaN of an Inf beside a pixel's kernel. So where a sum is not finite, the warp
+// computes it again tap by tap.
+//
+// grad_input: grad_input.cuh.
 //
 // grad_weight: for 2 rows of 8 pixels and a row of X, D[16 pixels x 8*(S+1) positions] = Y * X over the 16 channels,
 // from which each lane takes the pair of taps that is its own as above. No product is beside a kernel.
@@ -46,8 +47,10 @@ struct Config {
   static constexpr int strips = Columns / 8;
   static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
   static constexpr int x_rows = (Rows - 1) * S + K, x_columns = S * Columns + 8;
+  static constexpr int w_rows = Rows, w_columns = Columns;
   // How many positions a strip's fragments can start before its first tap.
   static constexpr int max_shift = 8 * fragments - 7 * S - K;
+  static int first_column(int padding) { return -padding; }
 };
 
 // Pixels in shared memory, offsets in bytes. With channels inside, 128 bytes a position, of which the 16-byte pieces
@@ -73,12 +76,12 @@ struct Image {
 template <class C, bool TapsInner>
 struct Weights {
   static constexpr bool taps_inner = TapsInner;
-  static constexpr int pixels = C::Rows * C::Columns, all_taps = chunk_groups * C::taps;
+  static constexpr int pixels = C::w_rows * C::w_columns, all_taps = chunk_groups * C::taps;
   static constexpr int pitch = TapsInner ? ((all_taps / 2 + 3) / 8 * 8 + 4) * 4 : pixels * 2 + 16;
   static constexpr int bytes = (TapsInner ? pixels : all_taps) * pitch;
 
   static __device__ __forceinline__ int at(int row, int column, int tap) {
-    const int pixel = row * C::Columns + column;
+    const int pixel = row * C::w_columns + column;
     return TapsInner ? pixel * pitch + tap * 2 : tap * pitch + pixel * 2;
   }
 };
@@ -106,6 +109,7 @@ struct Geometry {
   int padding_h, padding_w;
   int shift;  // positions that come before the first tap, so that x can be moved in vectors
   int tiles_h, tiles_w;
+  int stages;  // of the gradient of the input
   View x, y;
   WeightView w;
 };
@@ -206,27 +210,30 @@ __device__ __forceinline__ void for_each_line(const View& view, int channels, in
   }
 }
 
-// The same of the weights of the tile's pixels.
+// The same of the weights of `groups` groups, whose pixels begin at (first_row, first_column).
 template <class C, class W, int V, class Body>
-__device__ __forceinline__ void for_each_line(const Geometry& q, const Tile& tile, const Body& body) {
-  const int thread = int(threadIdx.x), taps = tile.groups * C::taps;
+__device__ __forceinline__ void for_each_line(const Geometry& q, int groups, int first_row, int first_column,
+                                              const Body& body) {
+  const int thread = int(threadIdx.x), taps = groups * C::taps;
   const WeightView& view = q.w;
   if constexpr (W::taps_inner) {
-    const int rows = min(C::Rows, q.w_height - tile.row);
+    const int begin = max(0, -first_row), end = min(C::w_rows, q.w_height - first_row);
     for (int tap = thread % 32 * V; tap < taps; tap += 32 * V) {
-      for (int column = thread / 32; column < C::Columns; column += C::Warps) {
-        const int v = tile.column + column;
-        body(W::at(0, column, tap), C::Columns * W::pitch,
-             Line{tile.row * view.h + v * view.w + tap, view.h, C::Rows, 0, v < q.w_width ? rows : 0});
+      for (int column = thread / 32; column < C::w_columns; column += C::Warps) {
+        const int v = first_column + column;
+        const bool inside = v >= 0 && v < q.w_width;
+        body(W::at(0, column, tap), C::w_columns * W::pitch,
+             Line{first_row * view.h + v * view.w + tap, view.h, C::w_rows, begin, inside ? end : begin});
       }
     }
   } else {
-    constexpr int units = C::Columns / V, step = C::threads / (C::Rows * units);
-    const int row = thread / units % C::Rows, column = thread % units * V, first = thread / units / C::Rows;
-    const int h = tile.row + row, v = tile.column + column, count = (taps - first + step - 1) / step;
+    constexpr int units = C::w_columns / V, step = C::threads / (C::w_rows * units);
+    const int row = thread / units % C::w_rows, column = thread % units * V, first = thread / units / C::w_rows;
+    if (first >= step) return;
+    const int h = first_row + row, v = first_column + column, count = (taps - first + step - 1) / step;
+    const bool inside = h >= 0 && h < q.w_height && v >= 0 && v < q.w_width;
     body(W::at(row, column, first), step * W::pitch,
-         Line{first * view.tap + h * view.h + v, step * view.tap, count, 0,
-              h < q.w_height && v < q.w_width ? count : 0});
+         Line{first * view.tap + h * view.h + v, step * view.tap, count, 0, inside ? count : 0});
   }
 }
 
@@ -261,64 +268,14 @@ __device__ __forceinline__ void put_image(const char* shared, T* image, const Vi
   });
 }
 
-// The weights that lead to the tile's pixels of X, taps reversed, zero where Y has no pixel: with the pixel q lies at
-// tap k' the weight of the pixel of Y below it, q - padding + k', for tap K - 1 - k'.
 template <class C, class W, class T>
-__device__ __forceinline__ void bring_weights_to(char* shared, const T* w, const Geometry& q, const Tile& tile) {
-  constexpr int K = C::K;
-  const WeightView& view = q.w;
-  const int thread = int(threadIdx.x);
-  T zero;
-  store(0.0f, &zero);
-  if constexpr (W::taps_inner) {
-    // A warp reads the taps of a kernel row of all groups, pixel by pixel along a row of Y.
-    const int lane = thread % 32, group = lane / K, kw = lane % K;
-    const bool works = group < tile.groups;
-#pragma unroll 1
-    for (int i = thread / 32; i < C::Rows * K; i += C::Warps) {
-      const int row = i / K, kh = i % K, h = tile.row + row - q.padding_h + K - 1 - kh;
-      const bool row_inside = h >= 0 && h < q.w_height;
-      const T* from = w + (row_inside && works ? h * view.h + group * C::taps + kh * K + kw : 0);
-      char* to = shared + W::at(row, 0, works ? group * C::taps + C::taps - 1 - (kh * K + kw) : 0);
-      constexpr int batch = 8;
-#pragma unroll 1
-      for (int first = 0; first < C::Columns + K - 1; first += batch) {
-        T values[batch];
-#pragma unroll
-        for (int j = 0; j < batch; ++j) {
-          const int v = tile.column - q.padding_w + first + j, column = first + j - (K - 1 - kw);
-          const bool valid = works && column >= 0 && column < C::Columns && row_inside && v >= 0 && v < q.w_width;
-          values[j] = zero;
-          if (valid) values[j] = from[v * view.w];
-        }
-#pragma unroll
-        for (int j = 0; j < batch; ++j) {
-          const int column = first + j - (K - 1 - kw);
-          if (works && column >= 0 && column < C::Columns) *reinterpret_cast<T*>(to + column * W::pitch) = values[j];
-        }
-      }
-    }
-  } else {
-    constexpr int pixels = C::Rows * C::Columns;
-    const int pixel = thread % pixels, row = pixel / C::Columns, column = pixel % C::Columns;
-    const int first_v = tile.column + column - q.padding_w;
-#pragma unroll 2
-    for (int i = thread / pixels; i < tile.groups * K; i += C::threads / pixels) {
-      const int group = i / K, kh = i % K, h = tile.row + row - q.padding_h + kh;
-      const bool row_inside = h >= 0 && h < q.w_height;
-      T values[K];
-#pragma unroll
-      for (int kw = 0; kw < K; ++kw) {
-        const int v = first_v + kw;
-        values[kw] = zero;
-        if (row_inside && v >= 0 && v < q.w_width)
-          values[kw] = w[(group * C::taps + C::taps - 1 - (kh * K + kw)) * view.tap + h * view.h + v];
-      }
-#pragma unroll
-      for (int kw = 0; kw < K; ++kw)
-        *reinterpret_cast<T*>(shared + W::at(row, column, group * C::taps + kh * K + kw)) = values[kw];
-    }
-  }
+__device__ __forceinline__ void bring_weights(char* shared, const T* w, const Geometry& q, int groups, int first_row,
+                                              int first_column) {
+  with_vector<false>(q.w.vector, [&](auto v) {
+    for_each_line<C, W, v.value>(q, groups, first_row, first_column, [&](int to, int step, const Line& line) {
+      bring_line<v.value>(shared + to, step, w, line);
+    });
+  });
 }
 
 __device__ __forceinline__ void wait_for_tile() {
@@ -388,11 +345,12 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Whether all sums of the warp are finite: zero times a finite number is zero, else NaN.
-__device__ __forceinline__ bool all_finite(const float (&sums)[4][4]) {
+// Whether the first sums of all lanes are finite: zero times a finite number is zero, else NaN.
+template <int Count = 4, int Rows>
+__device__ __forceinline__ bool all_finite(const float (&sums)[Rows][4]) {
   float zero = 0;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < Count; ++r) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) zero += sums[r][i] * 0.0f;
   }
@@ -427,8 +385,7 @@ __device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4]
   put_image<I, C::Warps>(shared, out, q.y, tile.groups * group_channels, q.y_height, q.y_width, tile.row, tile.column);
 }
 
-// ToInput: the gradient of the input, where x is grad_output and y the gradient.
-template <class C, bool ChannelsInner, bool TapsInner, bool ToInput, class T>
+template <class C, bool ChannelsInner, bool TapsInner, class T>
 __global__ void __launch_bounds__(C::threads, 2)
     apply(Geometry q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   constexpr int K = C::K, S = C::S, rows = 4;
@@ -436,7 +393,6 @@ __global__ void __launch_bounds__(C::threads, 2)
   using I = Image<C::x_rows, C::x_columns, ChannelsInner>;
   static_assert(C::Warps == chunk_groups * C::strips * (C::Rows / rows),
                 "a warp for each group and four rows of a strip");
-  static_assert(!ToInput || S == 1, "a gradient gathers pixel by pixel");
   char* weights = shared_memory();
   char* image = weights + W::bytes;
   const Tile tile = tile_of_block<C>(q);
@@ -445,15 +401,7 @@ __global__ void __launch_bounds__(C::threads, 2)
   bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
                            q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift);
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  if constexpr (ToInput) {
-    bring_weights_to<C, W>(weights, group_weights, q, tile);
-  } else {
-    with_vector<false>(q.w.vector, [&](auto v) {
-      for_each_line<C, W, v.value>(q, tile, [&](int to, int step, const Line& line) {
-        bring_line<v.value>(weights + to, step, group_weights, line);
-      });
-    });
-  }
+  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column);
   wait_for_tile();
 
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -588,8 +536,9 @@ __global__ void __launch_bounds__(C::threads, 2)
   __syncthreads();
   T* out = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
   with_vector<false>(q.w.vector, [&](auto v) {
-    for_each_line<C, W, v.value>(
-        q, tile, [&](int from, int step, const Line& line) { put_line<v.value>(weights + from, step, out, line); });
+    for_each_line<C, W, v.value>(q, tile.groups, tile.row, tile.column, [&](int from, int step, const Line& line) {
+      put_line<v.value>(weights + from, step, out, line);
+    });
   });
 }
 

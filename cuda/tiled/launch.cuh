@@ -19,8 +19,7 @@ using NarrowGradient = Config<K, S, 8, 8, 1, 2>;
 
 template <class T>
 View view(const int64_t (&strides)[4], const void* data) {
-  const bool aligned = strides[0] % 4 == 0 && strides[2] % 4 == 0 && strides[3] % 4 == 0 &&
-                       reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
+  const bool aligned = vector_of<T>(4, data, {strides[0], strides[2], strides[3]}) == 4;
   return {strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1 && aligned};
 }
 
@@ -29,14 +28,8 @@ inline bool taps_are_inner(const Problem& p) { return p.w_stride[3] == 1 && p.w_
 template <class T>
 Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
   Geometry q;
-  q.group_channels = int(p.group_channels()), q.groups = int(p.groups), q.kernel = int(p.kernel_h);
-  const View x = view<T>(p.x_stride, buffers.x), y = view<T>(p.y_stride, buffers.y);
-  const bool to_input = pass == Pass::grad_input;
-  q.x = to_input ? y : x, q.y = to_input ? x : y;
-  q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
-  q.y_height = int(to_input ? p.in_h : p.out_h), q.y_width = int(to_input ? p.in_w : p.out_w);
-  q.w_height = int(p.out_h), q.w_width = int(p.out_w);
-  q.padding_h = int(p.padding_h), q.padding_w = int(p.padding_w);
+  set_images(q, p, pass, view<T>(p.x_stride, buffers.x), view<T>(p.y_stride, buffers.y));
+  q.group_channels = int(p.group_channels()), q.kernel = int(p.kernel_h);
   q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]), int(p.w_stride[3]),
          int(p.w_stride[4]), int(p.w_stride[5]), taps_are_inner(p)};
   return q;

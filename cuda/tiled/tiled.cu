@@ -6,17 +6,10 @@ namespace pyinvolution::cuda {
 
 const char* tiled_refusal(const Problem& p, Pass) {
   if (p.dtype == DType::f64) return "it sums in float, and the problem is in double";
-  if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
-    return "it has square kernels of 3, 5 and 7";
-  if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
-  if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
+  if (const char* refusal = usual_refusal(p)) return refusal;
   if (p.groups < 1 || p.group_channels() % 8 != 0 || p.group_channels() < 8 || p.group_channels() > 32)
     return "it has 8, 16, 24 or 32 channels a group";
-  if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return "neither channels nor columns of the input are dense";
-  if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return "neither channels nor columns of the output are dense";
   if (!tiled::taps_are_inner(p) && p.w_stride[5] != 1) return "neither taps nor columns of the weight are dense";
-
-  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return "the input or the output has no pixels";
 
   // Offsets within an image are 32-bit, as is the number of blocks.
   Problem image = p;

@@ -2,29 +2,16 @@
 // finite stay where they belong; every schedule gives the same bits; each removed synchronisation is noticed.
 #include "../../cuda/mma/mma.h"
 
-#include "cuda_emulator/emulator.h"
-#include "oracle.h"
+#include "variant.h"
 
 namespace {
 
-using emulator::Schedule;
-
+constexpr CudaVariant mma{cuda::mma_refusal, cuda::mma_run};
 constexpr DType mma_dtypes[] = {DType::f16, DType::bf16};
 
 std::vector<char> run_and_check(const Trial& trial, const Strides& strides, uint64_t seed = 1) {
-  Setting setting(trial, Device::cuda, seed, strides);
-  const char* refusal = cuda::mma_refusal(setting.problem, trial.pass);
-  if (!CHECK(refusal == nullptr, trial.text() + ": refused, " + (refusal ? refusal : ""))) return {};
-  const std::string error =
-      checks::message_of([&] { cuda::mma_run(setting.problem, trial.pass, setting.buffers(), {}); });
-  if (CHECK(error.empty(), trial.text() + ": " + error)) setting.check();
-  return setting.written().bytes();
+  return run_and_check(mma, trial, strides, seed);
 }
-std::vector<char> run_and_check(const Trial& trial, uint64_t seed = 1) {
-  return run_and_check(trial, strides_of(trial.shape, trial.layout, trial.pass), seed);
-}
-
-bool has(const Case& shape, Pass pass) { return pass != Pass::grad_input || shape.sh == 1; }
 
 // X (for its gradient, Y) with columns inside and W with taps inside is refused.
 bool has_mix(int mix, Pass pass) { return (mix & 2) == 0 || (mix & (pass == Pass::grad_input ? 4 : 1)) != 0; }
@@ -45,7 +32,6 @@ void kernels_and_strides() {
            {Case{2, 32, 2, 7, 7, k, k, s, s, k / 2, k / 2}, Case{1, 64, 4, 9, 20, k, k, s, s, k / 2, k / 2},
             Case{1, 96, 6, 18, 34, k, k, s, s, k / 2 - 1, k / 2 + 1}, Case{1, 48, 3, 8, 24, k, k, s, s, 0, k - 1}})
         for (const Pass pass : passes) {
-          if (!has(shape, pass)) continue;
           for (int mix = 0; mix < 8; ++mix) {
             if (!has_mix(mix, pass) || (shape.c == 96 && k != 7)) continue;
             run_and_check({shape, Layout::contiguous, mma_dtypes[++next % 2], pass}, mixed_strides(shape, mix),
@@ -62,9 +48,18 @@ void alignments() {
       for (const int64_t s : {1, 2})
         for (const Pass pass : passes) {
           const Case shape{1, 16, 1, 8, width * s, 7, 7, s, s, 3, padding};
-          if (has(shape, pass))
-            run_and_check({shape, Layout::contiguous, mma_dtypes[++next % 2], pass}, uint64_t(next));
+          run_and_check({shape, Layout::contiguous, mma_dtypes[++next % 2], pass}, mixed_strides(shape, 0),
+                        uint64_t(next));
         }
+}
+
+// Kernels for one pixel, whose taps and columns both are dense.
+void single_pixels() {
+  for (const int64_t s : {1, 2})
+    for (const Pass pass : passes)
+      for (const int mix : {0, 5, 7})
+        run_and_check({{2, 64, 4, 7, 7, 7, 7, s, s, 0, 0}, Layout::contiguous, DType::f16, pass},
+                      mixed_strides({2, 64, 4, 7, 7, 7, 7, s, s, 0, 0}, mix));
 }
 
 // channels_last memory with gaps, aligned to vectors and not; tensors that repeat.
@@ -98,7 +93,6 @@ void special_values() {
                             Case{1, 16, 1, 19, 19, 7, 7, 2, 2, 3, 3}, Case{1, 16, 1, 12, 20, 3, 3, 1, 1, 1, 1},
                             Case{1, 32, 2, 12, 18, 5, 5, 2, 2, 2, 1}})
     for (const Pass pass : passes) {
-      if (!has(shape, pass)) continue;
       for (int mix = 0; mix < 8; ++mix)
         if (has_mix(mix, pass))
           run_and_check({shape, Layout::contiguous, mma_dtypes[++next % 2], pass, Values::special},
@@ -111,64 +105,15 @@ void schedules_and_races() {
     for (const Pass pass : passes)
       for (const int64_t s : {1, 2}) {
         const Case shape{1, 64, 4, 9, 18, 7, 7, s, s, 3, 3};
-        if (!has(shape, pass)) continue;
-        const Trial trial{shape, Layout::contiguous, DType::bf16, pass};
-        const Strides strides = mixed_strides(shape, mix);
-        emulator::options() = {};
-        emulator::forget_statistics();
-        const std::vector<char> right = run_and_check(trial, strides);
+        check_schedules(mma, {shape, Layout::contiguous, DType::bf16, pass}, mixed_strides(shape, mix));
         CHECK(emulator::statistics().matrix_loads > 0, "matrices were loaded");
-        CHECK(emulator::statistics().bank_conflicts == 0, trial.text() + ": matrix loads have " +
-                                                              std::to_string(emulator::statistics().bank_conflicts) +
-                                                              " bank conflicts");
-        for (const Schedule schedule : emulator::schedules) {
-          emulator::options() = {schedule, 3, -1};
-          CHECK(run_and_check(trial, strides) == right,
-                trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
-        }
-        const auto sites = emulator::sync_sites();
-        for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
-          int caught = 0;
-          for (const Schedule schedule : emulator::schedules) {
-            emulator::options() = {schedule, 3, int(dropped)};
-            Setting setting(trial, Device::cuda, 1, strides);
-            cuda::mma_run(setting.problem, pass, setting.buffers(), {});
-            caught += setting.written().bytes() != right;
-            if (caught > 0) break;
-          }
-          CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
-        }
       }
-  emulator::options() = {};
 }
 
 void refusals() {
-  const auto refused = [](const Case& shape, DType dtype, Layout layout, Pass pass, const char* part) {
-    const Problem problem = problem_of(shape, dtype, Device::cuda, strides_of(shape, layout, pass));
-    const char* refusal = cuda::mma_refusal(problem, pass);
-    CHECK(refusal != nullptr && std::string(refusal).find(part) != std::string::npos,
-          std::string("expected a refusal with \"") + part + "\", got " + (refusal ? refusal : "none"));
-  };
   const Case good{1, 32, 2, 8, 8, 3, 3, 1, 1, 1, 1};
-  Case shape = good;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "half and bfloat16");
-  refused(shape, DType::bf16, Layout::gapped, Pass::forward, "dense");
-  shape.kw = 5;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::forward, "square");
-  shape = good, shape.kh = shape.kw = 2;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::forward, "3, 5 and 7");
-  shape = good, shape.dh = 2;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::forward, "dilation");
-  shape = good, shape.sh = shape.sw = 3;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::forward, "strides");
-  shape = good, shape.sh = shape.sw = 2;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::grad_input, "stride of 1");
-  shape = good, shape.g = 4;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::forward, "channels a group");
-  shape = good, shape.h = 2, shape.ph = 0;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::grad_input, "no pixels");
-  shape = good, shape.h = shape.w = 40000;
-  refused(shape, DType::bf16, Layout::contiguous, Pass::forward, "32-bit");
+  check_usual_refusals(mma, good, DType::bf16, 4);
+  check_refused(mma, good, DType::f32, Layout::contiguous, Pass::forward, "half and bfloat16");
   for (const Pass pass : passes) {
     const Problem problem = problem_of(good, DType::bf16, Device::cuda, mixed_strides(good, 2));
     CHECK(cuda::mma_refusal(problem, pass) != nullptr, "dense taps beside dense columns are refused");
@@ -180,6 +125,7 @@ void refusals() {
 int main() {
   kernels_and_strides();
   alignments();
+  single_pixels();
   gaps();
   special_values();
   schedules_and_races();

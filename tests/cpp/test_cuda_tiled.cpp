@@ -2,23 +2,15 @@
 // the same bits; each removed synchronisation is noticed.
 #include "../../cuda/tiled/tiled.h"
 
-#include "cuda_emulator/emulator.h"
-#include "oracle.h"
+#include "variant.h"
 
 namespace {
 
-using emulator::Schedule;
-
+constexpr CudaVariant tiled{cuda::tiled_refusal, cuda::tiled_run};
 constexpr DType tiled_dtypes[] = {DType::f32, DType::f16, DType::bf16};
 
-std::vector<char> run_and_check(const Trial& trial, uint64_t seed = 1) {
-  Setting setting(trial, Device::cuda, seed);
-  const char* refusal = cuda::tiled_refusal(setting.problem, trial.pass);
-  if (!CHECK(refusal == nullptr, trial.text() + ": refused, " + (refusal ? refusal : ""))) return {};
-  const std::string error =
-      checks::message_of([&] { cuda::tiled_run(setting.problem, trial.pass, setting.buffers(), {}); });
-  if (CHECK(error.empty(), trial.text() + ": " + error)) setting.check();
-  return setting.written().bytes();
+void run_and_check(const Trial& trial, uint64_t seed = 1) {
+  run_and_check(tiled, trial, strides_of(trial.shape, trial.layout, trial.pass), seed);
 }
 
 // Narrow and wide tiles, whole ones and parts, of each kernel and stride.
@@ -61,11 +53,7 @@ void mixed_layouts() {
           strides.x = strides_in_order({2, 33, 9, 11}, {0, 2, 3, 1});
           strides.y = strides_in_order({2, 35, 9, 11}, {0, 2, 3, 1});
         }
-        const Trial trial{shape, Layout::contiguous, dtype, pass};
-        Setting setting(trial, Device::cuda, uint64_t(mix), strides);
-        CHECK(cuda::tiled_refusal(setting.problem, pass) == nullptr, "mixed layouts are not refused");
-        cuda::tiled_run(setting.problem, pass, setting.buffers(), {});
-        setting.check();
+        run_and_check(tiled, {shape, Layout::contiguous, dtype, pass}, strides, uint64_t(mix));
       }
 }
 
@@ -86,54 +74,14 @@ void schedules_and_races() {
         const Pass pass = passes[pass_and_stride / 2];
         const int64_t s = 1 + pass_and_stride % 2;
         const Trial trial{{1, 32, 2, 10, 17, 5, 5, s, s, 2, 2}, layout, dtype, pass};
-        emulator::options() = {};
-        emulator::forget_statistics();
-        const std::vector<char> right = run_and_check(trial);
-        for (const Schedule schedule : emulator::schedules) {
-          emulator::options() = {schedule, 3, -1};
-          CHECK(run_and_check(trial) == right,
-                trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
-        }
-        const auto sites = emulator::sync_sites();
-        for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
-          int caught = 0;
-          for (const Schedule schedule : emulator::schedules) {
-            emulator::options() = {schedule, 3, int(dropped)};
-            Setting setting(trial, Device::cuda);
-            cuda::tiled_run(setting.problem, pass, setting.buffers(), {});
-            caught += setting.written().bytes() != right;
-          }
-          CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
-        }
+        check_schedules(tiled, trial, strides_of(trial.shape, layout, pass));
       }
-  emulator::options() = {};
 }
 
 void refusals() {
-  const auto refused = [](const Case& shape, DType dtype, Layout layout, Pass pass, const char* part) {
-    const Problem problem = problem_of(shape, dtype, Device::cuda, strides_of(shape, layout, pass));
-    const char* refusal = cuda::tiled_refusal(problem, pass);
-    CHECK(refusal != nullptr && std::string(refusal).find(part) != std::string::npos,
-          std::string("expected a refusal with \"") + part + "\", got " + (refusal ? refusal : "none"));
-  };
   const Case good{1, 32, 2, 8, 8, 3, 3, 1, 1, 1, 1};
-  Case shape = good;
-  refused(shape, DType::f64, Layout::contiguous, Pass::forward, "double");
-  refused(shape, DType::f32, Layout::gapped, Pass::forward, "dense");
-  shape.kw = 5;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "square");
-  shape = good, shape.kh = shape.kw = 2;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "3, 5 and 7");
-  shape = good, shape.dh = 2;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "dilation");
-  shape = good, shape.sh = shape.sw = 3;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "strides");
-  shape = good, shape.g = 8;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "channels a group");
-  shape = good, shape.h = 2, shape.ph = 0;
-  refused(shape, DType::f32, Layout::contiguous, Pass::grad_input, "no pixels");
-  shape = good, shape.h = shape.w = 40000;
-  refused(shape, DType::f32, Layout::contiguous, Pass::forward, "32-bit");
+  check_usual_refusals(tiled, good, DType::f32, 8);
+  check_refused(tiled, good, DType::f64, Layout::contiguous, Pass::forward, "double");
 }
 
 }  // namespace

@@ -1,0 +1,14 @@
+"""Settings for every test."""
+
+import os
+
+# cuBLAS has deterministic algorithms on a GPU only with this, which it reads once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+# The accuracy policy is about float32, and torch's convolutions would use 10 bits of it.
+torch.backends.cudnn.allow_tf32 = False
+
+# Tests that look for forgotten elements fill new memory with NaN. A tool that knows what was written must not see that.
+torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("PYINVOLUTION_TEST_FILL", "1") != "0"

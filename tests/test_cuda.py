@@ -1,0 +1,347 @@
+"""The CUDA variants on a GPU: each one forced over all that it takes, and what only a real device can show."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import DTYPES, REDNET50, Case, in_layout, same, tensors
+from test_kernels import check_given, compute
+from test_span import NAMES, composed
+from test_span import tensors as span_tensors
+from tolerance import assert_accurate
+from torch import Tensor
+
+from pyinvolution import ops
+from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.introspection import explain_span, force_variant, variants
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+VARIANTS = [name for name in variants() if name.startswith("cuda/")]
+SPAN_VARIANTS = [name for name in variants("span_involution2d") if name.startswith("cuda/")]
+
+# What a variant must not refuse: its dtypes with channels a group.
+TAKEN = [
+    *(("cuda/mma", dtype, 16) for dtype in SIXTEEN_BITS),
+    *(("cuda/tiled", torch.float32, width) for width in (8, 16, 24, 32)),
+    *(("cuda/tiled", dtype, 16) for dtype in SIXTEEN_BITS),
+    *(("cuda/generic", dtype, width) for dtype in DTYPES for width in (3, 16)),
+]
+# One that each variant takes.
+COMMON = {"cuda/mma": torch.bfloat16, "cuda/tiled": torch.float32, "cuda/generic": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """torch.empty gives NaN, so that an element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_variant_is_here() -> None:
+    assert set(VARIANTS) == set(COMMON) == {variant for variant, _, _ in TAKEN}
+
+
+@pytest.mark.parametrize(("variant", "dtype", "width"), TAKEN, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_taken(variant: str, dtype: torch.dtype, width: int, layout: str, kernel: int, stride: int) -> None:
+    sizes = ((2, 1, 7, 7), (1, 4, 9, 20), (1, 6, 18, 34))  # narrow and wide tiles, whole and partial chunks of groups
+    for batch, groups, *size in sizes:
+        case = Case((batch, groups * width, *size), groups, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2)
+        with force_variant(variant):
+            check_given(case, tensors(case, dtype, layout, "cuda"), f"{variant}, {layout}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mix", range(8))
+def test_mixed_layouts(variant: str, mix: int) -> None:
+    """Each tensor in a layout of its own. A pass that the variant refuses is left to the others."""
+    case = Case((2, 64, 12, 20), 4, (7, 7), padding=(3, 3))
+    given = [
+        in_layout(t, ("contiguous", "channels_last")[mix >> i & 1])
+        for i, t in enumerate(tensors(case, COMMON[variant], device="cuda"))
+    ]
+    if variant == "cuda/mma" and mix & 2 and mix & 5 != 5:
+        pytest.skip("mma takes dense taps beside dense channels only")
+    with force_variant(variant):
+        check_given(case, given, f"{variant}, mix {mix}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_unaligned_storage(variant: str, layout: str, offset: int) -> None:
+    case = Case((2, 64, 12, 16), 4, (7, 7), padding=(3, 3))
+
+    def moved(t: Tensor) -> Tensor:
+        storage = torch.full((t.numel() + offset,), float("nan"), dtype=t.dtype, device="cuda")
+        return storage[offset:].as_strided(t.shape, t.stride()).copy_(t)
+
+    given = [moved(t) for t in tensors(case, COMMON[variant], layout, "cuda")]
+    assert all(t.data_ptr() % 16 == offset * t.itemsize % 16 for t in given)
+    with force_variant(variant):
+        check_given(case, given, f"{variant}, {layout}, {offset} elements off")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", REDNET50)
+def test_runs_give_the_same_bits(variant: str, name: str) -> None:
+    case = replace(REDNET50[name], input=(8, *REDNET50[name].input[1:]))
+    given = tensors(case, COMMON[variant], "channels_last", "cuda")
+    with force_variant(variant):
+        first = compute(case, *given)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, compute(case, *given), strict=True))
+
+
+# --- streams, graphs, devices -----------------------------------------------------------------------------------------
+
+SMALL = Case((2, 64, 14, 14), 4, (7, 7), padding=(3, 3))
+
+
+def subject(variant: str, operator: str) -> tuple[list[Tensor], Callable[..., list[Tensor]]]:
+    """Tensors, and what a variant computes of them."""
+    if operator == "involution2d":
+        given = tensors(SMALL, COMMON[variant], "channels_last", "cuda")
+        return list(given), lambda x, w, gy: compute(SMALL, x, w, gy)
+    geometry = (SMALL.kernel, *SMALL.geometry)
+    x, r, w, b, _ = span_tensors(SMALL, 16, torch.bfloat16, "channels_last", "cuda")
+    return [x, r, w, b], lambda x, r, w, b: [ops.span_involution2d(x, r, w, b, None, None, False, *geometry)]
+
+
+SUBJECTS = [
+    *((variant, "involution2d") for variant in VARIANTS),
+    *((variant, "span_involution2d") for variant in SPAN_VARIANTS),
+]
+
+
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert not e.isnan().any()
+        assert torch.equal(a.cpu(), e.cpu())
+
+
+@pytest.mark.parametrize(("variant", "operator"), SUBJECTS)
+def test_current_stream(variant: str, operator: str) -> None:
+    (x, *rest), function = subject(variant, operator)
+    with force_variant(variant):
+        expected = function(x, *rest)
+        late = torch.full_like(x, float("nan"))
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # about a tenth of a second: any other stream would read NaN
+            late.copy_(x)
+            actual = function(late, *rest)
+        stream.synchronize()
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(("variant", "operator"), SUBJECTS)
+def test_graph_capture(variant: str, operator: str) -> None:
+    given, function = subject(variant, operator)
+    with force_variant(variant):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = function(*given)
+        for tensor in given:
+            tensor.copy_(tensor.flip(0))
+        expected = function(*given)
+        graph.replay()
+        torch.cuda.synchronize()
+    assert_same_bits(captured, expected)
+
+
+def test_graph_capture_of_a_training_step() -> None:
+    x, w, gy = tensors(SMALL, torch.bfloat16, "channels_last", "cuda")
+    x.requires_grad_(), w.requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        y = involution2d(x, w, None, *SMALL.geometry)
+        return y, *torch.autograd.grad(y, (x, w), gy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(captured, step())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@pytest.mark.parametrize(("variant", "operator"), SUBJECTS)
+def test_another_device(variant: str, operator: str) -> None:
+    given, function = subject(variant, operator)
+    with force_variant(variant), torch.cuda.device(0):
+        expected = function(*given)
+        actual = function(*(t.to("cuda:1") for t in given))
+        assert torch.cuda.current_device() == 0
+    assert all(a.device == torch.device("cuda:1") for a in actual)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_two_devices_in_one_call() -> None:
+    x, w, _ = tensors(SMALL, torch.float32, device="cuda:0")
+    with pytest.raises((ValueError, RuntimeError), match="cuda:1"):
+        involution2d(x, w.to("cuda:1"), None, *SMALL.geometry)
+
+
+# --- large tensors ----------------------------------------------------------------------------------------------------
+
+
+def require_memory(gibibytes: int) -> None:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gibibytes << 30:
+        pytest.skip(f"less than {gibibytes} GiB of GPU memory are free")
+
+
+def random_in_layout(shape: tuple[int, ...], layout: str) -> Tensor:
+    """Made on the device, without a copy."""
+    strides = in_layout(torch.empty(shape, device="meta"), layout).stride()
+    order = sorted(range(len(shape)), key=lambda d: -strides[d])
+    made = torch.randn([shape[d] for d in order], dtype=torch.bfloat16, device="cuda")
+    return made.permute([order.index(d) for d in range(len(shape))])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_batch_beyond_two_to_the_31_elements(variant: str, layout: str) -> None:
+    require_memory(40)
+    one = Case((1, 32, 112, 112), 2, (3, 3))
+    batch = 2**31 // (32 * 112 * 112) + 3
+    case = replace(one, input=(batch, *one.input[1:]))
+    shapes = (case.input, case.weight, (*case.input[:2], *case.output))
+    given = [random_in_layout(shape, layout) for shape in shapes]
+    assert given[0].numel() > 2**31
+    with force_variant(variant):
+        whole = compute(case, *given)
+        for image in (0, batch - 3, batch - 2, batch - 1):
+            alone = compute(one, *(t[image : image + 1] for t in given))
+            assert_same_bits([t[image : image + 1] for t in whole], alone)
+        check_given(one, [t[-1:] for t in given], f"{variant}, {layout}, the last of {batch} images")
+
+
+def test_an_image_beyond_two_to_the_31_elements() -> None:
+    require_memory(24)
+    side = 46400
+    x = torch.randn(1, 1, side, side, dtype=torch.bfloat16, device="cuda")
+    w = torch.randn(1, 1, 1, 1, side, side, dtype=torch.bfloat16, device="cuda")
+    assert x.numel() > 2**31
+    y = ops.involution2d(x, w, (1, 1), (0, 0), (1, 1))
+    for rows in (slice(0, 8), slice(-8, None)):
+        assert torch.equal(y[..., rows, :], x[..., rows, :] * w[0, :, 0, 0, rows, :])
+
+
+# --- the span and the involution in one -------------------------------------------------------------------------------
+
+FUSED_SHAPES = [
+    (same(64, 14, 7, batch=2), 16),
+    (same(64, 28, 7, 2), 16),
+    (same(128, 28, 7), 32),
+    (same(256, 14, 7, batch=2), 64),
+    (Case((1, 96, 17, 18), 6, (7, 7), padding=(2, 4)), 48),
+]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize(("case", "reduced"), FUSED_SHAPES, ids=str)
+@pytest.mark.parametrize("relu", [None, False, True], ids=["plain", "scaled", "relu"])
+def test_fused_forward(dtype: torch.dtype, case: Case, reduced: int, relu: bool | None) -> None:
+    x, r, w, b, gy = span_tensors(case, reduced, dtype, "channels_last", "cuda")
+    scale, shift = (None, None) if relu is None else torch.randn(2, case.input[1], device="cuda")
+    with force_variant("cuda/fused"):
+        actual = ops.span_involution2d(x, r, w, b, scale, shift, bool(relu), case.kernel, *case.geometry).cpu()
+    given = [t.cpu() for t in (x, r, w, b, gy)]
+    exact, reference = composed(case, *given, work=torch.float64)[0], composed(case, *given)[0]
+    if relu is not None:
+        factor, offset = scale.cpu()[:, None, None], shift.cpu()[:, None, None]
+        exact, reference = exact * factor.double() + offset.double(), (reference.float() * factor + offset).to(dtype)
+        if relu:
+            exact, reference = exact.relu(), reference.relu()
+    assert_accurate(actual, exact, reference, f"{NAMES[0]} of {case}, R={reduced}, {dtype}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_fused_non_finite_values_reach_what_the_equation_says(value: float, stride: int) -> None:
+    case = same(64, 20, 7, stride, batch=2)
+    for spoiled, place in ((0, (0, 17, 2, 9)), (1, (0, 3, 5, 5)), (2, (60, 3))):
+        given = list(span_tensors(case, 16, torch.bfloat16, "channels_last", "cuda"))
+        given[spoiled][place] = value
+        expected = composed(case, *(t.cpu() for t in given), work=torch.float64)[0]
+        x, r, w, b, _ = given
+        with force_variant("cuda/fused"):
+            actual = ops.span_involution2d(x, r, w, b, None, None, False, case.kernel, *case.geometry).cpu()
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(actual), kind(expected)), f"{spoiled} spoiled"
+
+
+@pytest.mark.parametrize("variant", SPAN_VARIANTS)
+def test_span_gradients(variant: str) -> None:
+    """Through autograd, whose backward may be another variant's."""
+    case, reduced = FUSED_SHAPES[0]
+    *given, gy = span_tensors(case, reduced, torch.bfloat16, "channels_last", "cuda")
+    verdicts = explain_span(*given, case.kernel, *case.geometry, pass_="backward").verdicts
+    refusal = {f"cuda/{v.variant}": v.refusal for v in verdicts}[variant]
+    if refusal:
+        pytest.skip(refusal)
+    leaves = [t.requires_grad_() for t in given]
+    with force_variant(variant):
+        y = span_involution2d(*leaves, case.kernel, *case.geometry)
+        results = [y, *torch.autograd.grad(y, leaves, gy)]
+    inputs = [t.detach().cpu() for t in (*leaves, gy)]
+    exact, reference = composed(case, *inputs, work=torch.float64), composed(case, *inputs)
+    for name, a, e, s in zip(NAMES, results, exact, reference, strict=True):
+        assert_accurate(a.detach().cpu(), e, s, f"{name}, {variant}")
+
+
+# --- as PyTorch sees it -----------------------------------------------------------------------------------------------
+
+
+def test_gradcheck() -> None:
+    case = Case((1, 4, 5, 4), 2, (3, 3), (2, 1))
+    x, w, _ = tensors(case, torch.float64, device="cuda")
+    leaves = (x.requires_grad_(), w.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, w: involution2d(x, w, None, *case.geometry), leaves)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors(SMALL, torch.float32, device="cuda"))
+    exact = involution2d(x, w, None, *SMALL.geometry)
+    with torch.autocast("cuda", dtype):
+        mixed = involution2d(x, w, None, *SMALL.geometry)
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed.float(), exact, rtol=5e-2, atol=1e-1)
+    for mine, right in zip(
+        torch.autograd.grad(mixed.float().sum(), (x, w)), torch.autograd.grad(exact.sum(), (x, w)), strict=True
+    ):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, right, rtol=5e-2, atol=0.02 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    x, w, _ = (t.requires_grad_() for t in tensors(SMALL, torch.float32, "channels_last", "cuda"))
+    function = lambda x, w: torch.tanh(involution2d(x, w, None, *SMALL.geometry))  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    expected, actual = function(x, w), compiled(x, w)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w)))
