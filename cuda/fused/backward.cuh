@@ -309,7 +309,10 @@ struct SpanConfig : Config<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
   static constexpr int reduced = gradients + pixels * slot_pitch;
   static constexpr int rows = reduced + pixels * part_pitch;
   static constexpr int bytes = rows + slots * part_pitch;
+  // In the end the sums of dS, in floats, [slot][reduced channel], and those of db.
+  static constexpr int copies = Tiles > 1 ? 1 : 2, sum_pitch = part + 4;
   static_assert(Output::bytes <= pixels * slot_pitch && bytes <= 99 * 1024, "");
+  static_assert((copies * sum_pitch + 2) * slots * 4 <= bytes, "");
 };
 
 // `width` of Part channels of `rows` rows into shared memory, zeros beyond; `at` as above.
@@ -353,8 +356,6 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int group = warp % chunk_groups, side = warp / chunk_groups;
   const int quad = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
-  float* const span_sums = partial.span + stripe * partial.stripe;
-  float* const bias_sums = span_sums + int64_t{q.groups} * taps * span.reduced;
 
   // dW: a warp has half of the rows of a group.
   constexpr int pairs = C::Rows / 4;
@@ -375,6 +376,7 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int slot_part = warp / pixel_tiles / channel_parts;
 
   // dS: a warp has a group and half of the channels, or of the pixels.
+  const uint32_t ones = pack<T>(1.0f, 1.0f);
   constexpr int span_tiles = Tiles > 1 ? Tiles / 2 : 1, pixel_steps = Tiles > 1 ? pixel_tiles : pixel_tiles / 2;
 
 #pragma unroll 1
@@ -383,7 +385,7 @@ __global__ void __launch_bounds__(C::threads, 2)
     const int first_channel = first_group * group_channels;
     const bool works = group < groups;
     const uint32_t mask = (works && has_low ? 0xffffu : 0) | (works && has_high ? 0xffff0000u : 0);
-    float span_sum[span_tiles][K][4] = {}, bias_sum[K][2] = {};
+    float span_sum[span_tiles][K][4] = {}, bias_sum[2] = {};
     __syncthreads();
     bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced,
                                     C::slots, width, span.row_vector, [&](int slot) {
@@ -436,9 +438,7 @@ __global__ void __launch_bounds__(C::threads, 2)
             }
             // Beside the image a zero of G may have met an Inf in X.
             const bool inside = row + first_row + 2 * u + r < q.y_height && column + quad < q.y_width;
-            first = inside ? first : 0.0f, second = inside ? second : 0.0f;
-            bias_sum[kh][0] += first, bias_sum[kh][1] += second;
-            const uint32_t bits = pack<T>(first, second) & mask;
+            const uint32_t bits = pack<T>(first, second) & (inside ? mask : 0);
             const int at = (2 * u + r) * 8 * C::slot_pitch + kh * 16;
             *reinterpret_cast<uint16_t*>(low_slot + at) = uint16_t(bits);
             *reinterpret_cast<uint16_t*>(high_slot + at) = uint16_t(bits >> 16);
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
 
-#pragma unroll
+#pragma unroll 1
       for (int step = 0; step < pixel_steps; ++step) {
         const int pixel = ((Tiles > 1 ? 0 : side * pixel_steps) + step) * 16 + i;
         uint32_t operand[span_tiles][4];  // [16 channels][16 pixels]
@@ -488,6 +488,7 @@ __global__ void __launch_bounds__(C::threads, 2)
           load_matrices_transposed(operand[m], pixels + (pixel + matrix / 2 * 8) * C::part_pitch +
                                                    ((Tiles > 1 ? side * span_tiles : 0) + m) * 32 + matrix % 2 * 16);
         const char* const slots = gradients + (pixel + matrix % 2 * 8) * C::slot_pitch + group * C::group_slots * 2;
+        const bool own_step = Tiles == 1 || step % 2 == side;
 #pragma unroll
         for (int kh = 0; kh < K; kh += 2) {
           uint32_t b[2][2];
@@ -499,9 +500,15 @@ __global__ void __launch_bounds__(C::threads, 2)
             load_matrices_transposed(b[0], slots + kh * 16);
           }
 #pragma unroll
-          for (int m = 0; m < span_tiles; ++m) {
-            multiply<T>(span_sum[m][kh], operand[m], b[0]);
-            if (kh + 1 < K) multiply<T>(span_sum[m][kh + 1], operand[m], b[1]);
+          for (int j = 0; j < 2 && kh + j < K; ++j) {
+#pragma unroll
+            for (int m = 0; m < span_tiles; ++m) multiply<T>(span_sum[m][kh + j], operand[m], b[j]);
+            // db: every row of the product has the sums over the pixels, of which the lanes of one keep theirs.
+            if (own_step) {
+              float d[4] = {};
+              multiply<T>(d, {ones, ones, ones, ones}, b[j]);
+              if (quad == kh + j) bias_sum[0] += d[0], bias_sum[1] += d[1];
+            }
           }
         }
       }
@@ -542,42 +549,39 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
     }
 
-    // The run's sums. Halves of the pixels meet in shared memory, and so do the lanes' sums of dW.
+    // The run's sums, by way of shared memory, where those of halves of the pixels meet.
+    float* const span_sums = reinterpret_cast<float*>(image);
+    float* const bias_sums = span_sums + C::copies * C::slots * C::sum_pitch;
     __syncthreads();
-    float* const shared_sums = reinterpret_cast<float*>(image);
-    float* const shared_bias = reinterpret_cast<float*>(gradients);
-    if (Tiles == 1 && side == 1) {
 #pragma unroll
-      for (int k = 0; k < K * 4; ++k) shared_sums[(group * K * 4 + k) * 32 + lane] = span_sum[0][k / 4][k % 4];
+    for (int m = 0; m < span_tiles; ++m) {
+      const int channel = ((Tiles > 1 ? side * span_tiles : 0) + m) * 16 + quad;
+      float* const to = span_sums + ((Tiles > 1 ? 0 : side * C::slots) + group * C::group_slots + 2 * t) * C::sum_pitch +
+                        channel;
+#pragma unroll
+      for (int k = 0; k < K * 4; ++k)
+        to[(k / 4 * 8 + k % 2) * C::sum_pitch + k % 4 / 2 * 8] = span_sum[m][k / 4][k % 4];
     }
-#pragma unroll
-    for (int kh = 0; kh < K; ++kh) {
-      float* const to = shared_bias + (group * C::group_slots + kh * 8) * 16 + side * 8 + quad;
-      to[(pair.low & 7) * 16] = bias_sum[kh][0];
-      to[(pair.low + 1) * 16] = bias_sum[kh][1];
+    if (quad < K) {
+      float* const to = bias_sums + side * C::slots + group * C::group_slots + quad * 8 + 2 * t;
+      to[0] = bias_sum[0], to[1] = bias_sum[1];
     }
     __syncthreads();
-    if (works && (Tiles > 1 || side == 0)) {
-#pragma unroll
-      for (int m = 0; m < span_tiles; ++m) {
-#pragma unroll
-        for (int k = 0; k < K * 4; ++k) {
-          float sum = span_sum[m][k / 4][k % 4];
-          if (Tiles == 1) sum += shared_sums[(group * K * 4 + k) * 32 + lane];
-          const int channel = ((Tiles > 1 ? side * span_tiles : 0) + m) * 16 + k % 4 / 2 * 8 + quad, kw = 2 * t + k % 2;
-          const int tap = (first_group + group) * taps + k / 4 * K + kw;
-          if (kw < K && channel < width) span_sums[int64_t{tap} * span.reduced + first_reduced + channel] = sum;
-        }
-      }
+    float* const out = partial.span + stripe * partial.stripe + int64_t{first_group * taps} * span.reduced;
+    float* const bias_out =
+        partial.span + stripe * partial.stripe + int64_t{q.groups} * taps * span.reduced + first_group * taps;
+    const auto slot_of = [](int tap) { return tap / taps * C::group_slots + tap % taps / K * 8 + tap % K; };
+#pragma unroll 1
+    for (int k = int(threadIdx.x); k < groups * taps * C::part; k += C::threads) {
+      const int tap = k / C::part, channel = k % C::part;
+      const float* from = span_sums + slot_of(tap) * C::sum_pitch + channel;
+      float sum = from[0];
+      if (C::copies > 1) sum += from[C::slots * C::sum_pitch];
+      if (channel < width) out[tap * span.reduced + first_reduced + channel] = sum;
     }
     if (first_reduced == 0) {
-      for (int k = int(threadIdx.x); k < groups * taps; k += C::threads) {
-        const float* from = shared_bias + (k / taps * C::group_slots + k % taps / K * 8 + k % K) * 16;
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < 16; ++j) sum += from[j];
-        bias_sums[first_group * taps + k] = sum;
-      }
+      for (int tap = int(threadIdx.x); tap < groups * taps; tap += C::threads)
+        bias_out[tap] = bias_sums[slot_of(tap)] + bias_sums[C::slots + slot_of(tap)];
     }
   }
 }
