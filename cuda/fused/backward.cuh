@@ -322,7 +322,7 @@ __device__ __forceinline__ void bring_part(char* shared, const T* memory, int ro
   with_vector<true>(vector, [&](auto v) {
     constexpr int V = v.value, pieces = Part / V;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < rows * pieces; i += Threads) {
+    for (int i = opaque(int(threadIdx.x)); i < rows * pieces; i += Threads) {
       const int row = i / pieces, channel = i % pieces * V, from = at(row);
       const bool valid = from >= 0 && channel < width;
       char* to = shared + row * (Part * 2 + 16) + channel * 2;
@@ -337,6 +337,16 @@ __device__ __forceinline__ void bring_part(char* shared, const T* memory, int ro
     }
   });
 }
+
+// A thread's place, worked out anew in each phase of a kernel that has no registers to keep it in.
+struct Place {
+  int thread, lane, warp, group, side, quad, t, matrix, i;
+
+  static __device__ __forceinline__ Place here() {
+    const int thread = opaque(int(threadIdx.x)), lane = thread % 32, warp = thread / 32;
+    return {thread, lane, warp, warp % chunk_groups, warp / chunk_groups, lane / 4, lane % 4, lane / 8, lane % 8};
+  }
+};
 
 template <class C, class T>
 __global__ void __launch_bounds__(C::threads, 2)
@@ -353,38 +363,20 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int width = min(C::part, span.reduced - first_reduced);
   const int first_tile = int(int64_t{partial.tiles} * stripe / partial.stripes);
   const int last_tile = int(int64_t{partial.tiles} * (stripe + 1) / partial.stripes);
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int group = warp % chunk_groups, side = warp / chunk_groups;
-  const int quad = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
-
-  // dW: a warp has half of the rows of a group.
+  // How many warps share what, and the part of one.
+  // dW: half of the rows of a group.
   constexpr int pairs = C::Rows / 4;
-  const int first_row = side * 2 * pairs;
-  const Pair pair = Pair::of_lane<C>(lane, 0);
-  const bool has_low = pair.has_low<K>(), has_high = pair.has_high<K>();
-  // Slots that are no tap get zeros: the low one below the first tap becomes the last one.
-  char* const low_slot =
-      gradients + (first_row * 8 + quad) * C::slot_pitch + (group * C::group_slots + (pair.low & 7)) * 2;
-  char* const high_slot =
-      gradients + (first_row * 8 + quad) * C::slot_pitch + (group * C::group_slots + pair.low + 1) * 2;
-
-  // dR: a warp has 16 pixels and some tiles of channels, summed over all or some of the slots.
+  // dR: 16 pixels and some tiles of channels, summed over all or some of the slots.
   constexpr int pixel_tiles = C::pixels / 16, others = C::Warps / pixel_tiles;
   constexpr int channel_parts = others < Tiles ? others : Tiles, slot_parts = others / channel_parts;
   constexpr int own_tiles = Tiles / channel_parts, steps = C::slots / 16;
-  const int pixel_tile = warp % pixel_tiles, channel_part = warp / pixel_tiles % channel_parts;
-  const int slot_part = warp / pixel_tiles / channel_parts;
-
-  // dS: a warp has a group and half of the channels, or of the pixels.
-  const uint32_t ones = pack<T>(1.0f, 1.0f);
+  // dS: a group and half of the channels, or of the pixels.
   constexpr int span_tiles = Tiles > 1 ? Tiles / 2 : 1, pixel_steps = Tiles > 1 ? pixel_tiles : pixel_tiles / 2;
 
 #pragma unroll 1
   for (int chunk = 0; chunk < q.chunks; ++chunk) {
     const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
     const int first_channel = first_group * group_channels;
-    const bool works = group < groups;
-    const uint32_t mask = (works && has_low ? 0xffffu : 0) | (works && has_high ? 0xffff0000u : 0);
     float span_sum[span_tiles][K][4] = {}, bias_sum[2] = {};
     __syncthreads();
     bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced,
@@ -409,13 +401,22 @@ __global__ void __launch_bounds__(C::threads, 2)
                                       });
       wait_for_tile();
 
+      const Place at = Place::here();
+      const int first_row = at.side * 2 * pairs;
+      const Pair pair = Pair::of_lane<C>(at.lane, 0);
+      const uint32_t mask =
+          at.group < groups ? (pair.has_low<K>() ? 0xffffu : 0) | (pair.has_high<K>() ? 0xffff0000u : 0) : 0;
+      // Slots that are no tap get zeros: the low one below the first tap becomes the last one.
+      char* const slot = gradients + (first_row * 8 + at.quad) * C::slot_pitch + at.group * C::group_slots * 2;
+      char* const low_slot = slot + (pair.low & 7) * 2;
+      char* const high_slot = slot + (pair.low + 1) * 2;
       uint32_t a[pairs][4];  // [16 pixels][16 channels]
 #pragma unroll
       for (int u = 0; u < pairs; ++u)
-        load_matrices(a[u],
-                      gradients + Y::at(first_row + 2 * u + matrix % 2, i, group * group_channels + matrix / 2 * 8));
+        load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, at.i,
+                                              at.group * group_channels + at.matrix / 2 * 8));
       __syncthreads();
-      const Positions<C, X> positions(image, group, 0, first_row * S, lane);
+      const Positions<C, X> positions(image, at.group, 0, first_row * S, at.lane);
 #pragma unroll
       for (int x_row = 0; x_row < (2 * pairs - 1) * S + K; ++x_row) {
         uint32_t b[4], b_last[2];
@@ -437,21 +438,24 @@ __global__ void __launch_bounds__(C::threads, 2)
               if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
             }
             // Beside the image a zero of G may have met an Inf in X.
-            const bool inside = row + first_row + 2 * u + r < q.y_height && column + quad < q.y_width;
+            const bool inside = row + first_row + 2 * u + r < q.y_height && column + at.quad < q.y_width;
             const uint32_t bits = pack<T>(first, second) & (inside ? mask : 0);
-            const int at = (2 * u + r) * 8 * C::slot_pitch + kh * 16;
-            *reinterpret_cast<uint16_t*>(low_slot + at) = uint16_t(bits);
-            *reinterpret_cast<uint16_t*>(high_slot + at) = uint16_t(bits >> 16);
+            const int to = (2 * u + r) * 8 * C::slot_pitch + kh * 16;
+            *reinterpret_cast<uint16_t*>(low_slot + to) = uint16_t(bits);
+            *reinterpret_cast<uint16_t*>(high_slot + to) = uint16_t(bits >> 16);
           }
         }
       }
       __syncthreads();
 
+      const Place in = Place::here();
+      const int pixel_tile = in.warp % pixel_tiles, channel_part = in.warp / pixel_tiles % channel_parts;
+      const int slot_part = in.warp / pixel_tiles / channel_parts;
       float sums[own_tiles][2][4] = {};
       const char* const slot_operand =
-          gradients + (pixel_tile * 16 + matrix % 2 * 8 + i) * C::slot_pitch + matrix / 2 * 16;
+          gradients + (pixel_tile * 16 + in.matrix % 2 * 8 + in.i) * C::slot_pitch + in.matrix / 2 * 16;
       const char* const row_operand =
-          span_rows + (matrix % 2 * 8 + i) * C::part_pitch + channel_part * own_tiles * 32 + matrix / 2 * 16;
+          span_rows + (in.matrix % 2 * 8 + in.i) * C::part_pitch + channel_part * own_tiles * 32 + in.matrix / 2 * 16;
 #pragma unroll 2
       for (int step = steps * slot_part / slot_parts; step < steps * (slot_part + 1) / slot_parts; ++step) {
         uint32_t slots[4];
@@ -468,7 +472,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       Vector<4, float>* const shared_sums = reinterpret_cast<Vector<4, float>*>(image);
       const auto place = [&](int from, int m, int half) {
         return (((from - 1) * channel_parts + channel_part) * pixel_tiles + pixel_tile) * own_tiles * 64 +
-               (m * 2 + half) * 32 + lane;
+               (m * 2 + half) * 32 + in.lane;
       };
       if (slot_parts > 1 && slot_part > 0) {
 #pragma unroll
@@ -479,22 +483,26 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
 
+      const Place on = Place::here();
+      const uint32_t ones = pack<T>(1.0f, 1.0f);
 #pragma unroll 1
       for (int step = 0; step < pixel_steps; ++step) {
-        const int pixel = ((Tiles > 1 ? 0 : side * pixel_steps) + step) * 16 + i;
+        const int pixel = ((Tiles > 1 ? 0 : on.side * pixel_steps) + step) * 16 + on.i;
         uint32_t operand[span_tiles][4];  // [16 channels][16 pixels]
 #pragma unroll
         for (int m = 0; m < span_tiles; ++m)
-          load_matrices_transposed(operand[m], pixels + (pixel + matrix / 2 * 8) * C::part_pitch +
-                                                   ((Tiles > 1 ? side * span_tiles : 0) + m) * 32 + matrix % 2 * 16);
-        const char* const slots = gradients + (pixel + matrix % 2 * 8) * C::slot_pitch + group * C::group_slots * 2;
-        const bool own_step = Tiles == 1 || step % 2 == side;
+          load_matrices_transposed(operand[m], pixels + (pixel + on.matrix / 2 * 8) * C::part_pitch +
+                                                   ((Tiles > 1 ? on.side * span_tiles : 0) + m) * 32 +
+                                                   on.matrix % 2 * 16);
+        const char* const slots =
+            gradients + (pixel + on.matrix % 2 * 8) * C::slot_pitch + on.group * C::group_slots * 2;
+        const bool own_step = Tiles == 1 || step % 2 == on.side;
 #pragma unroll
         for (int kh = 0; kh < K; kh += 2) {
           uint32_t b[2][2];
           if (kh + 1 < K) {
             uint32_t both[4];
-            load_matrices_transposed(both, slots + (kh + matrix / 2) * 16);
+            load_matrices_transposed(both, slots + (kh + on.matrix / 2) * 16);
             b[0][0] = both[0], b[0][1] = both[1], b[1][0] = both[2], b[1][1] = both[3];
           } else {
             load_matrices_transposed(b[0], slots + kh * 16);
@@ -507,7 +515,7 @@ __global__ void __launch_bounds__(C::threads, 2)
             if (own_step) {
               float d[4] = {};
               multiply<T>(d, {ones, ones, ones, ones}, b[j]);
-              if (quad == kh + j) bias_sum[0] += d[0], bias_sum[1] += d[1];
+              if (on.quad == kh + j) bias_sum[0] += d[0], bias_sum[1] += d[1];
             }
           }
         }
@@ -517,7 +525,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       if (slot_part == 0) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // of the 16 pixels
-          const int pixel = pixel_tile * 16 + half * 8 + quad, h = row + pixel / 8, v = column + pixel % 8;
+          const int pixel = pixel_tile * 16 + half * 8 + in.quad, h = row + pixel / 8, v = column + pixel % 8;
           const bool inside = h < q.y_height && v < q.y_width;
 #pragma unroll
           for (int m = 0; m < own_tiles; ++m) {
@@ -534,7 +542,7 @@ __global__ void __launch_bounds__(C::threads, 2)
               if (q.chunks > 1 && inside && channel < width) {
                 auto* kept = reinterpret_cast<Vector<2, float>*>(
                     partial.reduced + (((n * q.y_height + h) * q.y_width + v) * span.reduced + first_reduced + channel +
-                                       eight * 8 + 2 * t));
+                                       eight * 8 + 2 * in.t));
                 if (chunk > 0) own[eight][0] += kept->v[0], own[eight][1] += kept->v[1];
                 if (chunk + 1 < q.chunks) *kept = {{own[eight][0], own[eight][1]}};
               }
@@ -552,18 +560,20 @@ __global__ void __launch_bounds__(C::threads, 2)
     // The run's sums, by way of shared memory, where those of halves of the pixels meet.
     float* const span_sums = reinterpret_cast<float*>(image);
     float* const bias_sums = span_sums + C::copies * C::slots * C::sum_pitch;
+    const Place end = Place::here();
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < span_tiles; ++m) {
-      const int channel = ((Tiles > 1 ? side * span_tiles : 0) + m) * 16 + quad;
-      float* const to = span_sums + ((Tiles > 1 ? 0 : side * C::slots) + group * C::group_slots + 2 * t) * C::sum_pitch +
-                        channel;
+      const int channel = ((Tiles > 1 ? end.side * span_tiles : 0) + m) * 16 + end.quad;
+      float* const to =
+          span_sums + ((Tiles > 1 ? 0 : end.side * C::slots) + end.group * C::group_slots + 2 * end.t) * C::sum_pitch +
+          channel;
 #pragma unroll
       for (int k = 0; k < K * 4; ++k)
         to[(k / 4 * 8 + k % 2) * C::sum_pitch + k % 4 / 2 * 8] = span_sum[m][k / 4][k % 4];
     }
-    if (quad < K) {
-      float* const to = bias_sums + side * C::slots + group * C::group_slots + quad * 8 + 2 * t;
+    if (end.quad < K) {
+      float* const to = bias_sums + end.side * C::slots + end.group * C::group_slots + end.quad * 8 + 2 * end.t;
       to[0] = bias_sum[0], to[1] = bias_sum[1];
     }
     __syncthreads();
@@ -572,7 +582,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         partial.span + stripe * partial.stripe + int64_t{q.groups} * taps * span.reduced + first_group * taps;
     const auto slot_of = [](int tap) { return tap / taps * C::group_slots + tap % taps / K * 8 + tap % K; };
 #pragma unroll 1
-    for (int k = int(threadIdx.x); k < groups * taps * C::part; k += C::threads) {
+    for (int k = end.thread; k < groups * taps * C::part; k += C::threads) {
       const int tap = k / C::part, channel = k % C::part;
       const float* from = span_sums + slot_of(tap) * C::sum_pitch + channel;
       float sum = from[0];
@@ -580,7 +590,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       if (channel < width) out[tap * span.reduced + first_reduced + channel] = sum;
     }
     if (first_reduced == 0) {
-      for (int tap = int(threadIdx.x); tap < groups * taps; tap += C::threads)
+      for (int tap = end.thread; tap < groups * taps; tap += C::threads)
         bias_out[tap] = bias_sums[slot_of(tap)] + bias_sums[C::slots + slot_of(tap)];
     }
   }
