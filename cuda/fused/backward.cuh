@@ -71,7 +71,7 @@ struct WalkConfig {
 template <class C, class T>
 __device__ __forceinline__ void bring_row(char* ring, char* pixels, const Walk& q, const Span& span, const T* y,
                                           const T* reduced, int slot, int h, int first, int channels) {
-  const int thread = int(threadIdx.x);
+  const int thread = opaque(int(threadIdx.x));
   const bool inside = h >= 0 && h < q.out_height;
   const auto bring = [](char* to, const T* memory, int from, bool valid, int vector) {
     if (vector == 8) return copy_async<16>(to, memory + (valid ? from : 0), valid);
@@ -100,7 +100,7 @@ __device__ __forceinline__ void bring_row(char* ring, char* pixels, const Walk& 
   }
 }
 
-// Held: there are 16 reduced channels, and the span weights of the group stay in registers.
+// Held: there are 16 reduced channels, and most span weights of the group stay in registers.
 template <class C, bool Held, class T>
 __global__ void __launch_bounds__(C::threads, 2)
     grad_input(Walk q, Span span, const T* __restrict__ y, const T* __restrict__ reduced, const T* __restrict__ weight,
@@ -152,11 +152,13 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - S) & 7) * 4 + t;
 
   // Of a pair of kernel rows, 8 taps each; those that are none repeat others, and the masks leave them out.
-  float biases[2 * kernel_pairs];
+  Vector<2, T> biases[kernel_pairs];
 #pragma unroll
-  for (int kh = 0; kh < 2 * kernel_pairs; ++kh)
-    biases[kh] =
-        works && bias != nullptr ? load(bias[first_tap + group * taps + min(kh, K - 1) * K + min(row, K - 1)]) : 0.0f;
+  for (int kh = 0; kh < 2 * kernel_pairs; ++kh) {
+    T& own = biases[kh / 2].v[kh % 2];
+    store(0.0f, &own);
+    if (works && bias != nullptr) own = bias[first_tap + group * taps + min(kh, K - 1) * K + min(row, K - 1)];
+  }
   const char* tap_rows = span_rows + (works ? group : 0) * taps * pitch + matrix / 2 * 16;
   int tap_offsets[kernel_pairs];
 #pragma unroll
@@ -167,7 +169,8 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int ring_offset = C::Ring::at(0, strip * C::strip_pixels + (C::tiles == 2 ? matrix / 2 * 8 : 0) + i,
                                       (works ? group : 0) * group_channels + matrix % 2 * 8);
   constexpr int ring_row = C::pixels * C::Ring::pitch;
-  uint32_t held[kernel_pairs][4] = {};
+  constexpr int held_pairs = kernel_pairs - 1;  // as many as there are registers for
+  uint32_t held[held_pairs][4] = {};
 
   float live[C::live][4] = {};
 #pragma unroll 1
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(C::threads, 2)
     if (!works) continue;
     if (Held && h == first_h) {
 #pragma unroll
-      for (int pair = 0; pair < kernel_pairs; ++pair) load_matrices(held[pair], tap_rows + tap_offsets[pair]);
+      for (int pair = 0; pair < held_pairs; ++pair) load_matrices(held[pair], tap_rows + tap_offsets[pair]);
     }
     float sums[K][4];
 #pragma unroll
@@ -189,36 +192,47 @@ __global__ void __launch_bounds__(C::threads, 2)
     if (h >= 0 && h < q.out_height) {
       const int slot = (h - first_h) % C::depth;
       float w[kernel_pairs][C::tiles][4];
-#pragma unroll
-      for (int pair = 0; pair < kernel_pairs; ++pair) {
+      const auto begin = [&](int pair) {
 #pragma unroll
         for (int j = 0; j < C::tiles; ++j) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) w[pair][j][e] = biases[2 * pair + e / 2];
+          for (int e = 0; e < 4; ++e) w[pair][j][e] = load(biases[pair].v[e / 2]);
         }
-      }
+      };
+      const auto add = [&](int pair, const uint32_t (&a)[4], const uint32_t (&r)[2 * C::tiles]) {
+#pragma unroll
+        for (int j = 0; j < C::tiles; ++j) multiply<T>(w[pair][j], a, {r[2 * j], r[2 * j + 1]});
+      };
       const char* pixel_row = pixels + slot * C::pixels * pitch + pixel_offset;
+      uint32_t r[2 * C::tiles];
+      if constexpr (Held) {  // made pair by pair below
+        load_matrices(r, pixel_row);
+        begin(0), add(0, held[0], r);
+      } else {
+#pragma unroll
+        for (int pair = 0; pair < kernel_pairs; ++pair) begin(pair);
 #pragma unroll 1
-      for (int c = 0; c < (Held ? 16 : span.reduced); c += 16) {
-        uint32_t r[2 * C::tiles];
-        load_matrices(r, pixel_row + c * 2);
+        for (int c = 0; c < span.reduced; c += 16) {
+          load_matrices(r, pixel_row + c * 2);
 #pragma unroll
-        for (int pair = 0; pair < kernel_pairs; ++pair) {
-          uint32_t a[4];
-          if constexpr (Held) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) a[e] = held[pair][e];
-          } else {
+          for (int pair = 0; pair < kernel_pairs; ++pair) {
+            uint32_t a[4];
             load_matrices(a, tap_rows + tap_offsets[pair] + c * 2);
+            add(pair, a, r);
           }
-#pragma unroll
-          for (int j = 0; j < C::tiles; ++j) multiply<T>(w[pair][j], a, {r[2 * j], r[2 * j + 1]});
         }
       }
       uint32_t g[2 * C::tiles];
       load_matrices_transposed(g, ring + slot * ring_row + ring_offset);
 #pragma unroll
       for (int pair = 0; pair < kernel_pairs; ++pair) {
+        if (Held && pair + 1 < held_pairs) {
+          begin(pair + 1), add(pair + 1, held[pair + 1], r);
+        } else if (Held && pair + 1 < kernel_pairs) {
+          uint32_t a[4];
+          load_matrices(a, tap_rows + tap_offsets[pair + 1]);
+          begin(pair + 1), add(pair + 1, a, r);
+        }
         // In one register, a pixel of both tiles, or of both kernel rows.
         uint32_t low[2], high[2], band[2][C::tiles];
 #pragma unroll
@@ -307,12 +321,13 @@ struct SpanConfig : Config<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
   static constexpr int slot_pitch = slots * 2 + 16, part_pitch = part * 2 + 16;
   static constexpr int gradients = Input::bytes;  // of W, and before them the tile of G
   static constexpr int reduced = gradients + pixels * slot_pitch;
-  static constexpr int rows = reduced + pixels * part_pitch;
-  static constexpr int bytes = rows + slots * part_pitch;
-  // In the end the sums of dS, in floats, [slot][reduced channel], and those of db.
+  // In the end the sums of dS, in floats, [slot][reduced channel], and those of db; only `rows` may be written
+  // meanwhile.
   static constexpr int copies = Tiles > 1 ? 1 : 2, sum_pitch = part + 4;
+  static constexpr int sums_bytes = (copies * sum_pitch + 2) * slots * 4, tile_bytes = reduced + pixels * part_pitch;
+  static constexpr int rows = sums_bytes > tile_bytes ? sums_bytes : tile_bytes;
+  static constexpr int bytes = rows + slots * part_pitch;
   static_assert(Output::bytes <= pixels * slot_pitch && bytes <= 99 * 1024, "");
-  static_assert((copies * sum_pitch + 2) * slots * 4 <= bytes, "");
 };
 
 // `width` of Part channels of `rows` rows into shared memory, zeros beyond; `at` as above.
@@ -359,8 +374,10 @@ __global__ void __launch_bounds__(C::threads, 2)
   char* gradients = image + C::gradients;
   char* pixels = image + C::reduced;
   char* span_rows = image + C::rows;
-  const int stripe = int(blockIdx.x) / partial.parts, first_reduced = int(blockIdx.x) % partial.parts * C::part;
-  const int width = min(C::part, span.reduced - first_reduced);
+  // With one or two tiles a block has all the reduced channels.
+  const int parts = Tiles > 2 ? partial.parts : 1, stripe = int(blockIdx.x) / parts;
+  const int first_reduced = int(blockIdx.x) % parts * C::part;
+  const int width = Tiles > 2 ? min(C::part, span.reduced - first_reduced) : C::part;
   const int first_tile = int(int64_t{partial.tiles} * stripe / partial.stripes);
   const int last_tile = int(int64_t{partial.tiles} * (stripe + 1) / partial.stripes);
   // How many warps share what, and the part of one.
@@ -378,7 +395,6 @@ __global__ void __launch_bounds__(C::threads, 2)
     const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
     const int first_channel = first_group * group_channels;
     float span_sum[span_tiles][K][4] = {}, bias_sum[2] = {};
-    __syncthreads();
     bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced,
                                     C::slots, width, span.row_vector, [&](int slot) {
                                       const int g = slot / C::group_slots, kh = slot / 8 % K, kw = slot % 8;
@@ -387,13 +403,13 @@ __global__ void __launch_bounds__(C::threads, 2)
 #pragma unroll 1
     for (int tile = first_tile; tile < last_tile; ++tile) {
       const int column = tile % q.tiles_w * 8, row = tile / q.tiles_w % q.tiles_h * C::Rows;
-      const int64_t n = tile / q.tiles_w / q.tiles_h;
+      const int n = tile / q.tiles_w / q.tiles_h;
       __syncthreads();
-      bring_image<X, C::Warps>(image, x + (n * q.x.n + first_channel), q.x, groups * group_channels, q.x_height,
-                               q.x_width, row * S - q.padding_h, column * S - q.padding_w);
-      bring_image<Y, C::Warps>(gradients, y + (n * q.y.n + first_channel), q.y, groups * group_channels, q.y_height,
-                               q.y_width, row, column);
-      bring_part<C::threads, C::part>(pixels, reduced + (n * span.reduced_n + first_reduced), C::pixels, width,
+      bring_image<X, C::Warps>(image, x + (int64_t{n} * q.x.n + first_channel), q.x, groups * group_channels,
+                               q.x_height, q.x_width, row * S - q.padding_h, column * S - q.padding_w);
+      bring_image<Y, C::Warps>(gradients, y + (int64_t{n} * q.y.n + first_channel), q.y, groups * group_channels,
+                               q.y_height, q.y_width, row, column);
+      bring_part<C::threads, C::part>(pixels, reduced + (int64_t{n} * span.reduced_n + first_reduced), C::pixels, width,
                                       span.reduced_vector, [&](int pixel) {
                                         const int h = row + pixel / 8, v = column + pixel % 8;
                                         const bool inside = h < q.y_height && v < q.y_width;
@@ -456,7 +472,7 @@ __global__ void __launch_bounds__(C::threads, 2)
           gradients + (pixel_tile * 16 + in.matrix % 2 * 8 + in.i) * C::slot_pitch + in.matrix / 2 * 16;
       const char* const row_operand =
           span_rows + (in.matrix % 2 * 8 + in.i) * C::part_pitch + channel_part * own_tiles * 32 + in.matrix / 2 * 16;
-#pragma unroll 2
+#pragma unroll 1
       for (int step = steps * slot_part / slot_parts; step < steps * (slot_part + 1) / slot_parts; ++step) {
         uint32_t slots[4];
         load_matrices(slots, slot_operand + step * 32);
@@ -541,8 +557,8 @@ __global__ void __launch_bounds__(C::threads, 2)
               }
               if (q.chunks > 1 && inside && channel < width) {
                 auto* kept = reinterpret_cast<Vector<2, float>*>(
-                    partial.reduced + (((n * q.y_height + h) * q.y_width + v) * span.reduced + first_reduced + channel +
-                                       eight * 8 + 2 * in.t));
+                    partial.reduced + (((int64_t{n} * q.y_height + h) * q.y_width + v) * span.reduced + first_reduced +
+                                       channel + eight * 8 + 2 * in.t));
                 if (chunk > 0) own[eight][0] += kept->v[0], own[eight][1] += kept->v[1];
                 if (chunk + 1 < q.chunks) *kept = {{own[eight][0], own[eight][1]}};
               }

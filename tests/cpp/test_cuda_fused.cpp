@@ -71,6 +71,8 @@ class SpanSetting {
     CHECK(error.empty(), trial.text() + ": " + error);
   }
 
+  std::vector<char> bytes() const { return y.bytes(); }
+
   // W in double, and how far it may be off by its rounding to the storage type and that of its sum in float.
   void generate(Tensor& w, Tensor& w_error) const {
     const int64_t pixels = problem.involution.out_h * problem.involution.out_w, rows = problem.span_rows();
@@ -313,31 +315,46 @@ void special_values() {
             {shape, seed == 1 ? 16 : 32, seed % 2 ? DType::bf16 : DType::f16, true, false, false, true}, seed);
 }
 
+template <class Setting>
+std::vector<char> bits_of(const SpanCase& trial) {
+  Setting setting(trial);
+  setting.run();
+  return setting.bytes();
+}
+
+// The same bits in every schedule, and others in one of them once a synchronisation is removed.
+template <class Setting>
+void schedules_and_races(const SpanCase& trial, bool races) {
+  emulator::options() = {};
+  emulator::forget_statistics();
+  const std::vector<char> right = bits_of<Setting>(trial);
+  CHECK(emulator::statistics().bank_conflicts == 0, trial.text() + ": matrix loads have bank conflicts");
+  for (const Schedule schedule : emulator::schedules) {
+    emulator::options() = {schedule, 3, -1};
+    CHECK(bits_of<Setting>(trial) == right,
+          trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
+  }
+  if (!races) return;
+  const auto sites = emulator::sync_sites();
+  for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
+    int caught = 0;
+    for (const Schedule schedule : emulator::schedules) {
+      emulator::options() = {schedule, 3, int(dropped)};
+      caught += bits_of<Setting>(trial) != right;
+      if (caught > 0) break;
+    }
+    CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
+  }
+  emulator::options() = {};
+}
+
 void schedules_and_races() {
   for (const int64_t s : {1, 2}) {
     const SpanCase trial{{1, 64, 4, 9, 18, 7, 7, s, s, 3, 3}, 32};
-    emulator::options() = {};
-    emulator::forget_statistics();
-    const std::vector<char> right = run_and_check(trial);
-    CHECK(emulator::statistics().bank_conflicts == 0, trial.text() + ": matrix loads have bank conflicts");
-    for (const Schedule schedule : emulator::schedules) {
-      emulator::options() = {schedule, 3, -1};
-      CHECK(run_and_check(trial) == right,
-            trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
-    }
-    if (s == 2) continue;  // there a warp reads and writes all pixels of its group, and no other's
-    const auto sites = emulator::sync_sites();
-    for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
-      int caught = 0;
-      for (const Schedule schedule : emulator::schedules) {
-        emulator::options() = {schedule, 3, int(dropped)};
-        SpanSetting setting(trial);
-        setting.run();
-        caught += setting.y.bytes() != right;
-        if (caught > 0) break;
-      }
-      CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
-    }
+    // Forward with stride 2 a warp reads and writes all pixels of its group, and no other's.
+    schedules_and_races<SpanSetting>(trial, s == 1);
+    const Case shape{1, 80, 5, 18, 21, 7, 7, s, s, 3, 3};
+    for (const int64_t reduced : {16, 32}) schedules_and_races<GradientSetting>({shape, reduced}, true);
   }
   emulator::options() = {};
 }
