@@ -58,7 +58,7 @@ def test_wanted_instructions(compiled):
         name, *instructions = kernel.splitlines()
         code = "\n".join(instructions)
         assert not re.search(r"\b(ATOM|RED)\b", code), f"{name} has atomics"
-        if source.startswith(("mma/", "fused/")):
+        if source.startswith(("mma/", "fused/")) and "sum_partials" not in name:
             assert code.count("HMMA.16816.F32") >= 6, f"{name} does not multiply matrices"
             assert "LDSM.16" in code, f"{name} reads matrices in small pieces"
             assert "LDGSTS" in code, f"{name} does not copy to shared memory in the background"
