@@ -50,7 +50,18 @@ void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, c
         what);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "the current device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the number of multiprocessors");
+  return count;
+}
+
 #else
+
+// Few, so that small cases give a block more than one piece of work.
+inline int multiprocessors() { return 2; }
 
 template <class... Parameters>
 void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, const Execution&,

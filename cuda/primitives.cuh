@@ -32,6 +32,13 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
+// The same number, unknown to the compiler: what follows from it is computed again where it is used in a loop, rather
+// than kept in registers from before.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

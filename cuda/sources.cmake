@@ -8,4 +8,6 @@ set(PYINVOLUTION_CUDA_KERNELS
   ${CMAKE_CURRENT_LIST_DIR}/mma/mma.cu
   ${CMAKE_CURRENT_LIST_DIR}/mma/mma_f16.cu
   ${CMAKE_CURRENT_LIST_DIR}/mma/mma_bf16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/fused/fused.cu)
+  ${CMAKE_CURRENT_LIST_DIR}/fused/fused.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/backward_f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/backward_bf16.cu)

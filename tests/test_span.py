@@ -35,6 +35,9 @@ CASES = [
     (Case((1, 16, 3, 3), 1, (3, 3), (7, 9), (30, 30), (25, 25)), 4),
     (Case((3, 32, 37, 29), 2, (3, 3)), 8),
     (Case((1, 6, 7, 9), 2, (3, 3)), 2),
+    (Case((2, 80, 19, 22), 5, (7, 7), padding=(3, 3)), 32),
+    (Case((2, 80, 19, 22), 5, (7, 7), (2, 2), (3, 3)), 16),
+    (Case((1, 64, 12, 17), 4, (7, 7), padding=(3, 3)), 80),
 ]
 NAMES = ("output", "grad_input", "grad_reduced", "grad_span_weight", "grad_span_bias")
 SMALL = (Case((2, 8, 4, 5), 1, (3, 3)), 3)
@@ -191,19 +194,45 @@ def test_threads_and_runs_give_the_same_bits(variant: str, layout: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_non_finite_values_reach_what_the_equation_says(value: float, layout: str) -> None:
-    case, reduced = Case((2, 32, 20, 18), 2, (7, 7), padding=(3, 3)), 8
-    places = ((0, (0, 17, 2, 9)), (1, (0, 3, 10, 10)), (1, (1, 0, 0, 17)), (2, (60, 3)), (4, (0, 17, 2, 9)))
+@pytest.mark.parametrize("variant", ["cpu/fused", "cuda/fused"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_non_finite_values_reach_what_the_equation_says(value: float, layout: str, variant: str, stride: int) -> None:
+    device = variant.split("/")[0]
+    if device not in DEVICES or (device == "cuda" and layout != "channels_last"):
+        pytest.skip("no CUDA device, or a layout that it is not for")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    case, reduced = Case((2, 32, 20, 18), 2, (7, 7), (stride, stride), (3, 3)), 16
+    places = ((0, (0, 17, 2, 9)), (1, (0, 3, 5, 5)), (1, (1, 0, 0, 8)), (2, (60, 3)), (4, (0, 17, 2, 8)))
     for spoiled, place in places:
-        given = list(tensors(case, reduced, torch.float32, layout))
+        given = list(tensors(case, reduced, dtype, layout))
         given[spoiled][place] = value
         # Zero times infinity in a convolution is one more NaN: the oracle is the equation.
         expected = composed(case, *given, work=torch.float64)
-        with force_variant("cpu/fused"):
-            actual = passes(case, *given)
+        with force_variant(variant):
+            actual = passes(case, *(t.to(device) for t in given))
         for name, a, e in zip(NAMES, actual, expected, strict=True):
             for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-                assert torch.equal(kind(a), kind(e)), f"{name}, {spoiled} spoiled"
+                assert torch.equal(kind(a).cpu(), kind(e)), f"{name}, {spoiled} spoiled"
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_on_cuda_the_kernels_are_never_in_memory(stride: int) -> None:
+    case, reduced = Case((8, 128, 56, 56), 8, (7, 7), (stride, stride), (3, 3)), 32
+    given = [t.cuda() for t in tensors(case, reduced, torch.bfloat16, "channels_last")]
+    torch.use_deterministic_algorithms(False)
+    with force_variant("cuda/fused"):
+        first = passes(case, *given)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        second = passes(case, *given)
+        peak = torch.cuda.max_memory_allocated() - before
+    for name, one, two in zip(NAMES, first, second, strict=True):
+        assert torch.equal(one, two), f"{name} has other bits in the second run"
+    results = sum(t.nbytes for t in second)
+    kernels = case.input[0] * case.groups * 49 * case.output[0] * case.output[1] * 2
+    assert peak - results < kernels / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

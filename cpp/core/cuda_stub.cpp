@@ -31,6 +31,7 @@ const char* mma_refusal(const Problem&, Pass) { return refusal; }
 void mma_run(const Problem&, Pass, const Buffers&, const Execution&) { throw std::runtime_error(refusal); }
 
 const char* fused_refusal(const SpanProblem&, SpanPass) { return refusal; }
+int64_t fused_scratch(const SpanProblem&, SpanPass) { throw std::runtime_error(refusal); }
 void fused_run(const SpanProblem&, SpanPass, const SpanBuffers&, const Execution&) {
   throw std::runtime_error(refusal);
 }

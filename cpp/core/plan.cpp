@@ -28,7 +28,7 @@ constexpr Variant table[] = {
 const char* never(const SpanProblem&, SpanPass) { return nullptr; }
 
 constexpr SpanVariant span_table[] = {
-    {"fused", Device::cuda, cuda::fused_refusal, cuda::fused_run},
+    {"fused", Device::cuda, cuda::fused_refusal, cuda::fused_run, cuda::fused_scratch},
     {"composed", Device::cuda, never, nullptr},
     {"fused", Device::cpu, cpu::fused_refusal, cpu::fused_run},
     {"composed", Device::cpu, never, nullptr},

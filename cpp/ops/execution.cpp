@@ -52,8 +52,15 @@ void run_on(const torch::stable::Tensor& where, const Problem& problem, Pass pas
 
 void run_on(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& problem, SpanPass pass,
             const SpanBuffers& buffers) {
-  execute(where, problem.involution.device,
-          [&](const Execution& execution) { variant.run(problem, pass, buffers, execution); });
+  execute(where, problem.involution.device, [&](const Execution& execution) {
+    const int64_t bytes = variant.scratch != nullptr ? variant.scratch(problem, pass) : 0;
+    if (bytes == 0) return variant.run(problem, pass, buffers, execution);
+    // The caching allocator gives it to nobody else on this stream before the kernels are done.
+    const torch::stable::Tensor scratch = torch::stable::new_empty(where, {bytes}, torch::headeronly::ScalarType::Byte);
+    SpanBuffers all = buffers;
+    all.scratch = scratch.mutable_data_ptr();
+    variant.run(problem, pass, all, execution);
+  });
 }
 
 }  // namespace pyinvolution::ops

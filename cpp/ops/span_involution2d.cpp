@@ -195,12 +195,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
       torch::stable::zero_(gradient);
     return done();
   }
-  std::copy_n(grad_output.strides().data(), 4, p.y_stride);
+  // CUDA's kernels for channels_last want all images so, and autograd may bring anything, expanded scalars for one.
+  const bool convert = p.device == Device::cuda && memory_format_of(input) == MemoryFormat::ChannelsLast &&
+                       memory_format_of(grad_output) != MemoryFormat::ChannelsLast;
+  const Tensor gradient = convert ? torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast) : grad_output;
+  std::copy_n(gradient.strides().data(), 4, p.y_stride);
   if (output_mask[0]) std::copy_n(gradients.input.strides().data(), 4, span.grad_x_stride);
   if (output_mask[1]) std::copy_n(gradients.reduced.strides().data(), 4, span.grad_reduced_stride);
   const SpanVariant& variant = choose(span, SpanPass::backward);
   if (variant.run == nullptr) {
-    compose_backward(gradients, grad_output, input, reduced, span_weight, span_bias, p, stride, padding, dilation,
+    compose_backward(gradients, gradient, input, reduced, span_weight, span_bias, p, stride, padding, dilation,
                      output_mask);
     return done();
   }
@@ -212,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
   SpanBuffers buffers{};
   buffers.x = address(input), buffers.reduced = address(reduced), buffers.span = address(span_weight);
   buffers.bias = bias ? address(*bias) : nullptr;
-  buffers.y = address(grad_output);
+  buffers.y = address(gradient);
   buffers.grad_x = wanted(0, gradients.input), buffers.grad_reduced = wanted(1, gradients.reduced);
   buffers.grad_span = wanted(2, gradients.span_weight), buffers.grad_bias = wanted(3, gradients.span_bias);
   run_on(input, variant, span, SpanPass::backward, buffers);

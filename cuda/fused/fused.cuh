@@ -37,7 +37,8 @@ struct Span {
   bool epilogue, relu;
 
   // Bytes of a pixel or a tap in shared memory: eight of them have their 16-byte pieces in different banks.
-  __host__ __device__ int pitch() const { return reduced * 2 + 16; }
+  static __host__ __device__ int pitch(int reduced) { return reduced * 2 + 16; }
+  __host__ __device__ int pitch() const { return pitch(reduced); }
 };
 
 template <class C>
@@ -45,7 +46,7 @@ struct Shared {
   static constexpr int image_bytes = Image<C::x_rows, C::x_columns, true>::bytes;
   static constexpr int pixels = C::Rows * C::Columns, all_taps = chunk_groups * taps;
   static constexpr int bias_bytes = all_taps * 4 + 16;  // a lane reads one past the last
-  static int bytes(const Span& span) { return image_bytes + bias_bytes + (pixels + all_taps) * span.pitch(); }
+  static int bytes(int reduced) { return image_bytes + bias_bytes + (pixels + all_taps) * Span::pitch(reduced); }
 };
 
 // Rows of `channels` elements into shared memory; `at(i)` is the offset of row i, or negative where there are zeros.

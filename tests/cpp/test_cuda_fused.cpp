@@ -3,6 +3,8 @@
 // is noticed.
 #include "../../cuda/fused/fused.h"
 
+#include <array>
+
 #include "cuda_emulator/emulator.h"
 #include "oracle.h"
 
@@ -30,7 +32,7 @@ std::vector<int64_t> channels_last(int64_t n, int64_t c, int64_t h, int64_t w, i
 
 class SpanSetting {
  public:
-  explicit SpanSetting(const SpanCase& c, uint64_t seed = 1)
+  explicit SpanSetting(const SpanCase& c, uint64_t seed = 1, bool backward = false)
       : trial(c),
         x(c.dtype, {c.shape.n, c.shape.c, c.shape.h, c.shape.w},
           channels_last(c.shape.n, c.shape.c, c.shape.h, c.shape.w, c.gap)),
@@ -44,7 +46,7 @@ class SpanSetting {
           channels_last(c.shape.n, c.shape.c, c.shape.out_h(), c.shape.out_w(), c.gap)) {
     std::mt19937_64 engine(seed);
     std::uniform_real_distribution<double> uniform(-1, 1);
-    for (Tensor* tensor : {&x, &reduced, &span, &bias, &scale, &shift})
+    for (Tensor* tensor : {&x, &reduced, &span, &bias, &scale, &shift, &y})
       for (int64_t i = 0, n = tensor->count(); i < n; ++i) tensor->set(i, uniform(engine));
     if (c.special) {
       x.set(int64_t(engine() % uint64_t(x.count())), INFINITY);
@@ -52,7 +54,7 @@ class SpanSetting {
       x.set(0, -INFINITY);
       reduced.set(int64_t(engine() % uint64_t(reduced.count())), NAN);
     }
-    y.poison();
+    if (!backward) y.poison();
     problem.involution = problem_of(c.shape, c.dtype, Device::cuda, {x.strides, std::vector<int64_t>(6, 0), y.strides});
     problem.reduced = c.reduced;
     std::copy(reduced.strides.begin(), reduced.strides.end(), problem.reduced_stride);
@@ -69,14 +71,12 @@ class SpanSetting {
     CHECK(error.empty(), trial.text() + ": " + error);
   }
 
-  // Against weights in double. Each may be off by its own rounding to the storage type and that of the sum in float.
-  void check() {
-    const Problem& p = problem.involution;
-    const int64_t pixels = p.out_h * p.out_w, rows = problem.span_rows();
-    const std::vector<int64_t> sizes{p.batch, p.groups, 7, 7, p.out_h, p.out_w};
-    const std::vector<int64_t> contiguous = strides_in_order(sizes, {0, 1, 2, 3, 4, 5});
-    Tensor w(DType::f64, sizes, contiguous), w_error(DType::f64, sizes, contiguous);
-    for (int64_t n = 0; n < p.batch; ++n)
+  std::vector<char> bytes() const { return y.bytes(); }
+
+  // W in double, and how far it may be off by its rounding to the storage type and that of its sum in float.
+  void generate(Tensor& w, Tensor& w_error) const {
+    const int64_t pixels = problem.involution.out_h * problem.involution.out_w, rows = problem.span_rows();
+    for (int64_t n = 0; n < problem.involution.batch; ++n)
       for (int64_t k = 0; k < rows; ++k)
         for (int64_t v = 0; v < pixels; ++v) {
           double sum = trial.bias ? bias.get(k) : 0, magnitude = std::fabs(sum);
@@ -85,9 +85,23 @@ class SpanSetting {
             sum += term, magnitude += std::fabs(term);
           }
           w.set((n * rows + k) * pixels + v, sum);
-          w_error.set((n * rows + k) * pixels + v, unit_roundoff(trial.dtype) * std::fabs(sum) + smallest(trial.dtype) +
-                                                       2 * double(trial.reduced + 1) * 0x1p-24 * magnitude);
+          w_error.set((n * rows + k) * pixels + v, rounding(sum) + float_sum(trial.reduced + 1, magnitude));
         }
+  }
+  double rounding(double value) const { return unit_roundoff(trial.dtype) * std::fabs(value) + smallest(trial.dtype); }
+  static double float_sum(int64_t terms, double magnitude) { return 2 * double(terms) * 0x1p-24 * magnitude; }
+
+  Tensor weights() const {
+    const Problem& p = problem.involution;
+    const std::vector<int64_t> sizes{p.batch, p.groups, 7, 7, p.out_h, p.out_w};
+    return {DType::f64, sizes, strides_in_order(sizes, {0, 1, 2, 3, 4, 5})};
+  }
+
+  void check() {
+    const Problem& p = problem.involution;
+    const int64_t pixels = p.out_h * p.out_w;
+    Tensor w = weights(), w_error = weights();
+    generate(w, w_error);
     const Expected expected = expect(p, Pass::forward, x, w, y), error = expect(p, Pass::forward, x, w_error, y);
     double worst = 0;
     bool specials_agree = true;
@@ -116,6 +130,119 @@ class SpanSetting {
   Tensor x, reduced, span, bias, scale, shift, y;
 };
 
+// The same problem backward; y holds grad_output.
+class GradientSetting : public SpanSetting {
+ public:
+  explicit GradientSetting(const SpanCase& c, uint64_t seed = 1)
+      : SpanSetting(c, seed, true),
+        grad_x(c.dtype, x.sizes, x.strides),
+        grad_reduced(c.dtype, reduced.sizes, reduced.strides),
+        grad_span(c.dtype, span.sizes, {c.reduced, 1}),
+        grad_bias(c.dtype, bias.sizes, {1}) {
+    if (c.special) {
+      y.set(int64_t(seed * 7919 % uint64_t(y.count())), INFINITY);
+      y.set(int64_t(seed * 104729 % uint64_t(y.count())), NAN);
+    }
+    for (Tensor* tensor : written()) tensor->poison();
+    std::copy(x.strides.begin(), x.strides.end(), problem.grad_x_stride);
+    std::copy(reduced.strides.begin(), reduced.strides.end(), problem.grad_reduced_stride);
+  }
+
+  std::array<Tensor*, 4> written() { return {&grad_x, &grad_reduced, &grad_span, &grad_bias}; }
+
+  // Those that `wanted` has a bit for.
+  void run(unsigned wanted = 15) {
+    const Guarded scratch(size_t(cuda::fused_scratch(problem, SpanPass::backward)));
+    SpanBuffers buffers{};
+    buffers.x = x.data(), buffers.reduced = reduced.data(), buffers.span = span.data(), buffers.y = y.data();
+    if (trial.bias) buffers.bias = bias.data();
+    void** const gradients[] = {&buffers.grad_x, &buffers.grad_reduced, &buffers.grad_span, &buffers.grad_bias};
+    for (int i = 0; i < 4; ++i)
+      if (wanted >> i & 1) *gradients[i] = written()[size_t(i)]->data();
+    buffers.scratch = scratch.data();
+    const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanPass::backward, buffers, {}); });
+    CHECK(error.empty(), trial.text() + ": " + error);
+  }
+
+  std::vector<char> bytes() {
+    std::vector<char> all;
+    for (const Tensor* tensor : written()) {
+      const std::vector<char> one = tensor->bytes();
+      all.insert(all.end(), one.begin(), one.end());
+    }
+    return all;
+  }
+
+  // Each number may be off by its own rounding, those of W or dW on the way, and those of the sums in float.
+  void check() {
+    const Problem& p = problem.involution;
+    const int64_t pixels = p.out_h * p.out_w, rows = problem.span_rows(), channels = trial.reduced;
+    Tensor w = weights(), w_error = weights();
+    generate(w, w_error);
+    const Expected to_x = expect(p, Pass::grad_input, x, w, y), x_error = expect(p, Pass::grad_input, x, w_error, y);
+    compare("grad_x", grad_x, [&](int64_t i) {
+      const size_t at = size_t(i);
+      return std::pair{to_x.value[at], x_error.magnitude[at] + float_sum(50, to_x.magnitude[at])};
+    });
+
+    const Expected to_w = expect(p, Pass::grad_weight, x, w, y);
+    const auto sum = [&](int64_t terms, const auto& term) {  // of (factor, element of dW)
+      double value = 0, error = 0, magnitude = 0;
+      for (int64_t i = 0; i < terms; ++i) {
+        const auto [factor, at] = term(i);
+        const double gradient = to_w.value[size_t(at)];
+        value += factor * gradient, magnitude += std::fabs(factor * gradient);
+        error += std::fabs(factor) * (rounding(gradient) + float_sum(16, to_w.magnitude[size_t(at)]));
+      }
+      return std::pair{value, error + float_sum(terms, magnitude)};
+    };
+    compare("grad_reduced", grad_reduced, [&](int64_t i) {
+      const int64_t pixel = i % pixels, r = i / pixels % channels, n = i / pixels / channels;
+      return sum(rows,
+                 [&](int64_t k) { return std::pair{span.get(k * channels + r), (n * rows + k) * pixels + pixel}; });
+    });
+    const auto over_pixels = [&](int64_t k, int64_t r) {
+      return sum(p.batch * pixels, [&](int64_t i) {
+        const int64_t n = i / pixels, pixel = i % pixels;
+        return std::pair{r < 0 ? 1.0 : reduced.get((n * channels + r) * pixels + pixel),
+                         (n * rows + k) * pixels + pixel};
+      });
+    };
+    compare("grad_span", grad_span, [&](int64_t i) { return over_pixels(i / channels, i % channels); });
+    compare("grad_bias", grad_bias, [&](int64_t i) { return over_pixels(i, -1); });
+  }
+
+  template <class Want>
+  void compare(const char* name, const Tensor& result, const Want& want_at) {
+    double worst = 0;
+    bool specials_agree = true;
+    for (int64_t i = 0, n = result.count(); i < n; ++i) {
+      const auto [want, error] = want_at(i);
+      const double got = result.get(i);
+      if (!std::isfinite(want) || !std::isfinite(got)) {
+        specials_agree &= std::isnan(want) ? std::isnan(got) : got == want;
+        continue;
+      }
+      worst = std::max(worst, std::fabs(got - want) / (rounding(want) + error));
+    }
+    const std::string where = trial.text() + " " + name;
+    CHECK(specials_agree, where + ": NaN or Inf in other places than expected");
+    CHECK(worst <= 1, where + ": off by " + std::to_string(worst) + " bounds");
+    CHECK(result.gaps_untouched(), where + ": memory between elements was written");
+  }
+
+  Tensor grad_x, grad_reduced, grad_span, grad_bias;
+};
+
+std::vector<char> differentiate_and_check(const SpanCase& trial, uint64_t seed = 1) {
+  GradientSetting setting(trial, seed);
+  const char* refusal = cuda::fused_refusal(setting.problem, SpanPass::backward);
+  if (!CHECK(refusal == nullptr, trial.text() + ": refused, " + (refusal ? refusal : ""))) return {};
+  setting.run();
+  setting.check();
+  return setting.bytes();
+}
+
 std::vector<char> run_and_check(const SpanCase& trial, uint64_t seed = 1) {
   SpanSetting setting(trial, seed);
   const char* refusal = cuda::fused_refusal(setting.problem, SpanPass::forward);
@@ -143,38 +270,91 @@ void cases() {
   run_and_check({{1, 64, 4, 10, 10, 7, 7, 1, 1, 3, 3}, 16, DType::bf16, true, false, true});
 }
 
+void gradients() {
+  uint64_t seed = 0;
+  for (const int64_t s : {1, 2})
+    for (const Case& shape : {Case{2, 64, 4, 9, 20, 7, 7, s, s, 3, 3}, Case{1, 32, 2, 7, 7, 7, 7, s, s, 3, 3},
+                              Case{1, 96, 6, 17, 18, 7, 7, s, s, 2, 5}, Case{1, 16, 1, 20, 33, 7, 7, s, s, 0, 0}})
+      for (const int64_t reduced : {16, 32, 48}) {
+        ++seed;
+        const DType dtype = seed % 2 ? DType::bf16 : DType::f16;
+        differentiate_and_check({shape, reduced, dtype, seed % 3 != 0, false, false, false,
+                                 seed % 4 == 3   ? 1
+                                 : seed % 4 == 2 ? 8
+                                                 : 0},
+                                seed);
+      }
+  differentiate_and_check({{1, 64, 4, 10, 10, 7, 7, 1, 1, 3, 3}, 128});
+  differentiate_and_check({{1, 80, 5, 20, 17, 7, 7, 2, 2, 4, 4}, 80});
+}
+
+void wanted_gradients() {
+  const SpanCase trial{{1, 32, 2, 9, 10, 7, 7, 1, 1, 3, 3}, 16};
+  GradientSetting all(trial);
+  all.run();
+  for (unsigned wanted = 0; wanted < 16; ++wanted) {
+    GradientSetting some(trial);
+    some.run(wanted);
+    for (unsigned i = 0; i < 4; ++i) {
+      GradientSetting none(trial);
+      const auto right = (wanted >> i & 1 ? all : none).written()[i]->bytes();
+      CHECK(some.written()[i]->bytes() == right, "gradient " + std::to_string(i) + " of " + std::to_string(wanted));
+    }
+  }
+}
+
 void special_values() {
   for (const int64_t s : {1, 2})
     for (const Case& shape : {Case{1, 32, 2, 14, 19, 7, 7, s, s, 3, 3}, Case{1, 16, 1, 8, 8, 7, 7, s, s, 3, 3}})
       for (uint64_t seed = 1; seed <= 2; ++seed)
         run_and_check({shape, 16, seed % 2 ? DType::bf16 : DType::f16, true, seed == 2, seed == 2, true}, seed);
+  for (const int64_t s : {1, 2})
+    for (const Case& shape : {Case{1, 80, 5, 14, 19, 7, 7, s, s, 3, 3}, Case{2, 16, 1, 11, 9, 7, 7, s, s, 3, 3}})
+      for (uint64_t seed = 1; seed <= 2; ++seed)
+        differentiate_and_check(
+            {shape, seed == 1 ? 16 : 32, seed % 2 ? DType::bf16 : DType::f16, true, false, false, true}, seed);
+}
+
+template <class Setting>
+std::vector<char> bits_of(const SpanCase& trial) {
+  Setting setting(trial);
+  setting.run();
+  return setting.bytes();
+}
+
+// The same bits in every schedule, and others in one of them once a synchronisation is removed.
+template <class Setting>
+void schedules_and_races(const SpanCase& trial, bool races) {
+  emulator::options() = {};
+  emulator::forget_statistics();
+  const std::vector<char> right = bits_of<Setting>(trial);
+  CHECK(emulator::statistics().bank_conflicts == 0, trial.text() + ": matrix loads have bank conflicts");
+  for (const Schedule schedule : emulator::schedules) {
+    emulator::options() = {schedule, 3, -1};
+    CHECK(bits_of<Setting>(trial) == right,
+          trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
+  }
+  if (!races) return;
+  const auto sites = emulator::sync_sites();
+  for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
+    int caught = 0;
+    for (const Schedule schedule : emulator::schedules) {
+      emulator::options() = {schedule, 3, int(dropped)};
+      caught += bits_of<Setting>(trial) != right;
+      if (caught > 0) break;
+    }
+    CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
+  }
+  emulator::options() = {};
 }
 
 void schedules_and_races() {
   for (const int64_t s : {1, 2}) {
     const SpanCase trial{{1, 64, 4, 9, 18, 7, 7, s, s, 3, 3}, 32};
-    emulator::options() = {};
-    emulator::forget_statistics();
-    const std::vector<char> right = run_and_check(trial);
-    CHECK(emulator::statistics().bank_conflicts == 0, trial.text() + ": matrix loads have bank conflicts");
-    for (const Schedule schedule : emulator::schedules) {
-      emulator::options() = {schedule, 3, -1};
-      CHECK(run_and_check(trial) == right,
-            trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
-    }
-    if (s == 2) continue;  // there a warp reads and writes all pixels of its group, and no other's
-    const auto sites = emulator::sync_sites();
-    for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
-      int caught = 0;
-      for (const Schedule schedule : emulator::schedules) {
-        emulator::options() = {schedule, 3, int(dropped)};
-        SpanSetting setting(trial);
-        setting.run();
-        caught += setting.y.bytes() != right;
-        if (caught > 0) break;
-      }
-      CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
-    }
+    // Forward with stride 2 a warp reads and writes all pixels of its group, and no other's.
+    schedules_and_races<SpanSetting>(trial, s == 1);
+    const Case shape{1, 80, 5, 18, 21, 7, 7, s, s, 3, 3};
+    for (const int64_t reduced : {16, 32}) schedules_and_races<GradientSetting>({shape, reduced}, true);
   }
   emulator::options() = {};
 }
@@ -188,7 +368,9 @@ void refusals() {
     CHECK(refusal != nullptr && std::string(refusal).find(part) != std::string::npos,
           std::string("expected a refusal with \"") + part + "\", got " + (refusal ? refusal : "none"));
   };
-  refused([](SpanProblem&) {}, "gradients", SpanPass::backward);
+  refused([](SpanProblem& p) { p.grad_x_stride[1] = 64; }, "of a gradient", SpanPass::backward);
+  refused([](SpanProblem& p) { p.grad_reduced_stride[1] = 64; }, "of a gradient", SpanPass::backward);
+  refused([](SpanProblem& p) { p.grad_x_stride[2] = int64_t{1} << 29; }, "32-bit", SpanPass::backward);
   refused([](SpanProblem& p) { p.involution.dtype = DType::f32; }, "half and bfloat16");
   refused([](SpanProblem& p) { p.involution.kernel_w = 5; }, "7 x 7");
   refused([](SpanProblem& p) { p.involution.dilation_h = 2; }, "dilation");
@@ -208,6 +390,8 @@ void refusals() {
 
 int main() {
   cases();
+  gradients();
+  wanted_gradients();
   special_values();
   schedules_and_races();
   refusals();

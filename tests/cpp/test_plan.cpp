@@ -53,9 +53,12 @@ void spans() {
   span.span_stride[0] = 16, span.span_stride[1] = 1;
   const auto chosen = [&](SpanPass pass) { return std::string(choose(span, pass).name); };
   CHECK(chosen(SpanPass::forward) == "fused", "a layer of RedNet is fused");
-  CHECK(chosen(SpanPass::backward) == "composed", "its gradients are not");
+  CHECK(chosen(SpanPass::backward) == "fused", "and so are its gradients");
+  const SpanVariant& fused = choose(span, SpanPass::backward);
+  CHECK(fused.scratch != nullptr && fused.scratch(span, SpanPass::backward) > 0, "which need scratch memory");
+  CHECK(fused.scratch(span, SpanPass::forward) == 0, "the result does not");
   span.involution.dtype = DType::f32;
-  CHECK(chosen(SpanPass::forward) == "composed", "nor is float");
+  CHECK(chosen(SpanPass::forward) == "composed", "float is not");
 }
 
 void forced() {

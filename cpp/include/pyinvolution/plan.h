@@ -19,6 +19,8 @@ struct VariantOf {
   // Throws std::runtime_error when the device reports an error. Never called for an empty output. nullptr: the operator
   // itself composes the result of others.
   void (*run)(const Problem&, Pass, const Buffers&, const Execution&);
+  // Bytes of the device's memory that `run` needs besides the tensors; on the device that runs it. nullptr: none.
+  int64_t (*scratch)(const Problem&, Pass) = nullptr;
 };
 using Variant = VariantOf<Problem, Pass, Buffers>;
 using SpanVariant = VariantOf<SpanProblem, SpanPass, SpanBuffers>;

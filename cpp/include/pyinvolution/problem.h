@@ -92,6 +92,7 @@ struct SpanBuffers {
   void* grad_reduced;
   void* grad_span;
   void* grad_bias;
+  void* scratch;  // what the variant asks for, aligned to 16 bytes
 };
 
 // How a kernel gets its threads: `body(begin, end, state)` over disjoint ranges that cover [begin, end). It has the

@@ -177,6 +177,7 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
 namespace pyinvolution::cuda {
 
 inline char* shared_memory() { return emulator::shared_memory(); }
+inline int opaque(int value) { return value; }
 
 template <int Bytes>
 void copy_async(void* shared, const void* global, bool valid = true, Site site = Site::here()) {
