@@ -204,7 +204,7 @@ def read(name: str, overrides: dict[str, Any]) -> SearchConfig:
     path = resolve(name)
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping with space and recipe, got {type(values).__name__}")
