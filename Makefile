@@ -13,7 +13,7 @@ GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
 export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-.PHONY: demo test test-python test-cpp lint format bench bench-gpu sanitize-gpu clean
+.PHONY: demo test test-python test-cpp lint format bench bench-gpu sanitize-gpu wheel test-abi clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyinvolution demo

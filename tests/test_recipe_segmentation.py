@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 
 pytest.importorskip("lightning")
 from pyinvolution import cli
-from pyinvolution.models import create_model
+from pyinvolution.models import create_model, official_state_dict
 from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation, command
 from pyinvolution.recipes.segmentation import digits, figure
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, LABEL_IDS, PALETTE, TRAIN_IDS, BalancedCrop
@@ -269,11 +269,11 @@ def test_weights_to_begin_with(trained, tmp_path):
     """A classifier of the library becomes the backbone; a segmentation model is read whole."""
     options = yaml.safe_load(OPTIONS)
     classifier = create_model("rednet", num_classes=10, **options["backbone_options"])
-    torch.save(
-        {"state_dict": {f"net.{k}": v for k, v in classifier.state_dict().items()}}, tmp_path / "classifier.ckpt"
-    )
-    model = Segmentation("semantic_fpn", options=options, backbone_weights=str(tmp_path / "classifier.ckpt"))
-    assert torch.equal(model.net.backbone.layer2[0].conv1.weight, classifier.layer2[0].conv1.weight)
+    ours = {f"net.{key}": value for key, value in classifier.state_dict().items()}
+    for state in (ours, official_state_dict(classifier)):
+        torch.save({"state_dict": state}, tmp_path / "classifier.ckpt")
+        model = Segmentation("semantic_fpn", options=options, backbone_weights=str(tmp_path / "classifier.ckpt"))
+        assert torch.equal(model.net.backbone.layer2[0].conv1.weight, classifier.layer2[0].conv1.weight)
     model = Segmentation("semantic_fpn", options=options, init_from=str(trained / "last.ckpt"))
     state = torch.load(trained / "last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(model.net.decode_head.conv_seg.weight, state["net.decode_head.conv_seg.weight"])

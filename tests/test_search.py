@@ -420,6 +420,7 @@ def space_of_found(result):
         ("trails: 3", "Option 'trails' is not accepted"),
         ("trials: 0", "trials must be at least 1, got 0"),
         ("cost: watts", 'key "cost"'),
+        ("timing: {batch: 0}", "timing needs batch and threads of at least 1"),
         ("budget: 0.001", "budget=0.001 is out of reach: the cheapest of 1000 random networks costs 0."),
         ("held_out: 1.5", r"held_out must be in (0, 1), got 1.5"),
         ("space: {stages: 3}", "stages must be a list of mappings, got 3"),

@@ -28,8 +28,9 @@ void validate_window(const Problem& p) {
   const auto between = [](const char* name, int64_t value, int64_t least) {
     expect(value >= least && value <= most, name, value, "at least " + std::to_string(least) + " and below 2^31");
   };
-  for (const auto& [name, value] : {std::pair{"batch", p.batch}, {"in_h", p.in_h}, {"in_w", p.in_w}})
-    expect(value >= 0, name, value, "at least 0");
+  expect(p.batch >= 0, "batch", p.batch, "at least 0");
+  for (const auto& [name, value] : {std::pair{"in_h", p.in_h}, {"in_w", p.in_w}})
+    expect(value >= 0 && value < int64_t{1} << 62, name, value, "at least 0 and below 2^62");
   for (const auto& [name, value] : {std::pair{"kernel_h", p.kernel_h},
                                     {"kernel_w", p.kernel_w},
                                     {"stride_h", p.stride_h},
@@ -48,7 +49,13 @@ void validate_window(const Problem& p) {
 template <size_t Axes>
 void dense(int64_t (&strides)[Axes], const std::array<int64_t, Axes>& sizes, const std::array<size_t, Axes>& order) {
   int64_t stride = 1;
-  for (size_t i = Axes; i-- > 0; stride *= std::max<int64_t>(sizes[order[i]], 1)) strides[order[i]] = stride;
+  for (size_t i = Axes; i-- > 0;) {
+    const int64_t size = std::max<int64_t>(sizes[order[i]], 1);
+    strides[order[i]] = stride;
+    if (__builtin_mul_overflow(stride, size, &stride))
+      throw std::invalid_argument("a size is " + std::to_string(size) +
+                                  ", expected tensors of fewer than 2^63 elements altogether");
+  }
 }
 
 constexpr std::array<size_t, 4> nchw{0, 1, 2, 3}, nhwc{0, 2, 3, 1};
@@ -113,6 +120,7 @@ void run(const SpanProblem& span, SpanPass pass, const SpanBuffers& buffers, con
 }
 
 bool fuses(DType dtype, Device device, int64_t channels, int64_t groups, int64_t reduced, const Geometry& geometry) {
+  make_problem(dtype, device, {1, channels, 1, 1}, groups, geometry);  // whether the sizes below can be computed
   // An image of 14 x 14 output pixels without padding.
   std::array<int64_t, 4> input{1, channels, 0, 0};
   for (size_t i : {0, 1}) input[2 + i] = 13 * geometry.stride[i] + geometry.dilation[i] * (geometry.kernel[i] - 1) + 1;

@@ -16,7 +16,8 @@ TRAINING = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``argv``, by default that of the process.
 
-    Exits with 1 if training diverged or the demo missed its target, 2 after wrong input, 143 after SIGTERM.
+    Exits with 1 if training diverged or the demo missed its target, 2 after wrong input or where a file cannot be read
+    or written, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -30,17 +31,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.run(arguments)
         else:
             sys.exit(_run(arguments))
-    except (RecipeError, TrainingDiverged) as error:
+    except (RecipeError, TrainingDiverged, OSError) as error:
         if debug:
             raise
         name = " ".join(["pyinvolution", *arguments[:1]])
-        print(f"{name}: error: {error} (--debug shows where)", file=sys.stderr)
+        print(f"{name}: error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
         sys.exit(1 if isinstance(error, TrainingDiverged) else 2)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("pyinvolution"):
             raise
         print(f'this command needs more packages ({error}): pip install "pyinvolution[train]"', file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if text.startswith("Caught ") and "Traceback" in text:  # from a process that loads data
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 class _CMakeDir(argparse.Action):

@@ -80,9 +80,13 @@ def _read(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}, not a dict")
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of weights: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint of weights: {reason}") from error
+    return checkpoint
 
 
 def _load(net: nn.Module, path: str, checkpoint: dict[str, Any]) -> nn.Module:

@@ -1,8 +1,9 @@
 // Trains a small network with involution by SGD.
-//   train_step            on made-up data
-//   train_step IN OUT     from what Python saved in IN, torch.save({"images": ..., "labels": ..., "lr": ..., "steps":
-//   ...,
-//                         **state_dict}); writes the trained state to OUT, for torch.load
+//   train_step                    on made-up data, from random parameters
+//   train_step DATA STATE OUT     on the images and labels that Python saved in DATA by torch.save((images, labels),
+//   DATA),
+//                                 from STATE, torch.save(dict(net.state_dict()), STATE); writes the trained state to
+//                                 OUT, for net.load_state_dict(dict(torch.load(OUT)))
 #include <pyinvolution/torch.h>
 
 #include <cstdio>
@@ -37,61 +38,38 @@ struct NetImpl : torch::nn::Module {
 };
 TORCH_MODULE(Net);
 
-using State = c10::Dict<std::string, torch::Tensor>;
-
 std::vector<char> read(const char* path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file, "there is no file ", path);
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-// Parameters and buffers by their names, as in Python's state_dict.
-torch::OrderedDict<std::string, torch::Tensor> state_of(const Net& net) {
-  auto state = net->named_parameters();
-  state.update(net->named_buffers());
-  return state;
-}
-
 void run(int arguments, char** argument) {
   torch::manual_seed(0);
   torch::Tensor images = torch::randn({8, 3, 32, 32}), labels = torch::randint(10, {8});
-  double lr = 0.05;
-  int64_t steps = 5;
   Net net(10);
-  if (arguments == 3) {
-    const auto saved = torch::pickle_load(read(argument[1])).toGenericDict();
-    images = saved.at("images").toTensor(), labels = saved.at("labels").toTensor();
-    lr = saved.at("lr").toDouble(), steps = saved.at("steps").toInt();
-    const torch::NoGradGuard no_grad;
-    for (auto& item : state_of(net)) item.value().copy_(saved.at(item.key()).toTensor());
+  if (arguments == 4) {
+    const torch::IValue data = torch::pickle_load(read(argument[1]));
+    images = data.toTupleRef().elements()[0].toTensor(), labels = data.toTupleRef().elements()[1].toTensor();
+    pyinvolution::load_state_dict(*net, argument[2]);
   }
 
-  torch::optim::SGD optimizer(net->parameters(), torch::optim::SGDOptions(lr).momentum(0.9));
-  for (int64_t step = 0; step < steps; ++step) {
+  torch::optim::SGD optimizer(net->parameters(), torch::optim::SGDOptions(0.05).momentum(0.9));
+  for (int step = 0; step < 5; ++step) {
     optimizer.zero_grad();
     const torch::Tensor loss = torch::cross_entropy_loss(net(images), labels);
     loss.backward();
     optimizer.step();
-    std::printf("step %ld loss %.6f\n", long(step), loss.item<double>());
+    std::printf("step %d loss %.6f\n", step, loss.item<double>());
   }
-
-  if (arguments != 3) return;
-  net->eval();
-  State trained;
-  for (const auto& item : state_of(net)) trained.insert(item.key(), item.value().detach());
-  {
-    const torch::NoGradGuard no_grad;
-    trained.insert("logits", net(images));
-  }
-  const std::vector<char> bytes = torch::pickle_save(trained);
-  std::ofstream(argument[2], std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
+  if (arguments == 4) pyinvolution::save_state_dict(*net, argument[3]);
 }
 
 }  // namespace
 
 int main(int arguments, char** argument) {
-  if (arguments != 1 && arguments != 3) {
-    std::fprintf(stderr, "usage: train_step [IN OUT]\n");
+  if (arguments != 1 && arguments != 4) {
+    std::fprintf(stderr, "usage: train_step [DATA STATE OUT]\n");
     return 2;
   }
   try {

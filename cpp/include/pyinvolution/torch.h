@@ -15,6 +15,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -175,21 +176,19 @@ inline Tensor span(const Tensor& reduced, const Tensor& span_weight, const Bias&
   return weight.unflatten(1, {-1, kernel_size[0], kernel_size[1]});
 }
 
-// Y from X, R and the span's parameters, with all gradients; W is not saved. An undefined tensor stands for no bias.
+// Y from X, R and the span's parameters, with all gradients; W is not saved.
 struct SpanInvolution : Function<SpanInvolution> {
-  static Bias optional(const Tensor& bias) { return bias.defined() ? Bias(bias) : std::nullopt; }
-
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
-                        const Tensor& span_bias, const Window& window) {
-    ctx->save_for_backward({input, reduced, span_weight, span_bias});
+                        const Bias& span_bias, const Window& window) {
+    ctx->save_for_backward({input, reduced, span_weight, span_bias.value_or(Tensor())});
     ctx->saved_data["window"] = window;
-    return span_involution2d(input, reduced, span_weight, optional(span_bias), window);
+    return span_involution2d(input, reduced, span_weight, span_bias, window);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &reduced = saved[1], &span_weight = saved[2];
-    const Bias span_bias = optional(saved[3]);
+    const Bias span_bias = saved[3].defined() ? Bias(saved[3]) : std::nullopt;
     const Window window = ctx->saved_data["window"].toIntVector();
     std::array<bool, 4> needed{};
     for (size_t i = 0; i < 4; ++i) needed[i] = saved[i].defined() && ctx->needs_input_grad(i);
@@ -270,39 +269,62 @@ inline torch::Tensor span_involution2d(torch::Tensor input, torch::Tensor reduce
   const detail::Bias bias = detail::autocast(span_bias, input);
   input = detail::autocast(input, input);
   const detail::Window window = detail::window_of({kernel_size, stride, padding, dilation});
-  const torch::Tensor bias_or_none = bias.value_or(torch::Tensor());
   const torch::Tensor output =
       detail::any_requires_grad(input, reduced, span_weight) || (bias && detail::any_requires_grad(*bias))
-          ? detail::SpanInvolution::apply(input, reduced, span_weight, bias_or_none, window)
+          ? detail::SpanInvolution::apply(input, reduced, span_weight, bias, window)
           : detail::span_involution2d(input, reduced, span_weight, bias, window);
   return unbatched ? output.squeeze(0) : output;
 }
 
-// Loads parameters and buffers that Python saved by torch.save(dict(module.state_dict()), path). The names and shapes
-// have to be those of the module; throws c10::Error that names the first that is not.
+namespace detail {
+
+// Calls visit(name, tensor) for every parameter and buffer.
+template <class Visit>
+void for_each_entry(const torch::nn::Module& module, const Visit& visit) {
+  for (auto& item : module.named_parameters()) visit(item.key(), item.value());
+  for (auto& item : module.named_buffers()) visit(item.key(), item.value());
+}
+
+}  // namespace detail
+
+// Loads parameters and buffers that Python saved by torch.save(dict(module.state_dict()), path), or save_state_dict
+// did. The names and shapes have to be those of the module; throws c10::Error that names the first that is not.
 inline void load_state_dict(torch::nn::Module& module, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file, "load_state_dict: there is no file ", path);
-  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  const auto state = torch::pickle_load(bytes).toGenericDict();
-  const torch::NoGradGuard no_grad;
-  size_t known = 0;
-  const auto load = [&](const std::string& name, torch::Tensor& tensor) {
-    TORCH_CHECK(state.contains(name), "load_state_dict: ", path, " has no ", name);
-    const torch::Tensor value = state.at(name).toTensor();
-    TORCH_CHECK(value.sizes() == tensor.sizes(), "load_state_dict: ", name, " has shape ", value.sizes(), " in ", path,
-                ", expected ", tensor.sizes());
-    tensor.copy_(value);
-    ++known;
-  };
-  for (auto& item : module.named_parameters()) load(item.key(), item.value());
-  for (auto& item : module.named_buffers()) load(item.key(), item.value());
-  for (const auto& item : state) {
-    if (known == state.size()) break;
-    const std::string name = item.key().toStringRef();
-    TORCH_CHECK(module.named_parameters().contains(name) || module.named_buffers().contains(name),
-                "load_state_dict: ", path, " has ", name, ", which the module has not");
+  const torch::IValue saved =
+      torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
+  std::map<std::string, torch::Tensor> state;
+  if (saved.isTuple()) {
+    for (const torch::IValue& entry : saved.toTupleRef().elements())
+      state.emplace(entry.toTupleRef().elements()[0].toStringRef(), entry.toTupleRef().elements()[1].toTensor());
+  } else {
+    TORCH_CHECK(saved.isGenericDict(), "load_state_dict: ", path,
+                " is not of torch.save(dict(module.state_dict()), path)");
+    for (const auto& entry : saved.toGenericDict()) state.emplace(entry.key().toStringRef(), entry.value().toTensor());
   }
+  const torch::NoGradGuard no_grad;
+  detail::for_each_entry(module, [&](const std::string& name, torch::Tensor tensor) {
+    const auto found = state.find(name);
+    TORCH_CHECK(found != state.end(), "load_state_dict: ", path, " has no ", name);
+    TORCH_CHECK(found->second.sizes() == tensor.sizes(), "load_state_dict: ", name, " has shape ",
+                found->second.sizes(), " in ", path, ", expected ", tensor.sizes());
+    tensor.copy_(found->second);
+    state.erase(found);
+  });
+  TORCH_CHECK(state.empty(), "load_state_dict: ", path, " has ", state.begin()->first, ", which the module has not");
+}
+
+// Saves parameters and buffers for Python's module.load_state_dict(dict(torch.load(path))).
+inline void save_state_dict(const torch::nn::Module& module, const std::string& path) {
+  std::vector<torch::IValue> entries;
+  detail::for_each_entry(module, [&](const std::string& name, const torch::Tensor& tensor) {
+    entries.emplace_back(c10::ivalue::Tuple::create({name, tensor.detach()}));
+  });
+  // Dicts of C++ need more than torch.load allows by default.
+  const std::vector<char> bytes = torch::pickle_save(c10::ivalue::Tuple::create(std::move(entries)));
+  std::ofstream file(path, std::ios::binary);
+  TORCH_CHECK(file.write(bytes.data(), std::streamsize(bytes.size())).flush(), "save_state_dict: cannot write ", path);
 }
 
 namespace nn {

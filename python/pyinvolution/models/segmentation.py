@@ -296,13 +296,14 @@ def _backbone(backbone: str | nn.Module, options: Mapping[str, Any] | None) -> t
         if options:
             raise ValueError(f"backbone_options need a backbone by name, got {type(backbone).__name__} and {options!r}")
     elif backbone == "rednet" or backbone in list_models("rednet*"):
-        net = create_model(backbone, **{"num_classes": 0, "global_pool": "", "stem_kernel_size": 7} | given)
+        defaults: dict[str, Any] = {"num_classes": 0, "global_pool": "", "stem_kernel_size": 7}
+        net = create_model(backbone, **(defaults | given))
     else:
         import timm
 
         if not timm.is_model(backbone):
             raise ValueError(f"backbone must be a RedNet or a model of timm, got {backbone!r}")
-        net = timm.create_model(backbone, features_only=True, **{"out_indices": (1, 2, 3, 4)} | given)
+        net = timm.create_model(backbone, features_only=True, **({"out_indices": (1, 2, 3, 4)} | given))
     if isinstance(net, RedNet):
         info = net.feature_info[1:]
         return net, [level["num_chs"] for level in info], [level["reduction"] for level in info]

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from pyinvolution.recipes import plots
-from pyinvolution.recipes.errors import TrainingDiverged
+from pyinvolution.recipes.errors import RecipeError, TrainingDiverged
 from pyinvolution.recipes.loading import seed_from
+from pyinvolution.recipes.module import read_checkpoint
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -32,9 +33,13 @@ __all__ = [
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name and renames it, so that a kill leaves the old one or the new one.
+    """Writes a checkpoint beside its final name and renames it, so that a kill, a full disk or Ctrl-C leaves the old
+    one or the new one; reads tensors and plain data only.
 
     Lightning's own goes through the system's folder for temporary files; between file systems, moving a file copies it.
+
+    Raises:
+        RecipeError: a checkpoint cannot be written, e.g. because the disk is full, or is not one of a training run.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -44,11 +49,35 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            # torch says that it cannot complete a file, and not why the writing of it ended.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            if not isinstance(cause, OSError):
+                raise
+            stays = "; the one before it stays as it is" if path.exists() else ""
+            raise RecipeError(f"cannot write the checkpoint {path}: {cause.strerror or cause}{stays}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint = read_checkpoint(path, "--ckpt_path")
+        if "pytorch-lightning_version" not in checkpoint:
+            raise RecipeError(
+                f"--ckpt_path: {path} is not a checkpoint of a run; to begin with weights alone: model.init_from"
+            )
+        return checkpoint
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from pyinvolution.recipes import callbacks, configs
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.loading import RecipeData
-from pyinvolution.recipes.module import Recipe
+from pyinvolution.recipes.module import Recipe, read_checkpoint
 
 __all__ = ["RecipeCLI", "run"]
 
@@ -206,10 +205,12 @@ def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
         raise RecipeError(f"--ckpt_path: {path} is not a checkpoint, or not a complete one")
     if arguments[0] == "fit":
         return arguments
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(path, "--ckpt_path", mmap=True)
     inserted = []
     for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
         if arguments_of_init := checkpoint.get(key):
+            if not isinstance(arguments_of_init, dict):
+                raise RecipeError(f"--ckpt_path: {path} is damaged: its {key} are a {type(arguments_of_init).__name__}")
             kept = {
                 name: value
                 for name, value in arguments_of_init.items()
@@ -218,7 +219,10 @@ def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
             config = {"init_args": kept}
             if "_class_path" in arguments_of_init:
                 config["class_path"] = arguments_of_init["_class_path"]
-            inserted += [option, json.dumps(config)]
+            try:
+                inserted += [option, json.dumps(config)]
+            except TypeError as error:
+                raise RecipeError(f"--ckpt_path: {path} is damaged: its {key}: {error}") from error
     return [arguments[0], *inserted, *arguments[1:]]
 
 

@@ -29,7 +29,7 @@ def seed_from(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-class UnreadableSample(RuntimeError):
+class UnreadableSample(RecipeError):
     """A sample cannot be decoded; the message names its path."""
 
 
@@ -246,9 +246,9 @@ class RecipeData(pl.LightningDataModule):
         if self.trainer.state.fn != "fit":
             return
         for name in ("steps_per_epoch", "seed"):
-            if state[name] != getattr(self, name):
+            if state.get(name) != getattr(self, name):
                 raise RecipeError(
-                    f"cannot resume: the checkpoint was made with {name}={state[name]}, this run has "
+                    f"cannot resume: the checkpoint was made with {name}={state.get(name)}, this run has "
                     f"{getattr(self, name)}; keep data, seed and global batch, or begin anew from its weights with "
                     "model.init_from"
                 )

@@ -1,6 +1,6 @@
 """What every recipe's LightningModule shares: optimizer, schedule, memory format, compilation, averaged weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
-__all__ = ["Recipe", "check_fit", "read_weights"]
+__all__ = ["Recipe", "check_fit", "read_checkpoint", "read_weights"]
 
 
 class Recipe(pl.LightningModule):
@@ -142,6 +142,18 @@ class Recipe(pl.LightningModule):
         raise NotImplementedError
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        needed: dict[str, type] = {"state_dict": Mapping}
+        if self.trainer.state.fn == "fit":
+            needed |= {
+                "loops": Mapping,
+                "optimizer_states": list,
+                "lr_schedulers": list,
+                "global_step": int,
+                "epoch": int,
+            }
+        for key, kind in needed.items():
+            if not isinstance(checkpoint.get(key), kind):
+                raise RecipeError(f"--ckpt_path: the checkpoint has no {key} to go on with, or a damaged one")
         check_fit(checkpoint["state_dict"], self, "--ckpt_path")
 
     def images(self, batch: Tensor) -> Tensor:
@@ -185,19 +197,34 @@ class Recipe(pl.LightningModule):
 
 def read_weights(path: str, field: str) -> dict[str, Tensor]:
     """The state dict in a file of weights, or a RecipeError that names ``field``."""
+    checkpoint = read_checkpoint(path, field)
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
+        raise RecipeError(f"{field}: {path} holds no weights")
+    return state
+
+
+def read_checkpoint(path: str | Path, field: str, mmap: bool = False) -> dict[str, Any]:
+    """The dict in a file that torch.save wrote, on the CPU, tensors and plain data only, or a RecipeError that names
+    ``field``; ``mmap`` reads tensors when they are used."""
     if not Path(path).is_file():
         raise RecipeError(f"{field}: there is no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RecipeError(f"{field}: {path} is not a checkpoint of weights: {error}") from error
-    return state.get("state_dict", state)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged file can be wrong in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"{field}: {path} is not a checkpoint, or a damaged one: {reason[:200]}") from error
+    if not isinstance(checkpoint, dict):
+        raise RecipeError(f"{field}: {path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
+    return checkpoint
 
 
 def check_fit(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
     """Raise a RecipeError of one line if ``state`` has other names or shapes than the state dict of ``module``."""
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    theirs = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for name, value in state.items()
+    }
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         name = different[0]

@@ -32,9 +32,13 @@ def resolve(name: str) -> list[str]:
     """Files that ``--config name`` stands for: a file of that path, else a packaged one after its base.
 
     Raises:
-        RecipeError: there is neither; the message lists the short names.
+        RecipeError: there is neither, and the message lists the short names; or the file is not text.
     """
     if Path(name).is_file():
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"--config {name} is no text in UTF-8: {error}") from error
         return [name]
     packaged = _root() / name
     known = [known for known, _ in listing()]

@@ -213,11 +213,16 @@ class CocoData(RecipeData):
                 raise ValueError("it lists no images or no categories")
             if annotated and "annotations" not in coco.dataset:
                 raise ValueError("it has no annotations")
+            names = [image["file_name"] for image in coco.imgs.values()]
+            names += [category["name"] for category in coco.cats.values()]
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("names of files and categories must be text")
             unknown = {annotation["category_id"] for annotation in coco.anns.values()} - coco.cats.keys()
             if unknown:
                 raise ValueError(f"annotations have categories that are not listed: {sorted(unknown)[:5]}")
             for annotation in coco.anns.values():
-                if len(annotation["bbox"]) != 4:
+                box = annotation["bbox"]
+                if len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
                     raise ValueError(f"the bbox of annotation {annotation['id']} is {annotation['bbox']}")
         except KeyError as error:
             raise RecipeError(f"{file} is not in COCO's format: an entry lacks {error}") from error

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -74,6 +75,12 @@ class SearchConfig:
         ):
             if getattr(self, name) < least:
                 raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.timing.batch < 1 or self.timing.threads < 1 or self.timing.seconds < 0:
+            raise RecipeError(
+                f"timing needs batch and threads of at least 1 and seconds of at least 0, got {self.timing}"
+            )
+        if self.timing.torch_device.type == "cuda" and not torch.cuda.is_available():
+            raise RecipeError("timing.device is cuda, but there is no GPU")
         if self.budget <= 0:
             raise RecipeError(f"budget must be positive, got {self.budget}")
         try:
@@ -197,7 +204,7 @@ def read(name: str, overrides: dict[str, Any]) -> SearchConfig:
     path = resolve(name)
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping with space and recipe, got {type(values).__name__}")

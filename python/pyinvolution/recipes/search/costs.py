@@ -36,13 +36,13 @@ class Timing:
         batch: images at once.
         threads: of the CPU; the trainings of a search use as many.
         seconds: spent on each layer of the table; the whole networks of the check get ten times as much.
-        device: "auto" is the GPU where there is one.
+        device: "cpu", "cuda", or "auto" for the GPU where there is one.
     """
 
     batch: int = 32
     threads: int = 1
     seconds: float = 0.06
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property
     def torch_device(self) -> torch.device:

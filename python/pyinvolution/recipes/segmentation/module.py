@@ -1,19 +1,19 @@
 """Semantic segmentation: the Cityscapes recipe of the paper (appendix A.3)."""
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pyinvolution.models import create_model, load_official
+from pyinvolution.recipes.backbone import load_backbone
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe, check_fit, read_weights
+from pyinvolution.recipes.module import Recipe
 from pyinvolution.recipes.segmentation.cityscapes import IGNORED
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
 from pyinvolution.recipes.segmentation.predictions import SegmentationWriter
@@ -69,7 +69,7 @@ class Segmentation(Recipe):
             raise RecipeError(f"model.name must be a segmentation model, such as semantic_fpn_rednet50, got {name!r}")
         net.return_auxiliary = auxiliary_weight > 0
         if backbone_weights is not None:
-            _load_backbone(net.backbone, backbone_weights)
+            load_backbone(net.backbone, backbone_weights)
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)
         self.num_classes, self.auxiliary_weight = num_classes, auxiliary_weight
@@ -150,22 +150,6 @@ class Segmentation(Recipe):
         train_ids = self(images).argmax(1).to(torch.uint8)
         read = indices >= 0
         return indices[read], train_ids[read]
-
-
-def _load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load the weights of a classifier or segmentation model, official or of this library."""
-    field = f"model.backbone_weights: {path}"
-    state = read_weights(path, "model.backbone_weights")
-    ours = {re.sub(r"^(net\.)?(backbone\.)?", "", key): value for key, value in state.items()}
-    ours = {key: value for key, value in ours.items() if key in backbone.state_dict()}
-    if ours:
-        check_fit(ours, backbone, field)
-        backbone.load_state_dict(ours)
-        return
-    try:
-        load_official(backbone, state)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{field} does not fit this model: {error}") from error
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

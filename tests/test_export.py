@@ -1,0 +1,227 @@
+"""Exported models: archives, ONNX and the translation of the operators into it. AOTInductor: test_consumer.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pyinvolution
+from pyinvolution import cli
+from pyinvolution.export import export, load_model, onnx_translations
+from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.models import create_model
+
+onnxruntime = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+SMALL = {"layers": (1, 1), "stem_channels": 32, "base_channels": 16}
+
+
+def small_rednet() -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("rednet", num_classes=10, **SMALL)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return model
+
+
+class Operators(nn.Module):
+    """Both operators and the span's epilogue, in all their arguments."""
+
+    CASES = (
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((1, 1), (1, 1), (0, 0), (1, 1)),
+        ((2, 5), (2, 1), (0, 3), (1, 2)),
+        ((3, 2), (3, 2), (2, 1), (2, 3)),
+    )
+
+    def forward(self, x, weights, reduced, spans, biases, scale, shift):
+        results = []
+        for (kernel, *window), weight, r, span, bias in zip(self.CASES, weights, reduced, spans, biases, strict=True):
+            results.append(involution2d(x, weight, None, *window))
+            results.append(span_involution2d(x, r, span, None, kernel, *window))
+            results.append(span_involution2d(x, r, span[:, :, None, None], bias, kernel, *window))
+            geometry = (kernel, *window)
+            results.append(torch.ops.pyinvolution.span_involution2d(x, r, span, bias, scale, shift, True, *geometry))
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_operators_in_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size, channels, groups, width = (9, 11), 6, 2, 3
+    lists: list[list[torch.Tensor]] = [[], [], [], []]
+    for kernel, stride, padding, dilation in Operators.CASES:
+        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1
+               for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)]  # fmt: skip
+        rows = groups * kernel[0] * kernel[1]
+        shapes = ((2, groups, *kernel, *out), (2, width, *out), (rows, width), (rows,))
+        for values, shape in zip(lists, shapes, strict=True):
+            values.append(torch.randn(shape, dtype=dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, shift = (torch.randn(channels, dtype=wide) for _ in range(2))
+    inputs = (torch.randn(2, channels, *size, dtype=dtype), *lists, scale, shift)
+    program = torch.export.export(Operators(), inputs)
+    path = tmp_path / "operators.onnx"
+    torch.onnx.export(
+        program, (), path, opset_version=18, dynamo=True, verbose=False, custom_translation_table=onnx_translations()
+    )
+    graph = onnx.load(path)
+    assert {opset.domain for opset in graph.opset_import} <= {"", "ai.onnx"}
+    assert graph.opset_import[0].version == 18
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    flat = torch.utils._pytree.tree_leaves(inputs)
+    feed = {i.name: value.numpy() for i, value in zip(session.get_inputs(), flat, strict=True)}
+    for found, expected in zip(session.run(None, feed), Operators()(*inputs), strict=True):
+        tolerance = {torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_any_batch_and_size(format: str, tmp_path: Path) -> None:
+    model = small_rednet()
+    path = tmp_path / f"model.{format}"
+    result = export(model, path, format, torch.rand(2, 3, 64, 96))
+    assert result.dynamic == ("batch", "height", "width")
+    assert result.difference < 1e-4 < result.scale
+    for shape in ((1, 3, 32, 32), (5, 3, 75, 41)):
+        images = torch.randn(shape)
+        if format == "pt2":
+            found = torch.export.load(path).module()(images)
+        else:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+        torch.testing.assert_close(found, model.eval()(images).detach(), rtol=1e-4, atol=1e-4)
+    assert model.stem.conv1.weight.requires_grad
+
+
+def test_fixed_size_and_unoptimized(tmp_path: Path) -> None:
+    result = export(
+        small_rednet(), tmp_path / "m.pt2", example_input=torch.rand(2, 3, 64, 64), dynamic=False, optimize=False
+    )
+    assert result.dynamic == ()
+    assert result.difference == 0
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert "batch_norm" in str(program.graph)
+
+
+def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyinvolution import export as module
+
+    monkeypatch.setitem(module.FORMATS, "pt2", lambda program, path, opset: lambda image: [torch.zeros(len(image), 10)])
+    with pytest.raises(RuntimeError, match="outputs differ from the model's by"):
+        export(small_rednet(), tmp_path / "m.pt2", example_input=torch.rand(2, 3, 64, 64), dynamic=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"format": "tflite"}, "format must be one of pt2, aoti, onnx, got 'tflite'"),
+        ({"opset": 17}, "opset must be at least 18, got 17"),
+    ],
+)
+def test_wrong_arguments(arguments: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        export(small_rednet(), tmp_path / "m.pt2", **arguments)
+
+
+def test_what_cannot_be_exported_says_so(tmp_path: Path) -> None:
+    class Branching(nn.Conv2d):
+        def forward(self, input):
+            return super().forward(input if input.sum() > 0 else -input)
+
+    with (
+        pytest.warns(UserWarning, match="exported as it is, not optimized"),
+        pytest.raises(ValueError, match=r"torch\.export cannot export Branching"),
+    ):
+        export(Branching(3, 4, 1), tmp_path / "m.pt2", example_input=torch.rand(2, 3, 8, 8), dynamic=False)
+
+
+def test_segmentation(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    backbone = create_model("rednet", **{**SMALL, "layers": (1, 1, 1, 1)}, num_classes=0, global_pool="")
+    model = create_model("semantic_fpn", backbone=backbone, num_classes=5)
+    result = export(model, tmp_path / "m.pt2", example_input=torch.rand(2, 3, 64, 96))
+    assert result.dynamic == ("batch", "height", "width")
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.rand(1, 3, 81, 75)).shape == (1, 5, 81, 75)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+def test_detection(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    backbone = create_model("rednet", **{**SMALL, "layers": (1, 1, 1, 1)}, num_classes=0, global_pool="")
+    threshold = {"score_thresh": 0.0} if name == "retinanet" else {"box_score_thresh": 0.0}
+    options = {"num_classes": 5, "channels": 32, "min_size": 96, "max_size": 128, **threshold}
+    model = create_model(name, backbone=backbone, **options)
+    result = export(model, tmp_path / "m.pt2", example_input=torch.rand(1, 3, 96, 128))
+    assert result.dynamic == ()
+    image = torch.rand(1, 3, 96, 128)
+    boxes, labels, scores, *masks = torch.export.load(tmp_path / "m.pt2").module()(image)
+    (expected,) = model.eval()([image[0]])
+    assert len(boxes) == len(expected["boxes"]) > 0
+    by_name = {"boxes": expected["boxes"], "labels": expected["labels"], "scores": expected["scores"]}
+    found = dict(zip((k for k in expected if k != "masks"), (boxes, labels, scores), strict=True))
+    torch.testing.assert_close(found, by_name, rtol=1e-4, atol=1e-4)
+    assert [mask.shape[1:] for mask in masks] == ([(1, 28, 28)] if name == "mask_rcnn" else [])
+
+
+def test_command_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_rednet().eval()
+    checkpoint = {
+        "hyper_parameters": {"name": "rednet", "num_classes": 10, "options": SMALL},
+        "state_dict": {f"net.{key}": value for key, value in model.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    image = torch.randn(1, 3, 40, 40)
+    torch.testing.assert_close(load_model(str(tmp_path / "best.ckpt")).eval()(image), model(image))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    loaded = load_model("rednet", str(tmp_path / "state.pt"), 10, SMALL)
+    torch.testing.assert_close(loaded.eval()(image), model(image))
+
+    output = tmp_path / "model.onnx"
+    cli_arguments = [
+        "export",
+        str(tmp_path / "best.ckpt"),
+        "--format",
+        "onnx",
+        "--size",
+        "48",
+        "64",
+        "--output",
+        str(output),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(cli_arguments)
+    assert not ended.value.code
+    assert "free batch, height, width; largest difference" in capsys.readouterr().out
+    onnx.checker.check_model(output)
+
+    (tmp_path / "noise.ckpt").write_bytes(b"noise")
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.ckpt")
+    for wrong, words in (
+        (["rednet500"], "neither a file nor a model"),
+        ([str(tmp_path / "noise.ckpt")], "is not a checkpoint of weights"),
+        ([str(tmp_path / "other.ckpt")], "does not say of which model it is"),
+        (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "does not fit the model"),
+        (["rednet26", "--weights", str(tmp_path / "none")], "there is no file"),
+        (["rednet26", "--format", "aoti", "--output", "m.so"], "--output must end in .pt2"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", *wrong])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert len(error.splitlines()) == 1
+
+
+def test_cmake_dir(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--cmake-dir"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{pyinvolution.cmake_prefix_path}\n"
+    assert (Path(pyinvolution.cmake_prefix_path) / "pyinvolution/pyinvolutionConfig.cmake").is_file()
