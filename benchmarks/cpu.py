@@ -149,14 +149,15 @@ def layer(report: Report, name: str, case: Case, threads: int) -> None:
     check_layer(case, x, gy, r, s, b)
     geometry, channels = (case.kernel, *case.geometry), case.input[1]
     weight = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
-    reduce = torch.randn(s.shape[1], channels, 1, 1).to(memory_format=torch.channels_last)
+    reduce, scale, shift = torch.randn(s.shape[1], channels, 1, 1), torch.rand(channels), torch.randn(channels)
+    pooled = x if case.stride == (1, 1) else avg_pool2d(x, case.stride)
+    composed = ops.span_involution2d(x, conv2d(pooled, reduce).relu_(), s, b, scale, shift, True, *geometry)
 
     def fused() -> Tensor:
         return ops.span_involution2d(x, r, s, b, None, None, False, *geometry)
 
     def whole() -> Tensor:
-        pooled = x if case.stride == (1, 1) else avg_pool2d(x, case.stride)
-        return ops.span_involution2d(x, conv2d(pooled, reduce).relu_(), s, b, None, None, True, *geometry)
+        return ops.involution_layer2d(x, reduce, None, s, b, scale, shift, True, *geometry)
 
     def backward() -> object:
         return ops.span_involution2d_backward(gy, x, r, s, b, *geometry, (True,) * 4)
@@ -168,6 +169,7 @@ def layer(report: Report, name: str, case: Case, threads: int) -> None:
         rest = (None, case.stride, (1, 1), (1, 1), False, (0, 0), 1, (True, True, False))
         return torch.ops.aten.convolution_backward(gy, x, weight, *rest)
 
+    torch.testing.assert_close(whole(), composed, rtol=1e-3, atol=1e-4 * composed.abs().max().item())
     gmac = multiply_adds(case, s.shape[1]) / 1e9
     for what, ours, other, against in (
         ("fused", fused, convolution, "oneDNN 3x3"),

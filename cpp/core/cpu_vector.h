@@ -63,8 +63,8 @@ struct Vector {
 inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to,
                       int64_t to_pitch) {
   typedef float Four __attribute__((vector_size(16)));
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
+  const int64_t whole = rows / 4 * 4;
+  for (int64_t r = 0; r < whole; r += 4) {
     const float* source = from + r * from_pitch;
     float* target = to + r;
     int64_t c = 0;
@@ -83,7 +83,7 @@ inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64
     for (; c < columns; ++c)
       for (int i = 0; i < 4; ++i) target[c * to_pitch + i] = source[i * from_pitch + c];
   }
-  for (; r < rows; ++r)
+  for (int64_t r = whole; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) to[c * to_pitch + r] = from[r * from_pitch + c];
 }
 
