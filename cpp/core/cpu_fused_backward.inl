@@ -259,8 +259,7 @@ struct BackwardRun {
         multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
                  tile_pixels);
       for (int64_t k = 0; k < taps; ++k)
-        std::memset(weights + k * tile_pixels + columns, 0,
-                    size_t(tile_pixels - 2 * backward_margin - columns + backward_margin) * sizeof(float));
+        std::memset(weights + k * tile_pixels + columns, 0, size_t(backward_margin) * sizeof(float));
     }
     for (int64_t block = 0; block < plan.blocks; ++block) {
       pack_gradient(n, g, block, row, column, columns);
