@@ -224,8 +224,6 @@ const char* channels_refusal(const Problem& p, Pass pass) {
   if (const char* reason = refusal(p)) return reason;
   if (pass == Pass::forward) return nullptr;
   if (p.out_h == 0 || p.out_w == 0) return "there is no output pixel";
-  // Measured on RedNet's layers of 7 x 7 pixels, where `columns` takes half to two thirds of the time.
-  if (pass == Pass::grad_input && p.out_w < 0) return "rows of fewer than 10 pixels cost more than they return";
   SpanProblem span{};
   span.involution = p;
   return backward_refusal(span);

@@ -5,8 +5,8 @@
 // channels of a group, 16 a block: a weight is broadcast and serves the block, an x vector serves all taps of a row
 // that see it. For each group a task
 //
-//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip packs
-//   packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
+//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip
+//   packs packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
 //   weighs    a tile of pixels at a time: W as [tap][pixel], copied from memory (`channels`) or computed (`fused`):
 //             S broadcast from where it lies, vectors along the pixels of R, packed once a strip as [vector][r][lane]
 //   applies   the tile: 8 to 10 accumulators, for 5 columns (AVX2) 35 broadcasts + 11 x 2 loads a row of 7 taps for 70

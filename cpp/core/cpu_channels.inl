@@ -326,10 +326,9 @@ struct ChannelsRun {
       for_each_tile([&](const Tile& tile, int64_t index) {
         float* weights = memory + plan.weights_at;
         if (fused)
-          multiply({rows, pitch, 1}, p.taps(),
-                   {reduced + index * plan.tile_floats(), V::lanes * span.reduced, V::lanes},
-                   (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + plan.bias_at, weights,
-                   tile_pixels);
+          multiply(
+              {rows, pitch, 1}, p.taps(), {reduced + index * plan.tile_floats(), V::lanes * span.reduced, V::lanes},
+              (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + plan.bias_at, weights, tile_pixels);
         else
           load_weights(weights_of<T>(p, plan.w, n, g, tile.row, tile.column), p, tile.rows, tile.columns, weights,
                        memory + plan.staging_at);

@@ -78,15 +78,20 @@ inline void copy(const float* from, int64_t count, float* to) {
 
 // Every second of neighbours, the first included.
 inline void copy_even(const float* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
+  for (int64_t i = 0; i < count && count < 4; ++i) to[i] = from[2 * i];
+  for (int64_t i = 0; i < count && count >= 4; i += 4) {
+    const int64_t at = i + 4 <= count ? i : count - 4;
     Four low, high;
-    std::memcpy(&low, from + 2 * i, sizeof low);
-    std::memcpy(&high, from + 2 * i + 3, sizeof high);
+    std::memcpy(&low, from + 2 * at, sizeof low);
+    std::memcpy(&high, from + 2 * at + 3, sizeof high);
     const Four even = PYINVOLUTION_SHUFFLE(low, high, 0, 2, 5, 7);
-    std::memcpy(to + i, &even, sizeof even);
+    std::memcpy(to + at, &even, sizeof even);
   }
-  for (; i < count; ++i) to[i] = from[2 * i];
+}
+
+// Zeros in whole vectors: what memset becomes for a few of them takes longer.
+inline void clear(float* to, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) Vector<float>::zero().store(to + v * Vector<float>::lanes);
 }
 
 template <int Rows>

@@ -178,9 +178,7 @@ def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, s
 
 
 @torch.library.register_fake("pyinvolution::involution_layer2d")
-def _(
-    input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation
-):  # fmt: skip
+def _(input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, *rest):
     if input.dim() != 4 or reduce_weight.dim() not in (2, 4) or reduce_weight.shape[1] != input.shape[1]:
         raise ValueError(
             f"involution_layer2d: input has shape {_shape(input)} and reduce_weight {_shape(reduce_weight)}, expected "

@@ -1,8 +1,8 @@
 """RedNet: ResNet whose 3x3 convolutions are involutions (Li et al., CVPR 2021, section 4.1)."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -439,7 +439,7 @@ def _through(norm: nn.Module, act: nn.Module, layer: nn.Module, input: Tensor) -
     """``layer(act(norm(input)))``, of which a training step on a CPU keeps the input alone.
 
     RedNet has more activations than ResNet, most of them in the stem, where images are largest. What follows from a
-    norm's input is cheap to compute again; a convolution is not computed twice, since it saves its input before it runs.
+    norm's input is cheap to compute again; a convolution is not, and saves its input before it would run.
     """
     if (
         norm.training
@@ -460,23 +460,26 @@ def _through(norm: nn.Module, act: nn.Module, layer: nn.Module, input: Tensor) -
 
 
 def _recompute(block: nn.Module):
-    return nullcontext(), _frozen_statistics(block)
+    return nullcontext(), _FrozenStatistics(block)
 
 
-@contextmanager
-def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    # A recomputed batch norm would count its batch a second time.
-    kept = [
-        (module, module.momentum, module.num_batches_tracked)
-        for module in block.modules()
-        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
-    ]
-    for norm, _, batches in kept:
-        norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, batches in kept:
+class _FrozenStatistics:
+    """A recomputed batch norm would count its batch a second time. Entered once for each recomputation."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.norms = [
+            module
+            for module in block.modules()
+            if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+        ]
+
+    def __enter__(self) -> None:
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, batches) in zip(self.norms, self.kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
