@@ -67,9 +67,12 @@ void run_forward(const SpanProblem& problem, const SpanBuffers& buffers, const v
   const double work = taps * double(p.channels + p.groups * problem.reduced);
   const Execution where = work < least_parallel ? Execution{} : execution;
   const Vectors vectors = current_vectors();
-  const Channels plan = plan_channels(problem, buffers, w, vectors.bytes, where.threads);
-  for_each_task(where, p.batch * plan.strips * plan.chunks,
-                [&](int64_t index) { vectors.task(plan, index, scratch(plan.scratch_bytes)); });
+  Channels plan = plan_channels(problem, buffers, w, vectors.bytes, where.threads);
+  if (plan.shared_bytes > 0) plan.shared = static_cast<float*>(scratch(plan.shared_bytes, Scratch::call));
+  const auto task = [&](bool reduce) {
+    return [&plan, &vectors, reduce](int64_t index) { vectors.task(plan, reduce, index, scratch(plan.scratch_bytes)); };
+  };
+  for_each_task(where, plan.reducing_tasks(), task(true), p.batch * plan.strips * plan.chunks, task(false));
 }
 
 }  // namespace
@@ -87,7 +90,7 @@ Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, c
   plan.tile_columns = ceil_div(p.out_w, ceil_div(p.out_w, tile_pixels));
   plan.tile_rows = std::max<int64_t>(1, tile_pixels / p.out_w);
 
-  const int64_t wanted = tasks_per_thread * threads;
+  const int64_t wanted = threads > 1 ? tasks_per_thread * threads : 1;
   const int64_t most_strips = std::max<int64_t>(1, p.out_h * p.out_w / least_strip_pixels);
   int64_t strips = std::min(ceil_div(wanted, p.batch), most_strips);
   plan.height = ceil_div(p.out_h, strips);
@@ -101,8 +104,19 @@ Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, c
   plan.chunks = std::min(p.groups, ceil_div(wanted, p.batch * plan.strips));
   plan.packed_rows = packed_rows(p, plan.height);
   plan.vectors = ceil_div(plan.tile_rows * plan.tile_columns, plan.lanes);
+  plan.tiles = ceil_div(plan.height, plan.tile_rows) * ceil_div(p.out_w, plan.tile_columns);
 
-  const int64_t tiles = ceil_div(plan.height, plan.tile_rows) * ceil_div(p.out_w, plan.tile_columns);
+  plan.layer = buffers.reduce != nullptr;
+  if (plan.layer) {
+    const int64_t reduced_vectors = ceil_div(problem.reduced, plan.lanes);
+    const bool share = plan.chunks > 1;
+    // Each slice pools the tile again.
+    const int64_t slices = share ? ceil_div(threads, p.batch * plan.strips * plan.tiles) : 1;
+    plan.slice_vectors = ceil_div(reduced_vectors, std::clamp<int64_t>(slices, 1, ceil_div(reduced_vectors, 2)));
+    plan.slices = ceil_div(reduced_vectors, plan.slice_vectors);
+    plan.shared_bytes = share ? p.batch * plan.strips * plan.tiles * plan.tile_floats() * 4 : 0;
+  }
+
   int64_t at = 0;
   const auto take = [&](int64_t floats) {
     const int64_t begin = at;
@@ -110,11 +124,16 @@ Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, c
     return begin;
   };
   take(plan.blocks * plan.packed_rows * plan.packed_columns * block_channels);
-  plan.reduced_at = take(tiles * plan.vectors * plan.lanes * problem.reduced);
+  plan.reduced_at = take(plan.shared_bytes > 0 ? 0 : plan.tiles * plan.tile_floats());
   plan.span_at = take(p.taps() * problem.reduced);
   plan.bias_at = take(p.taps());
   plan.weights_at = take(p.taps() * tile_pixels + plan.lanes);
   plan.result_at = take(tile_pixels * block_channels);
+  if (plan.layer) {
+    plan.reduce_at = take(p.channels * plan.slice_vectors * plan.lanes);
+    plan.pooled_at = take(tile_pixels * p.channels);
+    plan.dense_at = take((tile_pixels + plan.lanes) * plan.slice_vectors * plan.lanes);
+  }
   // Rows on their way from one type or order to another.
   plan.staging_at = take(std::max({plan.lanes * problem.reduced, plan.lanes * p.taps(), tile_pixels * block_channels}) +
                          2 * block_channels);
@@ -205,8 +224,6 @@ const char* channels_refusal(const Problem& p, Pass pass) {
   if (const char* reason = refusal(p)) return reason;
   if (pass == Pass::forward) return nullptr;
   if (p.out_h == 0 || p.out_w == 0) return "there is no output pixel";
-  // Measured on RedNet's layers of 7 x 7 pixels, where `columns` takes half to two thirds of the time.
-  if (pass == Pass::grad_input && p.out_w < 10) return "rows of fewer than 10 pixels cost more than they return";
   SpanProblem span{};
   span.involution = p;
   return backward_refusal(span);
@@ -229,11 +246,13 @@ const char* fused_refusal(const SpanProblem& problem, SpanPass pass) {
   if (const char* reason = refusal(problem.involution)) return reason;
   if (problem.reduced < 1) return "there is no reduced channel";
   if (problem.reduced > 4096) return "more than 4096 reduced channels do not fit the cache";
+  if (pass == SpanPass::layer && problem.involution.channels > 8192)
+    return "more than 8192 channels do not fit the cache";
   return pass == SpanPass::backward ? backward_refusal(problem) : nullptr;
 }
 
 void fused_run(const SpanProblem& problem, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
-  if (pass == SpanPass::forward) return run_forward(problem, buffers, nullptr, execution);
+  if (pass != SpanPass::backward) return run_forward(problem, buffers, nullptr, execution);
   run_backward(problem, buffers, nullptr, nullptr, execution);
 }
 

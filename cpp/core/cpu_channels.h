@@ -5,12 +5,15 @@
 // channels of a group, 16 a block: a weight is broadcast and serves the block, an x vector serves all taps of a row
 // that see it. For each group a task
 //
-//   packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
+//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip
+//   packs packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
 //   weighs    a tile of pixels at a time: W as [tap][pixel], copied from memory (`channels`) or computed (`fused`):
 //             S broadcast from where it lies, vectors along the pixels of R, packed once a strip as [vector][r][lane]
 //   applies   the tile: 8 to 10 accumulators, for 5 columns (AVX2) 35 broadcasts + 11 x 2 loads a row of 7 taps for 70
 //             FMA, so that FMA throughput is the limit
 //   finishes  with scale, shift and ReLU in registers, in the layout of Y
+//
+// Where chunks of groups share a strip, its R is computed once, by a first round of tasks.
 //
 // A tile of W is 22 KB at 49 taps, hence never leaves the first two levels of cache. Backward recomputes it and turns
 // the products round: grad_W as [tap][pixel] from X and grad_output as [channel][pixel], then with the same
@@ -48,20 +51,31 @@ struct Channels {
   int64_t packed_rows;     // of a strip of X
   int64_t packed_columns;  // of a row
   int64_t vectors;         // of pixels in a tile
+  int64_t tiles;           // of a strip
+  int64_t tile_floats() const { return vectors * lanes * problem.reduced; }
+
+  // A layer: R is computed in slices of channels for each tile, by a first round of tasks where chunks share it.
+  bool layer;
+  int64_t slices;
+  int64_t slice_vectors;
+  int64_t reducing_tasks() const { return shared == nullptr ? 0 : problem.involution.batch * strips * tiles * slices; }
+  int64_t shared_bytes;
+  float* shared;  // [n][strip][tile] of R, packed; nullptr where each task computes its own
 
   // In floats from the start of a task's scratch memory; x is at 0.
-  int64_t reduced_at, span_at, bias_at, weights_at, result_at, staging_at;
+  int64_t reduced_at, span_at, bias_at, weights_at, result_at, reduce_at, pooled_at, dense_at, staging_at;
   int64_t scratch_bytes;
 };
 
 // Geometry of a forward pass for vectors of `vector_bytes`.
 Channels plan_channels(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes, int threads);
 
-using ChannelsTask = void (*)(const Channels&, int64_t task, void* scratch);
+// With `reduce` a task of the first round.
+using ChannelsTask = void (*)(const Channels&, bool reduce, int64_t task, void* scratch);
 
-void channels_task_baseline(const Channels&, int64_t task, void* scratch);
-void channels_task_avx2(const Channels&, int64_t task, void* scratch);
-void channels_task_avx512(const Channels&, int64_t task, void* scratch);
+void channels_task_baseline(const Channels&, bool reduce, int64_t task, void* scratch);
+void channels_task_avx2(const Channels&, bool reduce, int64_t task, void* scratch);
+void channels_task_avx512(const Channels&, bool reduce, int64_t task, void* scratch);
 
 // Backward: a task is some images (a part) and some groups (a chunk), both by the problem alone. What parts (grad_S,
 // grad_b) or chunks (grad_R) share is kept apart, and summed by a second round of tasks.

@@ -128,12 +128,11 @@ struct ChannelsRun {
   int64_t first_group, groups;  // of the chunk, up to `groups`
   float* memory;
 
-  ChannelsRun(const Channels& channels, int64_t task, void* scratch)
+  ChannelsRun(const Channels& channels, int64_t n_and_strip, int64_t chunk, void* scratch)
       : plan(channels), span(channels.problem), p(channels.problem.involution), memory(static_cast<float*>(scratch)) {
-    const int64_t chunk = task % plan.chunks;
-    begin = task / plan.chunks % plan.strips * plan.height;
+    begin = n_and_strip % plan.strips * plan.height;
     end = least(begin + plan.height, p.out_h);
-    n = task / plan.chunks / plan.strips;
+    n = n_and_strip / plan.strips;
     first_group = p.groups * chunk / plan.chunks;
     groups = p.groups * (chunk + 1) / plan.chunks;
   }
@@ -205,16 +204,108 @@ struct ChannelsRun {
     }
   }
 
+  // --- the reduction of a layer
+
+  // Means of X over the cells of a tile as [pixel][c].
+  void pool(const Tile& tile, float* to) const {
+    const int64_t channel = p.x_stride[1], column = p.x_stride[3];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t h = (tile.row + r) * p.stride_h, high = least(p.stride_h, p.in_h - h);
+      const T* row = static_cast<const T*>(plan.buffers.x) + n * p.x_stride[0] + h * p.x_stride[2];
+      if (channel != 1 && column == 1 && p.stride_h == 1 && p.stride_w == 1) {
+        exchange(row + tile.column, channel, p.channels, column, tile.columns, to, p.channels,
+                 memory + plan.staging_at);
+        to += tile.columns * p.channels;
+        continue;
+      }
+      for (int64_t v = 0; v < tile.columns; ++v, to += p.channels) {
+        const int64_t q = (tile.column + v) * p.stride_w, wide = least(p.stride_w, p.in_w - q);
+        const T* from = row + q * column;
+        if (channel == 1) {
+          for (int64_t c = 0; c < p.channels; ++c) to[c] = load(from[c]);
+          for (int64_t i = 1; i < high * wide; ++i) {
+            const T* other = from + i / wide * p.x_stride[2] + i % wide * column;
+            for (int64_t c = 0; c < p.channels; ++c) to[c] += load(other[c]);
+          }
+        } else {
+          for (int64_t c = 0; c < p.channels; ++c, from += channel) {
+            float sum = 0;
+            for (int64_t i = 0; i < high; ++i)
+              for (int64_t j = 0; j < wide; ++j) sum += load(from[i * p.x_stride[2] + j * column]);
+            to[c] = sum;
+          }
+        }
+        if (high * wide > 1)
+          for (int64_t c = 0; c < p.channels; ++c) to[c] /= float(high * wide);
+      }
+    }
+  }
+
+  // A slice of R at a tile, as pack_pixels has it. A product's rows are pixels, broadcast from where they lie, its
+  // vectors run along r.
+  void reduce(const Tile& tile, int64_t slice, float* to) const {
+    const int64_t first = slice * plan.slice_vectors * V::lanes;
+    const int64_t count = least(plan.slice_vectors * V::lanes, span.reduced - first);
+    const int64_t vectors = (count + V::lanes - 1) / V::lanes, pitch = vectors * V::lanes, pixels = tile.pixels();
+    float* weights = memory + plan.reduce_at;
+    if (count < pitch) std::memset(weights, 0, size_t(p.channels * pitch) * sizeof(float));
+    exchange(static_cast<const T*>(plan.buffers.reduce) + first * span.reduce_stride[0], span.reduce_stride[0], count,
+             span.reduce_stride[1], p.channels, weights, pitch, memory + plan.staging_at);
+
+    Left left{memory + plan.pooled_at, p.channels, 1};
+    bool in_place = false;
+    if constexpr (Same<T>::as_float) {
+      in_place = p.stride_h == 1 && p.stride_w == 1 && p.x_stride[1] == 1 &&
+                 (tile.rows == 1 || p.x_stride[2] == tile.columns * p.x_stride[3]);
+      if (in_place)
+        left = {static_cast<const float*>(plan.buffers.x) + n * p.x_stride[0] + tile.row * p.x_stride[2] +
+                    tile.column * p.x_stride[3],
+                p.x_stride[3], 1};
+    }
+    if (!in_place) pool(tile, memory + plan.pooled_at);
+    float* dense = memory + plan.dense_at;
+    const float zeros[tile_pixels] = {};
+    multiply(left, pixels, {weights, V::lanes, pitch}, vectors, p.channels, zeros, dense, pitch);
+
+    const T* bias = static_cast<const T*>(plan.buffers.reduce_bias);
+    for (int64_t at = 0; at < pixels; at += V::lanes) {
+      float* vector = to + (at * span.reduced + first * V::lanes);
+      // The last lanes of a tile are as good as any: what they give is never stored.
+      transpose(dense + at * pitch, pitch, V::lanes, count, vector, V::lanes);
+      for (int64_t r = 0; r < count; ++r) {
+        V sum = V::load(vector + r * V::lanes);
+        sum.value = sum.value + (bias == nullptr ? 0.0f : load(bias[first + r]));
+        sum.value = sum.value < 0 ? typename V::Lanes{} : sum.value;
+        sum.store(vector + r * V::lanes);
+      }
+    }
+  }
+
+  int64_t tile_index(int64_t index) const { return (n * plan.strips + begin / plan.height) * plan.tiles + index; }
+
+  void reduce_shared(int64_t wanted, int64_t slice) const {
+    for_each_tile([&](const Tile& tile, int64_t index) {
+      if (index == wanted) reduce(tile, slice, plan.shared + tile_index(index) * plan.tile_floats());
+    });
+  }
+
   void forward() const {
     const bool fused = span.reduced > 0;
-    const int64_t tile_floats = plan.vectors * V::lanes * span.reduced;
-    if (fused)
+    const float* reduced = memory + plan.reduced_at;
+    if (plan.shared != nullptr) {
+      reduced = plan.shared + tile_index(0) * plan.tile_floats();
+    } else if (fused) {
       for_each_tile([&](const Tile& tile, int64_t index) {
+        float* to = memory + plan.reduced_at + index * plan.tile_floats();
+        if (plan.layer) {
+          for (int64_t slice = 0; slice < plan.slices; ++slice) reduce(tile, slice, to);
+          return;
+        }
         const T* from = static_cast<const T*>(plan.buffers.reduced) + n * span.reduced_stride[0] +
                         tile.row * span.reduced_stride[2] + tile.column * span.reduced_stride[3];
-        pack_pixels(from, span.reduced_stride, span.reduced, tile.rows, tile.columns,
-                    memory + plan.reduced_at + index * tile_floats, memory + plan.staging_at);
+        pack_pixels(from, span.reduced_stride, span.reduced, tile.rows, tile.columns, to, memory + plan.staging_at);
       });
+    }
     const Apply apply = apply_for(p);
     const Window window{p.kernel_h,
                         p.kernel_w,
@@ -235,10 +326,9 @@ struct ChannelsRun {
       for_each_tile([&](const Tile& tile, int64_t index) {
         float* weights = memory + plan.weights_at;
         if (fused)
-          multiply({rows, pitch, 1}, p.taps(),
-                   {memory + plan.reduced_at + index * tile_floats, V::lanes * span.reduced, V::lanes},
-                   (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + plan.bias_at, weights,
-                   tile_pixels);
+          multiply(
+              {rows, pitch, 1}, p.taps(), {reduced + index * plan.tile_floats(), V::lanes * span.reduced, V::lanes},
+              (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + plan.bias_at, weights, tile_pixels);
         else
           load_weights(weights_of<T>(p, plan.w, n, g, tile.row, tile.column), p, tile.rows, tile.columns, weights,
                        memory + plan.staging_at);
@@ -248,13 +338,23 @@ struct ChannelsRun {
   }
 };
 
+template <class T>
+void channels_task(const Channels& plan, bool reduce, int64_t task, void* scratch) {
+  const int64_t units = reduce ? plan.tiles * plan.slices : plan.chunks;
+  const ChannelsRun<T> run(plan, task / units, reduce ? 0 : task % units, scratch);
+  if (reduce)
+    run.reduce_shared(task % units / plan.slices, task % plan.slices);
+  else
+    run.forward();
+}
+
 }  // namespace
 
-void CHANNELS_TASK(const Channels& plan, int64_t task, void* scratch) {
+void CHANNELS_TASK(const Channels& plan, bool reduce, int64_t task, void* scratch) {
   switch (plan.problem.involution.dtype) {
-    case DType::f32: return ChannelsRun<float>(plan, task, scratch).forward();
-    case DType::f16: return ChannelsRun<Half>(plan, task, scratch).forward();
-    case DType::bf16: return ChannelsRun<BFloat16>(plan, task, scratch).forward();
+    case DType::f32: return channels_task<float>(plan, reduce, task, scratch);
+    case DType::f16: return channels_task<Half>(plan, reduce, task, scratch);
+    case DType::bf16: return channels_task<BFloat16>(plan, reduce, task, scratch);
     case DType::f64: return;
   }
 }

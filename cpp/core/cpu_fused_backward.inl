@@ -221,7 +221,7 @@ struct BackwardRun {
                     first_channel(g, block) * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
     float* inner = gy + backward_margin * block_channels;
     load_pixels(from, channels_of(block), columns, p.y_stride[1], p.y_stride[3], inner, staging);
-    std::memset(inner + columns * block_channels, 0, size_t(backward_margin * block_channels) * sizeof(float));
+    clear(inner + columns * block_channels, backward_margin * block_channels / V::lanes);
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
   }
 
@@ -259,8 +259,7 @@ struct BackwardRun {
         multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
                  tile_pixels);
       for (int64_t k = 0; k < taps; ++k)
-        std::memset(weights + k * tile_pixels + columns, 0,
-                    size_t(tile_pixels - 2 * backward_margin - columns + backward_margin) * sizeof(float));
+        clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
     }
     for (int64_t block = 0; block < plan.blocks; ++block) {
       pack_gradient(n, g, block, row, column, columns);
@@ -357,9 +356,9 @@ struct BackwardRun {
                   size_t(rows * plan.reduced_padded) * sizeof(float));
     if (plan.buffers.grad_bias != nullptr) std::memset(plan.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
     // The zeros around a tile stay.
-    std::memset(w, 0, size_t(taps * tile_pixels + tile_pixels) * sizeof(float));
-    std::memset(gy, 0, size_t((backward_columns + 2 * backward_margin) * block_channels) * sizeof(float));
-    std::memset(gy_across, 0, size_t(block_channels * backward_columns) * sizeof(float));
+    clear(w, (taps + 1) * tile_pixels / V::lanes);
+    clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
+    clear(gy_across, block_channels * backward_columns / V::lanes);
     for (int64_t n = p.batch * part / plan.parts; n < p.batch * (part + 1) / plan.parts; ++n) image(n);
   }
 

@@ -142,9 +142,31 @@ void exchange(const T* from, int64_t row, int64_t rows, int64_t column, int64_t 
         transpose(staging, tile_pixels, high, wide, to + c * pitch + r, pitch);
       }
   } else {
+    if constexpr (Same<T>::as_float) {
+      if (row == 2) {
+        for (int64_t c = 0; c < columns; ++c) copy_even(from + c * column, rows, to + c * pitch);
+        return;
+      }
+    }
     for (int64_t c = 0; c < columns; ++c)
       for (int64_t r = 0; r < rows; ++r) to[c * pitch + r] = load(from[r * row + c * column]);
   }
+}
+
+// A run of `count` elements and of floats, of any length.
+template <class T>
+void load_run(const T* from, int64_t count, float* to) {
+  if constexpr (Same<T>::as_float)
+    copy(from, count, to);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+}
+template <class T>
+void store_run(const float* from, int64_t count, T* to) {
+  if constexpr (Same<T>::as_float)
+    copy(from, count, to);
+  else
+    for (int64_t i = 0; i < count; ++i) store(from[i], &to[i]);
 }
 
 // `channels` channels at rows x columns pixels as [vector of pixels][channel][lane], where strides are those of n c h
@@ -264,7 +286,7 @@ void load_weights(const T* from, const Problem& p, int64_t rows, int64_t columns
       for (int64_t j = 0; j < p.kernel_w; ++j, target += tile_pixels) {
         const T* tap = source + i * p.w_stride[2] + j * p.w_stride[3];
         if (pixel == 1) {
-          for (int64_t v = 0; v < run; ++v) target[v] = load(tap[v]);
+          load_run(tap, run, target);
         } else {
           for (int64_t v = 0; v < run; ++v) target[v] = load(tap[v * pixel]);
         }
@@ -284,7 +306,7 @@ void store_weights(const float* from, const Problem& p, int64_t columns, T* to) 
     for (int64_t j = 0; j < p.kernel_w; ++j, from += tile_pixels) {
       T* tap = to + i * p.w_stride[2] + j * p.w_stride[3];
       if (pixel == 1) {
-        for (int64_t v = 0; v < columns; ++v) store(from[v], &tap[v]);
+        store_run(from, columns, tap);
       } else {
         for (int64_t v = 0; v < columns; ++v) store(from[v], &tap[v * pixel]);
       }

@@ -59,32 +59,71 @@ struct Vector {
   }
 };
 
+typedef float Four __attribute__((vector_size(16)));
+
+// `count` neighbours. The last vector overlaps the one before it: masked stores are slow.
+template <class Block>
+void copy_blocks(const float* from, int64_t count, float* to) {
+  constexpr int64_t lanes = sizeof(Block) / sizeof(float);
+  for (int64_t i = 0; i < count; i += lanes) {
+    const int64_t at = i + lanes <= count ? i : count - lanes;
+    std::memcpy(to + at, from + at, sizeof(Block));
+  }
+}
+inline void copy(const float* from, int64_t count, float* to) {
+  if (count >= Vector<float>::lanes) return copy_blocks<Vector<float>>(from, count, to);
+  if (count >= 4) return copy_blocks<Four>(from, count, to);
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// Every second of neighbours, the first included.
+inline void copy_even(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count && count < 4; ++i) to[i] = from[2 * i];
+  for (int64_t i = 0; i < count && count >= 4; i += 4) {
+    const int64_t at = i + 4 <= count ? i : count - 4;
+    Four low, high;
+    std::memcpy(&low, from + 2 * at, sizeof low);
+    std::memcpy(&high, from + 2 * at + 3, sizeof high);
+    const Four even = PYINVOLUTION_SHUFFLE(low, high, 0, 2, 5, 7);
+    std::memcpy(to + at, &even, sizeof even);
+  }
+}
+
+// Zeros in whole vectors: what memset becomes for a few of them takes longer.
+inline void clear(float* to, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) Vector<float>::zero().store(to + v * Vector<float>::lanes);
+}
+
+template <int Rows>
+void transpose_rows(const float* from, int64_t from_pitch, int64_t columns, float* to, int64_t to_pitch) {
+  const int64_t whole = columns / 4 * 4;
+  for (int64_t c = 0; c < whole; c += 4) {
+    Four in[4] = {};
+    for (int i = 0; i < Rows; ++i) std::memcpy(&in[i], from + i * from_pitch + c, sizeof(Four));
+    const Four low01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
+    const Four high01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+    const Four low23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
+    const Four high23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+    const Four out[4] = {PYINVOLUTION_SHUFFLE(low01, low23, 0, 1, 4, 5), PYINVOLUTION_SHUFFLE(low01, low23, 2, 3, 6, 7),
+                         PYINVOLUTION_SHUFFLE(high01, high23, 0, 1, 4, 5),
+                         PYINVOLUTION_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * to_pitch, &out[i], Rows * sizeof(float));
+  }
+  for (int64_t c = whole; c < columns; ++c)
+    for (int i = 0; i < Rows; ++i) to[c * to_pitch + i] = from[i * from_pitch + c];
+}
+
 // `rows` rows of `columns` floats, exchanged: to[column][row]. Rows are `from_pitch` apart, columns `to_pitch`.
 inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to,
                       int64_t to_pitch) {
-  typedef float Four __attribute__((vector_size(16)));
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    const float* source = from + r * from_pitch;
-    float* target = to + r;
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      Four in[4];
-      for (int i = 0; i < 4; ++i) std::memcpy(&in[i], source + i * from_pitch + c, sizeof(Four));
-      const Four low01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
-      const Four high01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
-      const Four low23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
-      const Four high23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
-      const Four out[4] = {
-          PYINVOLUTION_SHUFFLE(low01, low23, 0, 1, 4, 5), PYINVOLUTION_SHUFFLE(low01, low23, 2, 3, 6, 7),
-          PYINVOLUTION_SHUFFLE(high01, high23, 0, 1, 4, 5), PYINVOLUTION_SHUFFLE(high01, high23, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) std::memcpy(target + (c + i) * to_pitch, &out[i], sizeof(Four));
-    }
-    for (; c < columns; ++c)
-      for (int i = 0; i < 4; ++i) target[c * to_pitch + i] = source[i * from_pitch + c];
+  for (; rows >= 4; rows -= 4, from += 4 * from_pitch, to += 4)
+    transpose_rows<4>(from, from_pitch, columns, to, to_pitch);
+  switch (rows) {
+    case 3: return transpose_rows<3>(from, from_pitch, columns, to, to_pitch);
+    case 2: return transpose_rows<2>(from, from_pitch, columns, to, to_pitch);
+    case 1: return transpose_rows<1>(from, from_pitch, columns, to, to_pitch);
+    default: break;
   }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_pitch + r] = from[r * from_pitch + c];
 }
 
 }  // namespace

@@ -209,6 +209,13 @@ const char* to_string(Pass pass) {
   return "unknown";
 }
 
-const char* to_string(SpanPass pass) { return pass == SpanPass::forward ? "forward" : "backward"; }
+const char* to_string(SpanPass pass) {
+  switch (pass) {
+    case SpanPass::forward: return "forward";
+    case SpanPass::backward: return "backward";
+    case SpanPass::layer: return "layer";
+  }
+  return "unknown";
+}
 
 }  // namespace pyinvolution

@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, Tensor? span_bias, Tensor? scale, "
       "Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   m.def(
+      "involution_layer2d(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor span_weight, "
+      "Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> Tensor");
+  m.def(
       "span_involution2d_backward(Tensor grad_output, Tensor input, Tensor reduced, Tensor span_weight, "
       "Tensor? span_bias, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool[4] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
@@ -23,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CPU, m) {
   m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));
   m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));
   m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));
+  m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));
   m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward));
 }
 
@@ -30,5 +35,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CUDA, m) {
   m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));
   m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));
   m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));
+  m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));
   m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward));
 }

@@ -16,40 +16,56 @@ using torch::headeronly::ScalarType;
 using Sizes = std::vector<int64_t>;
 
 constexpr const char* op = "span_involution2d";
+constexpr const char* layer_op = "involution_layer2d";
 
-SpanProblem problem_of(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
-                       const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
-                       const Sizes& padding, const Sizes& dilation) {
+// The weight of a 1x1 convolution, with or without its last two dimensions, of `columns` input channels.
+bool is_pointwise(const Tensor& weight, int64_t columns) {
+  return (weight.dim() == 2 || (weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1)) &&
+         weight.size(1) == columns;
+}
+
+// What does not depend on where R comes from; `reduced` names it.
+SpanProblem span_of(const char* op, const Tensor& input, int64_t channels, const char* reduced,
+                    const Tensor& span_weight, const std::optional<Tensor>& span_bias, const Sizes& kernel_size,
+                    const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
   SpanProblem span{};
   Problem& p = span.involution;
   p = geometry_of(op, input, stride, padding, dilation);
   check_pair(op, "kernel_size", kernel_size, 1);
-  check(op, reduced.dim() == 4, "reduced has shape ", text(reduced.sizes()), ", expected 4 dimensions (N, R, Ho, Wo)");
-  check_alike(op, "reduced", reduced, input);
   check_alike(op, "span_weight", span_weight, input);
-  check(op, reduced.size(0) == p.batch, "reduced has batch size ", reduced.size(0), ", expected input's, ", p.batch);
-  span.reduced = reduced.size(1);
-  check(op,
-        (span_weight.dim() == 2 || (span_weight.dim() == 4 && span_weight.size(2) == 1 && span_weight.size(3) == 1)) &&
-            span_weight.size(1) == span.reduced,
-        "span_weight has shape ", text(span_weight.sizes()),
-        ", expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with R = ", span.reduced, ", reduced's channels");
+  span.reduced = channels;
+  check(op, is_pointwise(span_weight, channels), "span_weight has shape ", text(span_weight.sizes()),
+        ", expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with R = ", channels, ", ", reduced);
   const int64_t rows = span_weight.size(0), taps = kernel_size[0] * kernel_size[1];
   check(op, rows % taps == 0, "span_weight has ", rows, " rows, expected a multiple of the ", taps,
         " taps of kernel_size ", text(kernel_size));
   set_kernel(op, "span_weight", p, rows / taps, kernel_size[0], kernel_size[1]);
-  check_pixels(op, "reduced", p, reduced.size(2), reduced.size(3));
   if (span_bias) {
     check_alike(op, "span_bias", *span_bias, input);
     check_shape(op, "span_bias", *span_bias, {rows});
   }
   std::copy_n(input.strides().data(), 4, p.x_stride);
-  std::copy_n(reduced.strides().data(), 4, span.reduced_stride);
   std::copy_n(span_weight.strides().data(), 2, span.span_stride);
   return span;
 }
 
-void check_epilogue(const Tensor& input, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+SpanProblem problem_of(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                       const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
+                       const Sizes& padding, const Sizes& dilation) {
+  check(op, input.dim() == 4, "input has shape ", text(input.sizes()), ", expected 4 dimensions (N, C, H, W)");
+  check(op, reduced.dim() == 4, "reduced has shape ", text(reduced.sizes()), ", expected 4 dimensions (N, R, Ho, Wo)");
+  check_alike(op, "reduced", reduced, input);
+  check(op, reduced.size(0) == input.size(0), "reduced has batch size ", reduced.size(0), ", expected input's, ",
+        input.size(0));
+  SpanProblem span = span_of(op, input, reduced.size(1), "reduced's channels", span_weight, span_bias, kernel_size,
+                             stride, padding, dilation);
+  check_pixels(op, "reduced", span.involution, reduced.size(2), reduced.size(3));
+  std::copy_n(reduced.strides().data(), 4, span.reduced_stride);
+  return span;
+}
+
+void check_epilogue(const char* op, const Tensor& input, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& shift) {
   check(op, scale.has_value() == shift.has_value(), scale ? "shift" : "scale", " is None, expected it with ",
         scale ? "scale" : "shift");
   if (!scale) return;
@@ -78,13 +94,11 @@ Tensor compose_weight(const Tensor& reduced, const Tensor& span_weight, const st
   return torch::stable::view(w, {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w});
 }
 
-Tensor compose(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
-               const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
-               const std::optional<Tensor>& shift, bool relu, const Problem& p, const Sizes& stride,
-               const Sizes& padding, const Sizes& dilation) {
-  Tensor y = involution2d(input, compose_weight(reduced, span_weight, span_bias, p), stride, padding, dilation);
+// The epilogue by torch's operators.
+Tensor finish(Tensor y, const Tensor& input, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+              bool relu) {
   if (scale) {
-    const Sizes column{p.channels, 1, 1};
+    const Sizes column{input.size(1), 1, 1};
     // An addition takes a Scalar, which has no stable form.
     y = call("aten::mul", "Tensor", y, torch::stable::view(*scale, column));
     y = torch::stable::subtract(y, call("aten::neg", "", torch::stable::view(*shift, column)));
@@ -135,35 +149,102 @@ void compose_backward(const Gradients& gradients, const Tensor& grad_output, con
 
 }  // namespace
 
-Tensor span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
-                         const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
-                         const std::optional<Tensor>& shift, bool relu, const Sizes& kernel_size, const Sizes& stride,
-                         const Sizes& padding, const Sizes& dilation) {
-  SpanProblem span = problem_of(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
-  check_epilogue(input, scale, shift);
+namespace {
+
+// Where R comes from: a tensor, or a reduction of the input.
+struct Reduction {
+  std::optional<Tensor> reduced;
+  std::optional<Tensor> weight, bias;
+};
+
+// max(0, A mean(X) + a) by torch's operators.
+Tensor reduce(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Problem& p) {
+  Tensor pooled = input;
+  if (p.stride_h != 1 || p.stride_w != 1)
+    pooled = call("aten::avg_pool2d", "", input, Sizes{p.stride_h, p.stride_w}, Sizes{p.stride_h, p.stride_w},
+                  Sizes{0, 0}, true, true, std::optional<int64_t>());
+  const Tensor filter = torch::stable::view(torch::stable::contiguous(weight), {weight.size(0), weight.size(1), 1, 1});
+  const Tensor reduced =
+      call("aten::conv2d", "", pooled, filter, bias, Sizes{1, 1}, Sizes{0, 0}, Sizes{1, 1}, int64_t{1});
+  return call("aten::relu", "", reduced);
+}
+
+Tensor apply(SpanProblem span, SpanPass pass, const Tensor& input, Reduction reduction, const Tensor& span_weight,
+             const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
+             const std::optional<Tensor>& shift, bool relu) {
   span.epilogue = scale.has_value();
   span.relu = relu;
-  const Problem& p = span.involution;
+  Problem& p = span.involution;
   const Sizes shape{p.batch, p.channels, p.out_h, p.out_w};
   const Tensor output = torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device(), std::nullopt,
                                              memory_format_of(input));
   if (output.numel() == 0) return output;
-  std::copy_n(output.strides().data(), 4, span.involution.y_stride);
-  const SpanVariant& variant = choose(span, SpanPass::forward);
-  if (variant.run == nullptr)
-    return compose(input, reduced, span_weight, span_bias, scale, shift, relu, p, stride, padding, dilation);
-  const auto dense = [](const std::optional<Tensor>& tensor) {
-    return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+  std::copy_n(output.strides().data(), 4, p.y_stride);
+  const SpanVariant* variant = &choose(span, pass);
+  if (variant->run == nullptr && pass == SpanPass::layer) {
+    reduction.reduced = reduce(input, *reduction.weight, reduction.bias, p);
+    std::copy_n(reduction.reduced->strides().data(), 4, span.reduced_stride);
+    pass = SpanPass::forward;
+    variant = &choose(span, pass);
+  }
+  if (variant->run == nullptr) {
+    const Tensor weight = compose_weight(*reduction.reduced, span_weight, span_bias, p);
+    std::copy_n(weight.strides().data(), 6, p.w_stride);
+    run_on(input, p, Pass::forward, {address(input), address(weight), output.mutable_data_ptr()});
+    return finish(output, input, scale, shift, relu);
+  }
+  std::vector<Tensor> kept;
+  const auto dense = [&](const std::optional<Tensor>& tensor) -> void* {
+    if (!tensor) return nullptr;
+    kept.push_back(torch::stable::contiguous(*tensor));
+    return address(kept.back());
   };
-  const std::optional<Tensor> bias = dense(span_bias), dense_scale = dense(scale), dense_shift = dense(shift);
   SpanBuffers buffers{};
-  buffers.x = address(input), buffers.reduced = address(reduced), buffers.span = address(span_weight);
-  buffers.bias = bias ? address(*bias) : nullptr;
-  buffers.scale = scale ? address(*dense_scale) : nullptr;
-  buffers.shift = shift ? address(*dense_shift) : nullptr;
-  buffers.y = output.mutable_data_ptr();
-  run_on(input, variant, span, SpanPass::forward, buffers);
+  buffers.x = address(input), buffers.span = address(span_weight), buffers.y = output.mutable_data_ptr();
+  if (pass == SpanPass::layer) {
+    buffers.reduce = address(*reduction.weight), buffers.reduce_bias = dense(reduction.bias);
+  } else {
+    buffers.reduced = address(*reduction.reduced);
+  }
+  buffers.bias = dense(span_bias), buffers.scale = dense(scale), buffers.shift = dense(shift);
+  run_on(input, *variant, span, pass, buffers);
   return output;
+}
+
+}  // namespace
+
+Tensor span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                         const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& shift, bool relu, const Sizes& kernel_size, const Sizes& stride,
+                         const Sizes& padding, const Sizes& dilation) {
+  const SpanProblem span = problem_of(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
+  check_epilogue(op, input, scale, shift);
+  return apply(span, SpanPass::forward, input, {reduced, std::nullopt, std::nullopt}, span_weight, span_bias, scale,
+               shift, relu);
+}
+
+Tensor involution_layer2d(const Tensor& input, const Tensor& reduce_weight, const std::optional<Tensor>& reduce_bias,
+                          const Tensor& span_weight, const std::optional<Tensor>& span_bias,
+                          const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, bool relu,
+                          const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  const char* const op = layer_op;
+  check(op, input.dim() == 4, "input has shape ", text(input.sizes()), ", expected 4 dimensions (N, C, H, W)");
+  check_alike(op, "reduce_weight", reduce_weight, input);
+  check(op, is_pointwise(reduce_weight, input.size(1)), "reduce_weight has shape ", text(reduce_weight.sizes()),
+        ", expected (R, C) or (R, C, 1, 1) with C = ", input.size(1), ", input's channels");
+  const int64_t reduced = reduce_weight.size(0);
+  if (reduce_bias) {
+    check_alike(op, "reduce_bias", *reduce_bias, input);
+    check_shape(op, "reduce_bias", *reduce_bias, {reduced});
+  }
+  SpanProblem span = span_of(op, input, reduced, "reduce_weight's rows", span_weight, span_bias, kernel_size, stride,
+                             padding, dilation);
+  check_epilogue(op, input, scale, shift);
+  Problem& p = span.involution;
+  p.out_h = (p.in_h + p.stride_h - 1) / p.stride_h, p.out_w = (p.in_w + p.stride_w - 1) / p.stride_w;
+  std::copy_n(reduce_weight.strides().data(), 2, span.reduce_stride);
+  return apply(span, SpanPass::layer, input, {std::nullopt, reduce_weight, reduce_bias}, span_weight, span_bias, scale,
+               shift, relu);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tensor& grad_output, const Tensor& input,

@@ -32,6 +32,7 @@ void run_type(const SpanProblem& p, const SpanBuffers& buffers, const Execution&
 
 const char* fused_refusal(const SpanProblem& span, SpanPass pass) {
   const Problem& p = span.involution;
+  if (pass == SpanPass::layer) return "it takes reduced from a convolution";
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "it multiplies half and bfloat16";
   if (p.kernel_h != K || p.kernel_w != K) return "it has kernels of 7 x 7";
   if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";

@@ -81,6 +81,8 @@ class _FoldedInvolution2d(nn.Module):
             del reduce.norm
         self.reduce = reduce
         self.span, self.project = layer.span, layer.project
+        # reduce.conv, then ReLU alone: what the operator for a whole layer computes.
+        self.whole = [type(m) for m in reduce] == [nn.Conv2d, nn.ReLU]
         self.geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         self.extra_padding = layer._extra_padding
         self.relu = relu
@@ -95,18 +97,26 @@ class _FoldedInvolution2d(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, input: Tensor) -> Tensor:
+        # The operators with an epilogue have no gradient; without it is for those who explain a prediction by one.
+        differentiable = torch.is_grad_enabled() and (input.requires_grad or self.span.weight.requires_grad)
+        epilogue = (self.scale, self.shift, self.relu)
+        if self.whole and input.device.type == "cpu" and not differentiable:
+            conv: Any = self.reduce.conv
+            output = ops.involution_layer2d(
+                input, conv.weight, conv.bias, self.span.weight, self.span.bias, *epilogue, *self.geometry
+            )
+            return output if self.project is None else self.project(output)
         reduced = self.reduce(input if self.pool is None else self.pool(input))
         if any(self.extra_padding):
             input = pad(input, self.extra_padding)
         tensors = (input, reduced, self.span.weight, self.span.bias)
-        if torch.is_grad_enabled() and (input.requires_grad or reduced.requires_grad):
-            # The operator with an epilogue has no gradient; this is for those who explain a prediction by one.
+        if differentiable:
             output = span_involution2d(*tensors, *self.geometry)
             if self.scale is not None and self.shift is not None:
                 output = (output * self.scale[:, None, None] + self.shift[:, None, None]).to(output.dtype)
             output = output.relu() if self.relu else output
         else:
-            output = ops.span_involution2d(*tensors, self.scale, self.shift, self.relu, *self.geometry)
+            output = ops.span_involution2d(*tensors, *epilogue, *self.geometry)
         return output if self.project is None else self.project(output)
 
 

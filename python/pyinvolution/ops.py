@@ -4,6 +4,7 @@ The kernels and schemas come from the native library (cpp/ops/schema.cpp). Regis
 tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP formulas. Autograd is in ``functional``.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ involution2d = torch.ops.pyinvolution.involution2d.default
 involution2d_backward = torch.ops.pyinvolution.involution2d_backward.default
 span_involution2d = torch.ops.pyinvolution.span_involution2d.default
 span_involution2d_backward = torch.ops.pyinvolution.span_involution2d_backward.default
+involution_layer2d = torch.ops.pyinvolution.involution_layer2d.default
 
 Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -175,6 +177,17 @@ def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, s
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
 
 
+@torch.library.register_fake("pyinvolution::involution_layer2d")
+def _(input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, *rest):
+    if input.dim() != 4 or reduce_weight.dim() not in (2, 4) or reduce_weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"involution_layer2d: input has shape {_shape(input)} and reduce_weight {_shape(reduce_weight)}, expected "
+            "(N, C, H, W) and (R, C) or (R, C, 1, 1)"
+        )
+    height, width = ((size + s - 1) // s for size, s in zip(input.shape[2:], stride, strict=True))
+    return input.new_empty((*input.shape[:2], height, width)).to(memory_format=suggest_memory_format(input))
+
+
 @torch.library.register_fake("pyinvolution::span_involution2d_backward")
 def _(
     grad_output, input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation, output_mask
@@ -220,7 +233,15 @@ def _register_autocast(key: str, device_type: str) -> None:
         with torch.amp.autocast(device_type, enabled=False):
             return span_involution2d(*tensors, scale, shift, relu, *geometry)
 
+    def involution_layer2d_autocast(
+        input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, *geometry
+    ):  # fmt: skip
+        tensors = autocast_tensors(input, reduce_weight, reduce_bias, span_weight, span_bias)
+        with torch.amp.autocast(device_type, enabled=False):
+            return involution_layer2d(*tensors, scale, shift, relu, *geometry)
+
     _autocast.impl("involution2d", involution2d_autocast, key)
+    _autocast.impl("involution_layer2d", involution_layer2d_autocast, key)
     _autocast.impl("span_involution2d", span_involution2d_autocast, key)
 
 
@@ -308,6 +329,14 @@ def _(info, in_dims, input, reduced, span_weight, span_bias, scale, shift, relu,
     return output.unflatten(0, (size, -1)), 0
 
 
+@torch.library.register_vmap("pyinvolution::involution_layer2d")
+def _(info, in_dims, input, *rest):
+    if any(dim is not None for dim in in_dims[1:7]):
+        raise ValueError("involution_layer2d: vmap takes a mapped input, expected parameters that are not")
+    output = involution_layer2d(to_batch(input, in_dims[0], info.batch_size), *rest)
+    return output.unflatten(0, (info.batch_size, -1)), 0
+
+
 @torch.library.register_vmap("pyinvolution::span_involution2d_backward")
 def _(info, in_dims, grad_output, input, reduced, span_weight, span_bias, kernel_size, *rest):
     # Each element has gradients of its parameters to itself, hence the weights are composed.
@@ -360,6 +389,20 @@ def _applied_flops(input_shape: Sequence[int], reduced_shape: Sequence[int], ker
 @register_flop_formula(torch.ops.pyinvolution.span_involution2d)
 def _(input_shape, reduced_shape, span_shape, span_bias, scale, shift, relu, kernel_size, *args, **kwargs) -> int:
     return _span_flops(reduced_shape, span_shape) + _applied_flops(input_shape, reduced_shape, kernel_size)
+
+
+@register_flop_formula(torch.ops.pyinvolution.involution_layer2d)
+def _(
+    input_shape, reduce_shape, reduce_bias, span_shape, span_bias, scale, shift, relu, kernel_size, stride, *args,
+    **kwargs,
+) -> int:  # fmt: skip
+    cells = [(size + s - 1) // s for size, s in zip(input_shape[2:], stride, strict=True)]
+    reduced_shape = (input_shape[0], reduce_shape[0], *cells)
+    return (
+        2 * math.prod(reduced_shape) * input_shape[1]
+        + _span_flops(reduced_shape, span_shape)
+        + _applied_flops(input_shape, reduced_shape, kernel_size)
+    )
 
 
 @register_flop_formula(torch.ops.pyinvolution.span_involution2d_backward)

@@ -64,6 +64,75 @@ void involution() {
 
 // --- span ------------------------------------------------------------------------------------------------------------
 
+// A whole layer against the span involution of its R, computed here in double.
+void layer_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, const Execution& execution) {
+  const Strides strides = strides_of(shape, layout, Pass::forward);
+  SpanProblem span{};
+  span.involution = problem_of(shape, dtype, Device::cpu, strides);
+  Problem& p = span.involution;
+  span.reduced = reduced;
+  const int64_t rows = span.span_rows(), pixels = p.out_h * p.out_w;
+  const std::vector<int64_t> r_sizes{shape.n, reduced, p.out_h, p.out_w}, y_sizes{shape.n, shape.c, p.out_h, p.out_w};
+  Tensor x(dtype, {shape.n, shape.c, shape.h, shape.w}, strides.x), y(dtype, y_sizes, strides.y);
+  Tensor r(DType::f32, r_sizes, strides_in_order(r_sizes, {0, 1, 2, 3})), want(DType::f32, y_sizes, strides.y);
+  Tensor a(dtype, {reduced, shape.c},
+           layout == Layout::gapped ? std::vector<int64_t>{1, reduced} : std::vector<int64_t>{shape.c, 1});
+  Tensor a_bias(dtype, {reduced}, {1}), s(dtype, {rows, reduced}, {reduced, 1});
+  std::mt19937_64 engine(1);
+  std::uniform_real_distribution<double> uniform(-1, 1);
+  for (Tensor* tensor : {&x, &a, &a_bias, &s})
+    for (int64_t i = 0, n = tensor->count(); i < n; ++i) tensor->set(i, uniform(engine));
+  for (int64_t n = 0; n < shape.n; ++n)
+    for (int64_t v = 0; v < pixels; ++v) {
+      const int64_t h = v / p.out_w * shape.sh, q = v % p.out_w * shape.sw;
+      const int64_t high = std::min(shape.sh, shape.h - h), wide = std::min(shape.sw, shape.w - q);
+      for (int64_t k = 0; k < reduced; ++k) {
+        double sum = a_bias.get(k);
+        for (int64_t c = 0; c < shape.c; ++c)
+          for (int64_t i = 0; i < high * wide; ++i)
+            sum += a.get(k * shape.c + c) / double(high * wide) *
+                   x.get(((n * shape.c + c) * shape.h + h + i / wide) * shape.w + q + i % wide);
+        r.set((n * reduced + k) * pixels + v, std::max(0.0, sum));
+      }
+    }
+  Tensor x32(DType::f32, {shape.n, shape.c, shape.h, shape.w}, strides.x),
+      s32(DType::f32, {rows, reduced}, {reduced, 1});
+  for (int64_t i = 0; i < x.count(); ++i) x32.set(i, x.get(i));
+  for (int64_t i = 0; i < s.count(); ++i) s32.set(i, s.get(i));
+  std::copy_n(r.strides.begin(), 4, span.reduced_stride);
+  std::copy_n(s.strides.begin(), 2, span.span_stride);
+  std::copy_n(a.strides.begin(), 2, span.reduce_stride);
+  SpanBuffers buffers{};
+  buffers.x = x32.data(), buffers.reduced = r.data(), buffers.span = s32.data(), buffers.y = want.data();
+  p.dtype = DType::f32;
+  if (cpu::fused_refusal(span, SpanPass::forward) != nullptr) return;
+  cpu::fused_run(span, SpanPass::forward, buffers, {});
+  p.dtype = dtype;
+  buffers.x = x.data(), buffers.reduced = nullptr, buffers.span = s.data(), buffers.y = y.data();
+  buffers.reduce = a.data(), buffers.reduce_bias = a_bias.data();
+  y.poison();
+  cpu::fused_run(span, SpanPass::layer, buffers, execution);
+  std::vector<double> wanted(size_t(want.count()));
+  for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = want.get(int64_t(i));
+  double largest = 0;
+  const double worst = worst_difference(y, wanted, &largest);
+  CHECK(worst <= (unit_roundoff(dtype) + 4e-6) * 2 * largest,
+        "layer " + std::string(to_string(dtype)) + " " + to_text(layout) + " R=" + std::to_string(reduced) + " " +
+            shape.text() + " is off by " + std::to_string(worst) + " of " + std::to_string(largest));
+  CHECK(y.gaps_untouched(), "layer: memory between elements was written");
+}
+
+void layers() {
+  int index = 0;
+  for (const Case& shape : {Case{2, 32, 2, 9, 11, 7, 7, 1, 1, 3, 3}, Case{1, 96, 6, 13, 14, 3, 3, 2, 2, 1, 1},
+                            Case{1, 40, 1, 10, 9, 3, 5, 3, 2, 2, 2, 2, 1}, Case{1, 16, 1, 2, 230, 1, 3, 1, 1, 0, 1}})
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last, Layout::gapped})
+      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+        ++index;
+        layer_case(shape, 1 + index * 7 % 40, dtype, layout, index % 2 == 0 ? two_threads : Execution{});
+      }
+}
+
 void span_involution() {
   int index = 0;
   for (const Case& shape : wide_cases())
@@ -81,6 +150,7 @@ int main() {
     override_isa(isa);
     involution();
     span_involution();
+    layers();
     std::printf("%s: %d checks so far\n", isa.c_str(), checks::passed + checks::failed);
   }
   return checks::report("cpu");

@@ -58,9 +58,17 @@ struct Buffers {
 // R is N,R,Ho,Wo, S is (G K),R and b is (G K). The result may pass through an epilogue (a folded norm, and ReLU):
 //
 //   Z[n,c,p] = max(0, scale[c] * Y[n,c,p] + shift[c])
+//
+// A whole layer computes R too, a 1x1 convolution ("reduce") and ReLU of the means of X over cells of the stride:
+//
+//   R[n,r,p] = max(0, a[r] + sum over c of  A[r,c] * mean of X[n,c] over the part of cell p that is inside)
+//
+// There is a cell for each output pixel: Ho = ceil(H / stride). Where the window needs more padding than there is on
+// the left and top, it is to the right and bottom.
 enum class SpanPass : int32_t {
   forward,   // y from x, reduced, span
   backward,  // the gradients from x, reduced, span and y, which holds grad_output; no epilogue
+  layer,     // y from x, reduce, span
 };
 
 struct SpanProblem {
@@ -69,6 +77,7 @@ struct SpanProblem {
 
   int64_t reduced_stride[4];  // n r h w
   int64_t span_stride[2];     // row column
+  int64_t reduce_stride[2];   // r c
   bool epilogue;              // scale and shift
   bool relu;
 
@@ -82,6 +91,8 @@ struct SpanProblem {
 struct SpanBuffers {
   void* x;
   void* reduced;
+  void* reduce;       // layer: A, instead of reduced
+  void* reduce_bias;  // a; nullptr: none
   void* span;
   void* bias;   // nullptr: none
   void* scale;  // [channels], like shift in the type that sums are kept in; nullptr: none

@@ -1,8 +1,8 @@
 """RedNet: ResNet whose 3x3 convolutions are involutions (Li et al., CVPR 2021, section 4.1)."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,14 @@ class Stage(nn.Sequential):
         return input
 
 
+class Stem(Stage):
+    """Convolution, involution and convolution, each with a norm and ReLU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = _through(self.norm1, self.act1, self.involution, self.conv1(input))
+        return self.act3(self.norm3(_through(self.norm2, self.act2, self.conv2, x)))
+
+
 class Bottleneck(nn.Module):
     """Residual block: 1x1 convolution, involution, 1x1 convolution, each with a norm; ReLU after the sum.
 
@@ -99,10 +107,9 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=norm_layer(out_channels)))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(input)))
-        x = self.act(self.norm2(self.involution(x)))
-        x = self.norm3(self.conv3(x))
-        x = x + (input if self.downsample is None else self.downsample(input))
+        x = _through(self.norm1, self.act, self.involution, self.conv1(input))
+        x = self.norm3(_through(self.norm2, self.act, self.conv3, x))
+        x += input if self.downsample is None else self.downsample(input)
         return self.act(x)
 
 
@@ -222,7 +229,7 @@ class RedNet(nn.Module):
         conv3x3: Callable[..., nn.Module] = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False, **factory)
 
         half = stem_channels // 2
-        self.stem = Stage(
+        self.stem = Stem(
             OrderedDict(
                 conv1=conv3x3(in_channels, half, stride=2),
                 norm1=norm_layer(half),
@@ -428,24 +435,51 @@ def _trade_stride(stages: int, stem_stride: int, output_stride: int) -> tuple[li
     return strides, [max(1, stride // output_stride) for stride in allowed]
 
 
+def _through(norm: nn.Module, act: nn.Module, layer: nn.Module, input: Tensor) -> Tensor:
+    """``layer(act(norm(input)))``, of which a training step on a CPU keeps the input alone.
+
+    RedNet has more activations than ResNet, most of them in the stem, where images are largest. What follows from a
+    norm's input is cheap to compute again; a convolution is not, and saves its input before it would run.
+    """
+    if (
+        norm.training
+        and type(norm) is nn.BatchNorm2d
+        and torch.is_grad_enabled()
+        and isinstance(input, Tensor)
+        and input.device.type == "cpu"
+        and input.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not any(m._forward_hooks or m._forward_pre_hooks for part in (norm, act, layer) for m in part.modules())
+    ):
+        parts = nn.Sequential(norm, act, layer)
+        return checkpoint(
+            parts, input, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_recompute, parts)
+        )
+    return layer(act(norm(input)))
+
+
 def _recompute(block: nn.Module):
-    return nullcontext(), _frozen_statistics(block)
+    return nullcontext(), _FrozenStatistics(block)
 
 
-@contextmanager
-def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    # A recomputed batch norm would count its batch a second time.
-    kept = [
-        (module, module.momentum, module.num_batches_tracked)
-        for module in block.modules()
-        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
-    ]
-    for norm, _, batches in kept:
-        norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, batches in kept:
+class _FrozenStatistics:
+    """A recomputed batch norm would count its batch a second time. Entered once for each recomputation."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.norms = [
+            module
+            for module in block.modules()
+            if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+        ]
+
+    def __enter__(self) -> None:
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, batches) in zip(self.norms, self.kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
