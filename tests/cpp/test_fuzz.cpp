@@ -71,6 +71,7 @@ void make_extreme(Engine& engine, int64_t size, int64_t& kernel, int64_t& stride
   dilation = kernel > 1 ? most - pick(engine, 0, 3) : most;
   padding = kernel > 1 ? dilation * (kernel - 1) / 2 + pick(engine, -size / 2, 3) : pick(engine, 0, 2);
   stride = one_in(engine, 2) ? pick(engine, 1, 3) : most - pick(engine, 0, 3);
+  if (stride > 3 && one_in(engine, 2)) padding = most - pick(engine, 0, 3);  // windows far from each other
   padding = std::clamp<int64_t>(padding, 0, most);
 }
 
