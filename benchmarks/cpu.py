@@ -10,6 +10,7 @@ half of its time. Its columns are therefore there twice: as found, and with the 
 
 import argparse
 import ctypes
+import os
 import platform
 import statistics
 import subprocess
@@ -212,8 +213,8 @@ def memory(report: Report, batch: int) -> None:
         peaks = {}
         for name in MODELS:
             command = [sys.executable, "-m", "benchmarks.cpu", "--peak-memory", name, "--batch", str(batch)]
-            environment = {**os.environ, **environment}
-            result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+            variables = os.environ | environment
+            result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
             peaks[name] = float(result.stdout.split()[-1])
         print(f"peak memory of a training step at N={batch}, MB, {title}: {peaks}")
         report.rows.append({"what": f"training step, peak MB {title}", "name": f"N={batch}", "mb": peaks["RedNet-50"],

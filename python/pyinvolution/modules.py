@@ -200,8 +200,8 @@ class _CellMean(nn.AvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[2:])):
             return super().forward(input)
-        # torch.export cannot prove the size that ceil_mode gives; that of means over a zero margin it can. (Sums would be
-        # simpler, but torch.onnx drops divisor_override.)
+        # torch.export cannot prove the size that ceil_mode gives; that of means over a zero margin it can. (Sums would
+        # be simpler, but torch.onnx drops divisor_override.)
         (sh, sw), (height, width) = self.stride, input.shape[2:]
         means = avg_pool2d(pad(input, (0, sw - 1, 0, sh - 1)), self.stride, self.stride)
         rows = (height - sh * torch.arange(means.shape[2], device=input.device)).clamp(max=sh)

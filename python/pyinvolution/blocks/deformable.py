@@ -29,8 +29,8 @@ class DeformableConv2d(nn.Module):
     def __init__(self, channels: int, stride: int = 1) -> None:
         super().__init__()
         self.offset = nn.Conv2d(channels, 27, 3, stride, 1)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
         self.conv = DeformConv2d(channels, channels, 3, stride, 1, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:

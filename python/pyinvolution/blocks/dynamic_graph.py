@@ -43,9 +43,8 @@ class DynamicGraph2d(nn.Module):
         )
         self.gamma = nn.Parameter(torch.ones(len(rates)))
         self.register_buffer("sample", torch.ones(channels, 1, 3, 3), persistent=False)
-        for conv in self.walk:
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        for parameter in self.walk.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         output = input

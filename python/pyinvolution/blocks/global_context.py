@@ -26,14 +26,10 @@ class GlobalContext2d(nn.Module):
         super().__init__()
         inner = max(channels // ratio, 1)
         self.attention = nn.Conv2d(channels, 1, 1)
-        self.transform = nn.Sequential(
-            nn.Conv2d(channels, inner, 1),
-            nn.LayerNorm([inner, 1, 1]),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(inner, channels, 1),
-        )
-        nn.init.zeros_(self.transform[-1].weight)
-        nn.init.zeros_(self.transform[-1].bias)
+        squeeze, expand = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
+        self.transform = nn.Sequential(squeeze, nn.LayerNorm([inner, 1, 1]), nn.ReLU(inplace=True), expand)
+        for parameter in expand.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         weights = self.attention(input).flatten(2).softmax(2)

@@ -92,7 +92,7 @@ class Classification(Recipe):
         logits = self(images)
         self.val_accuracy.update(logits, targets)
         losses = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-        self.val_loss.update(losses, (targets != IGNORED).float())
+        self.val_loss.update(losses[targets != IGNORED])
         self.log("val/loss", self.val_loss)
         self.log_dict(self.val_accuracy, prog_bar=True)
 
