@@ -146,3 +146,15 @@ def test_init_from_nothing(tmp_path):
 def test_values_out_of_range(arguments, message):
     with pytest.raises(RecipeError, match=message):
         Classification(**{"name": "rednet", "num_classes": 10, "options": SMALL} | arguments)
+
+
+def test_validation_loss_leaves_out_what_is_padding(monkeypatch):
+    options = {"layers": [1], "stem": "small", "stem_channels": 32, "base_channels": 16}
+    model = Classification("rednet", num_classes=4, options=options).eval()
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(model, "log_dict", lambda *args, **kwargs: None)
+    images, targets = torch.randn(3, 3, 16, 16), torch.tensor([1, 2, -1])
+    with torch.no_grad():
+        model.validation_step((images, targets), 0)
+        expected = cross_entropy(model(images)[:2], targets[:2])
+    torch.testing.assert_close(model.val_loss.compute(), expected)
