@@ -59,6 +59,11 @@ build() {
   if $own; then
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --upgrade --target "$work/site" \
       --config-settings build-dir="$work/objects" . || return
+    "$PYTHON" - "$work/site" <<'PYTHON' || return
+import sys, pyinvolution
+if not pyinvolution.__file__.startswith(sys.argv[1]):
+    sys.exit(f"{pyinvolution.__file__} comes before what was built: uninstall it there, or set PYTHON to another interpreter")
+PYTHON
   else
     make .venv/.installed || return
   fi
