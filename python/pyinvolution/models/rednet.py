@@ -69,6 +69,16 @@ class Stage(nn.Sequential):
 class Stem(Stage):
     """Convolution, involution and convolution, each with a norm and ReLU."""
 
+    conv1: nn.Module
+    norm1: nn.Module
+    act1: nn.Module
+    involution: nn.Module
+    norm2: nn.Module
+    act2: nn.Module
+    conv2: nn.Module
+    norm3: nn.Module
+    act3: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         x = _through(self.norm1, self.act1, self.involution, self.conv1(input))
         return self.act3(self.norm3(_through(self.norm2, self.act2, self.conv2, x)))
@@ -476,6 +486,7 @@ class _FrozenStatistics:
     def __enter__(self) -> None:
         self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
         for norm in self.norms:
+            assert norm.num_batches_tracked is not None
             norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
 
     def __exit__(self, *error: object) -> None:
