@@ -30,8 +30,7 @@ def parse_operator(name: str) -> tuple[int, int] | None:
         return None
     match = _INVOLUTION.fullmatch(str(name))
     if match is None:
-        raise ValueError(f"an operator must be 'conv3' or an involution such as 'inv7x16' (7 x 7, 16 channels a group), "
-                         f"got {name!r}")  # fmt: skip
+        raise ValueError(f"an operator must be 'conv3' or e.g. 'inv7x16' (7 x 7, 16 channels a group), got {name!r}")
     return int(match[1]), int(match[2])
 
 
