@@ -252,7 +252,7 @@ def test_train_step(programs: Path, tmp_path: Path) -> None:
     assert "has more, which" in fails(program, tmp_path / "data.pt", tmp_path / "other.pt", tmp_path / "out.pt")
 
 
-def test_infer_classifies_image_files_as_python_does(programs: Path, tmp_path: Path) -> None:
+def test_infer_classifies_image_files_as_python_does(python: Path, programs: Path, tmp_path: Path) -> None:
     transforms = pytest.importorskip("torchvision.transforms.v2")
     torch.manual_seed(0)
     options = {"layers": [1], "stem": "small", "stem_channels": 32, "base_channels": 16}
@@ -265,7 +265,7 @@ def test_infer_classifies_image_files_as_python_does(programs: Path, tmp_path: P
     torch.save(checkpoint, tmp_path / "model.ckpt")
     package = tmp_path / "model.pt2"
     # Loads the package in Python too, and compares.
-    text = run(sys.executable, "-m", "pyinvolution", "export", tmp_path / "model.ckpt", "--format", "aoti",
+    text = run(python, "-m", "pyinvolution", "export", tmp_path / "model.ckpt", "--format", "aoti",
                "--size", "64", "64", "--output", package)  # fmt: skip
     assert "free batch, height, width; largest difference" in text
 

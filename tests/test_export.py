@@ -30,11 +30,11 @@ def small_rednet() -> nn.Module:
 
 
 class Operators(nn.Module):
-    """Both operators and the span's epilogue, in all their arguments."""
+    """The operators and their epilogue, in all their arguments."""
 
     CASES = (
         ((3, 3), (1, 1), (1, 1), (1, 1)),
-        ((1, 1), (1, 1), (0, 0), (1, 1)),
+        ((3, 1), (1, 1), (1, 0), (1, 1)),
         ((2, 5), (2, 1), (0, 3), (1, 2)),
         ((3, 2), (3, 2), (2, 1), (2, 3)),
     )
@@ -47,10 +47,18 @@ class Operators(nn.Module):
             results.append(span_involution2d(x, r, span[:, :, None, None], bias, kernel, *window))
             geometry = (kernel, *window)
             results.append(torch.ops.pyinvolution.span_involution2d(x, r, span, bias, scale, shift, True, *geometry))
+            halo = [d * (k - 1) // 2 for d, k in zip(window[2], kernel, strict=True)]
+            layer = (kernel, window[0], halo, window[2])
+            reduce = span[: r.shape[1], :1].repeat(1, x.shape[1])
+            results.append(
+                torch.ops.pyinvolution.involution_layer2d(
+                    x, reduce, bias[: r.shape[1]], span, bias, scale, shift, False, *layer
+                )
+            )
         return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # ONNX Runtime has no float64 convolution
 def test_operators_in_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     size, channels, groups, width = (9, 11), 6, 2, 3
@@ -77,7 +85,7 @@ def test_operators_in_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
     flat = torch.utils._pytree.tree_leaves(inputs)
     feed = {i.name: value.numpy() for i, value in zip(session.get_inputs(), flat, strict=True)}
     for found, expected in zip(session.run(None, feed), Operators()(*inputs), strict=True):
-        tolerance = {torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+        tolerance = {torch.float16: 2e-2, torch.float32: 2e-5}[dtype]
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=tolerance, atol=tolerance)
 
 

@@ -60,6 +60,18 @@ void dense(int64_t (&strides)[Axes], const std::array<int64_t, Axes>& sizes, con
 
 constexpr std::array<size_t, 4> nchw{0, 1, 2, 3}, nhwc{0, 2, 3, 1};
 
+SpanProblem with_span(const Problem& p, int64_t reduced, Layout layout, bool epilogue, bool relu) {
+  expect(reduced >= 1, "reduced", reduced, "at least 1");
+  SpanProblem span{};
+  span.involution = p, span.reduced = reduced, span.epilogue = epilogue, span.relu = relu;
+  dense<4>(span.reduced_stride, {p.batch, reduced, p.out_h, p.out_w}, layout == Layout::nchw ? nchw : nhwc);
+  span.span_stride[0] = reduced, span.span_stride[1] = 1;
+  span.reduce_stride[0] = p.channels, span.reduce_stride[1] = 1;
+  std::copy_n(p.x_stride, 4, span.grad_x_stride);
+  std::copy_n(span.reduced_stride, 4, span.grad_reduced_stride);
+  return span;
+}
+
 }  // namespace
 
 const char* version() { return PYINVOLUTION_VERSION; }
@@ -87,16 +99,15 @@ Problem make_problem(DType dtype, Device device, const std::array<int64_t, 4>& i
 
 SpanProblem make_span_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
                               int64_t reduced, const Geometry& geometry, Layout layout, bool epilogue, bool relu) {
-  expect(reduced >= 1, "reduced", reduced, "at least 1");
-  SpanProblem span{};
-  span.involution = make_problem(dtype, device, input, groups, geometry, layout);
-  span.reduced = reduced, span.epilogue = epilogue, span.relu = relu;
-  const Problem& p = span.involution;
-  dense<4>(span.reduced_stride, {p.batch, reduced, p.out_h, p.out_w}, layout == Layout::nchw ? nchw : nhwc);
-  span.span_stride[0] = reduced, span.span_stride[1] = 1;
-  std::copy_n(p.x_stride, 4, span.grad_x_stride);
-  std::copy_n(span.reduced_stride, 4, span.grad_reduced_stride);
-  return span;
+  return with_span(make_problem(dtype, device, input, groups, geometry, layout), reduced, layout, epilogue, relu);
+}
+
+SpanProblem make_layer_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
+                               int64_t reduced, const Geometry& geometry, Layout layout, bool epilogue, bool relu) {
+  Problem p = make_problem(dtype, device, input, groups, geometry, layout);
+  p.out_h = (p.in_h + p.stride_h - 1) / p.stride_h, p.out_w = (p.in_w + p.stride_w - 1) / p.stride_w;
+  dense<4>(p.y_stride, {p.batch, p.channels, p.out_h, p.out_w}, layout == Layout::nchw ? nchw : nhwc);
+  return with_span(p, reduced, layout, epilogue, relu);
 }
 
 void validate(const Problem& p) {
@@ -107,11 +118,20 @@ void validate(const Problem& p) {
   expect(p.out_w == w, "out_w", p.out_w, std::to_string(w));
 }
 
+int64_t scratch_bytes(const SpanProblem& span, SpanPass pass) {
+  const SpanVariant& variant = choose(span, pass);
+  return variant.scratch == nullptr ? 0 : variant.scratch(span, pass);
+}
+
 void run(const SpanProblem& span, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
   const Problem& p = span.involution;
   if (p.batch * p.channels * p.out_h * p.out_w == 0) return;
   const SpanVariant& variant = choose(span, pass);
-  if (variant.run != nullptr) return variant.run(span, pass, buffers, execution);
+  if (variant.run != nullptr) {
+    if (buffers.scratch == nullptr && scratch_bytes(span, pass) > 0)
+      throw std::invalid_argument("scratch is null, expected " + std::to_string(scratch_bytes(span, pass)) + " bytes");
+    return variant.run(span, pass, buffers, execution);
+  }
   std::string reasons;
   for (const Verdict& verdict : explain(span, pass))
     if (verdict.refusal != nullptr) reasons += std::string("; ") + verdict.variant + ": " + verdict.refusal;

@@ -295,9 +295,9 @@ def onnx_translations() -> dict[Callable, Callable]:
     def apply(
         input: Any, weight: Any, channels: int, groups: int, kernel: Sequence[int], *geometry: Sequence[int]
     ) -> Any:
-        stride, padding, dilation = geometry
+        stride, padding, dilation, end_padding = geometry
         taps = kernel[0] * kernel[1]
-        x = op.Pad(input, constant([0, 0, *padding, 0, 0, *padding]))
+        x = op.Pad(input, constant([0, 0, *padding, 0, 0, *end_padding]))
         x = sized(x, [groups, channels // groups], x)
         w = sized(weight, [groups, taps], weight)
         parts = op.Split(w, axis=2, num_outputs=taps) if taps > 1 else [w]
@@ -317,13 +317,30 @@ def onnx_translations() -> dict[Callable, Callable]:
     def sum_type(value: Any) -> int:
         return TensorProto.DOUBLE if value.dtype == TensorProto.DOUBLE else TensorProto.FLOAT
 
+    def conv1x1(x: Any, weight: Any, bias: Any) -> Any:
+        wide = sum_type(weight)
+        rows, width = weight.shape[:2]
+        output = op.Conv(x, op.Reshape(op.Cast(weight, to=wide), constant([rows, width, 1, 1])), kernel_shape=[1, 1])
+        return output if bias is None else op.Add(output, op.Reshape(op.Cast(bias, to=wide), constant([rows, 1, 1])))
+
+    def apply_span(
+        x: Any, channels: int, reduced: Any, weight: Any, bias: Any, scale: Any, shift: Any, relu: bool, *geometry: Any
+    ) -> Any:
+        kernel = geometry[0]
+        groups = weight.shape[0] // (kernel[0] * kernel[1])
+        output = apply(x, conv1x1(reduced, weight, bias), channels, groups, *geometry)
+        if scale is not None:
+            scale, shift = (op.Reshape(value, constant([-1, 1, 1])) for value in (scale, shift))
+            output = op.Add(op.Mul(output, scale), shift)
+        return op.Relu(output) if relu else output
+
     def involution2d(
         input: Any, weight: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
     ) -> Any:
         wide = sum_type(input)
         groups, *kernel = weight.shape[1:4]
         x, w = op.Cast(input, to=wide), op.Cast(weight, to=wide)
-        return op.CastLike(apply(x, w, input.shape[1], groups, kernel, stride, padding, dilation), input)
+        return op.CastLike(apply(x, w, input.shape[1], groups, kernel, stride, padding, dilation, padding), input)
 
     def span_involution2d(
         input: Any,
@@ -339,20 +356,39 @@ def onnx_translations() -> dict[Callable, Callable]:
         dilation: Sequence[int],
     ) -> Any:
         wide = sum_type(input)
-        rows, width = span_weight.shape[:2]
-        x, r, s = (op.Cast(value, to=wide) for value in (input, reduced, span_weight))
-        kernels = op.Conv(r, op.Reshape(s, constant([rows, width, 1, 1])), kernel_shape=[1, 1])
-        if span_bias is not None:
-            kernels = op.Add(kernels, op.Reshape(op.Cast(span_bias, to=wide), constant([rows, 1, 1])))
-        groups = rows // (kernel_size[0] * kernel_size[1])
-        output = apply(x, kernels, input.shape[1], groups, kernel_size, stride, padding, dilation)
-        if scale is not None:
-            output = op.Add(
-                op.Mul(output, op.Reshape(scale, constant([-1, 1, 1]))), op.Reshape(shift, constant([-1, 1, 1]))
-            )
-        if relu:
-            output = op.Relu(output)
+        x, reduced = op.Cast(input, to=wide), op.Cast(reduced, to=wide)
+        geometry = (kernel_size, stride, padding, dilation, padding)
+        output = apply_span(x, input.shape[1], reduced, span_weight, span_bias, scale, shift, relu, *geometry)
+        return op.CastLike(output, input)
+
+    def involution_layer2d(
+        input: Any,
+        reduce_weight: Any,
+        reduce_bias: Any,
+        span_weight: Any,
+        span_bias: Any,
+        scale: Any,
+        shift: Any,
+        relu: bool,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Any:
+        x = op.Cast(input, to=sum_type(input))
+        cells = x
+        if max(stride) > 1:
+            cells = op.AveragePool(x, kernel_shape=stride, strides=stride, ceil_mode=1)
+        reduced = op.Relu(conv1x1(cells, reduce_weight, reduce_bias))
+        # So much that there is an output pixel for every cell.
+        rest = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
+        geometry = (kernel_size, stride, padding, dilation, rest)
+        output = apply_span(x, input.shape[1], reduced, span_weight, span_bias, scale, shift, relu, *geometry)
         return op.CastLike(output, input)
 
     ours = torch.ops.pyinvolution
-    return {ours.involution2d.default: involution2d, ours.span_involution2d.default: span_involution2d}
+    return {
+        ours.involution2d.default: involution2d,
+        ours.span_involution2d.default: span_involution2d,
+        ours.involution_layer2d.default: involution_layer2d,
+    }

@@ -47,8 +47,16 @@ PYINVOLUTION_API SpanProblem make_span_problem(DType, Device, const std::array<i
                                                int64_t reduced, const Geometry& = {}, Layout = Layout::nhwc,
                                                bool epilogue = false, bool relu = false);
 
+// The same for SpanPass::layer, which computes R too: ceil(H / stride) rows of output, and columns alike.
+PYINVOLUTION_API SpanProblem make_layer_problem(DType, Device, const std::array<int64_t, 4>& input, int64_t groups,
+                                                int64_t reduced, const Geometry& = {}, Layout = Layout::nhwc,
+                                                bool epilogue = false, bool relu = false);
+
 // Checks the sizes of a problem that was filled by hand; strides are the caller's. Throws std::invalid_argument.
 PYINVOLUTION_API void validate(const Problem&);
+
+// Bytes of the device's memory, aligned to 16, that `run` needs in buffers.scratch; with CUDA, of the current device.
+PYINVOLUTION_API int64_t scratch_bytes(const SpanProblem&, SpanPass);
 
 // Chooses a fused kernel and runs it; does nothing for an empty output (whose gradients are zero). Throws
 // std::invalid_argument with the reasons where the device has no fused kernel for the problem (see `fuses`): compute W
