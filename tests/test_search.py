@@ -60,6 +60,9 @@ def test_samples_are_of_the_space(seed):
 
 def test_samples_are_uniform():
     generator = random.Random(0)
+    drawn = [space.sample(generator, by_kind=True)[0].operators[0] for _ in range(3000)]
+    assert abs(drawn.count("conv3") - 1500) < 5 * 1500**0.5
+    assert {*drawn} == {*space.stage_operators[0]}
     drawn = [space.sample(generator) for _ in range(3000)]
     for choices in (
         [len(architecture[1].operators) for architecture in drawn],
@@ -157,7 +160,16 @@ def test_network_with_shared_weights_gives_the_logits_of_its_path(supernet, arch
     missing, unexpected = network.load_state_dict(supernet.state_dict_of(architecture), strict=False)
     assert not unexpected
     assert all("running" in name or "num_batches" in name for name in missing)
-    assert torch.equal(network.train()(images), supernet(images, architecture))
+    logits = network.train()(images)
+    path = supernet(images, architecture)
+    assert torch.equal(logits, path)
+
+    supernet.zero_grad()
+    logits.square().sum().backward()
+    path.square().sum().backward()
+    for part in ("stem.conv.weight", "head.weight", "layer1.0.conv3.weight"):
+        ours, theirs = network.get_parameter(part).grad, supernet.net.get_parameter(part).grad
+        torch.testing.assert_close(theirs[tuple(slice(size) for size in ours.shape)], ours)
 
 
 def test_what_networks_share(supernet):

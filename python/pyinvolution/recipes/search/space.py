@@ -148,14 +148,21 @@ class SearchSpace:
             for stage, operators in zip(self.stages, self.stage_operators, strict=True)
         )
 
-    def sample(self, generator: random.Random) -> Architecture:
-        """Uniform over depth and width of each stage and over the operators of each of its blocks."""
-        return tuple(
-            StageChoice(
-                generator.choice(stage.widths), tuple(generator.choices(operators, k=generator.choice(stage.depths)))
-            )
-            for stage, operators in zip(self.stages, self.stage_operators, strict=True)
-        )
+    def sample(self, generator: random.Random, by_kind: bool = False) -> Architecture:
+        """Uniform over depth and width of each stage and over the operators of each of its blocks.
+
+        With ``by_kind``, convolution and involution have the same chance in every block, whatever the number of
+        involutions.
+        """
+        architecture = []
+        for stage, operators in zip(self.stages, self.stage_operators, strict=True):
+            kinds = [operators]
+            if by_kind and len(operators) > 1 and "conv3" in operators:
+                kinds = [("conv3",), tuple(name for name in operators if name != "conv3")]
+            width, depth = generator.choice(stage.widths), generator.choice(stage.depths)
+            chosen = tuple(generator.choice(generator.choice(kinds)) for _ in range(depth))
+            architecture.append(StageChoice(width, chosen))
+        return tuple(architecture)
 
     def encode(self, architecture: Architecture) -> Code:
         """The code of an architecture.

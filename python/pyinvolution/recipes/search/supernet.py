@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from pyinvolution.models import register_model
@@ -70,12 +69,19 @@ class Supernet(nn.Module):
     def forward(self, input: Tensor, architecture: Architecture | None = None) -> Tensor:
         """Logits (N, num_classes) of images (N, in_channels, H, W) through one network of the space.
 
-        ``architecture`` None takes one at random, by torch's generator.
+        ``architecture`` None takes one at random, by torch's generator: convolutions and involutions with the same
+        chance, since all involutions of a block train the same weights.
         """
         if architecture is None:
-            architecture = self.space.sample(random.Random(int(torch.randint(2**62, ()))))
+            architecture = self.space.sample(random.Random(int(torch.randint(2**62, ()))), by_kind=True)
         path = self._skeleton(architecture).train(self.training)
-        return functional_call(path, self._weights(path), (input,), strict=True)
+        # For good and not by functional_call, because blocks compute norms again in the backward pass.
+        for name, weight in self._weights(path).items():
+            module, _, own = name.rpartition(".")
+            owner = path.get_submodule(module)
+            delattr(owner, own)
+            setattr(owner, own, weight)
+        return path(input)
 
     @torch.no_grad()
     def state_dict_of(self, architecture: Architecture) -> dict[str, Tensor]:
@@ -139,7 +145,7 @@ def supernet(space: dict[str, Any], num_classes: int, **kwargs: Any) -> Supernet
 
 
 class OneShot(Classification):
-    """Trains a `Supernet`: every optimizer step sees one network of the space, all with the same chance.
+    """Trains a `Supernet`: every optimizer step sees one random network of the space.
 
     In validation every batch goes through another random network, so ``val/top1`` is a mean over the space.
 
