@@ -211,7 +211,8 @@ def _(
 def autocast_tensors(input: Tensor, *others: Tensor | None) -> tuple:
     """Casts as autocast does for a convolution: to its dtype on its device, all floating dtypes but float64."""
     tensors, device_type = (input, *others), input.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # Not torch.amp.is_autocast_available, which torch 2.10 cannot compile.
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
