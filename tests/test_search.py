@@ -1,6 +1,7 @@
 """The architecture search on a tiny space: codes, shared weights, costs, resumption, and a whole search."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_support import assert_same_state, one_thread, write_images  # noqa: F401
+from scipy.stats import spearmanr
 from torch import nn
 
 pytest.importorskip("optuna")
@@ -358,7 +360,12 @@ def test_search_reports_everything(searched):
     assert limit == 0.6 * result["objective"]["all_conv"]
     assert all(entry["feasible"] == (entry["macs"] <= limit) for entry in result["candidates"])
     assert found["accuracy"] == max(entry["accuracy"] for entry in result["candidates"] if entry["feasible"])
-    assert len(result["rank_correlation"]["networks"]) == 3
+    correlation = result["rank_correlation"]
+    ranks = [[entry[name] for entry in correlation["networks"]] for name in ("supernet", "alone")]
+    assert len(ranks[0]) == 3
+    spearman = math.nan if correlation["spearman"] is None else correlation["spearman"]
+    assert spearman == pytest.approx(spearmanr(*ranks).statistic, nan_ok=True)
+    assert all(entry["alone"] == pytest.approx(sum(entry["accuracies"]) / 2) for entry in correlation["networks"])
     errors = [abs(e["table"] / e["measured"] - 1) for e in result["latency"]["networks"]]
     assert result["latency"]["largest_error"] == pytest.approx(max(errors))
     ours, rival = result["comparison"]["networks"]

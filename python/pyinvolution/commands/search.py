@@ -13,7 +13,7 @@ OPTIONS = {
     "epochs": (("recipe", "trainer", "max_epochs"), "of networks that are trained alone"),
     "networks": (("networks",), "trained alone for the rank correlation"),
     "opponents": (("opponents",), "random networks that the found one is compared with"),
-    "seeds": (("seeds",), "trainings of each of these"),
+    "seeds": (("seeds",), "trainings of each network alone"),
     "seed": (("seed",), "of the whole search"),
 }
 

@@ -41,7 +41,7 @@ class SearchConfig:
         timing: how time is measured.
         networks: trained alone for the rank correlation, and timed for the check of the table.
         opponents: random networks of the found one's cost.
-        seeds: trainings of the found network and of each opponent.
+        seeds: trainings of every network that is trained alone.
         seed: of everything.
     """
 

@@ -4,9 +4,11 @@ import logging
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -200,18 +202,23 @@ class _Search:
 
     def _correlation(self, networks: list[Architecture], evaluate: Evaluator) -> dict[str, Any]:
         shared = [evaluate(architecture) for architecture in networks]
-        alone = [
-            self._fit(self.config.selection_training(architecture), "alone", architecture, self.config.seed)
-            for architecture in track(networks, "networks", console=self.console)
-        ]
+        scores = self._trained(networks, "alone", self.config.selection_training)
+        alone = [fmean(values) for values in scores]
+        pairs = combinations(zip(*scores, strict=True), 2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of constant accuracies; the correlation is then not a number
             spearman, kendall = (float(test(shared, alone).statistic) for test in (spearmanr, kendalltau))
+            between = [float(spearmanr(one, other).statistic) for one, other in pairs]
         entries = [
-            {"network": describe(architecture), "supernet": ours, "alone": theirs}
-            for architecture, ours, theirs in zip(networks, shared, alone, strict=True)
+            {"network": describe(architecture), "supernet": ours, "alone": theirs, "accuracies": values}
+            for architecture, ours, theirs, values in zip(networks, shared, alone, scores, strict=True)
         ]
-        return {"spearman": _number(spearman), "kendall": _number(kendall), "networks": entries}
+        return {
+            "spearman": _number(spearman),
+            "kendall": _number(kendall),
+            "between_seeds": _number(sum(between) / len(between)) if between else None,
+            "networks": entries,
+        }
 
     def _latency(self, networks: list[Architecture]) -> dict[str, Any]:
         entries = []
@@ -223,36 +230,29 @@ class _Search:
         return {
             "machine": self.config.timing.machine(),
             "layers": len(self.table.layers),
-            "mean_error": sum(errors) / len(errors),
+            "mean_error": fmean(errors),
             "largest_error": max(errors),
             "networks": entries,
         }
 
     def _comparison(self, found: Architecture) -> dict[str, Any]:
         networks = [found, *self._rivals(found)]
-        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
-        runs = [(architecture, seed) for seed in seeds for architecture in networks]
-        scores: dict[Architecture, list[float]] = {architecture: [] for architecture in networks}
-        for architecture, seed in track(runs, "trainings", console=self.console):
-            training = self.config.training(architecture)
-            scores[architecture].append(self._fit(training, "compared", architecture, seed))
-        entries = []
-        for architecture in networks:
-            values = torch.tensor(scores[architecture], dtype=torch.float64)
-            entries.append(
-                {
-                    "network": describe(architecture),
-                    "cost": self._cost(architecture),
-                    "involutions": involution_share(architecture),
-                    "accuracies": scores[architecture],
-                    "mean": values.mean().item(),
-                    "std": values.std().item() if len(values) > 1 else None,
-                }
-            )
+        scores = self._trained(networks, "compared", self.config.training)
+        entries = [
+            {
+                "network": describe(architecture),
+                "cost": self._cost(architecture),
+                "involutions": involution_share(architecture),
+                "accuracies": values,
+                "mean": fmean(values),
+                "std": stdev(values) if len(values) > 1 else None,
+            }
+            for architecture, values in zip(networks, scores, strict=True)
+        ]
         ours, *theirs = (entry["mean"] for entry in entries)
         return {
-            "seeds": list(seeds),
-            "difference": ours - sum(theirs) / len(theirs),
+            "seeds": self.config.seeds,
+            "difference": ours - fmean(theirs),
             "better_than": sum(ours > mean for mean in theirs),
             "networks": entries,
         }
@@ -272,12 +272,21 @@ class _Search:
             f"opponents={self.config.opponents} are wanted"
         )
 
-    def _fit(self, training: dict[str, Any], kind: str, architecture: Architecture, seed: int) -> float:
-        folder = self.folder / kind / f"{key(self.space.encode(architecture))}-seed{seed}"
-        epochs = training.get("trainer", {}).get("max_epochs") or 1
-        # Only the last epoch counts.
-        quiet = {"logger": False, "num_sanity_val_steps": 0, "check_val_every_n_epoch": epochs}
-        return fit(merged(training, {"seed_everything": seed, "trainer": quiet}), folder)
+    def _trained(
+        self, networks: list[Architecture], kind: str, training: Callable[[Architecture], dict[str, Any]]
+    ) -> list[list[float]]:
+        """Accuracies of each network after its trainings by the recipe, one for each seed."""
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        scores: dict[Architecture, list[float]] = {architecture: [] for architecture in networks}
+        runs = [(architecture, seed) for seed in seeds for architecture in networks]
+        for architecture, seed in track(runs, "trainings", console=self.console):
+            base = training(architecture)
+            epochs = base.get("trainer", {}).get("max_epochs") or 1
+            # Only the last epoch counts.
+            quiet = {"logger": False, "num_sanity_val_steps": 0, "check_val_every_n_epoch": epochs}
+            folder = self.folder / kind / f"{key(self.space.encode(architecture))}-seed{seed}"
+            scores[architecture].append(fit(merged(base, {"seed_everything": seed, "trainer": quiet}), folder))
+        return [scores[architecture] for architecture in networks]
 
     def _entry(self, candidate: Candidate) -> dict[str, Any]:
         return {

@@ -46,7 +46,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "## Is the search worth it?",
         "",
-        f"Trained alone {len(comparison['seeds'])} times each, on all training images, and measured on images that no "
+        f"Trained alone {comparison['seeds']} times each, on all training images, and measured on images that no "
         f"choice has seen: the found network has {abs(100 * comparison['difference']):.2f} points of accuracy "
         f"{more_or_less} than the mean of {len(rivals)} random networks of its cost, and is better than "
         f"{comparison['better_than']} of them.",
@@ -69,8 +69,9 @@ def markdown(result: dict[str, Any]) -> str:
         "## Does the supernet rank networks as training alone does?",
         "",
         f"Spearman {_correlation(correlation['spearman'])}, Kendall {_correlation(correlation['kendall'])}, over "
-        f"{len(correlation['networks'])} networks at even distances in the supernet's ranking of random ones; both "
-        "accuracies on the held-out training images.",
+        f"{len(correlation['networks'])} networks at even distances in the supernet's ranking of random ones. Both "
+        f"accuracies are on the held-out training images, those of training alone means of {comparison['seeds']} runs. "
+        f"One run ranks the networks as another does with Spearman {_correlation(correlation['between_seeds'])}.",
         "",
         *_table(
             ["network", "supernet (%)", "alone (%)"],
