@@ -22,8 +22,8 @@ from pyinvolution.models import create_model, load_official
 
 __all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]
 
-SMALLEST = 32
-"""Pixels of the smallest image that an exported model takes, each way."""
+SMALLEST = 33
+"""Pixels of the smallest image that an exported model takes, each way: two of the last feature map, at stride 32."""
 
 
 @dataclass(frozen=True)
