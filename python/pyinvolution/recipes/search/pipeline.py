@@ -54,6 +54,11 @@ def run(config: SearchConfig) -> dict[str, Any]:
     try:
         with _quiet():
             result = _Search(config).run()
+    except (SystemExit, KeyboardInterrupt):
+        Console(stderr=True).print(
+            f"stopped; the same command goes on with what is in {config.folder}", highlight=False
+        )
+        raise
     finally:
         torch.set_num_threads(threads)
     report.write(result, config.folder)
@@ -99,9 +104,11 @@ class _Search:
         self.console.rule(f"{len(self.space):,} networks on images of {size[0]} x {size[1]}")
 
     def run(self) -> dict[str, Any]:
-        with self._stage("table", "costs of all layers, measured"):
+        with self._stage("table", "costs of all layers, and of some whole networks to check the table by"):
             self.table.fill()
             reference, limit = self._budget()
+            # At once: a machine that is busier later would be held against the table.
+            latency = self._latency()
         with self._stage("supernet", "the supernet: another network at every step"):
             fit(self.config.supernet_training(), self.folder / "supernet")
             evaluate = self._evaluator()
@@ -116,8 +123,6 @@ class _Search:
         with self._stage("correlation", f"{self.config.networks} networks trained alone, for the rank correlation"):
             ranked = self._spread(evaluate)
             correlation = self._correlation(ranked, evaluate)
-        with self._stage("latency", "the sums of the table against whole networks"):
-            latency = self._latency([found, *ranked])
         with self._stage("comparison", "the found network and random ones of its cost"):
             comparison = self._comparison(found)
         return {
@@ -220,7 +225,9 @@ class _Search:
             "networks": entries,
         }
 
-    def _latency(self, networks: list[Architecture]) -> dict[str, Any]:
+    def _latency(self) -> dict[str, Any]:
+        generator = random.Random(self.config.seed)
+        networks = [self.space.sample(generator) for _ in range(self.config.networks)]
         entries = []
         for architecture in track(networks, "networks", console=self.console):
             table, measured = self.table.cost(architecture, "latency"), self.table.measured(architecture)
