@@ -328,3 +328,27 @@ def test_bad_input():
         model.features(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"indices must be in -3 to 2 and not empty, got \[3\]"):
         model.forward_intermediates(torch.zeros(2, 1, 16, 16), [3])
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_functional_call_differentiates_its_own_parameters(grad_checkpointing):
+    """What is computed again in backward sees the parameters of the call, not those that the module has got back."""
+    from torch.func import functional_call
+
+    options = {"layers": [1, 1], "stem": "small", "stem_channels": 32, "base_channels": 16, "num_classes": 3}
+    model = create_model("rednet", grad_checkpointing=grad_checkpointing, **options).double()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        name: (value + 0.3 * torch.randn(value.shape, generator=draw, dtype=torch.float64)).detach().requires_grad_()
+        for name, value in model.named_parameters()
+    }
+    other = create_model("rednet", **options).double()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(given[name])
+    functional_call(model, given, (x,)).square().sum().backward()
+    other(x).square().sum().backward()
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(given[name].grad, parameter.grad, rtol=1e-8, atol=1e-10)
+    assert all(parameter.grad is None for parameter in model.parameters())

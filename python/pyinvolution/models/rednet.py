@@ -470,13 +470,20 @@ def _through(norm: nn.Module, act: nn.Module, layer: nn.Module, input: Tensor) -
 
 
 def _recompute(block: nn.Module):
-    return nullcontext(), _FrozenStatistics(block)
+    return nullcontext(), _AsBefore(block)
 
 
-class _FrozenStatistics:
-    """A recomputed batch norm would count its batch a second time. Entered once for each recomputation."""
+class _AsBefore:
+    """Recomputation with what the forward pass saw. A batch norm would count its batch a second time, and after
+    `torch.func.functional_call` the module has other parameters again. Entered once for each recomputation."""
 
     def __init__(self, block: nn.Module) -> None:
+        self.tensors = [
+            (tensors, name, tensor)
+            for module in block.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+        ]
         self.norms = [
             module
             for module in block.modules()
@@ -484,6 +491,9 @@ class _FrozenStatistics:
         ]
 
     def __enter__(self) -> None:
+        self.replaced = [(tensors, name, tensors[name]) for tensors, name, _ in self.tensors]
+        for tensors, name, tensor in self.tensors:
+            tensors[name] = tensor
         self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
         for norm in self.norms:
             assert norm.num_batches_tracked is not None
@@ -492,6 +502,8 @@ class _FrozenStatistics:
     def __exit__(self, *error: object) -> None:
         for norm, (momentum, batches) in zip(self.norms, self.kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
+        for tensors, name, tensor in self.replaced:
+            tensors[name] = tensor
 
 
 @partial(register_model, listed=False)
