@@ -97,7 +97,7 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "imagenet/rednet51.yaml"], "no such file, nor one of digits/rednet.yaml, imagenet/rednet26"),
+        (["--config", "imagenet/rednet51.yaml"], "no such file, nor one of cityscapes/fpn_rednet50.yaml"),
         (["--config"], "--config needs a file"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs"),
         (["--modell.lr=1"], "modell.lr"),
