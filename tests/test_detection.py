@@ -201,7 +201,9 @@ def test_same_detections_after_a_round_trip(family, neck, head):
     other = load_official(small(family, neck, head), official_state_dict(one)).eval()
     images, _ = samples()
     for ours, theirs in zip(one(images), other(images), strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for name in ours:
+            # Four random involutions on end overflow: an involution squares what it gets.
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_parts_of_a_checkpoint():
