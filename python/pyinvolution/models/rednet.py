@@ -478,7 +478,7 @@ class _AsBefore:
     `torch.func.functional_call` the module has other parameters again. Entered once for each recomputation."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.tensors = [
+        self.tensors: list[tuple[dict[str, Any], str, Tensor | None]] = [
             (tensors, name, tensor)
             for module in block.modules()
             for tensors in (module._parameters, module._buffers)
