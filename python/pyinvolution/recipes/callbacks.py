@@ -32,6 +32,15 @@ __all__ = [
 ]
 
 
+def from_all_processes(trainer: pl.Trainer, items: list[Any]) -> list[Any]:
+    """``items`` of every process, in the order of processes."""
+    if trainer.world_size == 1:
+        return items
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, items)
+    return [item for share in shares for item in share]
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its final name and renames it, so that a kill, a full disk or Ctrl-C leaves the old
     one or the new one; reads tensors and plain data only.

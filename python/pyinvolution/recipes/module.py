@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from pyinvolution.models import create_model
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
@@ -217,6 +218,14 @@ def read_checkpoint(path: str | Path, field: str, mmap: bool = False) -> dict[st
     if not isinstance(checkpoint, dict):
         raise RecipeError(f"{field}: {path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
     return checkpoint
+
+
+def build_net(name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:
+    """The model ``name`` of `create_model`, or a RecipeError that says which argument is wrong."""
+    try:
+        return create_model(name, num_classes=num_classes, **(options or {}))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model: {error}") from error
 
 
 def check_fit(state: dict[str, Tensor], module: nn.Module, source: str) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-__all__ = ["Series", "costs", "curves", "kernels", "predictions", "read_metrics", "taps"]
+__all__ = ["Series", "costs", "curves", "kernels", "new_figure", "predictions", "read_metrics", "taps"]
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Optimizer steps and values of a logged quantity."""
@@ -57,7 +57,7 @@ def read_metrics(folder: Path) -> dict[str, Series]:
 
 def curves(metrics: dict[str, Series], path: Path, monitor: str, title: str) -> Path:
     """Loss, the share ``monitor`` (val/...) in percent and learning rate against the optimizer step."""
-    with _figure(path, (12, 3.6)) as figure:
+    with new_figure(path, (12, 3.6)) as figure:
         loss, score, rate = figure.subplots(1, 3)
         if "train/loss" in metrics:
             steps, values = metrics["train/loss"]
@@ -102,7 +102,7 @@ def predictions(
     """A grid of images (N, H, W) or (N, H, W, 3) in [0, 1], each with its prediction; mistakes have a red frame."""
     columns = 12
     rows = -(-len(images) // columns)
-    with _figure(path, (columns, 1.25 * rows + 0.5)) as figure:
+    with new_figure(path, (columns, 1.25 * rows + 0.5)) as figure:
         figure.suptitle(title, weight="bold")
         for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
             axes.axis("off")
@@ -136,7 +136,7 @@ def kernels(
         path: the picture.
     """
     columns = len(images)
-    with _figure(path, (1.55 * (columns + len(pixels)) + 0.4, 1.75 * (1 + len(layers)) + 0.3)) as figure:
+    with new_figure(path, (1.55 * (columns + len(pixels)) + 0.4, 1.75 * (1 + len(layers)) + 0.3)) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=(columns, len(pixels)), wspace=0.03)
         left.suptitle("Sum over the taps of each pixel's kernel", weight="bold")
         right.suptitle("Taps at the marked pixels", weight="bold")
@@ -187,7 +187,7 @@ def _draw_taps(axes: Axes, window: NDArray[np.float64], bound: float, color: str
 def costs(systems: Sequence[str], quantities: dict[str, Sequence[float]], path: Path) -> Path:
     """Bars of each quantity in percent of the first system's; the last system is ours."""
     colors = ["#999999"] + [TRAIN] * (len(systems) - 2) + [VAL]
-    with _figure(path, (3.1 * len(quantities) + 1.5, 0.34 * len(systems) + 1.1)) as figure:
+    with new_figure(path, (3.1 * len(quantities) + 1.5, 0.34 * len(systems) + 1.1)) as figure:
         panels = figure.subplots(1, len(quantities), sharey=True)
         for axes, (title, values) in zip(np.atleast_1d(panels), quantities.items(), strict=True):
             percent = 100 * np.array(values) / values[0]
@@ -207,7 +207,7 @@ def _frame(axes: Axes, color: str, linewidth: float) -> None:
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float], formats: Sequence[str] = ()) -> Iterator[Figure]:
+def new_figure(path: Path, size: tuple[float, float], formats: Sequence[str] = ()) -> Iterator[Figure]:
     """A figure which is saved to ``path`` and, beside it, in other ``formats``, e.g. pdf."""
     # A figure of its own: pyplot would choose a window system and keep every figure alive.
     with plt.rc_context(STYLE):

@@ -8,11 +8,11 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pyinvolution.models import create_model, load_official
+from pyinvolution.models import load_official
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.classification.predictions import PredictionWriter
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe
+from pyinvolution.recipes.module import Recipe, build_net
 
 __all__ = ["Classification"]
 
@@ -43,10 +43,7 @@ class Classification(Recipe):
             raise RecipeError(f"model.num_classes must be at least 1, got {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise RecipeError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
-        try:
-            net = create_model(name, num_classes=num_classes, **(options or {}))
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"model: {error}") from error
+        net = build_net(name, num_classes, options)
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+
+from pyinvolution.recipes.callbacks import from_all_processes
 
 __all__ = ["PredictionWriter"]
 
@@ -31,11 +32,7 @@ class PredictionWriter(BasePredictionWriter):
         self._rows += zip(*(tensor.tolist() for tensor in prediction), strict=True)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rows = self._rows
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, rows)
-            rows = [row for share in shares for row in share]
+        rows = from_all_processes(trainer, self._rows)
         if not trainer.is_global_zero:
             return
         files, names = trainer.datamodule.predict_samples.files, trainer.datamodule.classes

@@ -10,14 +10,14 @@ from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from pyinvolution.models import create_model, load_official
+from pyinvolution.models import load_official
 from pyinvolution.recipes.backbone import load_backbone
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe
+from pyinvolution.recipes.module import Recipe, build_net
 
 __all__ = ["Detection"]
 
@@ -69,10 +69,7 @@ class Detection(Recipe):
         ):
             if not valid:
                 raise RecipeError(f"model.{field} is out of range: got {value}")
-        try:
-            net = create_model(name, num_classes=num_classes, **(options or {}))
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"model: {error}") from error
+        net = build_net(name, num_classes, options)
         if not hasattr(net, "transform"):
             raise RecipeError(f"model.name must be a detector, such as mask_rcnn_rednet50, got {name!r}")
         super().__init__(net, **kwargs)

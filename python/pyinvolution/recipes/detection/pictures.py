@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyinvolution.recipes.plots import _figure
+from pyinvolution.recipes.plots import new_figure
 
 __all__ = ["Scene", "draw", "grid"]
 
@@ -65,7 +65,7 @@ def grid(scenes: Sequence[Scene], classes: Sequence[str], path: Path) -> Path:
     """A picture of several scenes."""
     columns = min(COLUMNS, len(scenes))
     rows = -(-len(scenes) // columns)
-    with _figure(path, (3 * columns, 3 * rows)) as canvas:
+    with new_figure(path, (3 * columns, 3 * rows)) as canvas:
         for axes in (panels := canvas.subplots(rows, columns, squeeze=False)).flat:
             axes.axis("off")
         for axes, scene in zip(panels.flat, scenes, strict=False):

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from pyinvolution.recipes.callbacks import from_all_processes
 from pyinvolution.recipes.detection import pictures
 
 __all__ = ["CocoWriter"]
@@ -43,11 +43,7 @@ class CocoWriter(BasePredictionWriter):
                 pictures.grid([scene], data.classes, self.output.with_suffix("") / f"{name}.png")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = self._found
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, found)
-            found = [image for share in shares for image in share]
+        found = from_all_processes(trainer, self._found)
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule

@@ -114,7 +114,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def picture(result: dict[str, Any], path: Path) -> Path:
     """Pareto front, rank correlation, comparison with random networks, and the table of latencies."""
-    with plots._figure(path, (13, 9)) as figure:
+    with plots.new_figure(path, (13, 9)) as figure:
         pareto, rank, compared, latency = figure.subplots(2, 2, width_ratios=(3, 2)).flat
         _pareto(pareto, result, figure)
         _rank(rank, result["rank_correlation"])

@@ -120,7 +120,7 @@ def compare(
     panel = 3.1 if len(images) > 2 else 4.2
     size = (panel * len(images) + 0.5, 4 * (panel * height / width + 0.22) + 0.6)
     present = sorted({int(label) for labels in (*truths, *baseline, *ours) for label in np.unique(labels)} - {IGNORED})
-    with plots._figure(path, size, ("pdf",)) as figure:
+    with plots.new_figure(path, size, ("pdf",)) as figure:
         marked = False
         grid = figure.subplots(4, len(images), squeeze=False)
         for axes in grid.flat:
@@ -184,7 +184,7 @@ def draw_kernels(
     panel = 2.6 * height / width
     ratios = [2.6] * groups + [panel] * len(pixels)
     size = (sum(ratios) + 0.9, (panel + 0.25) * len(layers) + 2 * panel + 0.6)
-    with plots._figure(path, size, ("pdf",)) as figure:
+    with plots.new_figure(path, size, ("pdf",)) as figure:
         grid = figure.add_gridspec(
             1 + len(layers), len(ratios), width_ratios=ratios, height_ratios=[2] + [1] * len(layers)
         )

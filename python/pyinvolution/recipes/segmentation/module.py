@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pyinvolution.models import create_model, load_official
+from pyinvolution.models import load_official
 from pyinvolution.recipes.backbone import load_backbone
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe
+from pyinvolution.recipes.module import Recipe, build_net
 from pyinvolution.recipes.segmentation.cityscapes import IGNORED
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
 from pyinvolution.recipes.segmentation.predictions import SegmentationWriter
@@ -61,10 +61,7 @@ class Segmentation(Recipe):
             raise RecipeError(f"model.inference must be 'whole' or 'slide', got {inference!r}")
         if not all(1 <= step <= extent for step, extent in zip(window_stride, window, strict=True)):
             raise RecipeError(f"model.window_stride must be in 1 to window={window}, got {window_stride}")
-        try:
-            net = create_model(name, num_classes=num_classes, **(options or {}))
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"model: {error}") from error
+        net = build_net(name, num_classes, options)
         if not hasattr(net, "decode_head"):
             raise RecipeError(f"model.name must be a segmentation model, such as semantic_fpn_rednet50, got {name!r}")
         net.return_auxiliary = auxiliary_weight > 0
