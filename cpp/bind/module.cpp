@@ -4,13 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../../cuda/build.h"
 #include "isa.h"
-#include "pyinvolution/plan.h"
+#include "pyinvolution/involution.h"
 
 namespace py = pybind11;
 using namespace pyinvolution;
@@ -24,14 +25,19 @@ Enum parse(const std::string& name, const std::vector<Enum>& values) {
   throw std::invalid_argument("unknown name \"" + name + "\"");
 }
 
+DType dtype_of(const std::string& name) {
+  return parse<DType>(name, {DType::f32, DType::f64, DType::f16, DType::bf16});
+}
+
+Device device_of(const std::string& name) { return parse<Device>(name, {Device::cpu, Device::cuda}); }
+
 Problem problem_of(const std::string& dtype, const std::string& device, const std::vector<int64_t>& input,
                    const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                    const std::vector<int64_t>& input_stride, const std::vector<int64_t>& weight_stride,
                    const std::vector<int64_t>& output_stride) {
   Problem p{};
-  p.dtype = parse<DType>(dtype, {DType::f32, DType::f64, DType::f16, DType::bf16});
-  p.device = parse<Device>(device, {Device::cpu, Device::cuda});
+  p.dtype = dtype_of(dtype), p.device = device_of(device);
   p.batch = input.at(0), p.channels = input.at(1), p.in_h = input.at(2), p.in_w = input.at(3);
   p.groups = weight.at(1), p.kernel_h = weight.at(2), p.kernel_w = weight.at(3);
   p.out_h = weight.at(4), p.out_w = weight.at(5);
@@ -102,4 +108,16 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("pass_"), py::arg("dtype"), py::arg("device"), py::arg("input"), py::arg("weight"),
       py::arg("reduced"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_stride"),
       py::arg("reduced_stride"), py::arg("span_stride"), py::arg("output_stride"), answer);
+
+  m.def(
+      "fuses",
+      [](const std::string& dtype, const std::string& device, int64_t channels, int64_t groups, int64_t reduced,
+         const std::array<int64_t, 2>& kernel, const std::array<int64_t, 2>& stride,
+         const std::array<int64_t, 2>& dilation) {
+        Geometry geometry;
+        geometry.kernel = kernel, geometry.stride = stride, geometry.dilation = dilation;
+        return fuses(dtype_of(dtype), device_of(device), channels, groups, reduced, geometry);
+      },
+      py::arg("dtype"), py::arg("device"), py::arg("channels"), py::arg("groups"), py::arg("reduced"),
+      py::arg("kernel"), py::arg("stride"), py::arg("dilation"));
 }

@@ -155,7 +155,8 @@ def span_fuses(
     rows, width = span_weight.shape[:2]
     groups = rows // (kernel_size[0] * kernel_size[1])
     # The sizes of a parameter and those that the layer knows: the input's may be symbols.
-    return _layer_fuses(device, str(dtype), channels, groups, width, kernel_size, stride, dilation)
+    name = str(dtype).removeprefix("torch.")
+    return _layer_fuses(device, name, channels, groups, width, kernel_size, stride, dilation)
 
 
 @torch.compiler.assume_constant_result
@@ -164,32 +165,8 @@ def _layer_fuses(*layer: Any) -> bool:
 
 
 @lru_cache
-def _layer_verdict(
-    forced: str,
-    device: str,
-    dtype: str,
-    channels: int,
-    groups: int,
-    reduced: int,
-    kernel: Pair,
-    stride: Pair,
-    dilation: Pair,
-) -> bool:
-    if device not in ("cpu", "cuda") or groups < 1:
-        return False
-    # An image of 14 x 14 output pixels without padding.
-    size = tuple(13 * s + d * (k - 1) + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
-    for pass_ in SPAN_PASSES:
-        verdicts = _C.explain_span(
-            pass_=pass_, dtype=dtype.removeprefix("torch."), device=device, input=(1, channels, *size),
-            weight=(1, groups, *kernel, 14, 14), reduced=reduced, stride=stride, padding=(0, 0), dilation=dilation,
-            input_stride=(channels * size[0] * size[1], 1, channels * size[1], channels),
-            reduced_stride=(reduced * 196, 1, reduced * 14, reduced), span_stride=(reduced, 1),
-            output_stride=(channels * 196, 1, channels * 14, channels),
-        )  # fmt: skip
-        if next((name for name, _, chosen in verdicts if chosen), "composed") == "composed":
-            return False
-    return True
+def _layer_verdict(forced: str, device: str, dtype: str, channels: int, groups: int, *layer: Any) -> bool:
+    return device in ("cpu", "cuda") and groups > 0 and _C.fuses(dtype, device, channels, groups, *layer)
 
 
 def variants(operator: str = "involution2d") -> list[str]:
