@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import BLOCKS
 from PIL import Image
 from torch import nn
 
@@ -69,18 +70,20 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def programs(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The build folder of tests/consumer with the examples, all copied out of the tree."""
-    folder = tmp_path_factory.mktemp("consumer")
-    for name in ("tests/consumer", "cpp/examples"):
-        shutil.copytree(ROOT / name, folder / Path(name).name)
-    prefix = run(python, "-m", "pyinvolution", "--cmake-dir").strip()
+    """The build folder of tests/consumer, the examples and the blocks of docs/cpp.md, all copied out of the tree."""
+    folder = tmp_path_factory.mktemp("consumer") / "consumer"
+    shutil.copytree(ROOT / "tests/consumer", folder)
+    shutil.copytree(ROOT / "cpp/examples", folder / "examples")
+    guide = [block for block in BLOCKS if block.name.startswith("docs/cpp.md") and not block.reason]
+    for language in ("cmake", "cpp"):
+        for number, block in enumerate(block for block in guide if block.language == language):
+            (folder / f"documented{number}.{language}").write_text(block.code)
     # Quick to compile rather than quick.
-    run(
-        TOOLS["cmake"], "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={TOOLS['ninja']}", "-S", folder / "consumer",
-        "-B", folder / "build", f"-DEXAMPLES={folder}/examples", f"-DCMAKE_PREFIX_PATH={prefix}",
-        "-DCMAKE_CXX_FLAGS=-O0 -Wall -Wextra -Werror",
-    )  # fmt: skip
-    run(TOOLS["cmake"], "--build", folder / "build")
+    settings = {"PATH": f"{python.parent}:{PATH}", "CMAKE_GENERATOR": "Ninja", "CXXFLAGS": "-O0 -Wall -Wextra -Werror"}
+    commands = [line for b in guide if b.language == "bash" for line in b.commands() if line.startswith("cmake ")]
+    assert len(commands) == 2
+    for command in commands:
+        run("bash", "-c", f"cd {folder} && {command}", **settings)
     return folder / "build"
 
 
@@ -182,6 +185,9 @@ def test_torch_h_computes_what_python_does(programs: Path, tmp_path: Path) -> No
     span = lambda *inputs: span_involution2d(*inputs, kernel_size=3, **window)  # noqa: E731
     differentiate("span", span, "x", "reduced", "span", "span_bias")
     differentiate("span_without_bias", span, "x", "reduced", "span")
+    given["image"], given["kernels"] = torch.randn(2, 64, 9, 8), torch.randn(2, 4, 7, 7, 9, 8)
+    documented = expected["documented"] = involution2d(given["image"], given["kernels"], padding=3)
+    expected["documented/raw"] = documented.permute(0, 2, 3, 1)
     expected["unbatched"] = involution2d(given["x"][0], given["w"][0], **window)
     x = given["x"].clone().requires_grad_()
     (expected["only_input"],) = torch.autograd.grad(involution2d(x, given["w"], **window).sum(), x)
@@ -203,7 +209,7 @@ def test_torch_h_computes_what_python_does(programs: Path, tmp_path: Path) -> No
             expected |= {f"{name}/eval": layer.eval()(image[0]), f"{name}/clone": layer(image)}
 
     torch.save(given, tmp_path / "in.pt")
-    run(programs / "consumer", tmp_path / "in.pt", tmp_path / "out.pt")
+    run(programs / "app", tmp_path / "in.pt", tmp_path / "out.pt")
     found = dict(torch.load(tmp_path / "out.pt", weights_only=True))
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -1,4 +1,4 @@
-// consumer IN OUT: computes on the tensors that Python saved in IN, and writes the results to OUT under Python's names.
+// app IN OUT: computes on the tensors that Python saved in IN, and writes the results to OUT under Python's names.
 #include <pyinvolution/torch.h>
 
 #include <cstdio>
@@ -74,6 +74,23 @@ void functions(const Inputs& in, Results& results) {
   }
 }
 
+// What docs/cpp.md shows, as it stands there.
+void documented_functions(Tensor x, const Tensor& kernels, Results& results) {
+#include "documented0.cpp"
+  results.emplace("documented", y);
+  for (const Tensor& parameter : layer->parameters())
+    require(parameter.grad().defined(), "the layer was differentiated");
+}
+
+void documented_pointers(const Tensor& image, const Tensor& kernels, Results& results) {
+  const int64_t n = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3), groups = kernels.size(1);
+  const Tensor pixels = image.permute({0, 2, 3, 1}).contiguous(), output = torch::zeros_like(pixels),
+               weights = kernels.permute({0, 4, 5, 1, 2, 3}).contiguous();
+  void *const x = pixels.data_ptr(), *const weight = weights.data_ptr(), *const y = output.data_ptr();
+#include "documented1.cpp"
+  results.emplace("documented/raw", output);
+}
+
 // In the order of LAYERS in test_consumer.py.
 std::vector<pyinvolution::nn::Involution2d> layers() {
   using pyinvolution::nn::Involution2d, pyinvolution::nn::Involution2dOptions;
@@ -122,6 +139,9 @@ int main(int, char** argument) {
         torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()}).toGenericDict();
     Results results;
     functions(inputs, results);
+    const Tensor image = inputs.at("image").toTensor(), kernels = inputs.at("kernels").toTensor();
+    documented_functions(image, kernels, results);
+    documented_pointers(image, kernels, results);
     modules(in.substr(0, in.rfind('/')), inputs, results);
     std::vector<c10::IValue> pairs;
     for (const auto& [name, value] : results) pairs.emplace_back(c10::ivalue::Tuple::create({name, value}));
@@ -129,7 +149,7 @@ int main(int, char** argument) {
     std::ofstream(argument[2], std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
     return 0;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "consumer: %s\n", error.what());
+    std::fprintf(stderr, "app: %s\n", error.what());
     return 1;
   }
 }

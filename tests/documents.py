@@ -1,0 +1,42 @@
+"""The code in the documentation, for the tests that run it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/README.md", "cuda/README.md")
+PAGES = [page for name in NAMES for page in sorted(ROOT.glob(name))]
+FENCE = re.compile(r"^(?:<!-- not executed: (\S[^\n]*) -->\n+)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code; ``reason`` is why nothing executes it, from the comment before it."""
+
+    name: str
+    language: str
+    code: str
+    reason: str
+
+    def commands(self) -> list[str]:
+        """The lines of a shell's block without comments; those that a backslash continues are one."""
+        lines = re.sub(r"\\\n", " ", self.code).splitlines()
+        return [command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip())]
+
+
+def read(page: Path) -> list[Block]:
+    """The blocks of a page. A fence without a language holds commands."""
+    return [
+        Block(f"{page.relative_to(ROOT)}-{number}", language or "bash", code, reason)
+        for number, (reason, language, code) in enumerate(FENCE.findall(page.read_text()))
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in read(page)]
+
+
+def spans(pattern: str) -> list[str]:
+    """What stands between backticks in the text and matches ``pattern``."""
+    texts = [FENCE.sub("", page.read_text()) for page in PAGES]
+    return sorted({span for text in texts for span in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(pattern, span)})
