@@ -1,10 +1,14 @@
 """optimize_for_inference: the same outputs, with everything folded, in one graph."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pyinvolution import Involution2d, optimize_for_inference
+from pyinvolution import Involution2d, inference, optimize_for_inference
 from pyinvolution.introspection import force_variant
 from pyinvolution.models import create_model
 
@@ -13,7 +17,7 @@ def spread(model: nn.Module) -> nn.Module:
     """Batch norms with statistics and parameters as after training."""
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.2, 0.7)
@@ -115,12 +119,116 @@ def test_a_shared_convolution_stays() -> None:
     torch.testing.assert_close(optimize_for_inference(model)(x), model(x))
 
 
+class Doubling(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Involution2d(32, 3, norm_layer=lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
+        lambda: Involution2d(32, 3, norm_layer=Doubling),
+        lambda: Involution2d(32, 3, norm_layer=nn.SyncBatchNorm),
+        lambda: nn.Sequential(Involution2d(32, 3), Doubling(32)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(32, 8, 3)),
+        lambda: nn.Conv3d(2, 8, 3),
+    ],
+)
+def test_what_does_not_fold(layer) -> None:
+    torch.manual_seed(0)
+    model = spread(nn.Sequential(layer(), nn.ReLU()))
+    x = torch.randn(2, 2, 5, 6, 7) if isinstance(model[0], nn.Conv3d) else torch.randn(2, 32, 9, 8)
+    torch.testing.assert_close(optimize_for_inference(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("watched", ["0", "1", "2", "3", "3.reduce.norm", "3.span", "4", "5"])
+def test_hooks_stay(watched: str) -> None:
+    layers = (nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), Involution2d(32, 3), nn.BatchNorm2d(32), nn.ReLU())
+    model = spread(nn.Sequential(*layers))
+    model.get_submodule(watched).register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(optimize_for_inference(model)(x), model(x))
+
+
+def test_a_weight_that_is_read_elsewhere_stays() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, input: Tensor, factor: Tensor) -> Tensor:
+            return self.norm(self.conv(input)) + factor * self.conv.weight.sum()
+
+    model = spread(Reading())
+    given = torch.randn(1, 3, 4, 4), torch.randn(())
+    torch.testing.assert_close(optimize_for_inference(model, given)(*given), model(*given))
+
+
+def test_a_layer_alone_images_without_a_batch_and_twice() -> None:
+    layer = spread(Involution2d(32, 3, 2, out_channels=8))
+    optimized = optimize_for_inference(layer)
+    assert not rest(optimized)
+    x = torch.randn(32, 9, 8)
+    torch.testing.assert_close(optimized(x), layer(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(optimize_for_inference(optimized)(x), optimized(x))
+    with pytest.raises(ValueError, match="input must have shape"):
+        optimized(torch.randn(1, 31, 9, 8))
+
+
+def test_copies_and_other_dtypes_of_the_result() -> None:
+    model = spread(nn.Sequential(Involution2d(32, 3, bias=True), nn.BatchNorm2d(32)))
+    optimized, x = optimize_for_inference(model), torch.randn(2, 32, 9, 8)
+    for again in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+        assert again.max_difference == optimized.max_difference > 0
+        assert torch.equal(again(x), optimized(x))
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        result = copy.deepcopy(optimized).to(dtype)(x.to(dtype))
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.float(), optimized(x), rtol=0.1, atol=0.5)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert optimize_for_inference(model).max_difference < 0.5
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan"), float("inf")])
+def test_the_check_notices_a_wrong_fold(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, input: Tensor) -> dict:
+            input.mul_(2)
+            result = self.norm(self.conv(input))
+            masked = result.masked_fill(torch.arange(8)[:, None, None] > 5, -float("inf"))
+            return {"first": input, "masked": masked, "class": result.argmax(1)}
+
+    def wrong(conv: nn.Module, norm: nn.Module) -> nn.Module:
+        folded = fuse_conv_bn_eval(conv, norm)
+        folded.weight.data[0] *= factor
+        return folded
+
+    model, x = spread(Outputs()), torch.randn(2, 3, 8, 8)
+    before = x.clone()
+    assert optimize_for_inference(model, x).max_difference < 1e-5
+    assert torch.equal(x, before)
+    monkeypatch.setattr(inference, "fuse_conv_bn_eval", wrong)
+    with pytest.raises(RuntimeError, match="differs from the model by"):
+        optimize_for_inference(model, x)
+
+
 def test_errors() -> None:
     with pytest.raises(TypeError, match="model must be a Module, got int"):
         optimize_for_inference(3)
     with pytest.raises(TypeError, match="example_input is needed"):
         optimize_for_inference(nn.Sequential(nn.ReLU()))
     assert optimize_for_inference(nn.Sequential(nn.ReLU()), torch.randn(3)).max_difference == 0
+    with pytest.raises(TypeError, match="example_input must be a Tensor or a tuple, got int"):
+        optimize_for_inference(nn.Conv2d(3, 4, 3), 3)
+    with pytest.raises(ValueError, match=r"example_input is needed: Sequential does not take .*\(2, 3, 64, 64\)"):
+        optimize_for_inference(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 32 * 32, 2)))
+    with pytest.warns(UserWarning, match="not compared"):
+        optimize_for_inference(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.full((1, 3, 2, 2), float("nan")))
 
     class Branch(nn.Module):
         def forward(self, input: Tensor) -> Tensor:

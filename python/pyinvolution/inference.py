@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import pad
 from torch.nn.functional import relu as functional_relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyinvolution import ops
 from pyinvolution.functional import span_involution2d
-from pyinvolution.modules import Involution2d
+from pyinvolution.modules import Involution2d, _drop_batch, check_input
 
 __all__ = ["optimize_for_inference"]
 
@@ -22,48 +22,61 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torc
 """The largest difference, relative to the largest output, that `optimize_for_inference` takes for rounding."""
 
 
-def optimize_for_inference(model: nn.Module, example_input: Tensor | None = None) -> fx.GraphModule:
+def optimize_for_inference(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None = None) -> fx.GraphModule:
     """A copy of a model that computes the same in evaluation mode, faster.
 
     Batch norms are folded: after a convolution into its weights (`torch.nn.utils.fusion`), after an involution,
-    together with a following ReLU, into the operator (applied while the result is in registers).
+    together with a following ReLU, into the operator (applied while the result is in registers). A module that is
+    called twice, that has forward hooks or whose parameters are read elsewhere stays what it is.
     Parameters become channels_last and constant (no gradients), and so does a 4-dimensional input. The result is a
     `torch.fx.GraphModule` with the model's ``forward`` alone; ``torch.compile`` takes it without graph breaks, and with
     ``torch._inductor.config.freezing`` packs the constant weights for the convolution library.
 
     The copy is compared with the model on a random input before it is returned: ``max_difference`` of the result is the
-    largest absolute difference between their outputs.
+    largest absolute difference between their floating-point outputs.
 
     Args:
         model: any module that `torch.fx.symbolic_trace` can follow; it is not changed.
-        example_input: what the check runs on; default: two random images of 64 x 64 with the channels of the first
-            convolution.
+        example_input: what the check runs on, a tuple for a model of several arguments; default: two random images of
+            64 x 64 with the channels of the first convolution.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``example_input`` is needed: no convolution says what an input is.
-        ValueError: ``model`` has control flow that cannot be traced.
+        TypeError: ``model`` is not a module, ``example_input`` no tensor or tuple, or it is needed: no convolution says
+            what an input is.
+        ValueError: ``model`` has control flow that cannot be traced, or cannot run on the default input.
         RuntimeError: the outputs differ by more than rounding.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model {type(model).__name__} is TorchScript, expected the module that it was made from")
+    if not isinstance(example_input, Tensor | tuple | None):
+        raise TypeError(f"example_input must be a Tensor or a tuple, got {type(example_input).__name__}")
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     traced = copy.deepcopy(reference)
     try:
-        graph = _Tracer().trace(traced)
+        # The root is traced into; a layer has to be inside something.
+        root = nn.Sequential(traced) if isinstance(traced, Involution2d) else traced
+        graph = _Tracer().trace(root)
     except (fx.proxy.TraceError, NotImplementedError, TypeError) as error:
         raise ValueError(f"model {type(model).__name__} cannot be traced by torch.fx: {error}") from error
-    result = fx.GraphModule(traced, graph, f"Inference{type(model).__name__}")
+    result = fx.GraphModule(root, graph, f"Inference{type(model).__name__}")
     _fold(result)
     _enter_channels_last(result)
-    result.to(memory_format=torch.channels_last)
-    difference = _compare(reference, result, _example(model) if example_input is None else example_input)
+    # Module.to would convert parameters of 5 dimensions, too, which have another such format.
+    result._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+    difference = _compare(reference, result, example_input)
     result.max_difference = difference  # type: ignore[assignment]
+    # What a deep copy of a GraphModule keeps.
+    result.meta["_user_preserved_attributes"] = {"max_difference": difference}
     return result
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, Involution2d) or super().is_leaf_module(module, qualified_name)
+        # A subclass of a batch norm looks at its input, which cannot be followed.
+        leaves = (Involution2d, _FoldedInvolution2d, nn.BatchNorm2d)
+        return isinstance(module, leaves) or super().is_leaf_module(module, qualified_name)
 
 
 class _FoldedInvolution2d(nn.Module):
@@ -74,9 +87,9 @@ class _FoldedInvolution2d(nn.Module):
 
     def __init__(self, layer: Involution2d, norm: nn.BatchNorm2d | None, relu: bool) -> None:
         super().__init__()
-        self.pool = layer.pool
+        self.channels, self.pool = layer.channels, layer.pool
         reduce: Any = layer.reduce
-        if isinstance(getattr(reduce, "norm", None), nn.BatchNorm2d):
+        if _foldable(getattr(reduce, "norm", None)) and type(reduce.conv) is nn.Conv2d:
             reduce.conv = fuse_conv_bn_eval(reduce.conv, reduce.norm)
             del reduce.norm
         self.reduce = reduce
@@ -97,27 +110,40 @@ class _FoldedInvolution2d(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, input: Tensor) -> Tensor:
+        x = check_input(input, self.channels, "Involution2d", unbatched=True)
         # The operators with an epilogue have no gradient; without it is for those who explain a prediction by one.
-        differentiable = torch.is_grad_enabled() and (input.requires_grad or self.span.weight.requires_grad)
-        epilogue = (self.scale, self.shift, self.relu)
-        if self.whole and input.device.type == "cpu" and not differentiable:
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or self.span.weight.requires_grad)
+        # In the arithmetic type, also where the whole model was converted to 16 bits.
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = None if self.scale is None else self.scale.to(dtype)
+        shift = None if self.shift is None else self.shift.to(dtype)
+        if self.whole and x.device.type == "cpu" and not differentiable:
             conv: Any = self.reduce.conv
             output = ops.involution_layer2d(
-                input, conv.weight, conv.bias, self.span.weight, self.span.bias, *epilogue, *self.geometry
+                x, conv.weight, conv.bias, self.span.weight, self.span.bias, scale, shift, self.relu, *self.geometry
             )
-            return output if self.project is None else self.project(output)
-        reduced = self.reduce(input if self.pool is None else self.pool(input))
-        if any(self.extra_padding):
-            input = pad(input, self.extra_padding)
-        tensors = (input, reduced, self.span.weight, self.span.bias)
-        if differentiable:
-            output = span_involution2d(*tensors, *self.geometry)
-            if self.scale is not None and self.shift is not None:
-                output = (output * self.scale[:, None, None] + self.shift[:, None, None]).to(output.dtype)
-            output = output.relu() if self.relu else output
         else:
-            output = ops.span_involution2d(*tensors, *epilogue, *self.geometry)
-        return output if self.project is None else self.project(output)
+            reduced = self.reduce(x if self.pool is None else self.pool(x))
+            if any(self.extra_padding):
+                x = pad(x, self.extra_padding)
+            tensors = (x, reduced, self.span.weight, self.span.bias)
+            if differentiable:
+                output = span_involution2d(*tensors, *self.geometry)
+                if scale is not None and shift is not None:
+                    output = (output * scale[:, None, None] + shift[:, None, None]).to(output.dtype)
+                output = output.relu() if self.relu else output
+            else:
+                output = ops.span_involution2d(*tensors, scale, shift, self.relu, *self.geometry)
+        return _drop_batch(output if self.project is None else self.project(output), input)
+
+
+def _foldable(module: object) -> bool:
+    """A batch norm that is an affine map in evaluation mode; a subclass may do more than its base."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None  # type: ignore[attr-defined]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -136,26 +162,26 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 def _fold(model: fx.GraphModule) -> None:
     modules = dict(model.named_modules())
 
-    def module_of(node: fx.Node, kind: type | tuple[type, ...]) -> Any:
+    def module_of(node: fx.Node, kinds: tuple[type, ...]) -> Any:
+        """What a node calls, if nothing else calls, reads or watches it."""
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        # A module that is called twice has to stay what it is.
-        once = sum(n.op == "call_module" and n.target == node.target for n in model.graph.nodes) == 1
-        return module if once and isinstance(module, kind) else None
+        if module is None or type(module) not in kinds or _hooked(module):
+            return None
+        return module if sum(f"{n.target}.".startswith(f"{node.target}.") for n in model.graph.nodes) == 1 else None
 
     def follower(node: fx.Node, accept: Callable[[fx.Node], object]) -> fx.Node | None:
         users = list(node.users)
         return users[0] if len(users) == 1 and users[0].all_input_nodes == [node] and accept(users[0]) else None
 
     def norm_of(node: fx.Node) -> Any:
-        norm = module_of(node, nn.BatchNorm2d)
-        return norm if norm is not None and norm.running_mean is not None else None
+        norm = module_of(node, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        return norm if _foldable(norm) else None
 
     def is_relu(node: fx.Node) -> bool:
         if node.op == "call_function":
             return node.target in (torch.relu, functional_relu)
-        return (node.op == "call_method" and node.target == "relu") or isinstance(
-            modules.get(str(node.target)) if node.op == "call_module" else None, nn.ReLU
-        )
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        return (node.op == "call_method" and node.target == "relu") or (type(module) is nn.ReLU and not _hooked(module))
 
     def drop(node: fx.Node, into: fx.Node) -> None:
         node.replace_all_uses_with(into)
@@ -163,7 +189,7 @@ def _fold(model: fx.GraphModule) -> None:
 
     for node in list(model.graph.nodes):
         layer = module_of(node, (nn.Conv2d, Involution2d))
-        if layer is None or type(layer) not in (nn.Conv2d, Involution2d):
+        if layer is None:
             continue
         norm_node: Any = follower(node, norm_of)
         norm: Any = norm_of(norm_node) if norm_node is not None else None
@@ -172,11 +198,14 @@ def _fold(model: fx.GraphModule) -> None:
                 model.set_submodule(str(node.target), fuse_conv_bn_eval(layer, norm))
                 drop(norm_node, node)
             continue
-        if layer.project is not None and norm is not None:
+        if layer.project is None:
+            if norm_node is not None:
+                drop(norm_node, node)
+        elif norm is not None and type(layer.project) is nn.Conv2d:
             layer.project, norm = fuse_conv_bn_eval(layer.project, norm), None
             drop(norm_node, node)
-        elif norm_node is not None:
-            drop(norm_node, node)
+        else:
+            norm = None
         relu_node = follower(node, is_relu) if layer.project is None else None
         if relu_node is not None:
             drop(relu_node, node)
@@ -210,20 +239,37 @@ def _example(model: nn.Module) -> Tensor:
     raise TypeError("example_input is needed: the model has no convolution that says what an input is")
 
 
-def _compare(reference: nn.Module, result: nn.Module, example: Tensor) -> float:
-    with torch.no_grad():
-        pairs = list(zip(_tensors(reference(example)), _tensors(result(example)), strict=True))
-    difference = max(((a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel()), default=0.0)
-    scale = max((a.double().abs().max().item() for a, _ in pairs if a.numel()), default=0.0)
-    if not difference <= TOLERANCE.get(example.dtype, 1e-3) * max(scale, 1e-6):
-        if scale != scale:
-            warnings.warn("the model's own output has NaN on the check's input: nothing was compared", stacklevel=3)
-            return difference
+def _compare(reference: nn.Module, result: nn.Module, given: Tensor | tuple[Any, ...] | None) -> float:
+    example = _example(reference) if given is None else given
+    arguments = example if isinstance(example, tuple) else (example,)
+
+    @torch.no_grad()
+    def outputs(model: nn.Module) -> list[Tensor]:
+        # A model may change its input.
+        leaves = tree_leaves(model(*tree_map_only(Tensor, Tensor.clone, arguments)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    try:
+        expected = outputs(reference)
+    except Exception as error:
+        if given is not None:
+            raise
+        name, shape = type(reference).__name__, tuple(arguments[0].shape)
+        raise ValueError(f"example_input is needed: {name} does not take one of shape {shape}: {error}") from error
+    pairs = [(a, b) for a, b in zip(expected, outputs(result), strict=True) if a.is_floating_point() and a.numel()]
+    if not all(a.isfinite().any() for a, _ in pairs) or not pairs:
+        warnings.warn("an output of the model has no finite number on the check's input: not compared", stacklevel=3)
+    # NaN and infinities of the model are right where they are; another NaN is a difference that torch's maximum keeps.
+    apart = [
+        (a.double() - b.double()).abs().where((a != b) & ~(a.isnan() & b.isnan()), 0).max().item() for a, b in pairs
+    ]
+    difference = torch.tensor([0.0, *apart], dtype=torch.float64).max().item()
+    scale = max((a.double().abs().where(a.isfinite(), 0).max().item() for a, _ in pairs), default=0.0)
+    dtypes = {tensor.dtype for tensor in (*reference.parameters(), *expected)}
+    dtypes |= {torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)}
+    tolerance = max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=1e-3)
+    if not difference <= tolerance * max(scale, 1e-6):
         raise RuntimeError(
             f"the optimized model differs from the model by {difference:.3g}, where its largest output is {scale:.3g}"
         )
     return difference
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
