@@ -165,10 +165,11 @@ def test_a_weight_that_is_read_elsewhere_stays() -> None:
     torch.testing.assert_close(optimize_for_inference(model, given)(*given), model(*given))
 
 
-def test_a_layer_alone_images_without_a_batch_and_twice() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_layer_alone_images_without_a_batch_and_twice(inside: bool) -> None:
     layer = spread(Involution2d(32, 3, 2, out_channels=8))
-    optimized = optimize_for_inference(layer)
-    assert not rest(optimized)
+    optimized = optimize_for_inference(nn.Sequential(layer) if inside else layer)
+    assert [type(m).__name__ for m in optimized.children()] == ["_FoldedInvolution2d"]
     x = torch.randn(32, 9, 8)
     torch.testing.assert_close(optimized(x), layer(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(optimize_for_inference(optimized)(x), optimized(x))
