@@ -96,6 +96,30 @@ def test_pretrained_round_trip(tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["name"] == "rednet"
 
 
+def test_pretrained_keeps_the_dtype(tmp_path):
+    pytest.importorskip("safetensors")
+    again = from_pretrained(save_pretrained(small().half(), tmp_path))
+    assert {value.dtype for value in again.parameters()} == {torch.float16}
+    assert all(value.requires_grad for value in again.parameters())
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
+    torch_files = pytest.importorskip("safetensors.torch")
+    from safetensors import SafetensorError
+
+    def full(state, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    model = small()
+    save_pretrained(model, tmp_path)
+    monkeypatch.setattr(torch_files, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: No space left"):
+        save_pretrained(small(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    torch.testing.assert_close(from_pretrained(tmp_path).state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_pretrained_errors(tmp_path):
     pytest.importorskip("safetensors")
     with pytest.raises(TypeError, match="model must come from create_model"):
@@ -109,6 +133,11 @@ def test_pretrained_errors(tmp_path):
     for damaged in ("", "[1]", '{"layers": 3}', "\x00"):
         (folder / "config.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"config\.json does not name a model"):
+            from_pretrained(folder)
+    known = json.loads(config)
+    for changed in ({"later": 1}, {"layers": "abc"}, {"name": "rednet50"}, {"name": [1]}, {"base_channels": 10**14}):
+        (folder / "config.json").write_text(json.dumps(known | changed))
+        with pytest.raises(ValueError, match=r"config\.json describes no model of this library"):
             from_pretrained(folder)
     (folder / "config.json").write_text(config)
     for bytes in (b"", weights[:100], b"\xff" * 200):

@@ -10,7 +10,7 @@ import pyinvolution
 from pyinvolution import cli
 from pyinvolution.export import export, load_model, onnx_translations
 from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.models import create_model
+from pyinvolution.models import create_model, save_pretrained
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -120,9 +120,15 @@ def test_fixed_size_and_unoptimized(tmp_path: Path) -> None:
 def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyinvolution import export as module
 
-    monkeypatch.setitem(module.FORMATS, "pt2", lambda program, path, opset: lambda image: [torch.zeros(len(image), 10)])
+    def write(program, path, opset):
+        path.write_text("wrong")
+        return lambda image: [torch.zeros(len(image), 10)]
+
+    monkeypatch.setitem(module.FORMATS, "pt2", write)
+    (tmp_path / "m.pt2").write_text("before")
     with pytest.raises(RuntimeError, match="outputs differ from the model's by"):
         export(small_rednet(), tmp_path / "m.pt2", example_input=torch.rand(2, 3, 64, 64), dynamic=False)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("m.pt2", "before")]
 
 
 @pytest.mark.parametrize(
@@ -130,11 +136,23 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ({"format": "tflite"}, "format must be one of pt2, aoti, onnx, got 'tflite'"),
         ({"opset": 17}, "opset must be at least 18, got 17"),
+        ({"example_input": torch.rand(3, 64, 64)}, r"must have shape \(N, C, H, W\), got \(3, 64, 64\)"),
+        (
+            {"example_input": torch.rand(2, 3, 64, 32)},
+            "at least 33 x 33 where the size is left free, got 64 x 32",
+        ),
+        ({"format": "aoti", "path": "m.so"}, r"must end in \.pt2, got m\.so"),
+        (
+            {"format": "onnx", "example_input": torch.rand(2, 3, 64, 64).bfloat16()},
+            r"takes torch\.float32 or torch\.float16, got a model in torch\.bfloat16",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
-        export(small_rednet(), tmp_path / "m.pt2", **arguments)
+        export(small_rednet(), **({"path": tmp_path / "m.pt2"} | arguments))
+    with pytest.raises(TypeError, match="example_input must be a tensor, got tuple"):
+        export(small_rednet(), tmp_path / "m.pt2", example_input=(2, 3, 64, 64))
 
 
 def test_what_cannot_be_exported_says_so(tmp_path: Path) -> None:
@@ -180,7 +198,10 @@ def test_detection(name: str, tmp_path: Path) -> None:
     assert [mask.shape[1:] for mask in masks] == ([(1, 28, 28)] if name == "mask_rcnn" else [])
 
 
-def test_command_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_and_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("safetensors")
     model = small_rednet().eval()
     checkpoint = {
         "hyper_parameters": {"name": "rednet", "num_classes": 10, "options": SMALL},
@@ -193,10 +214,21 @@ def test_command_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[s
     loaded = load_model("rednet", str(tmp_path / "state.pt"), 10, SMALL)
     torch.testing.assert_close(loaded.eval()(image), model(image))
 
+    # A folder of this library's own, as a model and on the command line; a name comes before a folder of another kind.
+    saved = save_pretrained(model, tmp_path / "saved")
+    torch.testing.assert_close(load_model(saved).eval()(image), model(image))
+    (tmp_path / "rednet26").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sum(value.numel() for value in load_model("rednet26").parameters()) == 9_233_166
+    result = export(saved, tmp_path / "saved.pt2", example_input=torch.rand(1, 3, 33, 40))
+    assert result.dynamic == ("batch", "height", "width")
+    found = torch.export.load(tmp_path / "saved.pt2").module()(image)
+    torch.testing.assert_close(found, model(image), rtol=1e-4, atol=1e-4)
+
     output = tmp_path / "model.onnx"
     cli_arguments = [
         "export",
-        str(tmp_path / "best.ckpt"),
+        str(saved),
         "--format",
         "onnx",
         "--size",
@@ -213,8 +245,14 @@ def test_command_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     (tmp_path / "noise.ckpt").write_bytes(b"noise")
     torch.save({"x": torch.ones(1)}, tmp_path / "other.ckpt")
+    torch.save({**checkpoint, "hyper_parameters": {"name": "rednet", "options": {"x": 1}}}, tmp_path / "wrong.ckpt")
     for wrong, words in (
-        (["rednet500"], "neither a file nor a model"),
+        (["rednet500"], "neither a file, nor a folder, nor a model"),
+        ([""], "neither a file, nor a folder, nor a model"),
+        ([str(tmp_path)], "is no folder of save_pretrained: there is no"),
+        ([str(tmp_path / "saved"), "--num-classes", "3"], "has its own num_classes"),
+        ([str(tmp_path / "best.ckpt"), "--num-classes", "3"], "has its own num_classes"),
+        ([str(tmp_path / "wrong.ckpt")], "is of no model of this library"),
         ([str(tmp_path / "noise.ckpt")], "is not a checkpoint of weights"),
         ([str(tmp_path / "other.ckpt")], "does not say of which model it is"),
         (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "does not fit the model"),

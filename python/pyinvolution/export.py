@@ -4,6 +4,7 @@ Batch, height and width stay free. Each file is loaded again and compared with t
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,12 +19,19 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from pyinvolution.inference import TOLERANCE, optimize_for_inference
-from pyinvolution.models import create_model, load_official
+from pyinvolution.models import create_model, from_pretrained, list_models, load_official
+from pyinvolution.models.pretrained import CONFIG, reason_of
 
 __all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]
 
 SMALLEST = 33
 """Pixels of the smallest image that an exported model takes, each way: two of the last feature map, at stride 32."""
+
+
+ONNX_DTYPES = (torch.float32, torch.float16)
+"""What ONNX Runtime has convolutions for."""
+
+Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,32 +56,46 @@ class Export:
 
 
 def load_model(
-    model: str, weights: str | None = None, num_classes: int | None = None, options: dict[str, Any] | None = None
+    model: str | os.PathLike[str],
+    weights: str | None = None,
+    num_classes: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A model by its name or from a checkpoint.
+    """A model by its name or from files.
 
     Args:
-        model: a name of `create_model`, or a checkpoint that a recipe wrote, which knows its model.
+        model: a name of `create_model`; or a folder of `save_pretrained` or a recipe's checkpoint, which know their
+            model.
         weights: a file with weights for a name: a checkpoint of this library, of the authors' code or a state dict.
         num_classes, options: of `create_model`, for a name.
 
     Raises:
-        ValueError: there is no such name or file, or the weights are another model's.
+        ValueError: there is no such name, folder or file, or the weights are another model's.
     """
-    if not Path(model).is_file():
+    model = os.fspath(model)
+    folder = model != "" and Path(model).is_dir() and (model not in list_models() or (Path(model) / CONFIG).is_file())
+    if not folder and not Path(model).is_file():
         try:
             net = create_model(model, num_classes, **(options or {}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{model} is neither a file nor a model: {error}") from error
+            raise ValueError(f"{model} is neither a file, nor a folder, nor a model: {error}") from error
         return net if weights is None else _load(net, weights, _read(weights))
+    for name, value in (("weights", weights), ("num_classes", num_classes), ("options", options)):
+        if value is not None:
+            raise ValueError(f"{model} has its own {name}: {name} must be None, got {value!r}")
+    if folder:
+        try:
+            return from_pretrained(model)
+        except FileNotFoundError as error:
+            raise ValueError(f"{model} is no folder of save_pretrained: {error}") from None
     checkpoint = _read(model)
-    arguments = checkpoint.get("hyper_parameters", {})
-    if weights is not None or "name" not in arguments:
-        raise ValueError(
-            f"{model} is a file: weights must be None, got {weights!r}" if weights else
-            f"{model} does not say of which model it is: give the model's name, and the file as weights"
-        )  # fmt: skip
-    net = create_model(arguments["name"], arguments.get("num_classes"), **(arguments.get("options") or {}))
+    arguments = checkpoint.get("hyper_parameters")
+    if not isinstance(arguments, dict) or "name" not in arguments:
+        raise ValueError(f"{model} does not say of which model it is: give the model's name, and the file as weights")
+    try:
+        net = create_model(arguments["name"], arguments.get("num_classes"), **(arguments.get("options") or {}))
+    except Exception as error:
+        raise ValueError(f"{model} is of no model of this library: {reason_of(error)}") from error
     return _load(net, model, checkpoint)
 
 
@@ -85,8 +107,7 @@ def _read(path: str) -> dict[str, Any]:
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}, not a dict")
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a checkpoint of weights: {reason}") from error
+        raise ValueError(f"{path} is not a checkpoint of weights: {reason_of(error)}") from error
     return checkpoint
 
 
@@ -98,13 +119,13 @@ def _load(net: nn.Module, path: str, checkpoint: dict[str, Any]) -> nn.Module:
         else:
             net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} does not fit the model: {reason_of(error)}") from error
     return net
 
 
 def export(
-    model: nn.Module,
-    path: str | Path,
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
     format: str = "pt2",
     example_input: Tensor | None = None,
     *,
@@ -119,54 +140,79 @@ def export(
 
     Args:
         model: from images (N, C, H, W) to tensors, in any structure, or a torchvision detector; exported in evaluation
-            mode, not changed.
+            mode, not changed. Or what `load_model` takes: a name, a folder of `save_pretrained`, a checkpoint.
         path: of the file: .pt2 for "pt2" and "aoti", .onnx for "onnx".
         format: "pt2", an archive for `torch.export.load` (after ``import pyinvolution``); "aoti", code compiled by
             AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations alone, so
             that every runtime takes it.
-        example_input: two or more images (of a detector one); its device and type are the model's. Default: 2 random
-            ones of 224 x 224.
+        example_input: images (of a detector one); device and type are the model's. Default: 2 random ones of
+            224 x 224.
         dynamic: leave batch, height and width free.
         optimize: fold norms and epilogues first (`optimize_for_inference`), where the model can be traced for that.
         opset: version of ONNX's operations, 18 or newer.
 
     Raises:
-        ValueError: ``format`` or ``opset`` is none of these, or torch cannot export the model.
-        RuntimeError: the file's outputs differ from the model's by more than rounding.
+        TypeError: ``example_input`` is not a tensor.
+        ValueError: ``format`` or ``opset`` is none of these, ``example_input`` holds no images or too small ones, or
+            torch cannot export the model.
+        RuntimeError: the file's outputs differ from the model's by more than rounding; ``path`` is left as it was.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    parameter = next(model.parameters())
+    model = copy.deepcopy(model) if isinstance(model, nn.Module) else load_model(model)
+    model.eval().requires_grad_(False)
+    parameter = next(model.parameters(), torch.empty(0))
     detector = hasattr(model, "transform") and hasattr(model, "backbone")
     if detector:
         model, dynamic, optimize = _Detector(model), False, False
     if example_input is None:
         size = (1 if detector else 2, 3, 224, 224)
         example_input = torch.rand(size, dtype=parameter.dtype, device=parameter.device)
+    _check_example(example_input, dynamic)
+    if dynamic and len(example_input) == 1:  # which torch.export would take for a constant
+        example_input = example_input.repeat(2, 1, 1, 1)
     path = Path(path)
+    if format == "aoti" and path.suffix != ".pt2":
+        raise ValueError(f"the path of an AOTInductor package must end in .pt2, got {path}")
+    if format == "onnx" and example_input.dtype not in ONNX_DTYPES:
+        raise ValueError(
+            f"format onnx takes {' or '.join(map(str, ONNX_DTYPES))}, got a model in {example_input.dtype}"
+        )
     with _traceable_nms() if detector else nullcontext():
         program, names = _program(model, example_input, dynamic, optimize)
-    run = FORMATS[format](program, path, opset)
+    # Renamed once its outputs are known to be right.
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        run = FORMATS[format](program, part, opset)
+        difference, scale = _compare(model, run, _check_inputs(example_input, bool(names)), detector)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return Export(path, difference, scale, names)
+
+
+def _compare(model: nn.Module, run: Runner, images: list[Tensor], detector: bool) -> tuple[float, float]:
+    """The largest difference, and the largest output."""
     difference = scale = 0.0
-    for image in _check_inputs(example_input, bool(names)):
+    for image in images:
         with torch.no_grad():
             expected = tree_leaves(model(image))
-        found = run(image)
-        for a, b in zip(expected, found, strict=True):
+        for a, b in zip(expected, run(image), strict=True):
             if a.shape != b.shape:
-                raise RuntimeError(f"{path}: an output has shape {tuple(b.shape)}, the model's {tuple(a.shape)}")
+                raise RuntimeError(f"an output of the file has shape {tuple(b.shape)}, the model's {tuple(a.shape)}")
             if detector and a is not expected[2]:
                 settled = _settled(expected[2])
                 a, b = a[settled], b[settled.to(b.device)]
             if a.numel():
                 difference = max(difference, (a.double() - b.to(a.device).double()).abs().max().item())
                 scale = max(scale, a.double().abs().max().item())
-    if not difference <= TOLERANCE.get(example_input.dtype, 1e-3) * max(scale, 1e-6):
-        raise RuntimeError(f"{path}: outputs differ from the model's by {difference:.3g}, where they reach {scale:.3g}")
-    return Export(path, difference, scale, names)
+    if not difference <= TOLERANCE.get(images[0].dtype, 1e-3) * max(scale, 1e-6):
+        raise RuntimeError(
+            f"the file's outputs differ from the model's by {difference:.3g}, where they reach {scale:.3g}"
+        )
+    return difference, scale
 
 
 def _program(
@@ -183,10 +229,21 @@ def _program(
         with torch.no_grad():
             program = torch.export.export(prepared, (example,), dynamic_shapes=(dims or None,))
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         hint = "; a fixed size may work (dynamic=False)" if dynamic else ""
-        raise ValueError(f"torch.export cannot export {type(model).__name__}: {reason[0]}{hint}") from error
+        raise ValueError(f"torch.export cannot export {type(model).__name__}: {reason_of(error)}{hint}") from error
     return program, tuple(dim.__name__ for dim in dims.values())
+
+
+def _check_example(example: Tensor, dynamic: bool) -> None:
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example_input must be a tensor, got {type(example).__name__}")
+    if example.dim() != 4 or not example.numel():
+        raise ValueError(f"example_input must have shape (N, C, H, W), got {tuple(example.shape)}")
+    if dynamic and min(example.shape[2:]) < SMALLEST:
+        raise ValueError(
+            f"example_input must be at least {SMALLEST} x {SMALLEST} where the size is left free, got "
+            f"{example.shape[2]} x {example.shape[3]}; a fixed size may be smaller"
+        )
 
 
 def _check_inputs(example: Tensor, dynamic: bool) -> list[Tensor]:
@@ -240,9 +297,6 @@ def _traceable_nms() -> Iterator[None]:
         box_ops.batched_nms = before
 
 
-Runner = Callable[[Tensor], list[Tensor]]
-
-
 def _write_pt2(program: ExportedProgram, path: Path, opset: int) -> Runner:
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()
@@ -250,8 +304,6 @@ def _write_pt2(program: ExportedProgram, path: Path, opset: int) -> Runner:
 
 
 def _write_aoti(program: ExportedProgram, path: Path, opset: int) -> Runner:
-    if path.suffix != ".pt2":
-        raise ValueError(f"the path of an AOTInductor package must end in .pt2, got {path}")
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     loaded = torch._inductor.aoti_load_package(str(path))
     return lambda image: tree_leaves(loaded(image))

@@ -9,7 +9,9 @@ SUFFIXES = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="name of a model (rednet50), or a checkpoint of a recipe")
+    parser.add_argument(
+        "model", metavar="MODEL", help="name (rednet50), checkpoint of a recipe, or folder of save_pretrained"
+    )
     parser.add_argument("--format", choices=[*SUFFIXES], default="pt2", help="default: pt2")
     parser.add_argument("--output", metavar="FILE", help="default: the model's name in the working directory")
     parser.add_argument("--weights", metavar="FILE", help="for a name: a checkpoint, ours or of the authors' code")

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Raises:
         ModuleNotFoundError: safetensors is not installed (``pip install "pyinvolution[export]"``).
         TypeError: the model does not come from `create_model`, or an argument of it is not plain data.
+        OSError: the files cannot be written; those that were there are kept.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = getattr(model, "model_config", None)
@@ -50,6 +53,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         names.write_text(text)
         weights.replace(folder / WEIGHTS)
         names.replace(folder / CONFIG)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from None
     finally:
         weights.unlink(missing_ok=True)
         names.unlink(missing_ok=True)
@@ -57,7 +62,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module:
-    """Build the model that `save_pretrained` wrote to ``path``, with its weights, on the CPU.
+    """Build the model that `save_pretrained` wrote to ``path``, with its weights in their dtype, on the CPU.
 
     Args:
         path: the folder.
@@ -69,7 +74,8 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is damaged, or the weights are not those of the model.
+        ValueError: a file is damaged, the configuration is none of this version of the library, or the weights are not
+            those of the model.
         ModuleNotFoundError, TypeError: safetensors is not installed; an override is unknown.
     """
     from safetensors import SafetensorError
@@ -88,7 +94,12 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from None
-    model = create_model(name, **{**config, **overrides})
+    try:
+        model = create_model(name, **{**config, **overrides})
+    except Exception as error:
+        if overrides:
+            raise
+        raise ValueError(f"{folder / CONFIG} describes no model of this library: {reason_of(error)}") from error
     expected = {key: value.shape for key, value in model.state_dict().items()}
     different = sorted(key for key in expected.keys() | state.keys() if _shape(state, key) != expected.get(key))
     if different:
@@ -97,9 +108,14 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
             f"{folder / WEIGHTS} is of another model than {name!r} of {CONFIG}: {len(different)} entries differ, first "
             f"{key}: {_shape(state, key)} there and {expected.get(key)} here"
         )
-    with torch.no_grad():
-        model.load_state_dict(state)
+    # The file's tensors become the parameters, and keep their dtype.
+    model.load_state_dict(state, assign=True)
     return model
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, on one line and no longer than that."""
+    return shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def _shape(state: dict[str, torch.Tensor], key: str) -> torch.Size | None:
