@@ -160,3 +160,16 @@ def test_paths_lead_somewhere(page: Path) -> None:
         assert "://" in link or (page.parent / link).exists(), link
     for path in re.findall(r"`((?:benchmarks|cmake|cpp|cuda|docs|python|tests)/[\w./*-]+)`", text):
         assert [*ROOT.glob(path)], path
+
+
+def test_every_switch_is_in_contributing() -> None:
+    """What is read from the environment, or an option of CMake."""
+    folders = ("cmake", "cpp", "cuda", "python", "tests", "CMakeLists.txt")
+    files = [file for name in folders for file in (ROOT / name, *(ROOT / name).rglob("*")) if file.is_file()]
+    kinds = (".py", ".cpp", ".h", ".cu", ".cuh", ".in", ".txt", ".cmake")
+    text = "".join(file.read_text() for file in files if file.suffix in kinds)
+    read = re.findall(r"(?:environ\S*|getenv|option|\$ENV)[\[({]\"?(PYINVOLUTION_\w+)", text)
+    read += re.findall(r"set\((PYINVOLUTION_\w+)[^)]*\bCACHE\b", text)
+    assert len(set(read)) >= 9
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert {name for name in read if f"`{name}" not in contributing} == set()

@@ -38,6 +38,16 @@ def test_workflows_run_what_is_there() -> None:
             assert all((ROOT / file).is_file() for file in re.findall(r"python (\S+\.py)", command))
 
 
+def test_dev_brings_the_tools_of_the_makefile() -> None:
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    tools = set(re.findall(r"\$\(BIN\)/([\w-]+)", makefile)) | set(re.findall(r"python -m (\w+)", makefile))
+    ours = {"python", "pip", "pyinvolution", "benchmarks", "ctest"}  # ctest comes with cmake
+    extras = project[project.index("[project.optional-dependencies]") : project.index("[project.scripts]")]
+    assert len(tools - ours) >= 8
+    for tool in tools - ours:
+        assert re.search(rf'^\s*(test = \[)?"{tool}\b', extras, re.MULTILINE), f"no extra brings {tool}"
+
+
 def test_wheels_are_built_for_every_python_that_is_supported() -> None:
     pytest.importorskip("cibuildwheel")
     built = output_of("cibuildwheel", "--print-build-identifiers", "--platform", "linux").split()
