@@ -114,7 +114,8 @@ struct FusedBackward {
   }
 };
 
-FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w, int64_t vector_bytes);
+FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w, int64_t vector_bytes,
+                            int threads);
 
 // With `finish` a task of the second round.
 using BackwardTask = void (*)(const FusedBackward&, bool finish, int64_t task, void* scratch);
