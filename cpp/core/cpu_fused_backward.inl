@@ -227,8 +227,8 @@ struct BackwardRun {
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
   }
 
-  // What group g reads and writes at an output row. Its pixels are far apart in channels_last memory, where no processor
-  // fetches ahead by itself; asked for while the group before is computed, they arrive in time.
+  // What group g reads and writes at an output row. Its pixels are far apart in channels_last memory, where no
+  // processor fetches ahead by itself; asked for while the group before is computed, they arrive in time.
   void prefetch(int64_t n, int64_t g, int64_t row) const {
     const int64_t channels = p.group_channels(), c = g * channels;
     prefetch_pixels(static_cast<const T*>(plan.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
@@ -241,7 +241,8 @@ struct BackwardRun {
     if (want_weights) image(plan.buffers.x, p.x_stride);
     if (want_x) image(plan.buffers.grad_x, span.grad_x_stride);
     for (const void* at : {plan.w, static_cast<const void*>(plan.grad_w)})
-      if (at != nullptr) prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
+      if (at != nullptr)
+        prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
   }
 
   // --- the products of a tile
@@ -379,8 +380,7 @@ struct BackwardRun {
                   size_t(rows * plan.reduced_padded) * sizeof(float));
     if (plan.buffers.grad_bias != nullptr) std::memset(plan.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
     // The zeros around images and tiles stay.
-    if (want_weights)
-      std::memset(x, 0, size_t(plan.blocks * plan.x_rows * x_row_floats()) * sizeof(float));
+    if (want_weights) std::memset(x, 0, size_t(plan.blocks * plan.x_rows * x_row_floats()) * sizeof(float));
     clear(w, (taps + 1) * tile_pixels / V::lanes);
     clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
     clear(gy_across, block_channels * backward_columns / V::lanes);

@@ -194,11 +194,16 @@ void pack_pixels(const T* from, const int64_t (&stride)[4], int64_t channels, in
   }
 }
 
+template <class T>
+const T* span_row(const SpanProblem& span, const SpanBuffers& buffers, int64_t row) {
+  return static_cast<const T*>(buffers.span) + row * span.span_stride[0];
+}
+
 // Rows of S for group g, [tap][r]: in place where they are floats, else at `to`.
 template <class T>
 const float* span_rows(const SpanProblem& span, const SpanBuffers& buffers, int64_t g, float* to, int64_t* pitch) {
   const int64_t taps = span.involution.taps();
-  const T* from = static_cast<const T*>(buffers.span) + g * taps * span.span_stride[0];
+  const T* from = span_row<T>(span, buffers, g * taps);
   if constexpr (Same<T>::as_float) {
     if (span.span_stride[1] == 1) {
       *pitch = span.span_stride[0];
