@@ -142,7 +142,7 @@ Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, c
 }
 
 FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
-                            int64_t vector_bytes) {
+                            int64_t vector_bytes, int threads) {
   const Problem& p = problem.involution;
   FusedBackward plan{};
   plan.problem = problem;
@@ -157,7 +157,10 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
   plan.parts =
       std::clamp<int64_t>(most_part_bytes / std::max<int64_t>(1, part_bytes), 1, std::min(most_parts, p.batch));
   plan.chunks = std::min(p.groups, ceil_div(most_parts, plan.parts));
-  if (problem.reduced == 0) plan.parts = p.batch, plan.chunks = p.groups;  // nothing is shared
+  if (problem.reduced == 0) {  // nothing is shared
+    plan.parts = p.batch;
+    plan.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, p.batch));
+  }
 
   plan.x_rows = packed_rows(p, p.out_h);
   plan.x_phase = plan.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1;
@@ -208,7 +211,7 @@ void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const 
                   const Execution& execution) {
   const Problem& p = problem.involution;
   const Vectors vectors = current_vectors();
-  FusedBackward plan = plan_backward(problem, buffers, w, grad_w, vectors.bytes);
+  FusedBackward plan = plan_backward(problem, buffers, w, grad_w, vectors.bytes, execution.threads);
   plan.shared = static_cast<float*>(scratch(plan.shared_bytes, Scratch::call));
   const auto round = [&](bool finish, int64_t tasks) {
     for_each_task(execution, tasks,

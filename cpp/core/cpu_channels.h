@@ -77,8 +77,10 @@ void channels_task_baseline(const Channels&, bool reduce, int64_t task, void* sc
 void channels_task_avx2(const Channels&, bool reduce, int64_t task, void* scratch);
 void channels_task_avx512(const Channels&, bool reduce, int64_t task, void* scratch);
 
-// Backward: a task is some images (a part) and some groups (a chunk), both by the problem alone. What parts (grad_S,
-// grad_b) or chunks (grad_R) share is kept apart, and summed by a second round of tasks.
+// Backward: a task is some images (a part) and some groups (a chunk). What parts (grad_S, grad_b) or chunks (grad_R)
+// share is kept apart, and summed by a second round of tasks; both are then by the problem alone. While a group is
+// computed, the rows of the next one are fetched: in channels_last memory a group's pixels are as far apart as all
+// channels are wide, and waiting for them took as long as the arithmetic.
 constexpr int64_t backward_columns = 96;  // of a row at a time, with zeros on either side of its weights:
 constexpr int64_t backward_margin =
     (tile_pixels - backward_columns) / 2;  // a window of up to 9 columns reads past the row
@@ -114,7 +116,8 @@ struct FusedBackward {
   }
 };
 
-FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w, int64_t vector_bytes);
+FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w, int64_t vector_bytes,
+                            int threads);
 
 // With `finish` a task of the second round.
 using BackwardTask = void (*)(const FusedBackward&, bool finish, int64_t task, void* scratch);

@@ -322,6 +322,10 @@ struct ChannelsRun {
       if (fused) {
         rows = span_rows<T>(span, plan.buffers, g, memory + plan.span_at, &pitch);
         load_bias<T>(span, plan.buffers, g, memory + plan.bias_at);
+        // The parameters of a network do not stay in the cache from one inference to the next.
+        if (g + 1 < groups && span.span_stride[1] == 1)
+          prefetch_runs(span_row<T>(span, plan.buffers, (g + 1) * p.taps()), p.taps(), span.span_stride[0],
+                        span.reduced);
       }
       for_each_tile([&](const Tile& tile, int64_t index) {
         float* weights = memory + plan.weights_at;

@@ -169,19 +169,21 @@ struct BackwardRun {
   }
   int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
 
+  // Whether a row's last tile has fewer columns than the one before it.
+  bool narrows() const { return p.out_w > backward_columns; }
+
   // --- packing
 
   int64_t x_row_floats() const { return block_channels * plan.x_channel; }
   float* x_block(int64_t block) const { return x + block * plan.x_rows * x_row_floats(); }
   float* gx_block(int64_t block) const { return gx + block * p.in_h * p.in_w * block_channels; }
 
-  // X of a block as [row][channel][phase][column / stride], zero-padded.
+  // X of a block as [row][channel][phase][column / stride], between zeros that stay.
   void pack_input(int64_t n, int64_t g, int64_t block) const {
     const int64_t channels = channels_of(block);
     const T* image =
         static_cast<const T*>(plan.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * p.x_stride[1];
     float* to = x_block(block);
-    std::memset(to, 0, size_t(plan.x_rows * x_row_floats()) * sizeof(float));
     for (int64_t r = 0; r < plan.x_rows; ++r, to += x_row_floats()) {
       const int64_t h = r - p.padding_h;
       if (h < 0 || h >= p.in_h) continue;
@@ -221,8 +223,26 @@ struct BackwardRun {
                     first_channel(g, block) * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
     float* inner = gy + backward_margin * block_channels;
     load_pixels(from, channels_of(block), columns, p.y_stride[1], p.y_stride[3], inner, staging);
-    clear(inner + columns * block_channels, backward_margin * block_channels / V::lanes);
+    if (narrows()) clear(inner + columns * block_channels, backward_margin * block_channels / V::lanes);
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
+  }
+
+  // What group g reads and writes at an output row. Its pixels are far apart in channels_last memory, where no
+  // processor fetches ahead by itself; asked for while the group before is computed, they arrive in time.
+  void prefetch(int64_t n, int64_t g, int64_t row) const {
+    const int64_t channels = p.group_channels(), c = g * channels;
+    prefetch_pixels(static_cast<const T*>(plan.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
+                    p.y_stride[1], channels, p.y_stride[3], p.out_w);
+    const auto image = [&](const void* at, const int64_t (&stride)[4]) {
+      for (int64_t h = p.in_h * row / p.out_h; h < p.in_h * (row + 1) / p.out_h; ++h)
+        prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
+                        stride[3], p.in_w);
+    };
+    if (want_weights) image(plan.buffers.x, p.x_stride);
+    if (want_x) image(plan.buffers.grad_x, span.grad_x_stride);
+    for (const void* at : {plan.w, static_cast<const void*>(plan.grad_w)})
+      if (at != nullptr)
+        prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
   }
 
   // --- the products of a tile
@@ -258,8 +278,10 @@ struct BackwardRun {
       else
         multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
                  tile_pixels);
-      for (int64_t k = 0; k < taps; ++k)
-        clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
+      // Products are of whole vectors.
+      if (plan.w == nullptr || narrows())
+        for (int64_t k = 0; k < taps; ++k)
+          clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
     }
     for (int64_t block = 0; block < plan.blocks; ++block) {
       pack_gradient(n, g, block, row, column, columns);
@@ -306,9 +328,11 @@ struct BackwardRun {
         s = span_rows<T>(span, plan.buffers, g, span_memory, &pitch);
         load_bias<T>(span, plan.buffers, g, bias);
       }
-      for (int64_t row = 0; row < p.out_h; ++row)
+      for (int64_t row = 0; row < p.out_h; ++row) {
+        if (g + 1 < p.groups) prefetch(n, g + 1, row);
         for (int64_t column = 0; column < p.out_w; column += backward_columns)
           tile(n, g, row, column, {s, pitch, 1}, gather);
+      }
       if (want_x)
         for (int64_t block = 0; block < plan.blocks; ++block)
           for (int64_t h = 0; h < p.in_h; ++h)
@@ -355,7 +379,8 @@ struct BackwardRun {
       std::memset(plan.span_part(part) + first * plan.reduced_padded, 0,
                   size_t(rows * plan.reduced_padded) * sizeof(float));
     if (plan.buffers.grad_bias != nullptr) std::memset(plan.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
-    // The zeros around a tile stay.
+    // The zeros around images and tiles stay.
+    if (want_weights) std::memset(x, 0, size_t(plan.blocks * plan.x_rows * x_row_floats()) * sizeof(float));
     clear(w, (taps + 1) * tile_pixels / V::lanes);
     clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
     clear(gy_across, block_channels * backward_columns / V::lanes);

@@ -194,11 +194,16 @@ void pack_pixels(const T* from, const int64_t (&stride)[4], int64_t channels, in
   }
 }
 
+template <class T>
+const T* span_row(const SpanProblem& span, const SpanBuffers& buffers, int64_t row) {
+  return static_cast<const T*>(buffers.span) + row * span.span_stride[0];
+}
+
 // Rows of S for group g, [tap][r]: in place where they are floats, else at `to`.
 template <class T>
 const float* span_rows(const SpanProblem& span, const SpanBuffers& buffers, int64_t g, float* to, int64_t* pitch) {
   const int64_t taps = span.involution.taps();
-  const T* from = static_cast<const T*>(buffers.span) + g * taps * span.span_stride[0];
+  const T* from = span_row<T>(span, buffers, g * taps);
   if constexpr (Same<T>::as_float) {
     if (span.span_stride[1] == 1) {
       *pitch = span.span_stride[0];
@@ -259,6 +264,28 @@ void load_pixels(const T* from, int64_t channels, int64_t pixels, int64_t channe
   } else {
     exchange(from, channel, channels, pixel, pixels, to, block_channels, staging);
   }
+}
+
+// Asks the second level of cache for `runs` runs of `count` elements, `apart` from each other, save for the line that a
+// run shares with its predecessor.
+template <class T>
+void prefetch_runs(const T* from, int64_t runs, int64_t apart, int64_t count) {
+  constexpr uintptr_t line = 64;
+  for (int64_t i = 0; i < runs; ++i, from += apart) {
+    const uintptr_t end = reinterpret_cast<uintptr_t>(from + count);
+    for (uintptr_t at = (reinterpret_cast<uintptr_t>(from) + line - 1) / line * line; at < end; at += line)
+      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+  }
+  __asm__ volatile("");  // GCC drops calls of what does nothing but prefetch
+}
+
+// The same for channels x pixels of a row, where one or the other are neighbours.
+template <class T>
+void prefetch_pixels(const T* from, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels) {
+  if (channel == 1)
+    prefetch_runs(from, pixels, pixel, channels);
+  else if (pixel == 1)
+    prefetch_runs(from, channels, channel, pixels);
 }
 
 // W of an image, group and pixel.
