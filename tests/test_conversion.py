@@ -1,6 +1,7 @@
 """Involution in networks of others, and models kept on disk."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -59,10 +60,14 @@ def test_match():
     assert [type(layer) for layer in model] == [nn.Conv2d, Involution2d, Involution2d, nn.Conv2d]
     assert model[1] is model[2]
     assert [*involutions(convert(build(), "[12]"))] == ["1"]
+    assert [*involutions(convert(build(), re.compile("^[12]$")))] == ["1"]
+    # Of what a pattern picks, the 3x3 convolutions.
+    assert [*involutions(convert(build()[1:], "*"))] == ["1"]
     assert [*involutions(convert(build(), lambda name, conv: name == "0", group_channels=3, reduction=1))] == ["0"]
     for match, options, message in (
         ("3", {}, r"match picks 3, which no involution can replace: kernel_size is \(5, 5\), expected \(3, 3\)"),
         ("0", {}, "group_channels=16 does not divide its 3 channels"),
+        ("*", {}, "match picks 0, .*group_channels=16 does not divide its 3 channels"),
         ("conv*", {}, "match='conv\\*' picks no convolution of Sequential"),
         (None, {"group_channels": 5}, "picks no convolution"),
     ):
@@ -74,6 +79,30 @@ def test_match():
         convert(build(), 3)
     with pytest.raises(TypeError, match="model must be a module, got str"):
         convert("resnet50")
+
+
+def test_groups_and_second_calls():
+    layers = [nn.Conv2d(32, 32, 3, 2, 1, groups=groups) for groups in (1, 4, 32)]
+    network = convert(nn.Sequential(*layers))
+    assert [*involutions(network)] == ["0", "1"]
+    before = list(network)
+    assert list(convert(network)) == before
+    assert list(convert(network, "[01]")) == before
+    with pytest.raises(ValueError, match="picks no convolution"):
+        convert(network, "conv*")
+    assert [*involutions(convert(network, "2"))] == ["0", "1", "2"]
+    assert network(IMAGE.repeat(1, 11, 1, 1)[:, :32]).shape == (2, 32, 8, 8)
+
+
+def test_dilated_resnet():
+    models = pytest.importorskip("torchvision.models")
+    model = models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    backbone = nn.Sequential(*list(model.children())[:-2])
+    with torch.no_grad():
+        shape = backbone(IMAGE).shape
+        convert(model)
+        assert backbone(IMAGE).shape == shape == (2, 2048, 8, 8)
+    assert model.layer4[2].conv2.dilation == (4, 4)
 
 
 def small(**kwargs):

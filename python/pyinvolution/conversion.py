@@ -1,5 +1,6 @@
 """Involution in a network that was not written for it."""
 
+import re
 from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
@@ -10,7 +11,7 @@ from pyinvolution.modules import Involution2d
 
 __all__ = ["convert"]
 
-Match = str | Callable[[str, nn.Conv2d], bool]
+Match = str | re.Pattern[str] | Callable[[str, nn.Conv2d], bool]
 
 
 def convert(model: nn.Module, match: Match | None = None, **options: Any) -> nn.Module:
@@ -18,46 +19,53 @@ def convert(model: nn.Module, match: Match | None = None, **options: Any) -> nn.
 
     This is how RedNet comes from ResNet (paper, section 4.1), for any network: those of torchvision and timm, or your
     own. The involution takes over stride, dilation, bias and output channels of the convolution (a 1x1 convolution
-    follows where those differ from the input's), device, dtype and training mode. Its weights are new: the network has
-    to be trained. Optimizers made before hold the old ones.
+    follows where those differ from the input's), device, dtype and training mode; not the groups of a ResNeXt, since an
+    involution mixes no channels at all. Its weights are new: the network has to be trained. Optimizers made before hold
+    the old ones. A second call finds nothing to replace, and changes nothing.
 
     Args:
         model: any module.
-        match: which convolutions. None takes every one that an involution can replace and whose channels
-            ``group_channels`` divides, which leaves out the first layer; a shell-style pattern of names, e.g.
-            ``"layer[34].*.conv2"``; or a function (name, convolution) -> bool. Convolutions that a pattern or function
-            picks must be replaceable.
+        match: which 3x3 convolutions. None takes every one that an involution can replace, whose channels
+            ``group_channels`` divides, which leaves out the first layer, and that is not depthwise; a shell-style
+            pattern of names, e.g. ``"layer[34].*"``; a compiled regular expression, searched for in the names; or a
+            function (name, convolution) -> bool. What one of these picks must be replaceable.
         options: of `Involution2d`: ``kernel_size`` (7), ``group_channels`` (16), ``reduction`` (4), ``norm_layer``, ...
 
     Returns:
         ``model``, or an involution if ``model`` itself is such a convolution.
 
     Raises:
-        ValueError: nothing matches, or a convolution that ``match`` picks is no 3x3 convolution with padding that keeps
-            the size, ``groups=1`` and zero padding, or its channels do not fit ``group_channels``.
+        ValueError: nothing matches, neither a convolution nor an involution of an earlier call, or a convolution that
+            ``match`` picks has a padding that changes the size, another padding than zeros, or channels that do not fit
+            ``group_channels``.
         TypeError: an argument is unknown or has the wrong type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if match is not None and not isinstance(match, str) and not callable(match):
+    if not (match is None or isinstance(match, (str, re.Pattern)) or callable(match)):
         raise TypeError(f"match must be None, a pattern or a function, got {match!r}")
     group_channels = options.get("group_channels", 16)
-    chosen = []
+    chosen, refused, done = [], "", False
     for name, module in model.named_modules():
+        if isinstance(module, Involution2d):
+            done = done or callable(match) or _picks(match, name, module)
         # Subclasses do something else with the same weights.
         if type(module) is not nn.Conv2d:
             continue
         obstacle = _obstacle(module, group_channels)
         if match is None:
-            picked = not obstacle
-        else:
-            picked = fnmatch(name, match) if isinstance(match, str) else match(name, module)
-            if picked and obstacle:
-                raise ValueError(f"match picks {name or 'the model'}, which no involution can replace: {obstacle}")
+            picked = not obstacle and not 1 < module.groups == module.in_channels
+        elif (picked := _picks(match, name, module)) and obstacle:
+            refused = refused or f"match picks {name or 'the model'}, which no involution can replace: {obstacle}"
+            if module.kernel_size == (3, 3):
+                raise ValueError(refused)
+            picked = False
         if picked:
             chosen.append((name, module))
     if not chosen:
-        raise ValueError(f"match={match!r} picks no convolution of {type(model).__name__}")
+        if done:
+            return model
+        raise ValueError(refused or f"match={match!r} picks no convolution of {type(model).__name__}")
     replacements = {convolution: _involution(convolution, options) for _, convolution in chosen}
     if model in replacements:
         return replacements[model]  # type: ignore[index]
@@ -69,11 +77,18 @@ def convert(model: nn.Module, match: Match | None = None, **options: Any) -> nn.
     return model
 
 
+def _picks(match: Match | None, name: str, module: Any) -> bool:
+    if isinstance(match, str):
+        return fnmatch(name, match)
+    if isinstance(match, re.Pattern):
+        return match.search(name) is not None
+    return match is None or match(name, module)
+
+
 def _obstacle(convolution: nn.Conv2d, group_channels: int) -> str:
     """Why no involution can stand in for ``convolution``, or an empty string."""
     for name, value, expected in (
         ("kernel_size", convolution.kernel_size, (3, 3)),
-        ("groups", convolution.groups, 1),
         ("padding_mode", convolution.padding_mode, "zeros"),
     ):
         if value != expected:
