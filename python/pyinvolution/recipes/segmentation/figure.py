@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from numpy.typing import NDArray
@@ -151,7 +152,7 @@ def compare(
 def _mark(axes: Axes, regions: Sequence[Region]) -> None:
     for region in regions:
         corner = (region.left - 0.5, region.top - 0.5)
-        box = Rectangle(corner, region.width, region.height, fill=False, edgecolor=BOX, linewidth=2)
+        box = Rectangle(corner, region.width, region.height, fill=False, edgecolor=BOX, linewidth=2, clip_on=False)
         # Some classes are yellow too.
         box.set_path_effects([Stroke(linewidth=3.5, foreground="black"), Normal()])
         axes.add_patch(box)
@@ -183,51 +184,55 @@ def draw_kernels(
     height, width = image.shape[:2]
     panel = 2.6 * height / width
     ratios = [2.6] * groups + [panel] * len(pixels)
-    size = (sum(ratios) + 0.9, (panel + 0.25) * len(layers) + 2 * panel + 0.6)
+    size = (sum(ratios) + 0.9, (panel + 0.25) * (1 + len(layers)) + 0.8)
     with plots.new_figure(path, size, ("pdf",)) as figure:
-        grid = figure.add_gridspec(
-            1 + len(layers), len(ratios), width_ratios=ratios, height_ratios=[2] + [1] * len(layers)
-        )
-        top = figure.add_subplot(grid[0, :groups])
-        top.imshow(image)
-        top.set_title("Image, and below it the sum over the taps of each pixel's kernel")
-        for (row, column), color in zip(pixels, plots.MARKS, strict=False):
-            top.plot(column * width, row * height, "o", color=color, markersize=9, markeredgecolor="white")
-        shown = [top]
+        grid = figure.add_gridspec(1 + len(layers), len(ratios), width_ratios=ratios)
+
+        def panel_at(row: int, column: int, color: str, linewidth: float) -> Axes:
+            axes = figure.add_subplot(grid[row, column])
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            plots._frame(axes, color, linewidth)
+            return axes
+
+        picture = panel_at(0, 0, "#cccccc", 0.8)
+        picture.imshow(image)
+        picture.set_ylabel("image", fontsize=8, weight="bold")
         for index, ((row, column), color) in enumerate(zip(pixels, plots.MARKS, strict=False)):
-            axes = figure.add_subplot(grid[0, groups + index])
+            picture.plot(column * width, row * height, "o", color=color, markersize=8, markeredgecolor="white")
+            axes = panel_at(0, groups + index, color, 2.5)
             radius = height // 8
             y, x = int(row * height), int(column * width)
             padded = np.pad(image, ((radius, radius), (radius, radius), (0, 0)), constant_values=255)
             axes.imshow(padded[y : y + 2 * radius + 1, x : x + 2 * radius + 1])
-            axes.set_title(f"Pixel {index + 1}", color=color)
-            plots._frame(axes, color, 2.5)
-            shown.append(axes)
+            axes.set_title(f"pixel {index + 1}", color=color, fontsize=9)
+        maps, windows = [], []
         for line, (name, kernel) in enumerate(layers.items(), 1):
             sums = kernel[0].sum((1, 2))
-            order = np.argsort(-sums.std((1, 2)), kind="stable")
-            for index in range(groups):
-                axes = figure.add_subplot(grid[line, index])
-                shown.append(axes)
-                if index >= len(order):
-                    axes.axis("off")
-                    continue
-                axes.imshow(sums[order[index]], cmap="magma", interpolation="nearest", aspect="auto")
+            order = np.argsort(-sums.std((1, 2)), kind="stable")[:groups]
+            for index, group in enumerate(order):
+                axes = panel_at(line, index, "#cccccc", 0.8)
+                axes.imshow(sums[group], cmap="magma", interpolation="nearest", aspect="auto")
                 axes.set_box_aspect(height / width)
-                axes.set_xlabel(f"group {order[index] + 1} of {len(order)}", fontsize=7, labelpad=2)
-                plots._frame(axes, "#cccccc", 0.8)
-                if index == 0:
-                    short = name.removeprefix("backbone.").removesuffix(".involution")
-                    axes.set_ylabel(short, fontsize=8, weight="bold")
+                axes.set_xlabel(f"group {group + 1} of {len(sums)}", fontsize=7, labelpad=2)
+                maps.append(axes)
+            short = name.removeprefix("backbone.").removesuffix(".involution")
+            maps[-len(order)].set_ylabel(short, fontsize=8, weight="bold")
             main = kernel[0, order[0]]
             bound = max(np.abs(plots.taps(main, pixel)).max() for pixel in pixels)
             for index, (pixel, color) in enumerate(zip(pixels, plots.MARKS, strict=False)):
-                axes = figure.add_subplot(grid[line, groups + index])
-                plots._draw_taps(axes, plots.taps(main, pixel), bound, color)
-                shown.append(axes)
-        for axes in shown:
-            axes.set(xticks=[], yticks=[])
-            axes.grid(False)
+                windows.append(panel_at(line, groups + index, color, 2.5))
+                plots._draw_taps(windows[-1], plots.taps(main, pixel), bound, color)
+        for axes, colors, label, ticks in (
+            (maps, "magma", "sum over the taps of each pixel's kernel, within a map", ("least", "", "most")),
+            (windows, "RdBu_r", "taps of the first group shown", ("negative", "0", "positive")),
+        ):
+            bar = figure.colorbar(
+                ScalarMappable(cmap=colors), ax=axes, location="bottom", fraction=0.02, pad=0.01, aspect=40
+            )
+            bar.set_ticks([0, 0.5, 1], labels=ticks)
+            bar.set_label(label)
+            bar.ax.grid(False)
     return path
 
 
