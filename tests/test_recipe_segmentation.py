@@ -303,6 +303,15 @@ def test_wrong_input_is_one_line(tree, tmp_path, capsys, more, message):
     assert message in line
 
 
+def test_a_file_among_the_cities(tmp_path):
+    root = write_tree(tmp_path, 1, 1)
+    (root / "leftImg8bit/val/README").touch()
+    with pytest.raises(RecipeError, match=r"no split 'val' of Cityscapes; expected .*Not a directory.*val/README"):
+        CityscapesData(str(root), num_workers=0).setup("validate")
+    with pytest.raises(RecipeError, match=r"data.crop is out of range: got \(16,\)"):
+        CityscapesData(str(root), crop=(16,))
+
+
 def test_missing_labels(tmp_path):
     root = write_tree(tmp_path, 2, 2)
     (root / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png").unlink()

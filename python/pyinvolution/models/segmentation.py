@@ -165,6 +165,7 @@ class UPerHead(_Classifier):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(positive_int("channels", channels), num_classes, dropout)
+        pool_scales = [positive_int("pool_scales", scale) for scale in pool_scales]
         *fine, last = in_channels
         conv: Callable[..., nn.Module] = partial(Conv2dNormActivation, out_channels=channels)
         self.psp_modules = nn.ModuleList(

@@ -169,9 +169,9 @@ class CityscapesData(RecipeData):
         super().__init__(batch_size, val_batch_size, **kwargs)
         self.save_hyperparameters(logger=False)
         for name, value, valid in (
-            ("size", size, min(size) > 0),
-            ("scale", scale, 0 < scale[0] <= scale[1]),
-            ("crop", crop, min(crop) > 0),
+            ("size", size, len(size) == 2 and min(size) > 0),
+            ("scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1]),
+            ("crop", crop, len(crop) == 2 and min(crop) > 0),
             ("max_class_share", max_class_share, 0 < max_class_share <= 1),
             ("hflip", hflip, 0 <= hflip <= 1),
         ):
@@ -212,7 +212,9 @@ class CityscapesData(RecipeData):
         try:
             dataset = Cityscapes(str(self.root), split, "fine", "semantic")
         except (RuntimeError, OSError) as error:
-            raise RecipeError(f"data.root={self.root} has no split {split!r} of Cityscapes; {expected}") from error
+            raise RecipeError(
+                f"data.root={self.root} has no split {split!r} of Cityscapes; {expected} ({error})"
+            ) from error
         # In an order of our own: that of the file system would differ between machines.
         pairs = sorted(zip(dataset.images, dataset.targets, strict=True))
         pairs = [(image, targets) for image, targets in pairs if image.endswith(IMAGE_SUFFIX)]
