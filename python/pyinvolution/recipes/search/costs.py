@@ -2,17 +2,18 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from timeit import repeat
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution.inference import optimize_for_inference
@@ -45,6 +46,18 @@ class Timing:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property
+    def clock(self) -> Callable[[], float]:
+        """Reads seconds, once the device has done what it was given."""
+        if self.torch_device.type == "cpu":
+            return time.process_time if self.threads == 1 else time.perf_counter
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(self.torch_device)
+            return time.perf_counter()
+
+        return synchronized
+
+    @property
     def torch_device(self) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(name if self.device == "auto" else self.device)
@@ -60,9 +73,10 @@ class CostTable:
     """Costs of the layers of a search space, each measured once and kept in a file.
 
     A layer is the stem, a block (by operator, widths, stride and resolution) or the head. Time is that of evaluation
-    after `optimize_for_inference`, the least of many runs, because other processes can only add to it; on one CPU
-    thread it is the time of the processor, which does not count them. Times in the file that come from another
-    machine, or were taken otherwise, are measured anew.
+    after `optimize_for_inference`, inside a network that runs as a whole: alone, a layer would find its weights in the
+    cache. The fastest of many passes count, because other processes can only slow them down; on one CPU thread it is
+    the time of the processor, which does not count them. Times in the file that come from another machine, or were
+    taken otherwise, are measured anew.
 
     Args:
         space: the networks.
@@ -93,7 +107,7 @@ class CostTable:
         name = key(self.space.encode(architecture))
         if name not in self.networks:
             model = self.space.to_model(architecture, self.num_classes)
-            self.networks[name] = self._seconds(model, self.image, 10 * self.timing.seconds)
+            (self.networks[name],) = self._seconds([model], 10 * self.timing.seconds)
             self._save()
         return self.networks[name]
 
@@ -135,20 +149,26 @@ class CostTable:
             *(block for name in model.stages for block in getattr(model, name)),
             nn.Sequential(model.global_pool, model.head),
         ]
-        for (name, shape), part in zip(self._split(architecture), parts, strict=True):
+        layers = [*self._split(architecture)]
+        # What a call costs on its own, which a whole network pays only once.
+        *seconds, call = self._seconds([*parts, nn.Identity()], len(layers) * self.timing.seconds)
+        for (name, shape), part, taken in zip(layers, parts, seconds, strict=True):
             if name not in self.layers:
-                macs, seconds = multiply_adds(part, shape), self._seconds(part, shape, self.timing.seconds)
-                self.layers[name] = {"macs": macs, "latency": seconds}
+                self.layers[name] = {"macs": multiply_adds(part, shape), "latency": max(taken - call, 0.0)}
         self._save()
 
-    def _seconds(self, module: nn.Module, shape: Shape, budget: float) -> float:
+    def _seconds(self, parts: Sequence[nn.Module], budget: float) -> list[float]:
+        """For one image (of a batch), of each of the parts, which together are a network."""
         device = self.timing.torch_device
-        images = torch.randn(self.timing.batch, *shape, device=device).contiguous(memory_format=torch.channels_last)
+        shape = (self.timing.batch, *self.image)
+        images = features = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        network = []
         with torch.inference_mode():
-            network = optimize_for_inference(module.to(device).eval(), images)
+            for part in parts:
+                network.append(optimize_for_inference(part.to(device).eval(), features))
+                features = network[-1](features)
             with _threads(self.timing.threads):
-                clock = time.process_time if device.type == "cpu" and self.timing.threads == 1 else time.perf_counter
-                return _fastest(lambda: network(images), device, clock, budget) / self.timing.batch
+                return [taken / self.timing.batch for taken in _fastest(network, images, self.timing.clock, budget)]
 
     def _save(self) -> None:
         if self.path:
@@ -164,17 +184,21 @@ def multiply_adds(model: nn.Module, image: Shape) -> int:
     return counter.get_total_flops() // 2
 
 
-def _fastest(run: Callable[[], object], device: torch.device, clock: Callable[[], float], budget: float) -> float:
-    """Least time of a run in about ``budget`` seconds, in at least five."""
-
-    def complete() -> None:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    complete()
-    once = min(repeat(complete, timer=clock, number=1, repeat=3))
-    return min(once, *repeat(complete, timer=clock, number=1, repeat=max(5, int(budget / once))))
+def _fastest(
+    parts: Sequence[Callable[[Tensor], Tensor]], images: Tensor, clock: Callable[[], float], budget: float
+) -> list[float]:
+    """Time of each part, mean of the fastest tenth of the passes through all of them that ``budget`` seconds allow."""
+    passes: list[list[float]] = []
+    start = time.perf_counter()
+    while len(passes) < 6 or time.perf_counter() - start < budget:
+        features, times = images, [clock()]
+        for part in parts:
+            features = part(features)
+            times.append(clock())
+        passes.append([end - begin for begin, end in pairwise(times)])
+    # Whole passes, because the least times of the parts need not have been possible together.
+    fastest = sorted(passes[1:], key=sum)[: max(len(passes) // 10, 1)]
+    return [fmean(times) for times in zip(*fastest, strict=True)]
 
 
 @contextmanager
