@@ -200,6 +200,21 @@ def test_what_networks_share(supernet):
     assert all(parameter.grad is None for parameter in supernet.net.layer1[1].parameters()), "deeper than the path"
 
 
+def test_paths_are_drawn_uniformly_or_by_kind(monkeypatch):
+    """The default is uniform over the operators."""
+    images = torch.randn(2, 3, 4, 4)
+    for options, expected in (({}, 1 / 5), ({"sampling": "operators"}, 1 / 5), ({"sampling": "kinds"}, 1 / 2)):
+        net, drawn = Supernet(space, num_classes=4, **options), []
+        monkeypatch.setattr(net, "_skeleton", lambda architecture, drawn=drawn: drawn.append(architecture) or nn.ReLU())
+        torch.manual_seed(0)
+        for _ in range(1000):
+            net(images)
+        share = sum(architecture[0].operators[0] == "conv3" for architecture in drawn) / 1000
+        assert abs(share - expected) < 0.07
+    with pytest.raises(ValueError, match="sampling must be 'operators' or 'kinds', got 'paths'"):
+        Supernet(space, num_classes=4, sampling="paths")
+
+
 def test_paths_are_drawn_from_torchs_generator(supernet):
     images = torch.randn(2, 3, 16, 16)
     outputs = []
@@ -363,8 +378,11 @@ def test_search_reports_everything(searched):
     correlation = result["rank_correlation"]
     ranks = [[entry[name] for entry in correlation["networks"]] for name in ("supernet", "alone")]
     assert len(ranks[0]) == 3
-    spearman = math.nan if correlation["spearman"] is None else correlation["spearman"]
-    assert spearman == pytest.approx(spearmanr(*ranks).statistic, nan_ok=True)
+    costs = [entry["cost"] for entry in correlation["networks"]]
+    assert costs == sorted({*costs}), "spread over the costs"
+    for name, other in (("spearman", ranks[0]), ("of_cost", costs)):
+        value = math.nan if correlation[name] is None else correlation[name]
+        assert value == pytest.approx(spearmanr(other, ranks[1]).statistic, nan_ok=True)
     assert all(entry["alone"] == pytest.approx(sum(entry["accuracies"]) / 2) for entry in correlation["networks"])
     errors = [abs(e["table"] / e["measured"] - 1) for e in result["latency"]["networks"]]
     assert result["latency"]["largest_error"] == pytest.approx(max(errors))

@@ -32,6 +32,8 @@ class SearchConfig:
         make_data: data of ``pyinvolution make-data`` that are written to the recipe's ``data.root`` first.
         data_root: instead of the recipe's ``data.root``.
         supernet: what the training of the supernet has otherwise than the recipe.
+        ranking: likewise, the trainings for the rank correlation. A shorter one tells networks apart that all end near
+            the same accuracy.
         held_out: share of the training images by which networks are chosen; ``val`` is for the comparison at the end.
         recalibration_images: training images for the statistics of the norms of a candidate.
         cost: what is to be small beside the error.
@@ -51,6 +53,7 @@ class SearchConfig:
     make_data: str | None = None
     data_root: str | None = None
     supernet: dict[str, Any] = field(default_factory=dict)
+    ranking: dict[str, Any] = field(default_factory=dict)
     held_out: float = 0.4
     recalibration_images: int = 512
     cost: Cost = "macs"
@@ -113,20 +116,16 @@ class SearchConfig:
         return self._run(model, CLASSIFICATION, self.data, IMAGE_FOLDER)
 
     def selection_training(self, architecture: Architecture) -> dict[str, Any]:
-        """Likewise, validated on the training images that the search has held out."""
-        config = self.training(architecture)
-        return config | {"data": self._held_out}
+        """Likewise by ``ranking``, validated on the training images that the search has held out."""
+        config = self.training(architecture) | {"data": self._held_out}
+        return merged(config, _sections(self.ranking))
 
     def supernet_training(self) -> dict[str, Any]:
         """Likewise of the supernet."""
         model = {name: value for name, value in _arguments(self.recipe, "model").items() if name not in _ONE_NETWORK}
         model["space"] = self.search_space.to_dict()
         config = self._run(model, "pyinvolution.recipes.search.OneShot", {}, "") | {"data": self._held_out}
-        overrides = deepcopy(self.supernet)
-        for section in ("model", "data"):
-            if section in overrides and "init_args" not in overrides[section]:
-                overrides[section] = {"init_args": overrides[section]}
-        return merged(config, overrides)
+        return merged(config, _sections(self.supernet))
 
     @property
     def _held_out(self) -> dict[str, Any]:
@@ -169,6 +168,15 @@ _ONE_NETWORK = ("name", "options", "init_from")
 def _arguments(recipe: dict[str, Any], section: str) -> dict[str, Any]:
     values = recipe.get(section, {})
     return values.get("init_args", {}) if "class_path" in values else values
+
+
+def _sections(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of a recipe, with the arguments of model and data where they belong."""
+    result = deepcopy(overrides)
+    for section in ("model", "data"):
+        if section in result and "init_args" not in result[section]:
+            result[section] = {"init_args": result[section]}
+    return result
 
 
 def merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

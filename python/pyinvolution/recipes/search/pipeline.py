@@ -121,8 +121,7 @@ class _Search:
             self._export(found)
         self.console.print(f"found  {describe(found)}", highlight=False)
         with self._stage("correlation", f"{self.config.networks} networks trained alone, for the rank correlation"):
-            ranked = self._spread(evaluate)
-            correlation = self._correlation(ranked, evaluate)
+            correlation = self._correlation(self._spread(), evaluate)
         with self._stage("comparison", "the found network and random ones of its cost"):
             comparison = self._comparison(found)
         return {
@@ -162,7 +161,7 @@ class _Search:
         reference = self._cost(self.space.largest("conv3"))
         limit = self.config.budget * reference
         generator = random.Random(self.config.seed)
-        cheapest = min(self._cost(self.space.sample(generator)) for _ in range(1000))
+        cheapest = min(self._cost(architecture) for architecture in self._drawn(generator))
         if cheapest > limit:
             raise RecipeError(
                 f"budget={self.config.budget} is out of reach: the cheapest of 1000 random networks costs "
@@ -193,34 +192,40 @@ class _Search:
         path = self.folder / "found.yaml"
         path.write_text(f"# {describe(found)}\n# To train it: pyinvolution fit --config {path}\n{text}")
 
-    def _spread(self, evaluate: Evaluator) -> list[Architecture]:
-        """Networks at even distances in the supernet's ranking of four times as many random ones."""
+    def _spread(self) -> list[Architecture]:
+        """Networks at even distances in cost, from the cheapest to the dearest of many random ones."""
         generator = random.Random(self.config.seed)
-        drawn: dict[Architecture, float] = {}
-        for _ in range(100 * self.config.networks):
-            if len(drawn) < 4 * self.config.networks:
-                architecture = self.space.sample(generator)
-                drawn[architecture] = evaluate(architecture)
-        ranking = sorted(drawn, key=drawn.__getitem__)
-        places = torch.linspace(0, len(ranking) - 1, min(self.config.networks, len(ranking))).round().int().tolist()
-        return [ranking[place] for place in places]
+        costs = {architecture: self._cost(architecture) for architecture in self._drawn(generator)}
+        low, high = min(costs.values()), max(costs.values())
+        spread: list[Architecture] = []
+        for target in torch.linspace(low, high, min(self.config.networks, len(costs)), dtype=torch.float64).tolist():
+            nearest = min(costs, key=lambda architecture: abs(costs[architecture] - target))
+            spread.append(nearest)
+            del costs[nearest]
+        return spread
+
+    def _drawn(self, generator: random.Random) -> Iterator[Architecture]:
+        for _ in range(1000):
+            yield self.space.sample(generator)
 
     def _correlation(self, networks: list[Architecture], evaluate: Evaluator) -> dict[str, Any]:
-        shared = [evaluate(architecture) for architecture in networks]
+        shared, costs = [[*map(value, networks)] for value in (evaluate, self._cost)]
         scores = self._trained(networks, "alone", self.config.selection_training)
         alone = [fmean(values) for values in scores]
         pairs = combinations(zip(*scores, strict=True), 2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of constant accuracies; the correlation is then not a number
             spearman, kendall = (float(test(shared, alone).statistic) for test in (spearmanr, kendalltau))
+            of_cost = float(spearmanr(costs, alone).statistic)
             between = [float(spearmanr(one, other).statistic) for one, other in pairs]
         entries = [
-            {"network": describe(architecture), "supernet": ours, "alone": theirs, "accuracies": values}
-            for architecture, ours, theirs, values in zip(networks, shared, alone, scores, strict=True)
+            {"network": describe(network), "cost": cost, "supernet": ours, "alone": theirs, "accuracies": values}
+            for network, cost, ours, theirs, values in zip(networks, costs, shared, alone, scores, strict=True)
         ]
         return {
             "spearman": _number(spearman),
             "kendall": _number(kendall),
+            "of_cost": _number(of_cost),
             "between_seeds": _number(sum(between) / len(between)) if between else None,
             "networks": entries,
         }

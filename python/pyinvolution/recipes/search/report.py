@@ -69,14 +69,20 @@ def markdown(result: dict[str, Any]) -> str:
         "## Does the supernet rank networks as training alone does?",
         "",
         f"Spearman {_correlation(correlation['spearman'])}, Kendall {_correlation(correlation['kendall'])}, over "
-        f"{len(correlation['networks'])} networks at even distances in the supernet's ranking of random ones. Both "
+        f"{len(correlation['networks'])} networks at even distances in cost among random ones. Both "
         f"accuracies are on the held-out training images, those of training alone means of {comparison['seeds']} runs. "
-        f"One run ranks the networks as another does with Spearman {_correlation(correlation['between_seeds'])}.",
+        f"One run ranks the networks as another does with Spearman {_correlation(correlation['between_seeds'])}; "
+        f"the cost alone, with {_correlation(correlation['of_cost'])}.",
         "",
         *_table(
-            ["network", "supernet (%)", "alone (%)"],
+            ["network", unit, "supernet (%)", "alone (%)"],
             (
-                [entry["network"], f"{100 * entry['supernet']:.2f}", f"{100 * entry['alone']:.2f}"]
+                [
+                    entry["network"],
+                    f"{scale * entry['cost']:.3g}",
+                    f"{100 * entry['supernet']:.2f}",
+                    f"{100 * entry['alone']:.2f}",
+                ]
                 for entry in correlation["networks"]
             ),
         ),

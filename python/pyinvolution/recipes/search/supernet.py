@@ -6,7 +6,7 @@ Uniform Sampling", ECCV 2020, sections 3.1 and 3.2.
 
 import random
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.search.space import Architecture, SearchSpace, StageChoice
 
 __all__ = ["OneShot", "Supernet"]
+
+Sampling = Literal["operators", "kinds"]
 
 
 class Supernet(nn.Module):
@@ -40,12 +42,29 @@ class Supernet(nn.Module):
         space: the networks.
         num_classes: outputs of the classifier.
         in_channels: channels of the image.
+        sampling: how a block's operator is drawn: "operators", uniformly from those of its stage (Guo et al., section
+            3.3), or "kinds", first convolution or involution with the same chance. There each operator has weights of
+            its own; here all involutions of a block share theirs, which "operators" trains up to twelve times as often
+            as the convolution's, and "kinds" as often.
         kwargs: further arguments of `pyinvolution.models.SearchableNet`.
+
+    Raises:
+        ValueError: ``sampling`` is neither.
     """
 
-    def __init__(self, space: SearchSpace, num_classes: int, in_channels: int = 3, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        sampling: Sampling = "operators",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
-        self.space, self.num_classes = space, num_classes
+        if sampling not in ("operators", "kinds"):
+            raise ValueError(f"sampling must be 'operators' or 'kinds', got {sampling!r}")
+        self.space, self.num_classes, self.by_kind = space, num_classes, sampling == "kinds"
         self.build = partial(
             space.to_model,
             num_classes=num_classes,
@@ -69,11 +88,10 @@ class Supernet(nn.Module):
     def forward(self, input: Tensor, architecture: Architecture | None = None) -> Tensor:
         """Logits (N, num_classes) of images (N, in_channels, H, W) through one network of the space.
 
-        ``architecture`` None takes one at random, by torch's generator: convolutions and involutions with the same
-        chance, since all involutions of a block train the same weights.
+        ``architecture`` None takes one at random, by torch's generator.
         """
         if architecture is None:
-            architecture = self.space.sample(random.Random(int(torch.randint(2**62, ()))), by_kind=True)
+            architecture = self.space.sample(random.Random(int(torch.randint(2**62, ()))), self.by_kind)
         path = self._skeleton(architecture).train(self.training)
         # For good and not by functional_call, because blocks compute norms again in the backward pass.
         for name, weight in self._weights(path).items():
@@ -152,13 +170,17 @@ class OneShot(Classification):
     Args:
         space: as `SearchSpace.from_dict` takes it.
         num_classes: classes of the data.
+        sampling: as of `Supernet`.
         kwargs: of `Classification`.
 
     Raises:
-        RecipeError: the space is wrong, or ``compile`` is on: every step would be compiled anew.
+        RecipeError: the space or ``sampling`` is wrong, or ``compile`` is on: every step would be compiled anew.
     """
 
-    def __init__(self, space: dict[str, Any], num_classes: int = 1000, **kwargs: Any) -> None:
+    def __init__(
+        self, space: dict[str, Any], num_classes: int = 1000, sampling: Sampling = "operators", **kwargs: Any
+    ) -> None:
         if kwargs.get("compile"):
             raise RecipeError("model.compile: a supernet runs another network at every step, which cannot be compiled")
-        super().__init__(name="supernet", num_classes=num_classes, options={"space": space}, **kwargs)
+        options = {"space": space, "sampling": sampling}
+        super().__init__(name="supernet", num_classes=num_classes, options=options, **kwargs)
