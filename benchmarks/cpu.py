@@ -2,7 +2,8 @@
 
 Everything that is compared runs in one process, by turns; a ratio is the median of the ratios of neighbouring runs,
 with their quartiles. A result is compared with the reference before it is timed. Written to benchmarks/results: JSON
-(rows, machine, versions, limits measured in the same run), CSV, a bar chart (PNG) and the summary as Markdown.
+(rows, machine, versions, limits measured in the same run), CSV, a bar chart (PNG) and the summary as Markdown. Shares
+of the limits are those of the fewest multiply-adds and bytes (benchmarks/roofline.py).
 
 Unfolding allocates tens of megabytes a call; with glibc's default each is mapped and unmapped, and page faults take
 half of its time. Its columns are therefore there twice: as found, and with the threshold raised ("malloc tuned").
@@ -41,19 +42,27 @@ from benchmarks.harness import (
     span_tensors,
     write_rows,
 )
-from benchmarks.roofline import multiply_adds
+from benchmarks.roofline import Work
 from pyinvolution import ops, optimize_for_inference, reference
 from pyinvolution.models import create_model
 
 
 class Report:
-    """Rows of one run."""
+    """Rows of one run, and the machine's limits by number of threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: dict[str, dict[str, float]]) -> None:
+        self.limits = limits
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, what: str, name: str, threads: int, ours: str, times: dict[str, list[float]], **extra: Any) -> None:
-        row = {"what": what, "name": name, "threads": threads, "ms": statistics.median(times[ours]) * 1e3, **extra}
+    def add(
+        self, what: str, name: str, threads: int, ours: str, times: dict[str, list[float]], work: Work | None = None
+    ) -> None:
+        row = {"what": what, "name": name, "threads": threads, "ms": statistics.median(times[ours]) * 1e3}
+        if work is not None:
+            limit, per_second = self.limits[str(threads)], 1e6 * row["ms"]
+            row["gmac"] = work.fma / 1e9
+            row["fma_share"] = work.fma / per_second / limit["gmac_per_s"]
+            row["copy_share"] = work.bytes / per_second / limit["copy_gb_per_s"]
         for other, seconds in times.items():
             if other != ours:
                 row[f"{other}: ms"] = statistics.median(seconds) * 1e3
@@ -94,14 +103,14 @@ def layer(report: Report, name: str, case: Case, threads: int) -> None:
         return ops.span_involution2d_backward(gy, x, r, s, b, *geometry, (True,) * 4)
 
     torch.testing.assert_close(whole(), composed, rtol=1e-3, atol=1e-4 * composed.abs().max().item())
-    gmac = multiply_adds(case, s.shape[1]) / 1e9
-    for what, ours, other, against in (
-        ("fused", fused, forward, "oneDNN 3x3"),
-        ("whole layer", whole, forward, "oneDNN 3x3"),
-        ("fused backward", backward, convolution_backward, "oneDNN 3x3 backward"),
+    for what, operator, ours, other, against in (
+        ("fused", "span_involution2d", fused, forward, "oneDNN 3x3"),
+        ("whole layer", "whole layer", whole, forward, "oneDNN 3x3"),
+        ("fused backward", "span_involution2d backward", backward, convolution_backward, "oneDNN 3x3 backward"),
     ):
         times = interleaved({"ours": ours, against: other}, 0.3)
-        report.add(what, f"{name} N={case.input[0]}", threads, "ours", times, gmac=gmac)
+        work = Work.of(operator, case, "float32")
+        report.add(what, f"{name} N={case.input[0]}", threads, "ours", times, work)
 
 
 def unfolding(
@@ -123,7 +132,8 @@ def unfolding(
         f"unfold{suffix}": lambda: torch.autograd.grad(kept, leaves, gy, retain_graph=True),
     }
     for what, functions in (("involution2d", forward), ("involution2d backward", backward)):
-        report.add(what, f"{name} {layout}", threads, "ours", interleaved(functions, 0.25, 3))
+        times = interleaved(functions, 0.25, 3)
+        report.add(what, f"{name} {layout}", threads, "ours", times, Work.of(what, case, "float32"))
 
 
 def unfold_table(report: Report, threads: Sequence[int], tuned: bool) -> None:
@@ -228,37 +238,27 @@ def summary(report: Report, about: dict[str, Any]) -> str:
     """The tables of the README."""
     isa = about["build"]["isa"].split()[0]
     cpu = f"{about['machine']['Model name']} ({about['machine'].get('CPU(s)', '?')} cores, {isa})"
-    lines = [
-        f"{cpu}, torch {about['build']['torch_running']}, float32, {about['date']}.",
-        "How many times faster: median (quartiles) of neighbouring runs.",
-        "",
-    ]
-    rows = [r for r in report.rows if r["what"].startswith(("inference", "training")) and "ms" in r]
-    lines += ["| RedNet-50 against ResNet-50 | threads | ms | faster |", "| --- | --- | --- | --- |"]
-    for r in rows:
-        ratio = Ratio.from_row(r, "ResNet-50")
-        lines.append(f"| {r['what']}, {r['name']} | {r['threads']} | {r['ms']:.1f} | {ratio} |")
+    head = f"{cpu}, torch {about['build']['torch_running']}, float32, {about['date']}.\n"
+    head += "How many times faster: median (quartiles) of neighbouring runs."
+
+    models = []
     for r in report.rows:
         if "mb" in r:
-            theirs = f"(ResNet-50: {r['ResNet-50: mb']:.0f} MB)"
-            lines.append(f"| {r['what']}, {r['name']} | | {r['mb']:.0f} MB | {theirs} |")
-    lines += [
-        "",
-        "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate.",
-        "",
-        "| layer of RedNet-50 | threads | fused ms | share, % | fused | whole layer | backward |",
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+            models.append(
+                (f"{r['what']}, {r['name']}", "", f"{r['mb']:.0f} MB", f"(ResNet-50: {r['ResNet-50: mb']:.0f} MB)")
+            )
+        elif r["what"].startswith(("inference", "training")):
+            models.append((f"{r['what']}, {r['name']}", r["threads"], f"{r['ms']:.1f}", Ratio.from_row(r, "ResNet-50")))
+
+    layers = []
     by = {(r["what"], r["name"], r["threads"]): r for r in report.rows if "threads" in r}
-    for r in report.rows:
-        if r["what"] != "fused":
-            continue
-        share = r["gmac"] / r["ms"] * 1e5 / about["limits"][str(r["threads"])]["gmac_per_s"]
-        whole = by["whole layer", r["name"], r["threads"]]["oneDNN 3x3: ratio"]
-        back = by["fused backward", r["name"], r["threads"]]["oneDNN 3x3 backward: ratio"]
-        cells = (r["name"], r["threads"], f"{r['ms']:.3f}", f"{share:.0f}", f"{r['oneDNN 3x3: ratio']:.1f}")
-        lines.append(f"| {' | '.join(map(str, cells))} | {whole:.1f} | {back:.1f} |")
-    lines += ["", "| involution2d against unfold + einsum | slowest layer | median layer |", "| --- | --- | --- |"]
+    for (what, *place), r in by.items():
+        if what == "fused":
+            whole = by[("whole layer", *place)]["oneDNN 3x3: ratio"]
+            back = by[("fused backward", *place)]["oneDNN 3x3 backward: ratio"]
+            ratios = (f"{ratio:.1f}" for ratio in (r["oneDNN 3x3: ratio"], whole, back))
+            layers.append((*place, f"{r['ms']:.3f}", f"{100 * r['fma_share']:.0f}", *ratios))
+
     groups: dict[str, list[float]] = {}
     for r in report.rows:
         if r["what"].startswith("involution2d"):
@@ -267,9 +267,20 @@ def summary(report: Report, about: dict[str, Any]) -> str:
                 if key.endswith(": ratio"):
                     title = f"{r['what']}, {layout}, {r['threads']} threads: {key.removesuffix(': ratio')}"
                     groups.setdefault(title, []).append(value)
-    for title, values in groups.items():
-        lines.append(f"| {title} | {min(values):.1f} | {statistics.median(values):.1f} |")
-    return "\n".join(lines) + "\n"
+    unfolded = [(title, f"{min(v):.1f}", f"{statistics.median(v):.1f}") for title, v in groups.items()]
+
+    share = "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate."
+    parts = (
+        (head, ("RedNet-50 against ResNet-50", "threads", "ms", "faster"), models),
+        (share, ("layer of RedNet-50", "threads", "fused ms", "share, %", "fused", "whole layer", "backward"), layers),
+        ("", ("involution2d against unfold + einsum", "slowest layer", "median layer"), unfolded),
+    )
+    texts = []
+    for text, columns, cells in parts:
+        lines = [columns, ["---"] * len(columns), *cells] if cells else []
+        table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        texts += [part for part in (text if table or text == head else "", table) if part]
+    return "\n\n".join(texts) + "\n"
 
 
 def chart(report: Report, path: Path) -> None:
@@ -310,8 +321,8 @@ def main() -> None:
         return arguments.only is None or part in arguments.only
 
     torch.manual_seed(0)
-    report = Report()
     measured = {str(threads): limits(threads) for threads in arguments.threads}
+    report = Report(measured)
     print("limits:", measured)
     if wanted("layers"):
         for threads in arguments.threads:
@@ -336,8 +347,7 @@ def main() -> None:
     stem = arguments.output / f"{run['date']}-cpu-{slug(run['machine']['Model name'])}-{run['build']['isa'].split()[0]}"
     write_rows(stem, report.rows, about=run)
     chart(report, stem.with_suffix(".png"))
-    if arguments.only is None:
-        stem.with_suffix(".md").write_text(summary(report, run))
+    stem.with_suffix(".md").write_text(summary(report, run))
     print(f"written: {stem}.*")
 
 

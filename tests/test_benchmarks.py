@@ -1,4 +1,4 @@
-"""The benchmarks: a dry run of the GPU's on the CPU, the arithmetic of its floors, and the verdicts on its targets."""
+"""The benchmarks: both, small and on the CPU, the arithmetic of the GPU's floors, and the verdicts on its targets."""
 
 import csv
 import json
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDNET50
+from cases import REDNET50, same
 
-from benchmarks import gpu, harness, roofline, targets
+from benchmarks import cpu, gpu, harness, roofline, targets
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
 
@@ -22,6 +22,35 @@ def _settings_of_torch():
     yield
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, False
+
+
+def test_layers_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"gmac_per_s": 50.0, "copy_gb_per_s": 10.0}
+    case = same(32, 14, 7, 2)
+    monkeypatch.setattr(cpu, "REDNET50", {"32@14 s2": case})
+    monkeypatch.setattr(cpu, "limits", lambda threads: rates)
+    monkeypatch.setattr(cpu, "interleaved", lambda functions, seconds, *rest: harness.interleaved(functions, 0.01))
+    monkeypatch.setattr("sys.argv", ["cpu", "--only", "layers", "--threads", "1", "--output", str(tmp_path)])
+    cpu.main()
+    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert set(files) == {".json", ".csv", ".md", ".png"}
+    data = json.loads(files[".json"].read_text())
+    assert data["about"]["limits"] == {"1": rates}
+    operators = {
+        "fused": "span_involution2d",
+        "whole layer": "whole layer",
+        "fused backward": "span_involution2d backward",
+    }
+    assert [row["what"] for row in data["rows"]] == list(operators)
+    for row in data["rows"]:
+        work, seconds = Work.of(operators[row["what"]], case, "float32"), row["ms"] / 1e3
+        assert row["fma_share"] == pytest.approx(work.fma / seconds / 50e9)
+        assert row["copy_share"] == pytest.approx(work.bytes / seconds / 10e9)
+        against = "oneDNN 3x3 backward" if "backward" in row["what"] else "oneDNN 3x3"
+        assert row[f"{against}: low"] <= row[f"{against}: ratio"] <= row[f"{against}: high"]
+    text = files[".md"].read_text()
+    assert "| 32@14 s2 N=1 | 1 |" in text
+    assert "ResNet-50 |" not in text, "a table without rows"
 
 
 def dry_run(folder: Path, *more: str) -> None:
