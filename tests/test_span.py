@@ -1,5 +1,7 @@
 """span_involution2d: every variant against the float64 oracle, and as PyTorch sees it."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Collection
 from functools import partial
 
@@ -233,6 +235,35 @@ def test_on_cuda_the_kernels_are_never_in_memory(stride: int) -> None:
     results = sum(t.nbytes for t in second)
     kernels = case.input[0] * case.groups * 49 * case.output[0] * case.output[1] * 2
     assert peak - results < kernels / 2
+
+
+MEMORY = """
+import torch
+from pathlib import Path
+from pyinvolution.functional import span_involution2d
+
+def high_water():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+torch.set_num_threads(2)
+def step(size):
+    x, r, y = (torch.rand(1, c, size, size).to(memory_format=torch.channels_last) for c in (64, 16, 64))
+    s, b = torch.randn(4 * 49, 16), torch.randn(4 * 49)
+    leaves = [t.requires_grad_() for t in (x, r, s, b)]
+    before = high_water()
+    out = span_involution2d(*leaves, 7, padding=3)
+    out.backward(y)
+    return high_water() - before - sum(t.nbytes for t in (out, *leaves))
+
+step(16)
+print(step(640))
+"""
+
+
+def test_on_the_cpu_the_kernels_are_never_in_memory() -> None:
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    kernels = 4 * 49 * 640 * 640 * 4
+    assert int(result.stdout) < kernels / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

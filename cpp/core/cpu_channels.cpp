@@ -20,10 +20,14 @@ constexpr int64_t least_strip_pixels = 224;
 // Below this many multiply-adds, waking the other threads takes longer than they save.
 constexpr int64_t least_parallel = 1 << 18;
 
-// Backward: enough for many threads; each part has sums of its own.
+// Backward: enough for many threads; each part and each chunk has sums of its own, in all of so many bytes.
 constexpr int64_t most_parts = 32;
-constexpr int64_t most_part_bytes = 64 * 1024 * 1024;
-constexpr int64_t most_backward_bytes = 512 * 1024 * 1024;
+constexpr int64_t most_sums_bytes = 128 * 1024 * 1024;
+// Of a strip: what stays in the second level of cache, and what a thread may need. A strip computes the weights of its
+// neighbours' rows again; of 16 rows at most one for the sake of the cache.
+constexpr double near_bytes = 1 << 20;
+constexpr double most_backward_bytes = 64 << 20;
+constexpr int64_t least_rows = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -141,6 +145,54 @@ Channels plan_channels(const SpanProblem& problem, const SpanBuffers& buffers, c
   return plan;
 }
 
+namespace {
+
+// Of the scratch memory for a strip of `height` output rows.
+double backward_bytes(const SpanProblem& problem, int64_t height) {
+  const Problem& p = problem.involution;
+  const double halo = double(p.dilation_h * (p.kernel_h - 1));
+  const double x = double(packed_rows(p, height)) * double(packed_columns(p) + p.stride_w * 32);
+  const double grad_x = std::min(double(p.in_h), double(height * p.stride_h) + halo) * double(p.in_w);
+  const double rows = 3 * double(height) + 2 * halo / double(p.stride_h);
+  return 4 * ((x + grad_x) * double(blocks_of(p) * block_channels) +
+              (problem.reduced == 0 ? 0 : rows * double(p.out_w + 16) * double(problem.reduced + 16)));
+}
+
+const char* backward_refusal(const SpanProblem& problem) {
+  return backward_bytes(problem, 1) > most_backward_bytes ? "a thread would need more than 64 MB for a row" : nullptr;
+}
+
+std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
+  const Problem& p = problem.involution;
+  const int64_t reach = p.dilation_h * (p.kernel_h - 1);
+  int64_t count = 1;
+  const auto height = [&](int64_t strips) { return ceil_div(p.out_h, strips); };
+  while (backward_bytes(problem, height(count)) > near_bytes &&
+         height(count + 1) >= least_rows * std::max<int64_t>(1, reach / p.stride_h))
+    ++count;
+  while (backward_bytes(problem, height(count)) > most_backward_bytes && height(count) > 1) ++count;
+  const int64_t rows = height(count);
+  count = ceil_div(p.out_h, rows);
+
+  std::vector<BackwardStrip> strips;
+  // Rows of X are dealt out by the middle tap.
+  const auto first_input = [&](int64_t strip) {
+    if (strip == 0) return int64_t{0};
+    return strip == count ? p.in_h
+                          : std::clamp<int64_t>(strip * rows * p.stride_h - p.padding_h + reach / 2, 0, p.in_h);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    BackwardStrip strip{i * rows, std::min((i + 1) * rows, p.out_h), first_input(i), first_input(i + 1), 0, 0};
+    const int64_t first = ceil_div(std::max<int64_t>(0, strip.in_begin + p.padding_h - reach), p.stride_h);
+    strip.first = std::min(strip.begin, first);
+    strip.last = std::max(strip.end, std::min(p.out_h, (strip.in_end - 1 + p.padding_h) / p.stride_h + 1));
+    strips.push_back(strip);
+  }
+  return strips;
+}
+
+}  // namespace
+
 FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
                             int64_t vector_bytes, int threads) {
   const Problem& p = problem.involution;
@@ -153,16 +205,25 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
   plan.blocks = blocks_of(p);
   plan.reduced_padded = round_up(problem.reduced, plan.lanes);
   plan.row_padded = round_up(p.out_w, plan.lanes);
-  const int64_t part_bytes = problem.span_rows() * (problem.reduced + 1) * 4;
-  plan.parts =
-      std::clamp<int64_t>(most_part_bytes / std::max<int64_t>(1, part_bytes), 1, std::min(most_parts, p.batch));
-  plan.chunks = std::min(p.groups, ceil_div(most_parts, plan.parts));
+  plan.strips = backward_strips(problem);
+  for (const BackwardStrip& strip : plan.strips) {
+    plan.height = std::max(plan.height, strip.end - strip.begin);
+    plan.grad_x_rows = std::max(plan.grad_x_rows, strip.in_end - strip.in_begin);
+    plan.rows = std::max(plan.rows, strip.last - strip.first);
+  }
+  const int64_t units = p.batch * int64_t(plan.strips.size());
+  const auto with_sums = [](int64_t floats) {
+    return std::max<int64_t>(1, most_sums_bytes / 4 / std::max<int64_t>(1, floats));
+  };
+  plan.parts = std::min({most_parts, units, with_sums(problem.span_rows() * (problem.reduced + 1))});
+  plan.chunks = std::min(
+      {p.groups, ceil_div(most_parts, plan.parts), with_sums(p.batch * problem.reduced * p.out_h * plan.row_padded)});
   if (problem.reduced == 0) {  // nothing is shared
-    plan.parts = p.batch;
-    plan.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, p.batch));
+    plan.parts = units;
+    plan.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, units));
   }
 
-  plan.x_rows = packed_rows(p, p.out_h);
+  plan.x_rows = packed_rows(p, plan.height);
   plan.x_phase = plan.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1;
   plan.x_channel = plan.x_phase * p.stride_w;
   for (int64_t j = 0; j < p.kernel_w; ++j)
@@ -178,10 +239,10 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
   const bool span = buffers.grad_span != nullptr;
   const bool any = grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
   plan.x_at = take(any, plan.blocks * plan.x_rows * block_channels * plan.x_channel);
-  plan.grad_x_at = take(x, plan.blocks * p.in_h * p.in_w * block_channels);
-  plan.grad_reduced_at = take(reduced, problem.reduced * p.out_h * plan.row_padded);
-  plan.panels_at = take(x, problem.reduced * p.out_h * plan.row_padded);
-  plan.pixels_at = take(span, p.out_h * p.out_w * plan.reduced_padded);
+  plan.grad_x_at = take(x, plan.blocks * plan.grad_x_rows * p.in_w * block_channels);
+  plan.grad_reduced_at = take(reduced, problem.reduced * plan.height * plan.row_padded);
+  plan.panels_at = take(x, problem.reduced * plan.rows * plan.row_padded);
+  plan.pixels_at = take(span, plan.height * p.out_w * plan.reduced_padded);
   plan.span_at = take(true, p.taps() * problem.reduced);
   plan.bias_at = take(true, p.taps());
   plan.weights_at = take(true, (p.taps() + 1) * tile_pixels);
@@ -197,15 +258,6 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
 }
 
 namespace {
-
-const char* backward_refusal(const SpanProblem& problem) {
-  const Problem& p = problem.involution;
-  const double rows = double(packed_rows(p, p.out_h)) * double(packed_columns(p) + p.stride_w * 32);
-  const double pixels = double(p.out_h) * double(p.out_w + 16) * double(problem.reduced + 16) * 3;
-  if ((rows * double(blocks_of(p) * block_channels) * 2 + pixels) * 4 > most_backward_bytes)
-    return "a thread would need more than 512 MB for an image";
-  return nullptr;
-}
 
 void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
                   const Execution& execution) {

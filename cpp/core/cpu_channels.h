@@ -77,13 +77,19 @@ void channels_task_baseline(const Channels&, bool reduce, int64_t task, void* sc
 void channels_task_avx2(const Channels&, bool reduce, int64_t task, void* scratch);
 void channels_task_avx512(const Channels&, bool reduce, int64_t task, void* scratch);
 
-// Backward: a task is some images (a part) and some groups (a chunk). What parts (grad_S, grad_b) or chunks (grad_R)
-// share is kept apart, and summed by a second round of tasks; both are then by the problem alone. While a group is
-// computed, the rows of the next one are fetched: in channels_last memory a group's pixels are as far apart as all
-// channels are wide, and waiting for them took as long as the arithmetic.
+// Backward: a task is some strips of images (a part) and some groups (a chunk). What parts (grad_S, grad_b) or chunks
+// (grad_R) share is kept apart, and summed by a second round of tasks; both are then by the problem alone. While a
+// group is computed, the rows of the next one are fetched: in channels_last memory a group's pixels are as far apart as
+// all channels are wide, and waiting for them took as long as the arithmetic.
 constexpr int64_t backward_columns = 96;  // of a row at a time, with zeros on either side of its weights:
 constexpr int64_t backward_margin =
     (tile_pixels - backward_columns) / 2;  // a window of up to 9 columns reads past the row
+
+// Output rows [begin, end), from which the gradients of W come, and rows of X, whose gradient comes from output rows
+// [first, last): those of neighbours, too, whose weights are then computed twice.
+struct BackwardStrip {
+  int64_t begin, end, in_begin, in_end, first, last;
+};
 
 struct FusedBackward {
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w, or their gradient goes to grad_w
@@ -94,11 +100,14 @@ struct FusedBackward {
   int64_t lanes;
   int64_t blocks;
   int64_t parts, chunks;
-  int64_t reduced_padded;  // R in whole vectors
-  int64_t row_padded;      // output columns in whole vectors
+  std::vector<BackwardStrip> strips;  // of an image
+  int64_t height;                     // most output rows of a strip
+  int64_t reduced_padded;             // R in whole vectors
+  int64_t row_padded;                 // output columns in whole vectors
 
   // X as [row][channel][phase][column / stride].
   int64_t x_rows, x_channel, x_phase;
+  int64_t grad_x_rows, rows;        // most rows of X, and most output rows [first, last), of a strip
   std::vector<int64_t> tap_offset;  // [kw] in a channel
 
   // In floats from the start of a task's scratch memory.

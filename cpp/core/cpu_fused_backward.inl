@@ -176,17 +176,21 @@ struct BackwardRun {
 
   int64_t x_row_floats() const { return block_channels * plan.x_channel; }
   float* x_block(int64_t block) const { return x + block * plan.x_rows * x_row_floats(); }
-  float* gx_block(int64_t block) const { return gx + block * p.in_h * p.in_w * block_channels; }
+  float* gx_block(int64_t block) const { return gx + block * plan.grad_x_rows * p.in_w * block_channels; }
 
-  // X of a block as [row][channel][phase][column / stride], between zeros that stay.
-  void pack_input(int64_t n, int64_t g, int64_t block) const {
+  // X of a block for a strip as [row][channel][phase][column / stride], between columns of zeros that stay.
+  void pack_input(int64_t n, int64_t g, int64_t block, const BackwardStrip& strip) const {
     const int64_t channels = channels_of(block);
     const T* image =
         static_cast<const T*>(plan.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * p.x_stride[1];
     float* to = x_block(block);
-    for (int64_t r = 0; r < plan.x_rows; ++r, to += x_row_floats()) {
-      const int64_t h = r - p.padding_h;
-      if (h < 0 || h >= p.in_h) continue;
+    const int64_t rows = (strip.end - strip.begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+    for (int64_t r = 0; r < rows; ++r, to += x_row_floats()) {
+      const int64_t h = strip.begin * p.stride_h - p.padding_h + r;
+      if (h < 0 || h >= p.in_h) {
+        if (plan.height < p.out_h) std::memset(to, 0, size_t(x_row_floats()) * sizeof(float));
+        continue;
+      }
       for (int64_t phase = 0; phase < p.stride_w; ++phase) {
         // Padded columns phase + stride * m hold column phase + stride * m - padding.
         const int64_t left = p.padding_w <= phase ? 0 : (p.padding_w - phase + p.stride_w - 1) / p.stride_w;
@@ -200,22 +204,30 @@ struct BackwardRun {
     }
   }
 
-  // R of an image: for each tile [vector][r][lane], and [pixel][r].
-  void pack_reduced(int64_t n) const {
+  // R of a strip: for each tile [vector][r][lane], and [pixel][r].
+  void pack_reduced(int64_t n, const BackwardStrip& strip) const {
     const T* image = static_cast<const T*>(plan.buffers.reduced) + n * span.reduced_stride[0];
-    for (int64_t row = 0; row < p.out_h; ++row)
+    for (int64_t row = first_row(strip); row < last_row(strip); ++row)
       for (int64_t column = 0; column < p.out_w; column += backward_columns) {
         const int64_t columns = least(backward_columns, p.out_w - column);
         const T* from = image + row * span.reduced_stride[2] + column * span.reduced_stride[3];
-        if (want_x) pack_pixels(from, span.reduced_stride, span.reduced, 1, columns, panel(row, column), staging);
-        if (plan.buffers.grad_span == nullptr) continue;
-        float* to = pixels + (row * p.out_w + column) * plan.reduced_padded;
+        if (want_x)
+          pack_pixels(from, span.reduced_stride, span.reduced, 1, columns, panel(strip, row, column), staging);
+        if (plan.buffers.grad_span == nullptr || row < strip.begin || row >= strip.end) continue;
+        float* to = pixel_rows(strip, row, column);
         std::memset(to, 0, size_t(columns * plan.reduced_padded) * sizeof(float));
         exchange(from, span.reduced_stride[1], span.reduced, span.reduced_stride[3], columns, to, plan.reduced_padded,
                  staging);
       }
   }
-  float* panel(int64_t row, int64_t column) const { return panels + (row * plan.row_padded + column) * span.reduced; }
+  int64_t first_row(const BackwardStrip& strip) const { return want_x ? strip.first : strip.begin; }
+  int64_t last_row(const BackwardStrip& strip) const { return want_x ? strip.last : strip.end; }
+  float* panel(const BackwardStrip& strip, int64_t row, int64_t column) const {
+    return panels + ((row - strip.first) * plan.row_padded + column) * span.reduced;
+  }
+  float* pixel_rows(const BackwardStrip& strip, int64_t row, int64_t column) const {
+    return pixels + ((row - strip.begin) * p.out_w + column) * plan.reduced_padded;
+  }
 
   // grad_Y of a block at a tile as [pixel][16] with zeros on either side, and as [channel][pixel].
   void pack_gradient(int64_t n, int64_t g, int64_t block, int64_t row, int64_t column, int64_t columns) const {
@@ -227,14 +239,15 @@ struct BackwardRun {
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
   }
 
-  // What group g reads and writes at an output row. Its pixels are far apart in channels_last memory, where no
-  // processor fetches ahead by itself; asked for while the group before is computed, they arrive in time.
-  void prefetch(int64_t n, int64_t g, int64_t row) const {
+  // What group g reads and writes at an output row, asked for while the group before is computed.
+  void prefetch(int64_t n, int64_t g, int64_t row, const BackwardStrip& strip) const {
     const int64_t channels = p.group_channels(), c = g * channels;
     prefetch_pixels(static_cast<const T*>(plan.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
                     p.y_stride[1], channels, p.y_stride[3], p.out_w);
     const auto image = [&](const void* at, const int64_t (&stride)[4]) {
-      for (int64_t h = p.in_h * row / p.out_h; h < p.in_h * (row + 1) / p.out_h; ++h)
+      const int64_t rows = strip.in_end - strip.in_begin, first = first_row(strip), of = last_row(strip) - first;
+      const int64_t i = row - first;
+      for (int64_t h = strip.in_begin + rows * i / of; h < strip.in_begin + rows * (i + 1) / of; ++h)
         prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
                         stride[3], p.in_w);
     };
@@ -247,6 +260,7 @@ struct BackwardRun {
 
   // --- the products of a tile
 
+  // At row `row` of a strip.
   void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns) const {
     const int64_t channels = channels_of(block);
     for (int64_t i = 0; i < p.kernel_h; ++i) {
@@ -268,7 +282,9 @@ struct BackwardRun {
     }
   }
 
-  void tile(int64_t n, int64_t g, int64_t row, int64_t column, const Left& s, Gather gather) const {
+  void tile(int64_t n, int64_t g, int64_t row, int64_t column, const BackwardStrip& strip, const Left& s,
+            Gather gather) const {
+    const bool own = row >= strip.begin && row < strip.end;
     const int64_t columns = least(backward_columns, p.out_w - column), taps = p.taps();
     const int64_t vectors = (columns + V::lanes - 1) / V::lanes;
     float* weights = w + backward_margin;
@@ -276,8 +292,8 @@ struct BackwardRun {
       if (plan.w != nullptr)
         load_weights(weights_of<T>(p, plan.w, n, g, row, column), p, 1, columns, weights, staging);
       else
-        multiply(s, taps, {panel(row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias, weights,
-                 tile_pixels);
+        multiply(s, taps, {panel(strip, row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias,
+                 weights, tile_pixels);
       // Products are of whole vectors.
       if (plan.w == nullptr || narrows())
         for (int64_t k = 0; k < taps; ++k)
@@ -288,12 +304,13 @@ struct BackwardRun {
       if (want_x)
         for (int64_t i = 0; i < p.kernel_h; ++i) {
           const int64_t h = row * p.stride_h + i * p.dilation_h - p.padding_h;
-          if (h >= 0 && h < p.in_h)
+          if (h >= strip.in_begin && h < strip.in_end)
             gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
-                   gx_block(block) + h * p.in_w * block_channels);
+                   gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
         }
-      if (want_weights) grad_weights(block, row, column, columns);
+      if (want_weights && own) grad_weights(block, row - strip.begin, column, columns);
     }
+    if (!own) return;
     if (plan.grad_w != nullptr) store_weights(gw, p, columns, weights_of<T>(p, plan.grad_w, n, g, row, column));
     if (plan.buffers.grad_bias != nullptr) {
       float* to = plan.bias_part(part) + g * taps;
@@ -303,59 +320,62 @@ struct BackwardRun {
     }
     if (plan.buffers.grad_reduced != nullptr)
       multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, tile_pixels}, vectors, taps, nullptr,
-               gr + row * plan.row_padded + column, p.out_h * plan.row_padded);
+               gr + (row - strip.begin) * plan.row_padded + column, plan.height * plan.row_padded);
     if (plan.buffers.grad_span != nullptr)
-      multiply({gw, tile_pixels, 1}, taps,
-               {pixels + (row * p.out_w + column) * plan.reduced_padded, V::lanes, plan.reduced_padded},
+      multiply({gw, tile_pixels, 1}, taps, {pixel_rows(strip, row, column), V::lanes, plan.reduced_padded},
                plan.reduced_padded / V::lanes, columns, nullptr, plan.span_part(part) + g * taps * plan.reduced_padded,
                plan.reduced_padded);
   }
 
   // --- the task
 
-  void image(int64_t n) const {
+  void strip(int64_t n, const BackwardStrip& strip) const {
     const Gather gather = gather_for(p);
-    const size_t gr_bytes = size_t(span.reduced * p.out_h * plan.row_padded) * sizeof(float);
-    if (plan.buffers.grad_reduced != nullptr) std::memset(gr, 0, gr_bytes);
-    if (span.reduced > 0) pack_reduced(n);
+    const int64_t in_rows = strip.in_end - strip.in_begin;
+    if (plan.buffers.grad_reduced != nullptr)
+      std::memset(gr, 0, size_t(span.reduced * plan.height * plan.row_padded) * sizeof(float));
+    if (span.reduced > 0) pack_reduced(n, strip);
     for (int64_t g = p.groups * chunk / plan.chunks, last = p.groups * (chunk + 1) / plan.chunks; g < last; ++g) {
-      if (want_x) std::memset(gx, 0, size_t(plan.blocks * p.in_h * p.in_w * block_channels) * sizeof(float));
-      if (want_weights)
-        for (int64_t block = 0; block < plan.blocks; ++block) pack_input(n, g, block);
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        if (want_x) std::memset(gx_block(block), 0, size_t(in_rows * p.in_w * block_channels) * sizeof(float));
+        if (want_weights) pack_input(n, g, block, strip);
+      }
       int64_t pitch = 0;
       const float* s = nullptr;
       if (span.reduced > 0) {
         s = span_rows<T>(span, plan.buffers, g, span_memory, &pitch);
         load_bias<T>(span, plan.buffers, g, bias);
       }
-      for (int64_t row = 0; row < p.out_h; ++row) {
-        if (g + 1 < p.groups) prefetch(n, g + 1, row);
+      for (int64_t row = first_row(strip); row < last_row(strip); ++row) {
+        if (g + 1 < p.groups) prefetch(n, g + 1, row, strip);
         for (int64_t column = 0; column < p.out_w; column += backward_columns)
-          tile(n, g, row, column, {s, pitch, 1}, gather);
+          tile(n, g, row, column, strip, {s, pitch, 1}, gather);
       }
       if (want_x)
         for (int64_t block = 0; block < plan.blocks; ++block)
-          for (int64_t h = 0; h < p.in_h; ++h)
+          for (int64_t h = 0; h < in_rows; ++h)
             store_pixels(gx_block(block) + h * p.in_w * block_channels, channels_of(block), p.in_w,
                          static_cast<T*>(plan.buffers.grad_x) + n * span.grad_x_stride[0] +
-                             first_channel(g, block) * span.grad_x_stride[1] + h * span.grad_x_stride[2],
+                             first_channel(g, block) * span.grad_x_stride[1] +
+                             (strip.in_begin + h) * span.grad_x_stride[2],
                          span.grad_x_stride[1], span.grad_x_stride[3], staging);
     }
     if (plan.buffers.grad_reduced == nullptr) return;
-    if (plan.chunks > 1)
-      std::memcpy(plan.reduced_part(chunk, n), gr, gr_bytes);
-    else
-      store_reduced(n, gr);
+    const int64_t rows = strip.end - strip.begin, plane = plan.height * plan.row_padded;
+    if (plan.chunks == 1) return store_reduced(n, strip.begin, rows, gr, plane);
+    float* part = plan.reduced_part(chunk, n) + strip.begin * plan.row_padded;
+    for (int64_t r = 0; r < span.reduced; ++r)
+      std::memcpy(part + r * p.out_h * plan.row_padded, gr + r * plane, size_t(rows * plan.row_padded) * sizeof(float));
   }
 
-  // [r][row][padded column] sums of an image into grad_R.
-  void store_reduced(int64_t n, const float* from) const {
-    T* to = static_cast<T*>(plan.buffers.grad_reduced) + n * span.grad_reduced_stride[0];
+  // [r][row][padded column] sums of some rows of an image into grad_R.
+  void store_reduced(int64_t n, int64_t first, int64_t rows, const float* from, int64_t plane) const {
+    T* to = static_cast<T*>(plan.buffers.grad_reduced) + n * span.grad_reduced_stride[0] +
+            first * span.grad_reduced_stride[2];
     const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
-    for (int64_t row = 0; row < p.out_h; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       T* out = to + row * span.grad_reduced_stride[2];
       const float* in = from + row * plan.row_padded;
-      const int64_t plane = p.out_h * plan.row_padded;
       if (pixel == 1) {
         for (int64_t r = 0; r < span.reduced; ++r)
           for (int64_t v = 0; v < p.out_w; ++v) store(in[r * plane + v], &out[r * channel + v]);
@@ -384,7 +404,9 @@ struct BackwardRun {
     clear(w, (taps + 1) * tile_pixels / V::lanes);
     clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
     clear(gy_across, block_channels * backward_columns / V::lanes);
-    for (int64_t n = p.batch * part / plan.parts; n < p.batch * (part + 1) / plan.parts; ++n) image(n);
+    const int64_t strips = int64_t(plan.strips.size()), units = p.batch * strips;
+    for (int64_t unit = units * part / plan.parts; unit < units * (part + 1) / plan.parts; ++unit)
+      strip(unit / strips, plan.strips.data()[unit % strips]);
   }
 
   // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R
@@ -416,7 +438,7 @@ struct BackwardRun {
       const float* other = plan.reduced_part(i, n);
       for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
     }
-    store_reduced(n, sum);
+    store_reduced(n, 0, p.out_h, sum, p.out_h * plan.row_padded);
   }
 };
 

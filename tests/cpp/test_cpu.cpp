@@ -37,6 +37,15 @@ std::vector<Case> wide_cases() {
           {1, 9, 1, 5, 230, 3, 3, 1, 1, 1, 1},  {2, 33, 3, 14, 14, 5, 5, 1, 1, 2, 2}};
 }
 
+// Images that the backward passes take in several strips of rows.
+std::vector<Case> long_cases() {
+  return {{2, 16, 1, 70, 210, 3, 3, 1, 1, 1, 1},
+          {1, 24, 1, 130, 160, 3, 3, 2, 2, 1, 1},
+          {1, 16, 2, 200, 420, 1, 5, 3, 2, 0, 2},
+          {1, 16, 1, 75, 200, 2, 3, 1, 1, 4, 0, 2, 1},
+          {1, 16, 1, 141, 190, 2, 2, 3, 3, 0, 0}};
+}
+
 void involution() {
   for (const Named& variant : variants_here) {
     int ran = 0;
@@ -50,6 +59,9 @@ void involution() {
         ran += run_and_check({shape, layouts[seed % 4], dtypes[seed / 4 % 4], pass}, variant, seed);
         ran += run_and_check({shape, layouts[(seed + 1) % 4], DType::f32, pass}, variant, seed);
       }
+    for (const Case& shape : long_cases())
+      for (const Pass pass : {Pass::grad_input, Pass::grad_weight})
+        ran += run_and_check({shape, layouts[++seed % 3], dtypes[seed % 2 == 0 ? 0 : 3], pass}, variant, seed);
     for (const Case& shape : wide_cases())
       for (const Layout layout : layouts)
         for (const DType dtype : dtypes) ran += run_and_check({shape, layout, dtype, Pass::forward}, variant, ++seed);
@@ -141,6 +153,11 @@ void span_involution() {
         ++index;
         span_case(shape, 1 + index % 19, dtype, layout, index % 2 == 0, index % 3 == 0 ? two_threads : Execution{});
       }
+  for (const Case& shape : long_cases()) {
+    ++index;
+    span_case(shape, 1 + index % 9, index % 2 == 0 ? DType::f32 : DType::bf16, layouts[index % 3], true,
+              index % 2 == 0 ? two_threads : Execution{});
+  }
 }
 
 }  // namespace
