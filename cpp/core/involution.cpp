@@ -12,9 +12,16 @@
 namespace pyinvolution {
 namespace {
 
-void expect(bool holds, const char* name, int64_t value, const std::string& expected) {
+void expect(bool holds, const char* name, int64_t value, const char* expected) {
   if (!holds)
     throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ", expected " + expected);
+}
+
+// Where a tensor has elements, it has an address.
+void expect_memory(const char* name, const void* address, int64_t elements) {
+  if (elements > 0 && address == nullptr)
+    throw std::invalid_argument(std::string(name) + " is null, expected the address of " + std::to_string(elements) +
+                                " elements");
 }
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -25,9 +32,8 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
 // What makes the size of the output computable.
 void validate_window(const Problem& p) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  const auto between = [](const char* name, int64_t value, int64_t least) {
-    expect(value >= least && value <= most, name, value, "at least " + std::to_string(least) + " and below 2^31");
-  };
+  expect(p.dtype >= DType::f32 && p.dtype <= DType::bf16, "dtype", int64_t(p.dtype), "f32, f64, f16 or bf16");
+  expect(p.device == Device::cpu || p.device == Device::cuda, "device", int64_t(p.device), "cpu or cuda");
   expect(p.batch >= 0, "batch", p.batch, "at least 0");
   for (const auto& [name, value] : {std::pair{"in_h", p.in_h}, {"in_w", p.in_w}})
     expect(value >= 0 && value < int64_t{1} << 62, name, value, "at least 0 and below 2^62");
@@ -37,12 +43,12 @@ void validate_window(const Problem& p) {
                                     {"stride_w", p.stride_w},
                                     {"dilation_h", p.dilation_h},
                                     {"dilation_w", p.dilation_w}})
-    between(name, value, 1);
+    expect(value >= 1 && value <= most, name, value, "at least 1 and below 2^31");
   for (const auto& [name, value] : {std::pair{"padding_h", p.padding_h}, {"padding_w", p.padding_w}})
-    between(name, value, 0);
+    expect(value >= 0 && value <= most, name, value, "at least 0 and below 2^31");
   expect(p.channels >= 0, "channels", p.channels, "at least 0");
-  expect(p.groups >= 1 && p.channels % p.groups == 0, "groups", p.groups,
-         "a divisor of channels, " + std::to_string(p.channels));
+  if (p.groups < 1 || p.channels % p.groups != 0)
+    expect(false, "groups", p.groups, ("a divisor of channels, " + std::to_string(p.channels)).c_str());
 }
 
 // Strides of dense tensors: sizes by significance, given as (axis, size), last fastest.
@@ -78,6 +84,7 @@ const char* version() { return PYINVOLUTION_VERSION; }
 
 Problem make_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
                      const Geometry& geometry, Layout layout) {
+  expect(layout == Layout::nchw || layout == Layout::nhwc, "layout", int64_t(layout), "nchw or nhwc");
   Problem p{};
   p.dtype = dtype, p.device = device;
   p.batch = input[0], p.channels = input[1], p.in_h = input[2], p.in_w = input[3], p.groups = groups;
@@ -114,8 +121,15 @@ void validate(const Problem& p) {
   validate_window(p);
   const int64_t h = output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   const int64_t w = output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
-  expect(p.out_h == h, "out_h", p.out_h, std::to_string(h));
-  expect(p.out_w == w, "out_w", p.out_w, std::to_string(w));
+  if (p.out_h != h) expect(false, "out_h", p.out_h, std::to_string(h).c_str());
+  if (p.out_w != w) expect(false, "out_w", p.out_w, std::to_string(w).c_str());
+}
+
+void validate(const Problem& p, const Buffers& buffers) {
+  validate(p);
+  expect_memory("x", buffers.x, p.batch * p.channels * p.in_h * p.in_w);
+  expect_memory("w", buffers.w, p.batch * p.groups * p.taps() * p.out_h * p.out_w);
+  expect_memory("y", buffers.y, p.batch * p.channels * p.out_h * p.out_w);
 }
 
 int64_t scratch_bytes(const SpanProblem& span, SpanPass pass) {
@@ -126,6 +140,16 @@ int64_t scratch_bytes(const SpanProblem& span, SpanPass pass) {
 void run(const SpanProblem& span, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
   const Problem& p = span.involution;
   if (p.batch * p.channels * p.out_h * p.out_w == 0) return;
+  const bool layer = pass == SpanPass::layer;
+  layer ? validate_window(p) : validate(p);
+  expect(span.reduced >= 1, "reduced", span.reduced, "at least 1");
+  expect_memory("x", buffers.x, p.batch * p.channels * p.in_h * p.in_w);
+  expect_memory("y", buffers.y, p.batch * p.channels * p.out_h * p.out_w);
+  expect_memory("span", buffers.span, span.span_rows() * span.reduced);
+  if (layer)
+    expect_memory("reduce", buffers.reduce, span.reduced * p.channels);
+  else
+    expect_memory("reduced", buffers.reduced, p.batch * span.reduced * p.out_h * p.out_w);
   const SpanVariant& variant = choose(span, pass);
   if (variant.run != nullptr) {
     if (buffers.scratch == nullptr && scratch_bytes(span, pass) > 0)

@@ -5,12 +5,14 @@
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 
 #include "../../cuda/fused/fused.h"
 #include "../../cuda/generic/generic.h"
 #include "../../cuda/mma/mma.h"
 #include "../../cuda/tiled/tiled.h"
 #include "cpu.h"
+#include "pyinvolution/involution.h"
 
 namespace pyinvolution {
 namespace {
@@ -142,7 +144,7 @@ int64_t outputs(const Problem& p, Pass pass) {
     case Pass::grad_input: return p.batch * p.channels * p.in_h * p.in_w;
     case Pass::grad_weight: return p.batch * p.groups * p.taps() * p.out_h * p.out_w;
   }
-  return 0;
+  throw std::invalid_argument("pass is " + std::to_string(int(pass)) + ", expected forward, grad_input or grad_weight");
 }
 
 }  // namespace
@@ -156,6 +158,7 @@ const SpanVariant& choose(const SpanProblem& problem, SpanPass pass) {
 
 void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   if (outputs(problem, pass) == 0) return;
+  validate(problem, buffers);
   choose(problem, pass).run(problem, pass, buffers, execution);
 }
 

@@ -190,7 +190,11 @@ void hostile(Engine& engine) {
     const Problem& p = span.involution;
     validate(p);
     CHECK(p.out_h >= 0 && p.out_w >= 0 && p.w_stride[0] > 0 && p.x_stride[0] > 0 && p.y_stride[0] > 0, "an overflow");
-    for (const Pass pass : passes) CHECK(!explain(p, pass).empty(), "a verdict");
+    for (const Pass pass : passes) {
+      CHECK(!explain(p, pass).empty(), "a verdict");
+      const std::string message = checks::message_of([&] { run(p, pass, {}, {}); });
+      CHECK(message.empty() || message.find("is null, expected the address of") != std::string::npos, message);
+    }
     for (const SpanPass pass : {SpanPass::forward, SpanPass::backward})
       CHECK(!explain(span, pass).empty(), "a verdict");
   } catch (const std::invalid_argument& error) {

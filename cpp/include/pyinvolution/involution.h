@@ -52,8 +52,10 @@ PYINVOLUTION_API SpanProblem make_layer_problem(DType, Device, const std::array<
                                                 int64_t reduced, const Geometry& = {}, Layout = Layout::nhwc,
                                                 bool epilogue = false, bool relu = false);
 
-// Checks the sizes of a problem that was filled by hand; strides are the caller's. Throws std::invalid_argument.
+// Checks the sizes of a problem that was filled by hand, and that its tensors have addresses, as `run` does; strides
+// are the caller's. Throws std::invalid_argument.
 PYINVOLUTION_API void validate(const Problem&);
+PYINVOLUTION_API void validate(const Problem&, const Buffers&);
 
 // Bytes of the device's memory, aligned to 16, that `run` needs in buffers.scratch; with CUDA, of the current device.
 PYINVOLUTION_API int64_t scratch_bytes(const SpanProblem&, SpanPass);

@@ -30,7 +30,8 @@ using SpanVariant = VariantOf<SpanProblem, SpanPass, SpanBuffers>;
 PYINVOLUTION_API const Variant& choose(const Problem&, Pass);
 PYINVOLUTION_API const SpanVariant& choose(const SpanProblem&, SpanPass);
 
-// Chooses and runs. Does nothing for an empty output; sums over nothing are zero.
+// Chooses and runs. Does nothing for an empty output; sums over nothing are zero. Throws std::invalid_argument for
+// sizes that do not fit each other and for null pointers.
 PYINVOLUTION_API void run(const Problem&, Pass, const Buffers&, const Execution&);
 
 struct Verdict {
