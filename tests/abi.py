@@ -2,8 +2,8 @@
 
     python tests/abi.py [--torch 2.10.0] [--torch newest] [--folder DIR] WHEEL
 
-Makes an environment for each version (a download of up to 3 GB each), installs the wheel, and runs the tests of the
-operators there. `make test-abi` does it for a wheel that it builds.
+Makes an environment for each version (a download of up to 3 GB each), installs the wheel, runs the tests of the
+operators there, and compiles the C++ programs against that libtorch. `make test-abi` does it for a wheel it has built.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_functional.py", "test_span.py", "test_kernels.py", "test_modules.py")
+TESTS = ("test_functional.py", "test_span.py", "test_kernels.py", "test_modules.py", "test_consumer.py")
+PACKAGES = ("numpy", "pytest", "hypothesis", "cmake", "ninja")
 
 
 def main() -> None:
@@ -39,11 +40,12 @@ def attempt(root: Path, wheel: Path, version: str) -> bool:
         subprocess.run([sys.executable, "-m", "venv", root], check=True)
     install = [python, "-m", "pip", "install", "--quiet"]
     requirement = "torch" if version == "newest" else f"torch=={version}"
-    subprocess.run([*install, requirement, "numpy", "pytest", "hypothesis"], check=True)
+    subprocess.run([*install, requirement, *PACKAGES], check=True)
     subprocess.run([*install, "--force-reinstall", "--no-deps", wheel], check=True)
     tests = [ROOT / "tests" / name for name in TESTS]
     # Not from the checkout, whose tests would find nothing built there.
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "2"}
+    switches = {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "2", "PYINVOLUTION_WHEEL": str(wheel)}
+    environment = os.environ | switches
     show = "import torch, pyinvolution; print(pyinvolution.build_info())"
     subprocess.run([python, "-c", show], cwd=root, env=environment, check=True)
     # torch.export of 2.10 cannot prove the size of the output of a layer with a stride; the rest must pass.

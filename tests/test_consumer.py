@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from documents import BLOCKS
-from PIL import Image
 from torch import nn
 
 import pyinvolution
@@ -259,7 +258,7 @@ def test_train_step(programs: Path, tmp_path: Path) -> None:
 
 
 def test_infer_classifies_image_files_as_python_does(python: Path, programs: Path, tmp_path: Path) -> None:
-    transforms = pytest.importorskip("torchvision.transforms.v2")
+    transforms, Image = pytest.importorskip("torchvision.transforms.v2"), pytest.importorskip("PIL.Image")
     torch.manual_seed(0)
     options = {"layers": [1], "stem": "small", "stem_channels": 32, "base_channels": 16}
     net = pyinvolution.models.create_model("rednet", num_classes=10, **options).eval()

@@ -204,7 +204,7 @@ struct SpanInvolution : Function<SpanInvolution> {
       const Tensor grad = both[1].flatten(1, 3).flatten(2);
       if (needed[1]) results[1] = torch::einsum("kr,nkp->nrp", {span_weight.flatten(1), grad}).reshape_as(reduced);
       if (needed[2]) results[2] = torch::einsum("nkp,nrp->kr", {grad, reduced.flatten(2)}).reshape_as(span_weight);
-      if (needed[3]) results[3] = grad.sum({0, 2});
+      if (needed[3]) results[3] = grad.sum(Ints({0, 2}));  // {0, 2} alone could be a null pointer and a length
       return results;
     }
     const auto [grad_input, grad_reduced, grad_weight, grad_bias] =
