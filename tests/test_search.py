@@ -53,6 +53,18 @@ def test_code_round_trip(code):
     assert all(mine == given for mine, given in zip(canonical, code, strict=True) if mine), "only unused entries change"
 
 
+def test_wrong_codes_are_refused():
+    code = space.encode(space.sample(random.Random(0)))
+    for wrong, error, message in (
+        (code[1:], ValueError, f"a code must have {len(code)} entries, got {len(code) - 1}"),
+        ((2, *code[1:]), ValueError, "depth1 of a code must be in 0 to 1, got 2"),
+        ((-1, *code[1:]), ValueError, "depth1 of a code must be in 0 to 1, got -1"),
+        ((0.5, *code[1:]), TypeError, "depth1 of a code must be an int, got 0.5"),
+    ):
+        with pytest.raises(error, match=message):
+            space.decode(wrong)
+
+
 @given(st.integers(0, 2**32))
 def test_samples_are_of_the_space(seed):
     architecture = space.sample(random.Random(seed))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import prod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -192,11 +193,14 @@ class SearchSpace:
         """The architecture of a code; what it says of blocks beyond the depth is ignored.
 
         Raises:
+            TypeError: an entry is not an integer.
             ValueError: the code has another length, or an entry out of range.
         """
         if len(code) != len(self.genes):
             raise ValueError(f"a code must have {len(self.genes)} entries, got {len(code)}")
         for value, (name, count) in zip(code, self.genes.items(), strict=True):
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name} of a code must be an int, got {value!r}")
             if not 0 <= value < count:
                 raise ValueError(f"{name} of a code must be in 0 to {count - 1}, got {value}")
         entries = iter(code)
