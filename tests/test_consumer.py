@@ -253,6 +253,10 @@ def test_train_step(programs: Path, tmp_path: Path) -> None:
     trained = dict(torch.load(tmp_path / "out.pt", weights_only=True))
     torch.testing.assert_close(trained, dict(net.state_dict()), rtol=1e-3, atol=1e-3)
     assert "there is no file" in fails(program, tmp_path / "none", tmp_path / "state.pt", tmp_path / "out.pt")
+    for damaged in (b"noise", (tmp_path / "state.pt").read_bytes()[:500]):
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        error = fails(program, tmp_path / "data.pt", tmp_path / "damaged.pt", tmp_path / "out.pt")
+        assert "damaged.pt is damaged, or not of torch.save" in error
     torch.save({**net.state_dict(), "more": labels}, tmp_path / "other.pt")
     assert "has more, which" in fails(program, tmp_path / "data.pt", tmp_path / "other.pt", tmp_path / "out.pt")
 

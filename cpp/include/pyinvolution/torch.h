@@ -292,16 +292,20 @@ void for_each_entry(const torch::nn::Module& module, const Visit& visit) {
 inline void load_state_dict(torch::nn::Module& module, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file, "load_state_dict: there is no file ", path);
-  const torch::IValue saved =
-      torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
   std::map<std::string, torch::Tensor> state;
-  if (saved.isTuple()) {
-    for (const torch::IValue& entry : saved.toTupleRef().elements())
-      state.emplace(entry.toTupleRef().elements()[0].toStringRef(), entry.toTupleRef().elements()[1].toTensor());
-  } else {
-    TORCH_CHECK(saved.isGenericDict(), "load_state_dict: ", path,
-                " is not of torch.save(dict(module.state_dict()), path)");
-    for (const auto& entry : saved.toGenericDict()) state.emplace(entry.key().toStringRef(), entry.value().toTensor());
+  try {
+    const torch::IValue saved =
+        torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
+    if (saved.isTuple()) {
+      for (const torch::IValue& entry : saved.toTupleRef().elements())
+        state.emplace(entry.toTupleRef().elements().at(0).toStringRef(),
+                      entry.toTupleRef().elements().at(1).toTensor());
+    } else {
+      for (const auto& entry : saved.toGenericDict())
+        state.emplace(entry.key().toStringRef(), entry.value().toTensor());
+    }
+  } catch (const std::exception&) {
+    TORCH_CHECK(false, "load_state_dict: ", path, " is damaged, or not of torch.save(dict(module.state_dict()), path)");
   }
   const torch::NoGradGuard no_grad;
   detail::for_each_entry(module, [&](const std::string& name, torch::Tensor tensor) {
