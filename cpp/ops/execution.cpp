@@ -50,6 +50,11 @@ void run_on(const torch::stable::Tensor& where, const Problem& problem, Pass pas
   execute(where, problem.device, [&](const Execution& execution) { run(problem, pass, buffers, execution); });
 }
 
+void run_on(const torch::stable::Tensor& where, const Variant& variant, const Problem& problem, Pass pass,
+            const Buffers& buffers) {
+  execute(where, problem.device, [&](const Execution& execution) { variant.run(problem, pass, buffers, execution); });
+}
+
 void run_on(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& problem, SpanPass pass,
             const SpanBuffers& buffers) {
   execute(where, problem.involution.device, [&](const Execution& execution) {

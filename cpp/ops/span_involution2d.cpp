@@ -190,7 +190,9 @@ Tensor apply(SpanProblem span, SpanPass pass, const Tensor& input, Reduction red
   if (variant->run == nullptr) {
     const Tensor weight = compose_weight(*reduction.reduced, span_weight, span_bias, p);
     std::copy_n(weight.strides().data(), 6, p.w_stride);
-    run_on(input, p, Pass::forward, {address(input), address(weight), output.mutable_data_ptr()});
+    // A layer's output has a size of its own, which `run` would refuse.
+    run_on(input, choose(p, Pass::forward), p, Pass::forward,
+           {address(input), address(weight), output.mutable_data_ptr()});
     return finish(output, input, scale, shift, relu);
   }
   std::vector<Tensor> kept;
