@@ -376,7 +376,13 @@ def search(capsys, *arguments):
 @pytest.fixture(scope="module")
 def searched(search_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched") / "run"
-    return folder, pipeline.run(config.read(str(search_config), {"output": str(folder)}))
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        result = pipeline.run(config.read(str(search_config), {"output": str(folder)}))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "also between trainings"
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return folder, result
 
 
 def test_search_reports_everything(searched):

@@ -2,10 +2,11 @@
 
 import logging
 import random
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
@@ -82,7 +83,14 @@ def fit(training: dict[str, Any], folder: Path) -> float:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(merged(training, {"trainer": quiet}), sort_keys=False))
         last = folder / "last.ckpt"
-        cli = command.run(["fit", "--config", str(path), *(["--ckpt_path", str(last)] if last.is_file() else [])])
+        resume = ["--ckpt_path", str(last)] if last.is_file() else []
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            cli = command.run(["fit", "--config", str(path), *resume])
+        finally:
+            # The trainer's would stay, and swallow what is to stop the search between two trainings.
+            with suppress(ValueError):  # not the main thread, where no handler has changed
+                signal.signal(signal.SIGTERM, handler)
         metrics = cli.trainer.callback_metrics
         if "val/top1" not in metrics:  # it had been interrupted after its last step
             metrics = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]
