@@ -20,9 +20,10 @@ constexpr int64_t least_strip_pixels = 224;
 // Below this many multiply-adds, waking the other threads takes longer than they save.
 constexpr int64_t least_parallel = 1 << 18;
 
-// Backward: enough for many threads; each part and each chunk has sums of its own, in all of so many bytes.
+// Backward: enough for many threads; each part and each chunk has sums of its own, in all of so many floats: where that
+// is not little, at most half of what W would have.
 constexpr int64_t most_parts = 32;
-constexpr int64_t most_sums_bytes = 128 * 1024 * 1024;
+constexpr int64_t least_sums = 2 << 20, most_sums = 32 << 20;
 // Of a strip: what stays in the second level of cache, and what a thread may need. A strip computes the weights of its
 // neighbours' rows again; of 16 rows at most one for the sake of the cache.
 constexpr double near_bytes = 1 << 20;
@@ -212,9 +213,8 @@ FusedBackward plan_backward(const SpanProblem& problem, const SpanBuffers& buffe
     plan.rows = std::max(plan.rows, strip.last - strip.first);
   }
   const int64_t units = p.batch * int64_t(plan.strips.size());
-  const auto with_sums = [](int64_t floats) {
-    return std::max<int64_t>(1, most_sums_bytes / 4 / std::max<int64_t>(1, floats));
-  };
+  const int64_t sums = std::clamp(p.batch * problem.span_rows() * p.out_h * p.out_w / 2, least_sums, most_sums);
+  const auto with_sums = [&](int64_t floats) { return std::max<int64_t>(1, sums / std::max<int64_t>(1, floats)); };
   plan.parts = std::min({most_parts, units, with_sums(problem.span_rows() * (problem.reduced + 1))});
   plan.chunks = std::min(
       {p.groups, ceil_div(most_parts, plan.parts), with_sums(p.batch * problem.reduced * p.out_h * plan.row_padded)});
