@@ -210,7 +210,9 @@ class StopOnSignal(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, original in self._original.items():
-            signal.signal(signum, original)
+            # The trainer, whose handlers these are, may have put back by now what was there before it.
+            if signal.getsignal(signum) == self._note:
+                signal.signal(signum, original)
         self._original = {}
 
 

@@ -2,11 +2,10 @@
 
 import logging
 import random
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
@@ -84,13 +83,7 @@ def fit(training: dict[str, Any], folder: Path) -> float:
         path.write_text(yaml.safe_dump(merged(training, {"trainer": quiet}), sort_keys=False))
         last = folder / "last.ckpt"
         resume = ["--ckpt_path", str(last)] if last.is_file() else []
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            cli = command.run(["fit", "--config", str(path), *resume])
-        finally:
-            # The trainer's would stay, and swallow what is to stop the search between two trainings.
-            with suppress(ValueError):  # not the main thread, where no handler has changed
-                signal.signal(signal.SIGTERM, handler)
+        cli = command.run(["fit", "--config", str(path), *resume])
         metrics = cli.trainer.callback_metrics
         if "val/top1" not in metrics:  # it had been interrupted after its last step
             metrics = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]
