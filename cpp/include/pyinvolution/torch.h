@@ -231,6 +231,17 @@ inline Bias autocast(const Bias& tensor, const Tensor& input) {
   return tensor && tensor->defined() ? Bias(autocast(*tensor, input)) : std::nullopt;
 }
 
+// Whether a kernel computes W inside the involution (`route` in dispatch.h); `input` is as autocast makes it.
+inline bool fuses_span(const Tensor& input, const Tensor& reduced, const Tensor& span_weight, const Window& window) {
+  static const auto op = find_operator<bool(const Tensor&, const Tensor&, const Tensor&, Ints, Ints, Ints, Ints, bool)>(
+      "pyinvolution::fuses_span");
+  if (!input.is_cpu() && !input.is_cuda()) return false;
+  const bool differentiable = any_requires_grad(input, reduced, span_weight);
+  const BelowAutograd guard;
+  return op.call(input, autocast(reduced, input), autocast(span_weight, input), pair_of(window, 0), pair_of(window, 1),
+                 pair_of(window, 2), pair_of(window, 3), differentiable);
+}
+
 }  // namespace detail
 
 // Applies to each pixel the kernel that `weight` holds for it, and adds `bias`. `input` is (N, C, H, W) or (C, H, W),
@@ -433,7 +444,10 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
     if (halo_h % 2 != 0 || halo_w % 2 != 0) x = torch::constant_pad_nd(x, {0, halo_w % 2, 0, halo_h % 2});
     const IntPair padding({halo_h / 2, halo_w / 2});
     torch::Tensor output;
-    if (options.fused().value_or(fuses_for(x))) {
+    const detail::Window window =
+        detail::window_of({options.kernel_size(), options.stride(), padding, options.dilation()});
+    x = detail::autocast(x, x);
+    if (options.fused().value_or(detail::fuses_span(x, reduced, span->weight, window))) {
       output = span_involution2d(x, reduced, span->weight, span->bias, options.kernel_size(), options.stride(), padding,
                                  options.dilation());
       if (bias.defined()) output = output + bias.view({-1, 1, 1});
@@ -450,27 +464,6 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
   torch::nn::Sequential reduce{nullptr};
   torch::nn::Conv2d span{nullptr}, project{nullptr};
   torch::Tensor bias;
-
- private:
-  bool fuses_for(const torch::Tensor& input) const {
-    if (!input.is_cpu() && !input.is_cuda()) return false;
-    torch::ScalarType type = input.scalar_type();
-    if (type != torch::kDouble && detail::autocasts(input))
-      type = at::autocast::get_autocast_dtype(input.device().type());
-    DType dtype = DType::f32;
-    switch (type) {
-      case torch::kFloat: break;
-      case torch::kDouble: dtype = DType::f64; break;
-      case torch::kHalf: dtype = DType::f16; break;
-      case torch::kBFloat16: dtype = DType::bf16; break;
-      default: return false;
-    }
-    Geometry geometry;
-    geometry.kernel = *options.kernel_size(), geometry.stride = *options.stride();
-    geometry.dilation = *options.dilation();
-    return fuses(dtype, input.is_cuda() ? Device::cuda : Device::cpu, options.channels(),
-                 options.channels() / options.group_channels(), options.channels() / options.reduction(), geometry);
-  }
 };
 TORCH_MODULE(Involution2d);
 
