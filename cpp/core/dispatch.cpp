@@ -178,6 +178,9 @@ const SpanVariant& choose(const SpanProblem& problem, SpanOp op) {
 }
 
 Route route(const SpanProblem& problem, SpanOp op, bool differentiable) {
+  const Problem& p = problem.involution;
+  // Without an output there is no W to compute.
+  if (p.batch * p.channels * p.out_h * p.out_w == 0) return Route::span;
   if (op == SpanOp::layer && !choose(problem, SpanOp::layer).composed()) return Route::layer;
   const auto has_kernel = [&](SpanOp each) { return !choose(problem, each).composed(); };
   return has_kernel(SpanOp::forward) && (!differentiable || has_kernel(SpanOp::backward)) ? Route::span

@@ -156,7 +156,7 @@ def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: 
     if forward_mode():
         return _compose_span(*tensors, window)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        if not ops.fuses_span(input, reduced, span_weight, *window, differentiable=True):
+        if not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
             return _compose_span(*tensors, window)
         return _SpanInvolution2d.apply(*tensors, *window)
     return ops.span_involution2d(*tensors, None, None, False, *window)
@@ -243,9 +243,10 @@ def _gradients(grad_output: Tensor, input: Tensor, weight: Tensor, *window_and_n
     if forward_mode():
         if _nested_forward_mode():
             *window, needed = window_and_needed
-            _, pullback = torch.func.vjp(lambda x, w: reference.involution2d(x, w, None, *window), input, weight)
-            grads = pullback(grad_output)
-            return tuple(g if want else input.new_empty(0) for g, want in zip(grads, needed, strict=True))
+            pullback: Any = torch.func.vjp(lambda x, w: reference.involution2d(x, w, None, *window), input, weight)[1]
+            grad_input, grad_weight = pullback(grad_output)
+            none = input.new_empty(0)
+            return grad_input if needed[0] else none, grad_weight if needed[1] else none
         return _Involution2dBackwardForwardMode.apply(*arguments)
     if torch.is_grad_enabled():
         return _Involution2dBackward.apply(*arguments)
@@ -398,6 +399,7 @@ def _composed_gradients(
     mask = (needed[0], any(needed[1:]))
     grad_input, grad_weight = _gradients(grad_output, input, weight, *window[1:], mask)
     grads: tuple[Tensor | None, ...] = (None, None, None)
+    none = input.new_empty(0)
     if mask[1]:
         grads = ops.span_gradients(grad_weight, reduced, span_weight, span_bias, needed[1:])
-    return tuple(g if want else input.new_empty(0) for g, want in zip((grad_input, *grads), needed, strict=True))
+    return tuple(g if want and g is not None else none for g, want in zip((grad_input, *grads), needed, strict=True))

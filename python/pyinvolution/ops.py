@@ -203,17 +203,14 @@ def fuses_span(
     input: Tensor,
     reduced: Tensor,
     span_weight: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    window: Sequence[Pair],
     differentiable: bool,
 ) -> bool:
     """Whether a kernel computes W inside the involution (``route`` in cpp/core/dispatch.cpp decides).
 
-    ``differentiable``: a backward pass will follow. Where that has no kernel, W is better kept than computed twice.
+    ``window`` has kernel_size, stride, padding and dilation. ``differentiable``: a backward pass will follow. Where that has no kernel, W is better kept than computed twice.
     """
-    window = (kernel_size, stride, padding, dilation)
+    kernel_size = window[0]
     if input.device.type not in ("cpu", "cuda"):
         return False
     transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
@@ -227,7 +224,8 @@ def fuses_span(
     ]
     # A number of channels is specialised, as it is by every convolution.
     channels = operator.index(input.shape[1])
-    rows, width = map(operator.index, span_weight.shape[:2])
+    channels_last = True if input.stride(1) == 1 and channels > 1 else False  # noqa: SIM210  (a symbol as a bool)
+    rows, width = operator.index(span_weight.shape[0]), operator.index(span_weight.shape[1])
     return _fuses_dense_span(
         str(input.dtype).removeprefix("torch."),
         input.device.type,
@@ -235,7 +233,7 @@ def fuses_span(
         rows // (kernel_size[0] * kernel_size[1]),
         width,
         window,
-        input.is_contiguous(memory_format=torch.channels_last),
+        channels_last,
         differentiable,
     )
 
@@ -250,7 +248,7 @@ def _fuses_dense_span(
     input: tuple[int, ...],
     groups: int,
     reduced: int,
-    window: tuple[Pair, Pair, Pair, Pair],
+    window: Sequence[Pair],
     channels_last: bool,
     differentiable: bool,
 ) -> bool:
@@ -387,7 +385,12 @@ def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, outp
 
 def span(reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, kernel_size: Pair) -> Tensor:
     """The weights of a span involution, (N, G, Kh, Kw, Ho, Wo): its span as the 1x1 convolution that it is."""
-    weight = torch.nn.functional.conv2d(reduced, span_weight.reshape(*span_weight.shape[:2], 1, 1), span_bias)
+    rows = span_weight.flatten(1)
+    if not torch.compiler.is_compiling() and 0 in reduced.shape[2:]:
+        # A convolution refuses an image without pixels.
+        weight = torch.einsum("kr,nrhw->nkhw", rows, reduced)
+    else:
+        weight = torch.nn.functional.conv2d(reduced, rows[:, :, None, None], span_bias)
     return weight.unflatten(1, (-1, *kernel_size))
 
 

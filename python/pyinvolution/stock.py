@@ -5,12 +5,16 @@ A module may be anything once a user has it: a subclass, an adapter around it, h
 `is_stock` first, and calls the module where it is not.
 """
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_FORWARD = {cls: cls.forward for cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d)}
+_FORWARD: dict[type, Any] = {
+    cls: cls.forward for cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d)
+}
 
 
 def is_stock(module: object, *classes: type[nn.Module]) -> bool:
@@ -19,10 +23,10 @@ def is_stock(module: object, *classes: type[nn.Module]) -> bool:
     A parametrized or wrapped module is of another class; parameters that are tensor subclasses (quantized, distributed)
     compute in their own way.
     """
-    if type(module) not in classes or has_hooks(module) or "forward" in module.__dict__:
-        return False
     cls = type(module)
-    if cls.forward is not _FORWARD.get(cls, cls.forward):
+    if not isinstance(module, nn.Module) or cls not in classes:
+        return False
+    if has_hooks(module) or "forward" in module.__dict__ or cls.forward is not _FORWARD.get(cls, cls.forward):
         return False
     return not any(is_traceable_wrapper_subclass(p) for p in module._parameters.values())
 
