@@ -1,47 +1,22 @@
-// Involution on tensor cores: half and bfloat16, square kernels of K x K taps, stride S, dilation 1, 16 channels a
-// group.
-//
-//   forward       Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, S*p + k - padding]
-//   grad_input    X[n,c,q]   = sum over taps k of W[n,g(c),k,p] * Y[n,c,p],  p = (q + padding - k) / S where whole
-//   grad_weight   W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, S*p + k - padding]
-//
-// X is N,C,H,W; W is N,G,K,K,Ho,Wo; Y is N,C,Ho,Wo (in gradients, grad_output). A block has a tile of Rows x Columns
-// pixels of Y and a chunk of up to 4 groups; X below it with its halo and zeros outside the image, W and Y lie in
-// shared memory as they are stored, and cross to and from it in 4 to 16 bytes, in the background where they come.
-//
-// forward: for a strip of 8 pixels and a kernel row,
-//     Y[16 channels x 8 pixels] += X[16 channels x 8*(S+1) positions] * band[8*(S+1) positions x 8 pixels]
-// where band[i][p] is the weight of pixel p at tap i - S*p, and zero beside the kernel. A lane's place in the operand B
-// is a pair of positions of one pixel; the positions of a pixel repeat modulo 8, so a lane has one pair of taps for all
-// kernel rows: two 16-bit loads, one PRMT, and a mask for each pair of registers. X goes through ldmatrix and serves 4
-// rows of Y. A warp owns one group of one strip of 4 rows: for K = 7, S = 1, 28 HMMA, 10 ldmatrix and 56 loads of
-// weights. The zeros of the band make NaN of an Inf beside a pixel's kernel. So where a sum is not finite, the warp
-// computes it again tap by tap.
-//
-// grad_input: grad_input.cuh.
-//
-// grad_weight: for 2 rows of 8 pixels and a row of X, D[16 pixels x 8*(S+1) positions] = Y * X over the 16 channels,
-// from which each lane takes the pair of taps that is its own as above. No product is beside a kernel.
-//
-// Limits, forward, K = 7, S = 1, 16 channels a group, a tile of 8 x 16 pixels of 4 groups on one SM of an H200, by
-// counting: memory 83 KB (x, w, y once), 4500 clocks at the copy rate; shared memory about 2200; issue about 1700; HMMA
-// 450 of 16 x 8 x 16. So memory is the limit, where `tiled` is bound by shared memory: it keeps 4 bytes a number and
-// issues an FMA for each 32 products, an HMMA makes 2048 (896 of them inside a kernel).
+// Tiles of 16-bit images and weights in shared memory, on their way from and to global memory: what `mma` and `fused`
+// share. Groups have 16 channels; a block works on a chunk of up to 4 groups. A tile lies in shared memory as it is
+// stored in global memory and crosses in pieces of 4 to 16 bytes, in the background on the way in.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
-#include "../launch.cuh"
+#include "launch.cuh"
 
-namespace pyinvolution::cuda::mma {
+namespace pyinvolution::cuda {
 
 constexpr int group_channels = 16;
 constexpr int chunk_groups = 4;
 constexpr int chunk_channels = chunk_groups * group_channels;
 
-// Warps: of a block, each has one group.
+// A tile of Rows x Columns pixels of Y. Each of the block's Warps works on one group.
 template <int K_, int S_, int Rows_, int Columns_, int Warps_>
-struct Config {
+struct TileConfig {
   static constexpr int K = K_, S = S_, Rows = Rows_, Columns = Columns_, Warps = Warps_;
   static constexpr int taps = K * K, threads = 32 * Warps;
   static constexpr int strips = Columns / 8;
@@ -52,6 +27,14 @@ struct Config {
   static constexpr int max_shift = 8 * fragments - 7 * S - K;
   static int first_column(int padding) { return -padding; }
 };
+
+// Tiles are wide where the image is, for a smaller halo. All fit into the 99 KB of shared memory that a block can have
+// on every GPU since compute capability 8.0.
+template <int K>
+using WideTile = TileConfig<K, 1, 8, 16, 16>;
+template <int K, int S>
+using NarrowTile = TileConfig<K, S, 8, 8, 8>;
+constexpr int max_shared_bytes = 99 * 1024;
 
 // Pixels in shared memory, offsets in bytes. With channels inside, 128 bytes a position, of which the 16-byte pieces
 // are exchanged so that 8 neighbours have theirs in different banks; else an odd number of pieces a channel does that.
@@ -101,7 +84,7 @@ struct WeightView {
   int vector;  // 4, 2 or 1
 };
 
-struct Geometry {
+struct KernelParams {
   int groups, chunks;
   int x_height, x_width;  // of the image that has a halo
   int y_height, y_width;  // of the image that is tiled
@@ -121,7 +104,7 @@ struct Tile {
 };
 
 template <class C>
-__device__ __forceinline__ Tile tile_of_block(const Geometry& q) {
+__device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   Tile tile;
   unsigned block = blockIdx.x;
   tile.first_group = int(block % unsigned(q.chunks)) * chunk_groups, block /= unsigned(q.chunks);
@@ -212,7 +195,7 @@ __device__ __forceinline__ void for_each_line(const View& view, int channels, in
 
 // The same of the weights of `groups` groups, whose pixels begin at (first_row, first_column).
 template <class C, class W, int V, class Body>
-__device__ __forceinline__ void for_each_line(const Geometry& q, int groups, int first_row, int first_column,
+__device__ __forceinline__ void for_each_line(const KernelParams& q, int groups, int first_row, int first_column,
                                               const Body& body) {
   const int thread = int(threadIdx.x), taps = groups * C::taps;
   const WeightView& view = q.w;
@@ -269,8 +252,8 @@ __device__ __forceinline__ void put_image(const char* shared, T* image, const Vi
 }
 
 template <class C, class W, class T>
-__device__ __forceinline__ void bring_weights(char* shared, const T* w, const Geometry& q, int groups, int first_row,
-                                              int first_column) {
+__device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, int groups,
+                                              int first_row, int first_column) {
   with_vector<false>(q.w.vector, [&](auto v) {
     for_each_line<C, W, v.value>(q, groups, first_row, first_column, [&](int to, int step, const Line& line) {
       bring_line<v.value>(shared + to, step, w, line);
@@ -284,55 +267,6 @@ __device__ __forceinline__ void wait_for_tile() {
   __syncthreads();
 }
 
-// The pair of taps of a kernel row that a lane has in the band, and in which fragment of 8 positions. One of them may
-// be beside the kernel.
-struct Pair {
-  int low, fragment;
-
-  template <class C>
-  static __device__ __forceinline__ Pair of_lane(int lane, int shift) {
-    const int first = lane % 4 * 2 - C::S * (lane / 4) - shift;  // the tap of the lane's first position
-    const int low = ((first + 1) & 7) - 1;
-    return {low, (low - first) / 8};
-  }
-  template <int K>
-  __device__ __forceinline__ bool has_low() const {
-    return low >= 0 && low < K;
-  }
-  template <int K>
-  __device__ __forceinline__ bool has_high() const {
-    return low + 1 < K;
-  }
-};
-
-// The rows of X below a strip, as fragments [16 channels][8 positions], or transposed.
-template <class C, class I>
-struct Positions {
-  const char* row;
-
-  __device__ __forceinline__ Positions(const char* image, int group, int strip, int first_row, int lane) {
-    const int matrix = lane / 8, i = lane % 8;
-    row = image +
-          (I::channels_inner
-               ? I::at(first_row, strip * 8 * C::S + matrix / 2 * 8 + i, group * group_channels + matrix % 2 * 8)
-               : I::at(first_row, strip * 8 * C::S + matrix / 2 * 8, group * group_channels + matrix % 2 * 8 + i));
-  }
-  // Fragment f is in registers 2*f and 2*f + 1, one for 8 channels each.
-  template <bool ChannelsFirst>
-  __device__ __forceinline__ void load(uint32_t (&first)[4], uint32_t (&last)[2], int x_row) const {
-    constexpr int row_bytes = I::Columns * (I::channels_inner ? I::pitch : 2);
-    constexpr int two_fragments = 16 * (I::channels_inner ? I::pitch : 2);
-    constexpr bool transposed = I::channels_inner == ChannelsFirst;
-    if constexpr (transposed) {
-      load_matrices_transposed(first, row + x_row * row_bytes);
-      if constexpr (C::fragments > 2) load_matrices_transposed(last, row + x_row * row_bytes + two_fragments);
-    } else {
-      load_matrices(first, row + x_row * row_bytes);
-      if constexpr (C::fragments > 2) load_matrices(last, row + x_row * row_bytes + two_fragments);
-    }
-  }
-};
-
 __device__ __forceinline__ uint32_t bits_at(const char* shared) { return *reinterpret_cast<const uint16_t*>(shared); }
 
 template <class T>
@@ -345,21 +279,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Whether the first sums of all lanes are finite: zero times a finite number is zero, else NaN.
-template <int Count = 4, int Rows>
-__device__ __forceinline__ bool all_finite(const float (&sums)[Rows][4]) {
-  float zero = 0;
-#pragma unroll
-  for (int r = 0; r < Count; ++r) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) zero += sums[r][i] * 0.0f;
-  }
-  return !__any_sync(~0u, zero != 0.0f);
-}
-
 // Writes the sums of all warps, [row][16 channels x 8 pixels], by way of shared memory that they have finished reading.
 template <class C, class I, class T>
-__device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const Geometry& q,
+__device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const KernelParams& q,
                                          const Tile& tile, int group, int strip, int row) {
   const int lane = int(threadIdx.x) % 32;
   __syncthreads();
@@ -385,161 +307,67 @@ __device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4]
   put_image<I, C::Warps>(shared, out, q.y, tile.groups * group_channels, q.y_height, q.y_width, tile.row, tile.column);
 }
 
-template <class C, bool ChannelsInner, bool TapsInner, class T>
-__global__ void __launch_bounds__(C::threads, 2)
-    apply(Geometry q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
-  constexpr int K = C::K, S = C::S, rows = 4;
-  using W = Weights<C, TapsInner>;
-  using I = Image<C::x_rows, C::x_columns, ChannelsInner>;
-  static_assert(C::Warps == chunk_groups * C::strips * (C::Rows / rows),
-                "a warp for each group and four rows of a strip");
-  char* weights = shared_memory();
-  char* image = weights + W::bytes;
-  const Tile tile = tile_of_block<C>(q);
-  const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
+// --- on the host: how the tensors of a problem can be moved
 
-  bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
-                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift);
-  const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column);
-  wait_for_tile();
-
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int group = warp % chunk_groups, strip = warp / chunk_groups % C::strips;
-  const int row = warp / chunk_groups / C::strips * rows;
-  float sums[rows][4] = {};
-  if (group < tile.groups) {
-    const Pair pair = Pair::of_lane<C>(lane, q.shift);
-    const uint32_t mask = (pair.has_low<K>() ? 0xffffu : 0) | (pair.has_high<K>() ? 0xffff0000u : 0);
-    uint32_t masks[C::fragments];
-#pragma unroll
-    for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
-    const int column = strip * 8 + lane / 4, taps = group * C::taps;
-    const char* low = weights + W::at(row, column, taps + min(max(pair.low, 0), K - 1));
-    const char* high = weights + W::at(row, column, taps + min(pair.low + 1, K - 1));
-    const Positions<C, I> positions(image, group, strip, row * S, lane);
-#pragma unroll
-    for (int x_row = 0; x_row < (rows - 1) * S + K; ++x_row) {
-      uint32_t a[4], a_last[2];
-      positions.template load<true>(a, a_last, x_row);
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        const int kh = x_row - r * S;
-        if (kh < 0 || kh >= K) continue;
-        const int at = W::at(r, 0, kh * K);
-        const uint32_t taps_of_row = __byte_perm(bits_at(low + at), bits_at(high + at), 0x5410);
-        const uint32_t b[2] = {taps_of_row & masks[0], taps_of_row & masks[1]};
-        multiply<T>(sums[r], a, b);
-        if constexpr (C::fragments > 2) {
-          const uint32_t b_last[1] = {taps_of_row & masks[2]};
-          multiply<T>(sums[r], a_last, b_last);
-        }
-      }
-    }
-
-    if (!all_finite(sums)) {
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        float again[4] = {};
-#pragma unroll 1
-        for (int tap = 0; tap < C::taps; ++tap) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int channel = group * group_channels + lane / 4 + i / 2 * 8, v = strip * 8 + lane % 4 * 2 + i % 2;
-            const int x_row = (row + r) * S + tap / K, position = v * S + tap % K + q.shift;
-            again[i] += load(*reinterpret_cast<const T*>(weights + W::at(row + r, v, taps + tap))) *
-                        load(*reinterpret_cast<const T*>(image + I::at(x_row, position, channel)));
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[r][i] = again[i];
-      }
-    }
-  }
-
-  T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
-  if (q.y.channels_inner) {
-    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row);
-  } else {
-    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row);
-  }
+inline bool taps_are_inner(const Problem& p) {
+  return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && (p.groups == 1 || p.w_stride[1] == p.taps());
+}
+inline bool columns_are_inner(const Problem& p) {
+  return p.w_stride[5] == 1 && p.w_stride[2] == p.kernel_w * p.w_stride[3] &&
+         (p.groups == 1 || p.w_stride[1] == p.taps() * p.w_stride[3]);
+}
+// Of kernels for one pixel both are.
+inline bool uses_inner_taps(const Problem& p, Pass pass) {
+  return taps_are_inner(p) && (pass == Pass::grad_input ? p.y_stride : p.x_stride)[1] == 1;
 }
 
-template <class C, bool ChannelsInner, bool TapsInner, class T>
-__global__ void __launch_bounds__(C::threads, 2)
-    grad_weight(Geometry q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
-  constexpr int K = C::K, S = C::S, units = C::strips * (C::Rows / 2);
-  using W = Weights<C, TapsInner>;
-  using I = Image<C::x_rows, C::x_columns, ChannelsInner>;
-  using ChannelsInside = Image<C::Rows, C::Columns, true>;
-  using ColumnsInside = Image<C::Rows, C::Columns, false>;
-  char* weights = shared_memory();
-  char* image = weights + W::bytes;
-  char* gradient = image + I::bytes;
-  const Tile tile = tile_of_block<C>(q);
-  const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
-
-  bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
-                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift);
-  const T* gradients = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
-  if (q.y.channels_inner) {
-    bring_image<ChannelsInside, C::Warps>(gradient, gradients, q.y, channels, q.y_height, q.y_width, tile.row,
-                                          tile.column);
-  } else {
-    bring_image<ColumnsInside, C::Warps>(gradient, gradients, q.y, channels, q.y_height, q.y_width, tile.row,
-                                         tile.column);
-  }
-  wait_for_tile();
-
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, group = warp % chunk_groups;
-  if (group < tile.groups) {
-    const Pair pair = Pair::of_lane<C>(lane, q.shift);
-    const bool has_low = pair.has_low<K>(), has_high = pair.has_high<K>();
-    const int taps = group * C::taps, matrix = lane / 8, i = lane % 8;
-#pragma unroll 1
-    for (int unit = warp / chunk_groups; unit < units; unit += C::Warps / chunk_groups) {
-      const int strip = unit % C::strips, row = unit / C::strips * 2;
-      uint32_t a[4];  // [16 pixels][16 channels]
-      const int channel = group * group_channels + matrix / 2 * 8;
-      if (q.y.channels_inner) {
-        load_matrices(a, gradient + ChannelsInside::at(row + matrix % 2, strip * 8 + i, channel));
-      } else {
-        load_matrices_transposed(a, gradient + ColumnsInside::at(row + matrix % 2, strip * 8, channel + i));
-      }
-      const Positions<C, I> positions(image, group, strip, row * S, lane);
-      char* low = weights + W::at(row, strip * 8 + lane / 4, taps + max(pair.low, 0));
-      char* high = weights + W::at(row, strip * 8 + lane / 4, taps + pair.low + 1);
-#pragma unroll
-      for (int x_row = 0; x_row < S + K; ++x_row) {
-        uint32_t b[4], b_last[2];
-        positions.template load<false>(b, b_last, x_row);
-        float d[C::fragments][4] = {};
-        multiply<T>(d[0], a, {b[0], b[1]});
-        multiply<T>(d[1], a, {b[2], b[3]});
-        if constexpr (C::fragments > 2) multiply<T>(d[2], a, b_last);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int kh = x_row - r * S;
-          if (kh < 0 || kh >= K) continue;
-          float first = d[0][2 * r], second = d[0][2 * r + 1];
-#pragma unroll
-          for (int f = 1; f < C::fragments; ++f) {
-            if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
-          }
-          const int at = W::at(r, 0, kh * K);
-          if (has_low) store(first, reinterpret_cast<T*>(low + at));
-          if (has_high) store(second, reinterpret_cast<T*>(high + at));
-        }
-      }
-    }
-  }
-  __syncthreads();
-  T* out = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  with_vector<false>(q.w.vector, [&](auto v) {
-    for_each_line<C, W, v.value>(q, tile.groups, tile.row, tile.column, [&](int from, int step, const Line& line) {
-      put_line<v.value>(weights + from, step, out, line);
-    });
-  });
+// One image of a problem, with what tiles that begin or end beyond it read there.
+inline Problem image_with_margin(const Problem& p) {
+  Problem image = p;
+  image.batch = 1;
+  for (int64_t* size : {&image.in_h, &image.in_w, &image.out_h, &image.out_w})
+    *size += 32 + 2 * std::max(p.padding_h, p.padding_w);
+  return image;
 }
 
-}  // namespace pyinvolution::cuda::mma
+template <class T>
+View view(const int64_t (&strides)[4], const void* data, int64_t width) {
+  View view{strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1, 1};
+  if (view.channels_inner) {
+    view.vector = vector_of<T>(8, data, {strides[0], strides[2], strides[3]}) == 8 ? 8 : 1;
+  } else {
+    view.vector = vector_of<T>(4, data, {strides[0], strides[1], strides[2], width});
+  }
+  return view;
+}
+
+template <class T>
+WeightView weight_view(const Problem& p, Pass pass, const void* data) {
+  const int64_t tap = p.w_stride[3];
+  WeightView view{p.w_stride[0], int(tap), int(p.w_stride[4]), int(p.w_stride[5]), 1};
+  view.vector = uses_inner_taps(p, pass)
+                    ? vector_of<T>(4, data, {view.n, view.h, view.w, p.groups % chunk_groups * p.taps()})
+                    : vector_of<T>(4, data, {view.n, view.tap, view.h, p.out_w});
+  return view;
+}
+
+template <class C, class T>
+KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) {
+  KernelParams q;
+  set_images(q, p, pass, view<T>(p.x_stride, buffers.x, p.in_w), view<T>(p.y_stride, buffers.y, p.out_w));
+  q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
+  q.w = weight_view<T>(p, pass, buffers.w);
+  // What has columns inside and a halo begins in a tile where it can be moved in vectors, or in smaller ones.
+  const bool x_columns = !q.x.channels_inner, w_columns = pass == Pass::grad_input && !uses_inner_taps(p, pass);
+  int vector = std::max(x_columns ? q.x.vector : 1, w_columns ? q.w.vector : 1);
+  const auto shift = [&] { return C::first_column(q.padding_w) & (vector - 1); };
+  while (shift() > C::max_shift) vector /= 2;
+  q.shift = shift();
+  if (x_columns) q.x.vector = std::min(q.x.vector, vector);
+  if (w_columns) q.w.vector = std::min(q.w.vector, vector);
+  q.stages = 0;
+  q.tiles_h = (q.y_height + C::Rows - 1) / C::Rows, q.tiles_w = (q.y_width + C::Columns - 1) / C::Columns;
+  return q;
+}
+
+}  // namespace pyinvolution::cuda

@@ -21,74 +21,15 @@
 // and few pixels, whose W stays in the L2 cache, the composition is better.
 #pragma once
 
-#include "../mma/mma.cuh"
+#include "span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-using namespace mma;
-
-constexpr int K = 7, taps = K * K;
-
-struct Span {
-  int reduced;        // R, a multiple of 16
-  int64_t reduced_n;  // strides, in elements
-  int reduced_h, reduced_w, row;
-  int reduced_vector, row_vector;  // elements that can be moved at once, 8 or 1
-  bool epilogue, relu;
-
-  // Bytes of a pixel or a tap in shared memory: eight of them have their 16-byte pieces in different banks.
-  static __host__ __device__ int pitch(int reduced) { return reduced * 2 + 16; }
-  __host__ __device__ int pitch() const { return pitch(reduced); }
-};
-
-template <class C>
-struct Shared {
-  static constexpr int image_bytes = Image<C::x_rows, C::x_columns, true>::bytes;
-  static constexpr int pixels = C::Rows * C::Columns, all_taps = chunk_groups * taps;
-  static constexpr int bias_bytes = all_taps * 4 + 16;  // a lane reads one past the last
-  static int bytes(int reduced) { return image_bytes + bias_bytes + (pixels + all_taps) * Span::pitch(reduced); }
-};
-
-// Rows of `channels` elements into shared memory; `at(i)` is the offset of row i, or negative where there are zeros.
-template <int Warps, class T, class At>
-__device__ __forceinline__ void bring_rows(char* shared, int pitch, const T* memory, int rows, int channels, int vector,
-                                           const At& at) {
-  with_vector<true>(vector, [&](auto v) {
-    constexpr int V = v.value;
-    for (int channel = int(threadIdx.x) % 32 * V; channel < channels; channel += 32 * V) {
-#pragma unroll 4
-      for (int i = int(threadIdx.x) / 32; i < rows; i += Warps) {
-        const int from = at(i);
-        char* to = shared + i * pitch + channel * 2;
-        if constexpr (V > 1) {
-          copy_async<V * sizeof(T)>(to, memory + (from < 0 ? 0 : from + channel), from >= 0);
-        } else {
-          T value;
-          store(0.0f, &value);
-          if (from >= 0) value = memory[from + channel];
-          *reinterpret_cast<T*>(to) = value;
-        }
-      }
-    }
-  });
-}
-
-// A weight by itself, rounded as the others.
-template <class T>
-__device__ __forceinline__ float weight_of(const char* reduced, const char* row, float bias, int channels) {
-  float sum = bias;
-  for (int c = 0; c < channels; ++c)
-    sum += load(reinterpret_cast<const T*>(reduced)[c]) * load(reinterpret_cast<const T*>(row)[c]);
-  T rounded;
-  store(sum, &rounded);
-  return load(rounded);
-}
-
 template <class C, class T>
 __global__ void __launch_bounds__(C::threads, 2)
-    forward(Geometry q, Span span, const T* __restrict__ x, const T* __restrict__ reduced, const T* __restrict__ weight,
-            const T* __restrict__ bias, const float* __restrict__ scale, const float* __restrict__ shift,
-            T* __restrict__ y) {
+    forward(KernelParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
+            const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
+            const float* __restrict__ shift, T* __restrict__ y) {
   constexpr int S = C::S, rows = 4;
   using I = Image<C::x_rows, C::x_columns, true>;
   static_assert(C::K == K && C::Warps == chunk_groups * C::strips * (C::Rows / rows), "");
@@ -121,7 +62,7 @@ __global__ void __launch_bounds__(C::threads, 2)
   if (group < tile.groups) {
     const int pixel = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
     const Pair pair = Pair::of_lane<C>(lane, 0);
-    const uint32_t mask = (pair.has_low<K>() ? 0xffffu : 0) | (pair.has_high<K>() ? 0xffff0000u : 0);
+    const uint32_t mask = pair.mask<K>();
     uint32_t masks[C::fragments];
 #pragma unroll
     for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;

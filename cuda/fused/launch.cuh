@@ -1,36 +1,61 @@
-// Launches of the gradients of `fused` for one storage type.
+// Launches of `fused` for one dtype.
 #pragma once
 
 #include <algorithm>
 
-#include "backward.cuh"
-#include "launch.cuh"
+#include "forward.cuh"
+#include "grad_input.cuh"
+#include "grad_span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-inline int parts_of(int64_t reduced) { return int((reduced + 63) / 64); }
-
-// A run of tiles for each block that the GPU can hold at once, two on a multiprocessor.
-template <class C>
-Partial partial_of(const SpanProblem& p) {
-  const Problem& q = p.involution;
-  Partial partial{};
-  partial.parts = parts_of(p.reduced);
-  partial.tiles = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + 7) / 8));
-  partial.stripes = std::max(1, std::min(partial.tiles, 2 * multiprocessors() / partial.parts));
-  partial.stripe = p.span_rows() * (p.reduced + 1);
-  return partial;
+inline bool rows_are_aligned(const SpanProblem& p, const void* data) {
+  return p.span_stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
-// Floats of the stripes' sums, rounded up so that what follows is aligned.
-inline int64_t span_floats(const Partial& partial) { return (partial.stripes * partial.stripe + 3) / 4 * 4; }
+template <class T>
+Span span_of(const SpanProblem& p, const SpanBuffers& buffers) {
+  Span span{};
+  span.reduced = int(p.reduced);
+  span.reduced_n = p.reduced_stride[0];
+  span.reduced_h = int(p.reduced_stride[2]), span.reduced_w = int(p.reduced_stride[3]);
+  span.row = int(p.span_stride[0]);
+  span.reduced_vector = view<T>(p.reduced_stride, buffers.reduced, 0).vector;
+  span.row_vector = rows_are_aligned(p, buffers.span) ? 8 : 1;
+  span.epilogue = p.epilogue, span.relu = p.relu;
+  return span;
+}
+
+// --- forward
+
+template <class C, class T>
+void run_tile(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  const KernelParams q = kernel_params<C, T>(p.involution, Pass::forward, {buffers.x, nullptr, buffers.y});
+  const Span span = span_of<T>(p, buffers);
+  const Grid grid{p.involution.batch * q.chunks * q.tiles_h * q.tiles_w, C::threads, Shared<C>::bytes(span.reduced)};
+  launch<KernelParams, Span, const T*, const T*, const T*, const T*, const float*, const float*, T*>(
+      "fused forward", forward<C, T>, grid, execution, q, span, static_cast<T*>(buffers.x),
+      static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span), static_cast<T*>(buffers.bias),
+      static_cast<float*>(buffers.scale), static_cast<float*>(buffers.shift), static_cast<T*>(buffers.y));
+}
+
+template <DType dtype>
+void run_forward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  using T = Storage<dtype>;
+  if (p.involution.stride_h == 2) return run_tile<StridedTile, T>(p, buffers, execution);
+  if (p.involution.out_w > 8 && Shared<WideTile<K>>::bytes(int(p.reduced)) <= max_shared_bytes)
+    return run_tile<WideTile<K>, T>(p, buffers, execution);
+  run_tile<NarrowTile<K, 1>, T>(p, buffers, execution);
+}
+
+// --- backward
 
 template <int S, class T>
 void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
   using C = WalkConfig<S>;
   const Problem& i = p.involution;
   const Span span = span_of<T>(p, buffers);
-  Walk q{};
+  WalkParams q{};
   q.groups = int(i.groups), q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
   q.height = int(i.in_h), q.width = int(i.in_w), q.out_height = int(i.out_h), q.out_width = int(i.out_w);
   q.padding_h = int(i.padding_h), q.padding_w = int(i.padding_w);
@@ -43,7 +68,7 @@ void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Exec
   q.rows = (q.height + q.segments - 1) / q.segments;
   q.segments = (q.height + q.rows - 1) / q.rows;
   const auto go = [&](auto held) {
-    launch<Walk, Span, const T*, const T*, const T*, const T*, T*>(
+    launch<WalkParams, Span, const T*, const T*, const T*, const T*, T*>(
         "fused grad_input", grad_input<C, held.value, T>, Grid{blocks * q.segments, C::threads, C::bytes(span.reduced)},
         execution, q, span, static_cast<T*>(buffers.y), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
         static_cast<T*>(buffers.bias), static_cast<T*>(buffers.grad_x));
@@ -54,7 +79,7 @@ void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Exec
 
 template <class C, class T>
 void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  const Geometry q = geometry<C, T>(p.involution, Pass::grad_weight, {buffers.x, nullptr, buffers.y});
+  const KernelParams q = kernel_params<C, T>(p.involution, Pass::grad_weight, {buffers.x, nullptr, buffers.y});
   Partial partial = partial_of<C>(p);
   partial.span = static_cast<float*>(buffers.scratch);
   partial.reduced = partial.span + span_floats(partial);
@@ -62,7 +87,7 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
   partial.grad_h = int(p.grad_reduced_stride[2]), partial.grad_w = int(p.grad_reduced_stride[3]);
   partial.grad_vector = view<T>(p.grad_reduced_stride, buffers.grad_reduced, 0).vector;
   const Grid grid{int64_t{partial.stripes} * partial.parts, C::threads, C::bytes};
-  launch<Geometry, Span, Partial, const T*, const T*, const T*, const T*, T*>(
+  launch<KernelParams, Span, Partial, const T*, const T*, const T*, const T*, T*>(
       "fused grad_span", grad_span<C, T>, grid, execution, q, span_of<T>(p, buffers), partial,
       static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
       static_cast<T*>(buffers.y), static_cast<T*>(buffers.grad_reduced));
@@ -75,7 +100,7 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
 }
 
 template <int S, class T>
-void run_backward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+void run_gradients(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
   if (buffers.grad_x != nullptr) run_grad_input<S, T>(p, buffers, execution);
   if (buffers.grad_reduced == nullptr && buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;
   if (p.reduced == 16) return run_grad_span<SpanConfig<S, 1>, T>(p, buffers, execution);
@@ -83,10 +108,10 @@ void run_backward(const SpanProblem& p, const SpanBuffers& buffers, const Execut
   run_grad_span<SpanConfig<S, 4>, T>(p, buffers, execution);
 }
 
-template <class T>
-void backward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  if (p.involution.stride_h == 2) return run_backward<2, T>(p, buffers, execution);
-  run_backward<1, T>(p, buffers, execution);
+template <DType dtype>
+void run_backward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  if (p.involution.stride_h == 2) return run_gradients<2, Storage<dtype>>(p, buffers, execution);
+  run_gradients<1, Storage<dtype>>(p, buffers, execution);
 }
 
 }  // namespace pyinvolution::cuda::fused

@@ -15,20 +15,9 @@
 // Unique bytes per output: sizeof(T) * (2 + K*K*G/C).
 #pragma once
 
-#include "../launch.cuh"
+#include "config.cuh"
 
 namespace pyinvolution::cuda::generic {
-
-// Index is int32_t where every offset and number fits, else int64_t.
-template <class Index>
-struct Geometry {
-  Index count;       // elements of the tensor that is written
-  bool dense_inner;  // its channels (of W: taps) are closer together in memory than its columns
-  Index channels, groups, group_channels;
-  Index in_h, in_w, out_h, out_w;
-  Index kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  Index x_stride[4], w_stride[6], y_stride[4];
-};
 
 template <class Index>
 struct Point {
@@ -61,7 +50,7 @@ __device__ __forceinline__ Index index_step() {
 }
 
 template <class T, class Index>
-__global__ void forward(Geometry<Index> q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
+__global__ void forward(KernelParams<Index> q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   using A = Accumulator<T>;
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
     const auto at = point(i, q.dense_inner, q.channels, q.out_h, q.out_w);
@@ -96,7 +85,7 @@ __device__ __forceinline__ Index reader(Index shifted, Index stride, Index outpu
 }
 
 template <class T, class Index>
-__global__ void grad_input(Geometry<Index> q, T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ y) {
+__global__ void grad_input(KernelParams<Index> q, T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ y) {
   using A = Accumulator<T>;
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
     const auto at = point(i, q.dense_inner, q.channels, q.in_h, q.in_w);
@@ -118,7 +107,8 @@ __global__ void grad_input(Geometry<Index> q, T* __restrict__ x, const T* __rest
 }
 
 template <class T, class Index>
-__global__ void grad_weight(Geometry<Index> q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
+__global__ void grad_weight(KernelParams<Index> q, const T* __restrict__ x, T* __restrict__ w,
+                            const T* __restrict__ y) {
   using A = Accumulator<T>;
   const Index taps = q.kernel_h * q.kernel_w;
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {

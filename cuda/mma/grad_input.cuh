@@ -1,4 +1,4 @@
-// The gradient of the input, on tensor cores: as in mma.cuh, with stride S of the involution.
+// The gradient of the input, on tensor cores; the problems are those of forward.cuh, with stride S of the involution.
 //
 //   X[n,c,q] = sum over taps k of W[n,g(c),k,p] * Y[n,c,p],  p = (q + padding - k) / S where whole
 //
@@ -17,27 +17,9 @@
 // the (K - 1) / S rows before the next one.
 #pragma once
 
-#include "mma.cuh"
+#include "config.cuh"
 
 namespace pyinvolution::cuda::mma {
-
-// Columns and Rows are of Y. Rows at a time: two share the moves of the sums, with stride 2 registers are for one.
-template <int K_, int Stride_, int Columns_>
-struct Walk {
-  static constexpr int K = K_, Stride = Stride_, Columns = Columns_, Rows = 2 / Stride;
-  static constexpr int S = 1, fragments = 2;  // of the band
-  static constexpr int taps = K * K, slots = (K + Stride - 1) / Stride;
-  static constexpr int strips = Columns / 8, Warps = chunk_groups * strips, threads = 32 * Warps;
-  static constexpr int x_columns = Columns + 8, w_rows = Rows, w_columns = x_columns;
-  static constexpr int max_shift = 9 - slots;
-  // Rows of X: that a stage's rows of Y add to, and that are complete then.
-  static constexpr int open_rows = (Rows - 1) * Stride + K, done_rows = Rows * Stride;
-  // Stages before a stripe begins, whose rows of Y add to its first rows.
-  static constexpr int early = ((K - 1) / Stride + Rows - 1) / Rows;
-  // How far Y's first row and column that matter are from those of X, in pixels of Y.
-  static __host__ __device__ int first_row(int padding) { return padding / Stride; }
-  static __host__ __device__ int first_column(int padding) { return (padding + Stride - 1) / Stride - (slots - 1); }
-};
 
 // Sums of 16 channels of 8 pixels of each parity as pieces of 4 numbers that are next to each other in memory: calls
 // `body` with the bits, the channel and the column among 8*S.
@@ -92,7 +74,7 @@ __device__ __forceinline__ void put_piece(T* to, const uint32_t (&bits)[2], int 
 
 // One number of the gradient, from memory: `y` and `w` are of its channel and group.
 template <class C, class T>
-__device__ __forceinline__ float gradient_at(const Geometry& q, const T* y, const T* w, int row, int column) {
+__device__ __forceinline__ float gradient_at(const KernelParams& q, const T* y, const T* w, int row, int column) {
   float sum = 0;
 #pragma unroll 1
   for (int tap = 0; tap < C::taps; ++tap) {
@@ -105,11 +87,11 @@ __device__ __forceinline__ float gradient_at(const Geometry& q, const T* y, cons
   return sum;
 }
 
-// As in Geometry, the image with the halo is q.x, here Y, and the tiled one q.y, here X. q.stages: of a stripe, with
+// As in KernelParams, the image with the halo is q.x, here Y, and the tiled one q.y, here X. q.stages: of a stripe, with
 // the early ones.
 template <class C, bool ChannelsInner, bool TapsInner, class T>
 __global__ void __launch_bounds__(C::threads, 512 / C::threads)
-    grad_input(Geometry q, const T* __restrict__ y, const T* __restrict__ w, T* __restrict__ x) {
+    grad_input(KernelParams q, const T* __restrict__ y, const T* __restrict__ w, T* __restrict__ x) {
   constexpr int K = C::K, S = C::Stride, Rows = C::Rows;
   using W = Weights<C, TapsInner>;
   using I = Image<Rows, C::x_columns, ChannelsInner>;

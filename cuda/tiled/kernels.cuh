@@ -24,32 +24,9 @@
 // is the limit in float; in half and bfloat16, whose bytes are half, shared memory is.
 #pragma once
 
-#include <type_traits>
-
-#include "../launch.cuh"
+#include "config.cuh"
 
 namespace pyinvolution::cuda::tiled {
-
-template <int K_, int S_, int Rows_, int Columns_, int PixelRows_, int Pixels_>
-struct Config {
-  static constexpr int K = K_, S = S_, Rows = Rows_, Columns = Columns_, PixelRows = PixelRows_, Pixels = Pixels_;
-  static constexpr int taps = K * K;
-  static constexpr int pixels = Rows * Columns;
-  static constexpr int runs = Columns / Pixels;  // of pixels of one thread, in a row of the tile
-  static constexpr int window = (Pixels - 1) * S + K;
-
-  // A thread's reads of X start Pixels*S positions after its neighbour's; one position of padding after as many puts
-  // them into different banks.
-  static constexpr int x_rows = (Rows - 1) * S + K, x_columns = (Columns - 1) * S + K;
-  static constexpr int x_every = Pixels * S;
-  static constexpr int x_pitch = x_columns + (x_columns - 1) / x_every;
-  static constexpr int y_pitch = Columns + (Columns - 1) / Pixels;
-
-  // An odd number of floats a pixel keeps the pixels of a row in different banks; one more a row, the rows.
-  static constexpr int w_pixel = taps | 1;
-  static constexpr int w_pitch = Columns * w_pixel + 1;
-  static constexpr int w_floats = (Rows * w_pitch + 3) / 4 * 4;
-};
 
 // How the channels and pixels of an image lie in memory, in elements.
 struct View {
@@ -65,7 +42,7 @@ struct WeightView {
   bool taps_inner;  // the taps of a pixel are consecutive, else the columns are
 };
 
-struct Geometry {
+struct KernelParams {
   int group_channels, groups, kernel;
   int x_height, x_width;  // of the image that has a halo
   int y_height, y_width;  // of the image that is tiled
@@ -84,7 +61,7 @@ struct Tile {
 };
 
 template <class C, int Classes>
-__device__ __forceinline__ Tile tile_of_block(const Geometry& q) {
+__device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   Tile tile{};
   unsigned block = blockIdx.x;
   if constexpr (Classes > 1) tile.part = int(block % Classes), block /= Classes;
@@ -263,7 +240,7 @@ __device__ __forceinline__ void for_each_tap(bool taps_inner, const Body& body) 
 
 // The weights of the tile's pixels.
 template <class C, class T>
-__device__ __forceinline__ void bring_weights(float* shared, const T* w, const Geometry& q, const Tile& tile) {
+__device__ __forceinline__ void bring_weights(float* shared, const T* w, const KernelParams& q, const Tile& tile) {
   for_each_tap<C::K, C::Rows, C::Columns, batch<T>>(q.w.taps_inner, [&](auto count, const auto& at) {
     bring<count.value>(shared, w, [&](int i) -> Move {
       const Tap t = at(i);
@@ -294,7 +271,7 @@ __device__ __forceinline__ Class class_of(int parity, int padding, int pixels) {
 // The weights that lead to the tile's pixels of X, taps reversed, zero where Y has no pixel. K is the number of taps of
 // a class in one direction; where a class has one less, the last one stays unset.
 template <class C, int Stride, class T>
-__device__ __forceinline__ void bring_weights_to(float* shared, const T* w, const Geometry& q, const Tile& tile,
+__device__ __forceinline__ void bring_weights_to(float* shared, const T* w, const KernelParams& q, const Tile& tile,
                                                  const Class& rows, const Class& columns) {
   constexpr int K = C::K, halo = K - 1;
   const int first_row = tile.row + rows.shift, first_column = tile.column + columns.shift;
@@ -330,7 +307,7 @@ __device__ __forceinline__ void bring_weights_to(float* shared, const T* w, cons
 // describes the sum over one class.
 template <class C, int GradientStride, class T>
 __global__ void __launch_bounds__(256, 1)
-    apply(Geometry q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
+    apply(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   constexpr int K = C::K, S = C::S;
   static_assert(GradientStride == 0 || S == 1, "a gradient gathers pixel by pixel");
   float* weights = reinterpret_cast<float*>(shared_memory());
@@ -439,7 +416,7 @@ __global__ void __launch_bounds__(256, 1)
 
 template <class C, class T>
 __global__ void __launch_bounds__(256, 1)
-    grad_weight(Geometry q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
+    grad_weight(KernelParams q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
   constexpr int K = C::K, S = C::S;
   float* image = reinterpret_cast<float*>(shared_memory());
   const int channels = q.group_channels, chunks = channels / 4;

@@ -1,9 +1,7 @@
-#include "backward_launch.cuh"
+#include "../launch.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-void backward_bf16(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  backward<BFloat16>(p, buffers, execution);
-}
+template void run_backward<DType::bf16>(const SpanProblem&, const SpanBuffers&, const Execution&);
 
 }  // namespace pyinvolution::cuda::fused

@@ -1,9 +1,7 @@
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace pyinvolution::cuda::mma {
 
-void run_bf16(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
-  run<BFloat16>(problem, pass, buffers, execution);
-}
+template void run<DType::bf16>(const Problem&, Pass, const Buffers&, const Execution&);
 
 }  // namespace pyinvolution::cuda::mma

@@ -1,9 +1,7 @@
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace pyinvolution::cuda::mma {
 
-void run_f16(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
-  run<Half>(problem, pass, buffers, execution);
-}
+template void run<DType::f16>(const Problem&, Pass, const Buffers&, const Execution&);
 
 }  // namespace pyinvolution::cuda::mma

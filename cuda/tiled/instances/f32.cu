@@ -1,9 +1,7 @@
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace pyinvolution::cuda::tiled {
 
-void run_f32(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
-  run<float>(problem, pass, buffers, execution);
-}
+template void run<DType::f32>(const Problem&, Pass, const Buffers&, const Execution&);
 
 }  // namespace pyinvolution::cuda::tiled
