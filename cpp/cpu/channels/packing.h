@@ -1,148 +1,43 @@
-// What the loops of the `channels` and `fused` variants share, compiled with the instruction set of the including file.
+// How tensors are brought into the order that the loops of `channels` and `fused` read, and results back; compiled with
+// the instruction set of the including file.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "cpu_channels.h"
-#include "cpu_vector.h"
-#include "storage.h"
+#include "cpu/arithmetic.h"
+#include "cpu/channels/tiling.h"
+#include "cpu/simd/dtype.h"
+#include "cpu/simd/vector.h"
 
 namespace pyinvolution::cpu {
 namespace {
 
 using V = Vector<float>;
-constexpr int block_vectors = block_channels / V::lanes;
-
-// Registers: `apply` keeps most_columns x block_vectors accumulators, block_vectors of x and one weight; `multiply`
-// most_rows x 2 (most_single_rows x 1) accumulators, the vectors of the right-hand side and one scalar.
-#if defined(__AVX512F__)
-constexpr int most_columns = 8, most_rows = 12, most_single_rows = 16;
-#elif defined(__AVX2__)
-constexpr int most_columns = 5, most_rows = 6, most_single_rows = 12;
-#elif defined(__aarch64__)
-constexpr int most_columns = 5, most_rows = 10, most_single_rows = 16;
-#else
-constexpr int most_columns = 2, most_rows = 5, most_single_rows = 10;
-#endif
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// Calls body(Count<n>) for n in 1 .. Most.
-template <int Most, class Body>
-void with_count(int64_t n, const Body& body) {
-  if constexpr (Most > 1) {
-    if (n < Most) return with_count<Most - 1>(n, body);
-  }
-  body(Count<Most>{});
-}
-
-// Where a matrix lies: element (i, k) of the left one at i * row + k * depth, vectors of the right one at v * vector +
-// k * depth.
-struct Left {
-  const float* at;
-  int64_t row, depth;
-};
-struct Right {
-  const float* at;
-  int64_t vector, depth;
-};
-
-// to[row][v] = start[row] + sum over k of left[row][k] * right[k][v] for Rows rows, `pitch` apart, and Vectors vectors;
-// added to what is there where `start` is null.
-template <int Rows, int Vectors>
-void multiply_block(Left left, Right right, int64_t depth, const float* start, float* to, int64_t pitch) {
-  V sum[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) sum[r][v].value = typename V::Lanes{} + (start == nullptr ? 0.0f : start[r]);
-  for (int64_t k = 0; k < depth; ++k, left.at += left.depth, right.at += right.depth) {
-    V along[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) along[v] = V::load(right.at + v * right.vector);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const float scalar = left.at[r * left.row];
-#pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) sum[r][v].add_product(along[v], scalar);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      float* at = to + r * pitch + v * V::lanes;
-      // Of many tiles, sums of sums: their rounding errors grow slower than those of one long sum.
-      if (start == nullptr) sum[r][v].value += V::load(at).value;
-      sum[r][v].store(at);
-    }
-}
-
-template <int Vectors>
-void multiply_rows(const Left& left, int64_t rows, const Right& right, int64_t depth, const float* start, float* to,
-                   int64_t pitch) {
-  constexpr int most = Vectors == 1 ? most_single_rows : most_rows;
-  const int64_t count = (rows + most - 1) / most;
-  for (int64_t b = 0; b < count; ++b) {
-    const int64_t first = rows * b / count;
-    with_count<most>(rows * (b + 1) / count - first, [&](auto n) {
-      multiply_block<decltype(n)::value, Vectors>({left.at + first * left.row, left.row, left.depth}, right, depth,
-                                                  start == nullptr ? nullptr : start + first, to + first * pitch,
-                                                  pitch);
-    });
-  }
-}
-
-// The same for any number of rows and vectors.
-void multiply(const Left& left, int64_t rows, const Right& right, int64_t vectors, int64_t depth, const float* start,
-              float* to, int64_t pitch) {
-  int64_t v = 0;
-  for (; v + 2 <= vectors; v += 2)
-    multiply_rows<2>(left, rows, {right.at + v * right.vector, right.vector, right.depth}, depth, start,
-                     to + v * V::lanes, pitch);
-  if (v < vectors)
-    multiply_rows<1>(left, rows, {right.at + v * right.vector, right.vector, right.depth}, depth, start,
-                     to + v * V::lanes, pitch);
-}
 
 // `count` neighbouring elements as floats: in place where they are, else in `staging`.
-const float* floats(const float* from, int64_t, float*) { return from; }
+inline const float* as_float_row(const float* from, int64_t, float*) { return from; }
 template <class T>
-const float* floats(const T* from, int64_t count, float* staging) {
+const float* as_float_row(const T* from, int64_t count, float* staging) {
   for (int64_t i = 0; i < count; ++i) staging[i] = load(from[i]);
   return staging;
 }
 
-template <class T>
-struct Same {
-  static constexpr bool as_float = false;
-};
-template <>
-struct Same<float> {
-  static constexpr bool as_float = true;
-};
-
 // `rows` x `columns` elements, one or the other neighbours in memory or neither, as to[column][row] with columns
 // `pitch` apart. `staging` holds tile_pixels * block_channels floats.
 template <class T>
-void exchange(const T* from, int64_t row, int64_t rows, int64_t column, int64_t columns, float* to, int64_t pitch,
-              float* staging) {
+void transpose_into(const T* from, int64_t row, int64_t rows, int64_t column, int64_t columns, float* to, int64_t pitch,
+                    float* staging) {
   if (column == 1) {
-    if constexpr (Same<T>::as_float) return transpose(from, row, rows, columns, to, pitch);
+    if constexpr (is_float<T>) return transpose(from, row, rows, columns, to, pitch);
     for (int64_t r = 0; r < rows; r += block_channels)
       for (int64_t c = 0; c < columns; c += tile_pixels) {
-        const int64_t high = least(block_channels, rows - r), wide = least(tile_pixels, columns - c);
-        for (int64_t i = 0; i < high; ++i) floats(from + (r + i) * row + c, wide, staging + i * tile_pixels);
+        const int64_t high = min(block_channels, rows - r), wide = min(tile_pixels, columns - c);
+        for (int64_t i = 0; i < high; ++i) as_float_row(from + (r + i) * row + c, wide, staging + i * tile_pixels);
         transpose(staging, tile_pixels, high, wide, to + c * pitch + r, pitch);
       }
   } else {
-    if constexpr (Same<T>::as_float) {
+    if constexpr (is_float<T>) {
       if (row == 2) {
         for (int64_t c = 0; c < columns; ++c) copy_even(from + c * column, rows, to + c * pitch);
         return;
@@ -156,14 +51,14 @@ void exchange(const T* from, int64_t row, int64_t rows, int64_t column, int64_t 
 // A run of `count` elements and of floats, of any length.
 template <class T>
 void load_run(const T* from, int64_t count, float* to) {
-  if constexpr (Same<T>::as_float)
+  if constexpr (is_float<T>)
     copy(from, count, to);
   else
     for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
 }
 template <class T>
 void store_run(const float* from, int64_t count, T* to) {
-  if constexpr (Same<T>::as_float)
+  if constexpr (is_float<T>)
     copy(from, count, to);
   else
     for (int64_t i = 0; i < count; ++i) store(from[i], &to[i]);
@@ -176,18 +71,18 @@ void pack_pixels(const T* from, const int64_t (&stride)[4], int64_t channels, in
                  float* staging) {
   const int64_t pixels = rows * columns;
   for (int64_t at = 0; at < pixels; at += V::lanes, to += V::lanes * channels) {
-    const int64_t count = least(V::lanes, pixels - at);
+    const int64_t count = min(V::lanes, pixels - at);
     if (count < V::lanes) std::memset(to, 0, size_t(V::lanes * channels) * sizeof(float));
     // Runs of pixels in one row.
     for (int64_t lane = 0; lane < count;) {
       const int64_t row = (at + lane) / columns, column = (at + lane) % columns;
-      const int64_t run = least(count - lane, columns - column);
+      const int64_t run = min(count - lane, columns - column);
       const T* source = from + row * stride[2] + column * stride[3];
       if (stride[3] == 1) {
         for (int64_t r = 0; r < channels; ++r)
           for (int64_t i = 0; i < run; ++i) to[r * V::lanes + lane + i] = load(source[r * stride[1] + i]);
       } else {
-        exchange(source, stride[3], run, stride[1], channels, to + lane, V::lanes, staging);
+        transpose_into(source, stride[3], run, stride[1], channels, to + lane, V::lanes, staging);
       }
       lane += run;
     }
@@ -204,7 +99,7 @@ template <class T>
 const float* span_rows(const SpanProblem& span, const SpanBuffers& buffers, int64_t g, float* to, int64_t* pitch) {
   const int64_t taps = span.involution.taps();
   const T* from = span_row<T>(span, buffers, g * taps);
-  if constexpr (Same<T>::as_float) {
+  if constexpr (is_float<T>) {
     if (span.span_stride[1] == 1) {
       *pitch = span.span_stride[0];
       return from;
@@ -229,11 +124,11 @@ template <class T>
 void store_pixels(const float* from, int64_t channels, int64_t pixels, T* to, int64_t channel, int64_t pixel,
                   float* staging) {
   if (pixel == 1 && channel != 1) {
-    if constexpr (Same<T>::as_float) {
+    if constexpr (is_float<T>) {
       transpose(from, block_channels, pixels, channels, to, channel);
     } else {
       for (int64_t first = 0; first < pixels; first += tile_pixels) {
-        const int64_t run = least(tile_pixels, pixels - first);
+        const int64_t run = min(tile_pixels, pixels - first);
         transpose(from + first * block_channels, block_channels, run, channels, staging, tile_pixels);
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t v = 0; v < run; ++v) store(staging[c * tile_pixels + v], &to[c * channel + first + v]);
@@ -248,7 +143,7 @@ void store_pixels(const float* from, int64_t channels, int64_t pixels, T* to, in
   }
 }
 
-// The reverse: a run of pixels as [pixel][16], zero in the channels that there are not.
+// The reverse: a run of pixels as [pixel][16], missing channels are zero-filled.
 template <class T>
 void load_pixels(const T* from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel, float* to,
                  float* staging) {
@@ -262,30 +157,8 @@ void load_pixels(const T* from, int64_t channels, int64_t pixels, int64_t channe
     for (int64_t v = 0; v < pixels; ++v)
       for (int64_t c = 0; c < channels; ++c) to[v * block_channels + c] = load(from[v * pixel + c]);
   } else {
-    exchange(from, channel, channels, pixel, pixels, to, block_channels, staging);
+    transpose_into(from, channel, channels, pixel, pixels, to, block_channels, staging);
   }
-}
-
-// Asks the second level of cache for `runs` runs of `count` elements, `apart` from each other, save for the line that a
-// run shares with its predecessor.
-template <class T>
-void prefetch_runs(const T* from, int64_t runs, int64_t apart, int64_t count) {
-  constexpr uintptr_t line = 64;
-  for (int64_t i = 0; i < runs; ++i, from += apart) {
-    const uintptr_t end = reinterpret_cast<uintptr_t>(from + count);
-    for (uintptr_t at = (reinterpret_cast<uintptr_t>(from) + line - 1) / line * line; at < end; at += line)
-      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-  }
-  __asm__ volatile("");  // GCC drops calls of what does nothing but prefetch
-}
-
-// The same for channels x pixels of a row, where one or the other are neighbours.
-template <class T>
-void prefetch_pixels(const T* from, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels) {
-  if (channel == 1)
-    prefetch_runs(from, pixels, pixel, channels);
-  else if (pixel == 1)
-    prefetch_runs(from, channels, channel, pixels);
 }
 
 // W of an image, group and pixel.
@@ -306,7 +179,7 @@ void load_weights(const T* from, const Problem& p, int64_t rows, int64_t columns
     const T* source = from + r * p.w_stride[4];
     float* target = to + r * run;
     if (pixel != 1 && taps_together) {
-      exchange(source, pixel, run, 1, p.taps(), target, tile_pixels, staging);
+      transpose_into(source, pixel, run, 1, p.taps(), target, tile_pixels, staging);
       continue;
     }
     for (int64_t i = 0; i < p.kernel_h; ++i)
@@ -325,7 +198,7 @@ void load_weights(const T* from, const Problem& p, int64_t rows, int64_t columns
 template <class T>
 void store_weights(const float* from, const Problem& p, int64_t columns, T* to) {
   const int64_t pixel = p.w_stride[5];
-  if constexpr (Same<T>::as_float) {
+  if constexpr (is_float<T>) {
     if (pixel != 1 && p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w)
       return transpose(from, tile_pixels, p.taps(), columns, to, pixel);
   }

@@ -1,12 +1,11 @@
-// The `channels` variant of involution2d and the `fused` variant of span_involution2d: strategy, geometry and the
-// functions compiled for each instruction set.
+// The `channels` variant of involution2d and the `fused` variant of span_involution2d: how a problem is cut into tasks.
 //
 // Equations and shapes: pyinvolution/problem.h. A task is one image, a strip of output rows and some groups. Lanes are
 // channels of a group, 16 a block: a weight is broadcast and serves the block, an x vector serves all taps of a row
 // that see it. For each group a task
 //
-//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip
-//   packs packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
+//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip packs
+//   packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
 //   weighs    a tile of pixels at a time: W as [tap][pixel], copied from memory (`channels`) or computed (`fused`):
 //             S broadcast from where it lies, vectors along the pixels of R, packed once a strip as [vector][r][lane]
 //   applies   the tile: 8 to 10 accumulators, for 5 columns (AVX2) 35 broadcasts + 11 x 2 loads a row of 7 taps for 70
@@ -30,10 +29,10 @@
 namespace pyinvolution::cpu {
 
 constexpr int64_t block_channels = 16;
-constexpr int64_t tile_pixels =
-    112;  // the pitch of a tile of weights: known when compiling, so that addresses need no registers
+// The pitch of a tile of weights: known at compile time, so that addresses need no registers.
+constexpr int64_t tile_pixels = 112;
 
-struct Channels {
+struct ChannelsTiling {
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w
   SpanBuffers buffers;
   const void* w;
@@ -52,13 +51,12 @@ struct Channels {
   int64_t packed_columns;  // of a row
   int64_t vectors;         // of pixels in a tile
   int64_t tiles;           // of a strip
-  int64_t tile_floats() const { return vectors * lanes * problem.reduced; }
+  int64_t tile_floats;     // of R, of a tile
 
   // A layer: R is computed in slices of channels for each tile, by a first round of tasks where chunks share it.
   bool layer;
   int64_t slices;
   int64_t slice_vectors;
-  int64_t reducing_tasks() const { return shared == nullptr ? 0 : problem.involution.batch * strips * tiles * slices; }
   int64_t shared_bytes;
   float* shared;  // [n][strip][tile] of R, packed; nullptr where each task computes its own
 
@@ -67,23 +65,19 @@ struct Channels {
   int64_t scratch_bytes;
 };
 
-// Geometry of a forward pass for vectors of `vector_bytes`.
-Channels plan_channels(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes, int threads);
-
-// With `reduce` a task of the first round.
-using ChannelsTask = void (*)(const Channels&, bool reduce, int64_t task, void* scratch);
-
-void channels_task_baseline(const Channels&, bool reduce, int64_t task, void* scratch);
-void channels_task_avx2(const Channels&, bool reduce, int64_t task, void* scratch);
-void channels_task_avx512(const Channels&, bool reduce, int64_t task, void* scratch);
+// The tiling of a forward pass for vectors of `vector_bytes`.
+ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes,
+                                    int threads);
 
 // Backward: a task is some strips of images (a part) and some groups (a chunk). What parts (grad_S, grad_b) or chunks
 // (grad_R) share is kept apart, and summed by a second round of tasks; both are then by the problem alone. While a
 // group is computed, the rows of the next one are fetched: in channels_last memory a group's pixels are as far apart as
 // all channels are wide, and waiting for them took as long as the arithmetic.
-constexpr int64_t backward_columns = 96;  // of a row at a time, with zeros on either side of its weights:
-constexpr int64_t backward_margin =
-    (tile_pixels - backward_columns) / 2;  // a window of up to 9 columns reads past the row
+//
+// Backward works on 96 columns of a row at a time, with zeros on either side of their weights: a window of up to 9
+// columns reads past the row.
+constexpr int64_t backward_columns = 96;
+constexpr int64_t backward_margin = (tile_pixels - backward_columns) / 2;
 
 // Output rows [begin, end), from which the gradients of W come, and rows of X, whose gradient comes from output rows
 // [first, last): those of neighbours, too, whose weights are then computed twice.
@@ -91,7 +85,7 @@ struct BackwardStrip {
   int64_t begin, end, in_begin, in_end, first, last;
 };
 
-struct FusedBackward {
+struct BackwardTiling {
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w, or their gradient goes to grad_w
   SpanBuffers buffers;
   const void* w;
@@ -100,15 +94,16 @@ struct FusedBackward {
   int64_t lanes;
   int64_t blocks;
   int64_t parts, chunks;
-  std::vector<BackwardStrip> strips;  // of an image
-  int64_t height;                     // most output rows of a strip
-  int64_t reduced_padded;             // R in whole vectors
-  int64_t row_padded;                 // output columns in whole vectors
+  const BackwardStrip* strips;  // of an image
+  int64_t strip_count;
+  int64_t height;          // most output rows of a strip
+  int64_t reduced_padded;  // R in whole vectors
+  int64_t row_padded;      // output columns in whole vectors
 
   // X as [row][channel][phase][column / stride].
   int64_t x_rows, x_channel, x_phase;
-  int64_t grad_x_rows, rows;        // most rows of X, and most output rows [first, last), of a strip
-  std::vector<int64_t> tap_offset;  // [kw] in a channel
+  int64_t grad_x_rows, rows;  // most rows of X, and most output rows [first, last), of a strip
+  const int64_t* tap_offset;  // [kw] in a channel
 
   // In floats from the start of a task's scratch memory.
   int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, grad_weights_at,
@@ -117,22 +112,22 @@ struct FusedBackward {
 
   float* shared;  // [parts] grad_S, [parts] grad_b, [chunks][n] grad_R where there are more chunks than one
   int64_t shared_bytes;
-  float* span_part(int64_t part) const { return shared + part * problem.span_rows() * reduced_padded; }
-  float* bias_part(int64_t part) const { return span_part(parts) + part * problem.span_rows(); }
-  float* reduced_part(int64_t chunk, int64_t n) const {
-    return bias_part(parts) +
-           (chunk * problem.involution.batch + n) * problem.reduced * problem.involution.out_h * row_padded;
-  }
 };
 
-FusedBackward plan_backward(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w, int64_t vector_bytes,
-                            int threads);
+// The memory that a tiling points to; see ColumnsTables.
+struct BackwardTables {
+  std::vector<BackwardStrip> strips;
+  std::vector<int64_t> tap_offset;
+};
 
-// With `finish` a task of the second round.
-using BackwardTask = void (*)(const FusedBackward&, bool finish, int64_t task, void* scratch);
+// `tables` must outlive the tiling.
+BackwardTiling make_backward_tiling(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w,
+                                    int64_t vector_bytes, int threads, BackwardTables& tables);
 
-void backward_task_baseline(const FusedBackward&, bool finish, int64_t task, void* scratch);
-void backward_task_avx2(const FusedBackward&, bool finish, int64_t task, void* scratch);
-void backward_task_avx512(const FusedBackward&, bool finish, int64_t task, void* scratch);
+// What the variants may refuse: the bytes of X that a strip of `height` output rows packs for a group, and those of the
+// scratch memory of a backward strip. In double, since a product of sizes may pass 2^63.
+double strip_input_bytes(const Problem&, int64_t height);
+double backward_bytes(const SpanProblem&, int64_t height);
+constexpr double max_backward_bytes = 64 << 20;
 
 }  // namespace pyinvolution::cpu

@@ -1,27 +1,26 @@
-// The inner loops of the `columns` variant; see cpu_columns.h. The including file sets VECTOR_BYTES, its own compiler
-// flags, and the name of the one function with external linkage, COLUMNS_TASK. All else stays in the anonymous
-// namespace, and no template of the standard library is used: a copy compiled for a newer processor must not be the one
-// that the linker keeps for all.
+// The inner loops of the `columns` variant; see tiling.h. Compiled for each instruction set by instances/kernels.inl.
 #include <cstdint>
 #include <cstring>
 
-#include "cpu_columns.h"
-#include "cpu_vector.h"
-#include "storage.h"
+#include "cpu/arithmetic.h"
+#include "cpu/columns/tiling.h"
+#include "cpu/simd/dtype.h"
+#include "cpu/simd/vector.h"
 
 namespace pyinvolution::cpu {
 namespace {
 
 // [channels][columns] of one row into packed rows `pitch` apart. `from` is null for a row outside the tensor.
 template <class T, class A>
-void pack_row(const Columns& plan, const T* from, int64_t channel_stride, int64_t column_stride, int64_t channels,
-              int64_t columns, A* to) {
-  const int64_t pitch = plan.width;
+void pack_row(const ColumnsTiling& tiling, const T* from, int64_t channel_stride, int64_t column_stride,
+              int64_t channels, int64_t columns, A* to) {
+  const int64_t pitch = tiling.width;
   if (from == nullptr) {
     std::memset(to, 0, size_t(channels * pitch) * sizeof(A));
     return;
   }
-  for (const Segment& segment : plan.segments) {
+  for (int64_t s = 0; s < tiling.segment_count; ++s) {
+    const Segment& segment = tiling.segments[s];
     int64_t begin = segment.first < 0 ? (-segment.first + segment.step - 1) / segment.step : 0;
     int64_t end = segment.first < columns ? (columns - segment.first + segment.step - 1) / segment.step : 0;
     begin = begin < segment.count ? begin : segment.count;
@@ -81,46 +80,46 @@ struct Accumulators {
 };
 
 template <class T>
-struct Task {
+struct ColumnsRun {
   using A = Accumulator<T>;
   using V = Vector<A>;
 
-  const Columns& plan;
+  const ColumnsTiling& tiling;
   const Problem& p;
   int64_t n, g, begin, end;  // rows of the strip: of Y, or of X for grad_input
   A* packed;                 // [packed_rows][chunk][width]
   A* others;
 
-  Task(const Columns& columns, int64_t task, void* scratch) : plan(columns), p(columns.problem) {
-    const int64_t rows = plan.pass == Pass::grad_input ? p.in_h : p.out_h;
-    begin = task % plan.strips * plan.height;
-    end = begin + plan.height < rows ? begin + plan.height : rows;
-    g = task / plan.strips % p.groups;
-    n = task / plan.strips / p.groups;
+  ColumnsRun(const ColumnsTiling& columns, int64_t task, void* scratch) : tiling(columns), p(columns.problem) {
+    const int64_t rows = tiling.pass == Pass::grad_input ? p.in_h : p.out_h;
+    begin = task % tiling.strips * tiling.height;
+    end = begin + tiling.height < rows ? begin + tiling.height : rows;
+    g = task / tiling.strips % p.groups;
+    n = task / tiling.strips / p.groups;
     packed = static_cast<A*>(scratch);
-    others = packed + plan.packed_rows * plan.chunk * plan.width;
+    others = packed + tiling.packed_rows * tiling.chunk * tiling.width;
   }
 
   T* x_row(int64_t c, int64_t h) const {
-    return static_cast<T*>(plan.buffers.x) + n * p.x_stride[0] + c * p.x_stride[1] + h * p.x_stride[2];
+    return static_cast<T*>(tiling.buffers.x) + n * p.x_stride[0] + c * p.x_stride[1] + h * p.x_stride[2];
   }
   T* y_row(int64_t c, int64_t h) const {
-    return static_cast<T*>(plan.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + h * p.y_stride[2];
+    return static_cast<T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + h * p.y_stride[2];
   }
   T* w_row(int64_t i, int64_t j, int64_t h) const {
-    return static_cast<T*>(plan.buffers.w) + n * p.w_stride[0] + g * p.w_stride[1] + i * p.w_stride[2] +
+    return static_cast<T*>(tiling.buffers.w) + n * p.w_stride[0] + g * p.w_stride[1] + i * p.w_stride[2] +
            j * p.w_stride[3] + h * p.w_stride[4];
   }
-  int64_t pack_rows_apart() const { return plan.chunk * plan.width; }
+  int64_t pack_rows_apart() const { return tiling.chunk * tiling.width; }
 
   // Rows of X that output rows begin .. end read.
   void pack_input(int64_t first_channel, int64_t channels) const {
     const int64_t first = begin * p.stride_h - p.padding_h;
     const auto pack = [&](int64_t slot, int64_t h) {
       const T* from = h >= 0 && h < p.in_h ? x_row(first_channel, h) : nullptr;
-      pack_row(plan, from, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed + slot * pack_rows_apart());
+      pack_row(tiling, from, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed + slot * pack_rows_apart());
     };
-    if (plan.share_rows) {
+    if (tiling.share_rows) {
       const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
       for (int64_t r = 0; r < rows; ++r) pack(r, first + r);
     } else {
@@ -130,7 +129,7 @@ struct Task {
   }
   const A* packed_input(int64_t row, int64_t i) const {
     const int64_t r = row - begin;
-    return packed + (plan.share_rows ? r * p.stride_h + i * p.dilation_h : r * p.kernel_h + i) * pack_rows_apart();
+    return packed + (tiling.share_rows ? r * p.stride_h + i * p.dilation_h : r * p.kernel_h + i) * pack_rows_apart();
   }
 
   // The weights of row h for tap row i into [taps][padded], column v of tap j at position v + shift(j).
@@ -141,15 +140,15 @@ struct Task {
     for (int64_t j = 0; j < p.kernel_w; ++j) {
       const int64_t s = shift(j);
       const int64_t first = s < 0 ? -s : 0;
-      int64_t last = plan.padded - s < p.out_w ? plan.padded - s : p.out_w;
+      int64_t last = tiling.padded - s < p.out_w ? tiling.padded - s : p.out_w;
       if (last < first) last = first;
-      A* row = to + j * plan.padded;
+      A* row = to + j * tiling.padded;
       if (first == last) {
-        std::memset(row, 0, size_t(plan.padded) * sizeof(A));
+        std::memset(row, 0, size_t(tiling.padded) * sizeof(A));
         continue;
       }
       std::memset(row, 0, size_t(first + s) * sizeof(A));
-      std::memset(row + last + s, 0, size_t(plan.padded - last - s) * sizeof(A));
+      std::memset(row + last + s, 0, size_t(tiling.padded - last - s) * sizeof(A));
       const T* source = from + j * tap;
       if (column == 1) {
         for (int64_t v = first; v < last; ++v) row[v + s] = load(source[v]);
@@ -161,46 +160,45 @@ struct Task {
       for (int64_t v = 0; v < p.out_w; ++v)
         for (int64_t j = 0; j < p.kernel_w; ++j) {
           const int64_t at = v + shift(j);
-          if (at >= 0 && at < plan.padded) to[j * plan.padded + at] = load(from[v * column + j]);
+          if (at >= 0 && at < tiling.padded) to[j * tiling.padded + at] = load(from[v * column + j]);
         }
     }
   }
 
   // --- forward
-  // ---------------------------------------------------------------------------------------------------------
 
   template <int Channels>
   void forward_block(const A* weights, int64_t tap_row, int64_t tap_column, int64_t row, int64_t channel,
                      int64_t column, A* result) const {
     const int64_t left = p.out_w - column;
-    const bool partial = plan.direct_weight && left < V::lanes;
+    const bool partial = tiling.direct_weight && left < V::lanes;
     Accumulators<Channels, A> accumulators;
     accumulators.clear();
     for (int64_t i = 0; i < p.kernel_h; ++i) {
-      const A* shifted = packed_input(row, i) + channel * plan.width + column;
+      const A* shifted = packed_input(row, i) + channel * tiling.width + column;
       const A* w = weights + i * tap_row + column;
       if (partial) {
         for (int64_t j = 0; j < p.kernel_w; ++j)
-          accumulators.add(V::load_first(w + j * tap_column, left), shifted + plan.tap_offset[j], plan.width);
+          accumulators.add(V::load_first(w + j * tap_column, left), shifted + tiling.tap_offset[j], tiling.width);
       } else {
         for (int64_t j = 0; j < p.kernel_w; ++j)
-          accumulators.add(V::load(w + j * tap_column), shifted + plan.tap_offset[j], plan.width);
+          accumulators.add(V::load(w + j * tap_column), shifted + tiling.tap_offset[j], tiling.width);
       }
     }
-    accumulators.store(result + channel * plan.padded + column, plan.padded);
+    accumulators.store(result + channel * tiling.padded + column, tiling.padded);
   }
 
   void forward() const {
     A* result = others;
-    A* weights = result + plan.chunk * plan.padded;
+    A* weights = result + tiling.chunk * tiling.padded;
     const int64_t group = p.group_channels();
-    for (int64_t first = 0; first < group; first += plan.chunk) {
-      const int64_t channels = plan.chunk < group - first ? plan.chunk : group - first;
+    for (int64_t first = 0; first < group; first += tiling.chunk) {
+      const int64_t channels = tiling.chunk < group - first ? tiling.chunk : group - first;
       pack_input(g * group + first, channels);
       for (int64_t row = begin; row < end; ++row) {
         const A* w = weights;
-        int64_t tap_row = p.kernel_w * plan.padded, tap_column = plan.padded;
-        if (plan.direct_weight) {
+        int64_t tap_row = p.kernel_w * tiling.padded, tap_column = tiling.padded;
+        if (tiling.direct_weight) {
           w = reinterpret_cast<const A*>(w_row(0, 0, row));
           tap_row = p.w_stride[2];
           tap_column = p.w_stride[3];
@@ -208,43 +206,43 @@ struct Task {
           for (int64_t i = 0; i < p.kernel_h; ++i)
             pack_weight(i, row, [](int64_t) { return int64_t{0}; }, weights + i * tap_row);
         }
-        for (int64_t v = 0; v < plan.columns; v += V::lanes) {
+        for (int64_t v = 0; v < tiling.columns; v += V::lanes) {
           int64_t c = 0;
           for (; c + 8 <= channels; c += 8) forward_block<8>(w, tap_row, tap_column, row, c, v, result);
           for (; c + 4 <= channels; c += 4) forward_block<4>(w, tap_row, tap_column, row, c, v, result);
           for (; c < channels; ++c) forward_block<1>(w, tap_row, tap_column, row, c, v, result);
         }
-        unpack_row(result, plan.padded, channels, p.out_w, y_row(g * group + first, row), p.y_stride[1], p.y_stride[3]);
+        unpack_row(result, tiling.padded, channels, p.out_w, y_row(g * group + first, row), p.y_stride[1],
+                   p.y_stride[3]);
       }
     }
   }
 
   // --- grad_weight
-  // -----------------------------------------------------------------------------------------------------
 
   template <int Taps>
-  void weight_block(const A* grad, const A* shifted, const int64_t* offsets, int64_t channels, int64_t column,
-                    A* sums) const {
+  void grad_weight_block(const A* grad, const A* shifted, const int64_t* offsets, int64_t channels, int64_t column,
+                         A* sums) const {
     V sum[Taps];
-    for (int t = 0; t < Taps; ++t) sum[t] = V::load(sums + t * plan.padded + column);
+    for (int t = 0; t < Taps; ++t) sum[t] = V::load(sums + t * tiling.padded + column);
     for (int64_t c = 0; c < channels; ++c) {
-      const V gy = V::load(grad + c * plan.padded + column);
-      const A* x = shifted + c * plan.width + column;
+      const V gy = V::load(grad + c * tiling.padded + column);
+      const A* x = shifted + c * tiling.width + column;
 #pragma GCC unroll 7
       for (int t = 0; t < Taps; ++t) sum[t].add_product(gy, V::load(x + offsets[t]));
     }
-    for (int t = 0; t < Taps; ++t) sum[t].store(sums + t * plan.padded + column);
+    for (int t = 0; t < Taps; ++t) sum[t].store(sums + t * tiling.padded + column);
   }
 
-  void weight_row(const A* grad, int64_t row, int64_t i, int64_t channels, A* sums) const {
+  void grad_weight_row(const A* grad, int64_t row, int64_t i, int64_t channels, A* sums) const {
     const A* shifted = packed_input(row, i);
-    for (int64_t v = 0; v < plan.columns; v += V::lanes) {
-      const int64_t* offsets = plan.tap_offset.data();
+    for (int64_t v = 0; v < tiling.columns; v += V::lanes) {
+      const int64_t* offsets = tiling.tap_offset;
       int64_t j = 0;
       const auto block = [&](auto taps) {
         constexpr int count = decltype(taps)::value;
         for (; j + count <= p.kernel_w; j += count)
-          weight_block<count>(grad, shifted, offsets + j, channels, v, sums + j * plan.padded);
+          grad_weight_block<count>(grad, shifted, offsets + j, channels, v, sums + j * tiling.padded);
       };
       block(Count<7>{});
       block(Count<5>{});
@@ -253,54 +251,45 @@ struct Task {
     }
   }
 
-  template <int N>
-  struct Count {
-    static constexpr int value = N;
-  };
-
   void grad_weight() const {
     A* grad = others;
-    A* sums = grad + plan.chunk * plan.padded;  // [row][taps][padded]
+    A* sums = grad + tiling.chunk * tiling.padded;  // [row][taps][padded]
     const int64_t group = p.group_channels();
-    std::memset(sums, 0, size_t((end - begin) * p.taps() * plan.padded) * sizeof(A));
-    for (int64_t first = 0; first < group; first += plan.chunk) {
-      const int64_t channels = plan.chunk < group - first ? plan.chunk : group - first;
+    std::memset(sums, 0, size_t((end - begin) * p.taps() * tiling.padded) * sizeof(A));
+    for (int64_t first = 0; first < group; first += tiling.chunk) {
+      const int64_t channels = tiling.chunk < group - first ? tiling.chunk : group - first;
       pack_input(g * group + first, channels);
       for (int64_t row = begin; row < end; ++row) {
         pack_gradient(y_row(g * group + first, row), channels, grad);
         for (int64_t i = 0; i < p.kernel_h; ++i)
-          weight_row(grad, row, i, channels, sums + ((row - begin) * p.kernel_h + i) * p.kernel_w * plan.padded);
+          grad_weight_row(grad, row, i, channels, sums + ((row - begin) * p.kernel_h + i) * p.kernel_w * tiling.padded);
       }
     }
     for (int64_t row = begin; row < end; ++row)
       for (int64_t i = 0; i < p.kernel_h; ++i)
-        unpack_row(sums + ((row - begin) * p.kernel_h + i) * p.kernel_w * plan.padded, plan.padded, p.kernel_w, p.out_w,
-                   w_row(i, 0, row), p.w_stride[3], p.w_stride[5]);
+        unpack_row(sums + ((row - begin) * p.kernel_h + i) * p.kernel_w * tiling.padded, tiling.padded, p.kernel_w,
+                   p.out_w, w_row(i, 0, row), p.w_stride[3], p.w_stride[5]);
   }
 
   // A row of grad_output, unshifted, into [channels][padded].
   void pack_gradient(const T* from, int64_t channels, A* to) const {
     const int64_t channel = p.y_stride[1], column = p.y_stride[3];
     for (int64_t c = 0; c < channels; ++c)
-      std::memset(to + c * plan.padded + p.out_w, 0, size_t(plan.padded - p.out_w) * sizeof(A));
+      std::memset(to + c * tiling.padded + p.out_w, 0, size_t(tiling.padded - p.out_w) * sizeof(A));
     if (column == 1) {
       for (int64_t c = 0; c < channels; ++c)
-        for (int64_t v = 0; v < p.out_w; ++v) to[c * plan.padded + v] = load(from[c * channel + v]);
+        for (int64_t v = 0; v < p.out_w; ++v) to[c * tiling.padded + v] = load(from[c * channel + v]);
     } else {
       for (int64_t v = 0; v < p.out_w; ++v)
-        for (int64_t c = 0; c < channels; ++c) to[c * plan.padded + v] = load(from[c * channel + v * column]);
+        for (int64_t c = 0; c < channels; ++c) to[c * tiling.padded + v] = load(from[c * channel + v * column]);
     }
   }
 
   // --- grad_input
-  // ------------------------------------------------------------------------------------------------------
 
   // The output row whose tap row i reads input row `row`, or -1.
   int64_t reader(int64_t row, int64_t i) const {
-    const int64_t shifted = row + p.padding_h - p.dilation_h * i;
-    if (shifted < 0 || shifted % p.stride_h != 0) return -1;
-    const int64_t h = shifted / p.stride_h;
-    return h < p.out_h ? h : -1;
+    return cpu::reader(row, i, p.stride_h, p.padding_h, p.dilation_h, p.out_h);
   }
   // The first output row that any tap row of the strip can read.
   int64_t first_reader() const {
@@ -310,10 +299,10 @@ struct Task {
 
   void pack_gradients(int64_t first_channel, int64_t channels) const {
     const auto pack = [&](int64_t slot, int64_t h) {
-      pack_row(plan, y_row(first_channel, h), p.y_stride[1], p.y_stride[3], channels, p.out_w,
+      pack_row(tiling, y_row(first_channel, h), p.y_stride[1], p.y_stride[3], channels, p.out_w,
                packed + slot * pack_rows_apart());
     };
-    if (plan.share_rows) {
+    if (tiling.share_rows) {
       const int64_t first = first_reader();
       int64_t last = (end - 1 + p.padding_h) / p.stride_h;
       if (last > p.out_h - 1) last = p.out_h - 1;
@@ -327,54 +316,53 @@ struct Task {
     }
   }
   const A* packed_gradient(int64_t row, int64_t i, int64_t h) const {
-    return packed + (plan.share_rows ? h - first_reader() : (row - begin) * p.kernel_h + i) * pack_rows_apart();
+    return packed + (tiling.share_rows ? h - first_reader() : (row - begin) * p.kernel_h + i) * pack_rows_apart();
   }
 
   template <int Channels>
-  void input_block(const A* weights, int64_t row, int64_t channel, int64_t position, int64_t f, A* result) const {
+  void grad_input_block(const A* weights, int64_t row, int64_t channel, int64_t position, int64_t f, A* result) const {
     Accumulators<Channels, A> accumulators;
     accumulators.clear();
     for (int64_t i = 0; i < p.kernel_h; ++i) {
       const int64_t h = reader(row, i);
       if (h < 0) continue;
-      const A* shifted = packed_gradient(row, i, h) + channel * plan.width + position;
-      const A* w = weights + i * p.kernel_w * plan.padded + position;
-      for (int64_t t = plan.phase_begin[f]; t < plan.phase_begin[f + 1]; ++t) {
-        const int64_t j = plan.phase_taps[t];
-        accumulators.add(V::load(w + j * plan.padded), shifted + plan.tap_offset[j], plan.width);
+      const A* shifted = packed_gradient(row, i, h) + channel * tiling.width + position;
+      const A* w = weights + i * p.kernel_w * tiling.padded + position;
+      for (int64_t t = tiling.phase_begin[f]; t < tiling.phase_begin[f + 1]; ++t) {
+        const int64_t j = tiling.phase_taps[t];
+        accumulators.add(V::load(w + j * tiling.padded), shifted + tiling.tap_offset[j], tiling.width);
       }
     }
     A block[Channels * V::lanes];
     accumulators.store(block, V::lanes);
     // Position m of this phase is column s * m + phase - padding, which may lie outside the input at either end.
-    const int64_t column = (plan.first_m + position) * p.stride_w + plan.phases[f] - p.padding_w;
+    const int64_t column = (tiling.first_m + position) * p.stride_w + tiling.phases[f] - p.padding_w;
     for (int64_t l = 0; l < V::lanes; ++l) {
       const int64_t at = column + l * p.stride_w;
-      if (at < 0 || at >= p.in_w || position + l >= plan.columns) continue;
+      if (at < 0 || at >= p.in_w || position + l >= tiling.columns) continue;
       for (int c = 0; c < Channels; ++c) result[(channel + c) * p.in_w + at] = block[c * V::lanes + l];
     }
   }
 
   void grad_input() const {
     A* result = others;
-    A* weights = result + plan.chunk * p.in_w;
+    A* weights = result + tiling.chunk * p.in_w;
     const int64_t group = p.group_channels();
-    const auto shift = [&](int64_t j) { return p.dilation_w * j / p.stride_w - plan.first_m; };
-    const int64_t phases = int64_t(plan.phases.size());
-    for (int64_t first = 0; first < group; first += plan.chunk) {
-      const int64_t channels = plan.chunk < group - first ? plan.chunk : group - first;
+    const auto shift = [&](int64_t j) { return p.dilation_w * j / p.stride_w - tiling.first_m; };
+    for (int64_t first = 0; first < group; first += tiling.chunk) {
+      const int64_t channels = tiling.chunk < group - first ? tiling.chunk : group - first;
       pack_gradients(g * group + first, channels);
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t i = 0; i < p.kernel_h; ++i) {
           const int64_t h = reader(row, i);
-          if (h >= 0) pack_weight(i, h, shift, weights + i * p.kernel_w * plan.padded);
+          if (h >= 0) pack_weight(i, h, shift, weights + i * p.kernel_w * tiling.padded);
         }
-        for (int64_t f = 0; f < phases; ++f)
-          for (int64_t m = 0; m < plan.columns; m += V::lanes) {
+        for (int64_t f = 0; f < tiling.phase_count; ++f)
+          for (int64_t m = 0; m < tiling.columns; m += V::lanes) {
             int64_t c = 0;
-            for (; c + 8 <= channels; c += 8) input_block<8>(weights, row, c, m, f, result);
-            for (; c + 4 <= channels; c += 4) input_block<4>(weights, row, c, m, f, result);
-            for (; c < channels; ++c) input_block<1>(weights, row, c, m, f, result);
+            for (; c + 8 <= channels; c += 8) grad_input_block<8>(weights, row, c, m, f, result);
+            for (; c + 4 <= channels; c += 4) grad_input_block<4>(weights, row, c, m, f, result);
+            for (; c < channels; ++c) grad_input_block<1>(weights, row, c, m, f, result);
           }
         unpack_row(result, p.in_w, channels, p.in_w, x_row(g * group + first, row), p.x_stride[1], p.x_stride[3]);
       }
@@ -382,7 +370,7 @@ struct Task {
   }
 
   void run() const {
-    switch (plan.pass) {
+    switch (tiling.pass) {
       case Pass::forward: return forward();
       case Pass::grad_input: return grad_input();
       case Pass::grad_weight: return grad_weight();
@@ -390,10 +378,10 @@ struct Task {
   }
 };
 
-}  // namespace
-
-void COLUMNS_TASK(const Columns& plan, int64_t task, void* scratch) {
-  dispatch(plan.problem.dtype, [&](auto element) { Task<decltype(element)>(plan, task, scratch).run(); });
+void columns_task(const ColumnsTiling& tiling, int64_t task, void* scratch) {
+  dispatch(tiling.problem.dtype, [&](auto element) { ColumnsRun<decltype(element)>(tiling, task, scratch).run(); });
 }
+
+}  // namespace
 
 }  // namespace pyinvolution::cpu

@@ -1,4 +1,4 @@
-// The `columns` variant: strategy, geometry and the functions compiled for each instruction set.
+// The `columns` variant: how a problem is cut into tasks.
 //
 // Equation and shapes: pyinvolution/problem.h. A task is one image, one group and a strip of rows. It copies what it
 // reads into scratch memory in the arithmetic type, zero-padded, so that whatever the layout, dtype, stride, padding or
@@ -6,8 +6,8 @@
 //
 //   forward      y[c][p]  = sum over taps k     of  w[k][p] * x[c][s p + d k]     one weight vector serves 8 channels
 //   grad_weight  gw[k][p] = sum over channels c of gy[c][p] * x[c][s p + d k]     one gy vector serves 7 taps
-//   grad_input   gx[c][q] = sum over taps k     of  w[k][p] * gy[c][p],  s p + d k = q    a gather, no two threads
-//   write one place
+//   grad_input   gx[c][q] = sum over taps k     of  w[k][p] * gy[c][p],  s p + d k = q    a gather: each
+//                                                                                 place is written by one thread
 //
 // Limit: FMA throughput. 8 accumulators take 9 loads for 8 FMA (at two loads a cycle, 89% of two FMA a cycle). It beats
 // the scalar loops by the vector width and by reading each weight once for 8 channels. A sum runs over taps (or
@@ -26,7 +26,7 @@ struct Segment {
   int64_t at, first, count, step;
 };
 
-struct Columns {
+struct ColumnsTiling {
   Problem problem;
   Pass pass;
   Buffers buffers;
@@ -38,10 +38,11 @@ struct Columns {
   // Reads of a tensor shifted by the taps: X for forward and grad_weight, grad_output for grad_input. Where the shifted
   // rows of a strip (or the shifted columns of a row) overlap enough they are packed once, else once for each tap.
   bool share_rows;
-  int64_t packed_rows;              // rows held for a strip
-  int64_t width;                    // of a packed row
-  std::vector<Segment> segments;    // how a row is packed
-  std::vector<int64_t> tap_offset;  // [kw] where a tap's first column is in a packed row
+  int64_t packed_rows;      // rows held for a strip
+  int64_t width;            // of a packed row
+  const Segment* segments;  // how a row is packed
+  int64_t segment_count;
+  const int64_t* tap_offset;  // [kw] where a tap's first column is in a packed row
 
   int64_t columns;     // vectors cover this many columns: out_w, or for grad_input the positions m of one phase
   int64_t padded;      // columns rounded up to whole vectors
@@ -50,20 +51,23 @@ struct Columns {
   // grad_input: columns q = s * m + phase - padding, m = first_m ...; a phase is read by the taps with d * k = phase
   // mod s.
   int64_t first_m;
-  std::vector<int64_t> phases;
-  std::vector<int64_t> phase_begin;  // [phases + 1] into phase_taps
-  std::vector<int64_t> phase_taps;
+  const int64_t* phases;
+  int64_t phase_count;
+  const int64_t* phase_begin;  // [phase_count + 1] into phase_taps
+  const int64_t* phase_taps;
 
   int64_t scratch_bytes;
 };
 
-// Geometry for vectors of `vector_bytes`.
-Columns plan_columns(const Problem&, Pass, const Buffers&, int64_t vector_bytes, int threads);
+// The memory that a tiling points to. The loops use pointers: a template of the standard library, compiled for a newer
+// processor, could become the copy that the linker keeps for all.
+struct ColumnsTables {
+  std::vector<Segment> segments;
+  std::vector<int64_t> tap_offset, phases, phase_begin, phase_taps;
+};
 
-using ColumnsTask = void (*)(const Columns&, int64_t task, void* scratch);
-
-void columns_task_baseline(const Columns&, int64_t task, void* scratch);
-void columns_task_avx2(const Columns&, int64_t task, void* scratch);
-void columns_task_avx512(const Columns&, int64_t task, void* scratch);
+// The tiling for vectors of `vector_bytes`; `tables` must outlive it.
+ColumnsTiling make_columns_tiling(const Problem&, Pass, const Buffers&, int64_t vector_bytes, int threads,
+                                  ColumnsTables& tables);
 
 }  // namespace pyinvolution::cpu

@@ -1,5 +1,7 @@
+// AVX2, FMA and F16C: 16 registers of 32 bytes.
+#define KERNELS avx2_kernels
 #define VECTOR_BYTES 32
-#define CHANNELS_TASK channels_task_avx2
-#define BACKWARD_TASK backward_task_avx2
-#include "cpu_channels.inl"
-#include "cpu_fused_backward.inl"
+#define APPLY_COLUMNS 5
+#define MULTIPLY_ROWS 6
+#define MULTIPLY_SINGLE_ROWS 12
+#include "cpu/instances/kernels.inl"

@@ -1,5 +1,7 @@
+// AVX-512 F, BW, DQ and VL: 32 registers of 64 bytes.
+#define KERNELS avx512_kernels
 #define VECTOR_BYTES 64
-#define CHANNELS_TASK channels_task_avx512
-#define BACKWARD_TASK backward_task_avx512
-#include "cpu_channels.inl"
-#include "cpu_fused_backward.inl"
+#define APPLY_COLUMNS 8
+#define MULTIPLY_ROWS 12
+#define MULTIPLY_SINGLE_ROWS 16
+#include "cpu/instances/kernels.inl"

@@ -1,7 +1,8 @@
 // The equation as loops: the oracle of the CPU variants, for every shape, stride and dtype.
+#include "core/parallel.h"
+#include "cpu/arithmetic.h"
+#include "cpu/simd/dtype.h"
 #include "cpu/variants.h"
-#include "parallel.h"
-#include "storage.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -45,12 +46,6 @@ struct Scalar {
             sum += load(w_at(n, g, i, j, h, v)) * x_padded(n, c, row(h, i), column(v, j));
         store(sum, &y_at(n, c, h, v));
       }
-  }
-
-  // The output position whose tap reads input position `at`, or -1.
-  static int64_t reader(int64_t at, int64_t tap, int64_t stride, int64_t padding, int64_t dilation, int64_t outputs) {
-    const int64_t shifted = at + padding - dilation * tap;
-    return shifted >= 0 && shifted % stride == 0 && shifted / stride < outputs ? shifted / stride : -1;
   }
 
   void grad_input(int64_t n, int64_t c) const {

@@ -1,5 +1,6 @@
-// Storage types of a problem and their arithmetic type. Everything here has internal linkage: the file is compiled with
-// different instruction sets, and the linker must not let one object's copy serve another.
+// The 16-bit storage types and the conversion of every storage type to its arithmetic type. Everything here has internal
+// linkage: the file is compiled with different instruction sets, and the linker must not let one object's copy serve
+// another.
 #pragma once
 
 #include <cstdint>
@@ -69,28 +70,6 @@ inline void store(float value, Half* to) {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   }
   to->bits = uint16_t(half | (bits >> 16 & 0x8000u));
-}
-
-template <class T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <class T>
-using Accumulator = typename AccumulatorOf<T>::type;
-
-// Calls `body` with a value of the storage type.
-template <class Body>
-void dispatch(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::f64: return body(double{});
-    case DType::f16: return body(Half{});
-    case DType::bf16: return body(BFloat16{});
-  }
 }
 
 }  // namespace

@@ -38,12 +38,12 @@ struct Vector {
 
   // The first `count` lanes; the others are zero and their memory is not touched.
   static Vector load_first(const A* from, int64_t count) {
-#if VECTOR_BYTES == 64
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
     if constexpr (sizeof(A) == 4)
       return {(Lanes)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from)};
     else
       return {(Lanes)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from)};
-#elif VECTOR_BYTES == 32
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
     if constexpr (sizeof(A) == 4) {
       const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       return {(Lanes)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lane))};
