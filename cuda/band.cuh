@@ -1,10 +1,10 @@
-// The weights of 8 pixels beside each other as a band matrix, the operand B of HMMA, in registers: what `mma` and `fused`
-// share. For a kernel row,
+// The weights of 8 pixels beside each other as a band matrix, the operand B of HMMA, in registers: what `mma` and
+// `fused` share. For a kernel row,
 //
 //     Y[16 channels x 8 pixels] += X[16 channels x 8*(S+1) positions] * band[8*(S+1) positions x 8 pixels]
 //
-// where band[i][p] is the weight of pixel p at tap i - S*p, and zero beside the kernel. With K = 7 and S = 1, the number
-// is the tap:
+// where band[i][p] is the weight of pixel p at tap i - S*p, and zero beside the kernel. With K = 7 and S = 1, the
+// number is the tap:
 //
 //                           pixel p = lane / 4
 //     t = lane % 4   i    0  1  2  3  4  5  6  7

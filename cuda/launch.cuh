@@ -51,7 +51,7 @@ void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, c
         what);
 }
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "the current device");
@@ -61,7 +61,7 @@ inline int multiprocessors() {
 
 #else
 
-// Few, so that small cases give a block more than one piece of work.
+// So few that small cases give a block more than one piece of work.
 inline int multiprocessors() { return 2; }
 
 template <class... Parameters>
@@ -157,8 +157,8 @@ inline Refusal common_refusal(const Problem& p) {
   return pixels_refusal(p);
 }
 
-// What kernels in tiles are told of the images: q.x is the one with a halo, q.y the tiled one, which are X and Y and in
-// the gradient of the input Y and X.
+// What kernels in tiles are told about the images: q.x is the one with a halo and q.y the tiled one. These are X and Y;
+// in the gradient of the input they are Y and X.
 template <class KernelParams, class View>
 void set_images(KernelParams& q, const Problem& p, Pass pass, const View& x, const View& y) {
   const bool to_input = pass == Pass::grad_input;

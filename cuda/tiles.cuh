@@ -36,8 +36,9 @@ template <int K, int S>
 using NarrowTile = TileConfig<K, S, 8, 8, 8>;
 constexpr int max_shared_bytes = 99 * 1024;
 
-// Pixels in shared memory, offsets in bytes. With channels inside, 128 bytes a position, of which the 16-byte pieces
-// are exchanged so that 8 neighbours have theirs in different banks; else an odd number of pieces a channel does that.
+// Pixels in shared memory, offsets in bytes. With channels inside, a position has 128 bytes, whose 16-byte pieces are
+// permuted so that those of 8 neighbours are in different banks. Otherwise a channel has an odd number of pieces, which
+// has the same effect.
 template <int Rows_, int Columns_, bool ChannelsInner>
 struct Image {
   static constexpr int Rows = Rows_, Columns = Columns_;
@@ -77,7 +78,7 @@ struct View {
   int vector;  // elements that can be moved at once: 8 or 1 with channels inside, else 4, 2 or 1
 };
 
-// The same of weights, whose taps and groups are evenly spaced.
+// The same for weights, whose taps and groups are evenly spaced.
 struct WeightView {
   int64_t n;
   int tap, h, w;
@@ -97,7 +98,8 @@ struct KernelParams {
   WeightView w;
 };
 
-// Where a block is: chunks of groups are next to each other in time, then columns of tiles.
+// The work of a block. Blocks that run at the same time differ first in the chunk of groups, then in the column of
+// tiles.
 struct Tile {
   int64_t n;
   int first_group, groups, row, column;
@@ -120,8 +122,8 @@ struct alignas(V * sizeof(T)) Vector {
   T v[V];
 };
 
-// Vectors that one thread moves, each `step` elements after the one before. Only those from `begin` to `end` are in the
-// tensor; the others are zeros.
+// The vectors that one thread moves, each `step` elements after the one before. Only those from `begin` to `end` are in
+// the tensor; the others are zeros.
 struct Line {
   int offset, step, count, begin, end;
 };
@@ -164,8 +166,8 @@ __device__ __forceinline__ void put_line(const char* shared, int shared_step, T*
         *reinterpret_cast<const Vector<V, T>*>(shared + i * shared_step);
 }
 
-// Calls `body` with the offset in shared memory, the step there and the line in memory of all that this thread moves of
-// an image from (first_row, first_column) on.
+// Calls `body` for everything that this thread moves of an image that begins at (first_row, first_column): with the
+// offset and the step in shared memory, and the line in global memory.
 template <class I, int V, int Warps, class Body>
 __device__ __forceinline__ void for_each_line(const View& view, int channels, int height, int width, int first_row,
                                               int first_column, const Body& body) {
@@ -193,7 +195,7 @@ __device__ __forceinline__ void for_each_line(const View& view, int channels, in
   }
 }
 
-// The same of the weights of `groups` groups, whose pixels begin at (first_row, first_column).
+// The same for the weights of `groups` groups, whose pixels begin at (first_row, first_column).
 template <class C, class W, int V, class Body>
 __device__ __forceinline__ void for_each_line(const KernelParams& q, int groups, int first_row, int first_column,
                                               const Body& body) {
@@ -279,7 +281,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Writes the sums of all warps, [row][16 channels x 8 pixels], by way of shared memory that they have finished reading.
+// Writes the sums of all warps, [row][16 channels x 8 pixels], through shared memory that they have finished reading.
 template <class C, class I, class T>
 __device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const KernelParams& q,
                                          const Tile& tile, int group, int strip, int row) {
@@ -316,12 +318,12 @@ inline bool columns_are_inner(const Problem& p) {
   return p.w_stride[5] == 1 && p.w_stride[2] == p.kernel_w * p.w_stride[3] &&
          (p.groups == 1 || p.w_stride[1] == p.taps() * p.w_stride[3]);
 }
-// Of kernels for one pixel both are.
+// In kernels for one pixel both are inner; then the channels of the image decide.
 inline bool uses_inner_taps(const Problem& p, Pass pass) {
   return taps_are_inner(p) && (pass == Pass::grad_input ? p.y_stride : p.x_stride)[1] == 1;
 }
 
-// One image of a problem, with what tiles that begin or end beyond it read there.
+// One image of a problem, enlarged by what tiles that begin or end outside it read there.
 inline Problem image_with_margin(const Problem& p) {
   Problem image = p;
   image.batch = 1;
@@ -357,7 +359,8 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) 
   set_images(q, p, pass, view<T>(p.x_stride, buffers.x, p.in_w), view<T>(p.y_stride, buffers.y, p.out_w));
   q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
   q.w = weight_view<T>(p, pass, buffers.w);
-  // What has columns inside and a halo begins in a tile where it can be moved in vectors, or in smaller ones.
+  // A tensor with columns inside and a halo begins in its tile where it can be moved in vectors, if need be in smaller
+  // ones.
   const bool x_columns = !q.x.channels_inner, w_columns = pass == Pass::grad_input && !uses_inner_taps(p, pass);
   int vector = std::max(x_columns ? q.x.vector : 1, w_columns ? q.w.vector : 1);
   const auto shift = [&] { return C::first_column(q.padding_w) & (vector - 1); };

@@ -65,20 +65,20 @@ struct Partial {
   int grad_h, grad_w, grad_vector;
 };
 
-// Tiles: of 16 reduced channels, which a block has.
+// A block works on Tiles x 16 reduced channels.
 template <int S_, int Tiles_>
 struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
   using Base = TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8>;
   static constexpr int Tiles = Tiles_, part = 16 * Tiles, pixels = Base::Rows * 8;
   using Input = Image<Base::x_rows, Base::x_columns, true>;
   using Output = Image<Base::Rows, 8, true>;
-  // The taps of a kernel row are 8, of which the last is none: [pixel][slot] and [slot][reduced channel].
+  // A kernel row has 8 slots, the last without a tap: [pixel][slot] and [slot][reduced channel].
   static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots;
   static constexpr int slot_pitch = slots * 2 + 16, part_pitch = part * 2 + 16;
   static constexpr int gradients = Input::bytes;  // of W, and before them the tile of G
   static constexpr int reduced = gradients + pixels * slot_pitch;
-  // In the end the sums of dS, in floats, [slot][reduced channel], and those of db; only `rows` may be written
-  // meanwhile.
+  // At the end the sums of dS, in floats, [slot][reduced channel], and those of db are here; until they have been read,
+  // only memory from `rows` on may be written.
   static constexpr int copies = Tiles > 1 ? 1 : 2, sum_pitch = part + 4;
   static constexpr int sums_bytes = (copies * sum_pitch + 2) * slots * 4, tile_bytes = reduced + pixels * part_pitch;
   static constexpr int rows = sums_bytes > tile_bytes ? sums_bytes : tile_bytes;
@@ -88,7 +88,7 @@ struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
 
 inline int parts_of(int64_t reduced) { return int((reduced + 63) / 64); }
 
-// A run of tiles for each block that the GPU can hold at once, two on a multiprocessor.
+// One run of tiles for each block that the GPU can hold at once: two per multiprocessor.
 template <class C>
 Partial partial_of(const SpanProblem& p) {
   const Problem& q = p.involution;

@@ -9,16 +9,16 @@
 // warp for each group of 4 rows of 8 pixels. X with its halo, the R channels of the tile's pixels and the rows of S of
 // the groups lie in shared memory.
 //
-// For a kernel row the warp makes the weights of 2 x 8 pixels, [16 pixels x 8 taps] = R [16 x R] * S^T [R x 8], the
-// eighth tap being none. A lane then has two taps of a pixel in each of two rows; the band of `mma` wants another pair
-// of the same pixel, which two shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one
-// does). The weights are rounded to the storage type, as a convolution would write them. A row of X serves 4 rows of Y.
-// Where a sum is not finite, the warp computes weights and sums again, one by one.
+// For a kernel row the warp computes the weights of 2 x 8 pixels, [16 pixels x 8 taps] = R [16 x R] * S^T [R x 8]; the
+// eighth tap does not exist. A lane then has two taps of a pixel in each of two rows. The band (../band.cuh) needs
+// another pair of the same pixel, which two shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is
+// whole and one shuffle is enough). The weights are rounded to the storage type, as a convolution would write them. A
+// row of X serves 4 rows of Y. Where a sum is not finite, the warp computes weights and sums again, one by one.
 //
 // Limits, bytes: x, R/C of x, y once: 2.25 elements a channel and pixel with R = C/4, where `mma` and the convolution
 // before it move 5.06 + 3.06 + 0.25. Shared memory is next: for 4 rows of 8 pixels of a group, with stride 1 and R =
-// 16, 30 ldmatrix of 4 cycles and 56 loads, and 14 and 28 more for each 16 more reduced channels; so with many of them,
-// and few pixels, whose W stays in the L2 cache, the composition is better.
+// 16, 30 ldmatrix of 4 cycles and 56 loads, and 14 and 28 more for each 16 more reduced channels. So the composition is
+// better with many reduced channels and with few pixels, whose W stays in the L2 cache.
 #pragma once
 
 #include "span.cuh"
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(C::threads, 2)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = 2 * j + half, x_row = r * S + kh;
-          // With stride 1 two rows of X stay in registers for the next kernel row; three would be one too many.
+          // With stride 1 two rows of X stay in registers for the next kernel row; there is no room for a third.
           if (S > 1 || kh == 0 || r >= rows - 2) positions.template load<true>(a[x_row], a_last[x_row], x_row);
           const uint32_t b[2] = {band[half] & masks[0], band[half] & masks[1]};
           multiply<T>(sums[r], a[x_row], b);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         for (int side = 0; side < 2; ++side) {
           float& sum = sums[r][2 * half + side];
           if (span.epilogue) sum = sum * factor + offset;
-          if (span.relu && sum < 0.0f) sum = 0.0f;  // NaN stays
+          if (span.relu && sum < 0.0f) sum = 0.0f;  // a NaN stays a NaN
         }
       }
     }

@@ -7,16 +7,16 @@
 // A warp has 8 columns of dX of one group and walks down the rows of G. For a row of G it makes the weights of the 16
 // pixels (with stride 2, of the 8) that lead to its columns, [8 taps x 8 pixels] = S * R^T for each kernel row, which
 // lie across the lanes as taps and pairs of pixels. The band [pixels x 8 columns] wants, in a lane, the same pixels at
-// other taps: two shuffles bring them. Each kernel row adds to another row of dX; those that later rows of G add to stay
-// in registers, so that each weight is made once per block of columns and nothing is added atomically. G and R come row
-// by row through a ring in shared memory. A row of dX that is not finite is computed again tap by tap.
+// other taps: two shuffles bring them. Each kernel row adds to another row of dX; those that later rows of G add to
+// stay in registers, so that each weight is made once per block of columns and nothing is added atomically. G and R
+// come row by row through a ring in shared memory. A row of dX that is not finite is computed again tap by tap.
 #pragma once
 
 #include "span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-// Row `slot` of the ring from a row of G and of R, zeros where `inside` says so or beside the image.
+// Fills row `slot` of the ring from row h of G and of R, with zeros outside the image.
 template <class C, class T>
 __device__ __forceinline__ void bring_row(char* ring, char* pixels, const WalkParams& q, const Span& span, const T* y,
                                           const T* reduced, int slot, int h, int first, int channels) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void bring_row(char* ring, char* pixels, const WalkPa
   }
 }
 
-// Held: there are 16 reduced channels, and most span weights of the group stay in registers.
+// With Held there are 16 reduced channels, and most span weights of the group stay in registers.
 template <class C, bool Held, class T>
 __global__ void __launch_bounds__(C::threads, 2)
     grad_input(WalkParams q, Span span, const T* __restrict__ y, const T* __restrict__ reduced,
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(C::threads, 2)
   x += n * q.x.n + first_group * group_channels;
   reduced += n * span.reduced_n;
 
-  // Floors: a row of G that leads to no row of this segment costs little. The first row of dX that row h leads to is
-  // S*h - padding; the tap of column `first_column` at the first pixel is 7, or 6 or 7 with stride 2.
+  // Rounded down: a row of G that leads to no row of this segment costs little. The first row of dX that row h leads to
+  // is S*h - padding; the tap of column `first_column` at the first pixel is 7, or 6 or 7 with stride 2.
   const int before = q.padding_h - (K - 1);
   const int first_h = (first_row + before + 8 * S) / S - 8;
   const int first_pixel = S == 1 ? first_column + q.padding_w - K : (first_column + q.padding_w) / 2 - 3;
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int strip = warp / chunk_groups, row = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
   const int first_q = first_column + strip * 8;
   const bool works = group < groups && first_q < q.width;
-  // Of column `row`, the tap at the lane's first pixel, and S less at the second; 8 pixels on, 8 less with stride 1.
+  // The tap of column `row` at the lane's first pixel. At the second pixel it is S less; 8 pixels on, with stride 1, 8
+  // less.
   const int tap = (S == 1 ? K : K - 1 + (first_column + q.padding_w) % 2) + row - 2 * S * t;
   const auto is_tap = [](int k) { return k >= 0 && k < K; };
   uint32_t masks[C::tiles];
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(C::threads, 2)
     masks[j] = (is_tap(tap - 8 * j) ? 0xffffu : 0) | (is_tap(tap - 8 * j - S) ? 0xffff0000u : 0);
   const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - S) & 7) * 4 + t;
 
-  // Of a pair of kernel rows, 8 taps each; those that are none repeat others, and the masks leave them out.
+  // Pairs of kernel rows with 8 taps each. Taps that do not exist repeat others, and the masks leave them out.
   Vector<2, T> biases[kernel_pairs];
 #pragma unroll
   for (int kh = 0; kh < 2 * kernel_pairs; ++kh) {
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(C::threads, 2)
           load_matrices(a, tap_rows + tap_offsets[pair + 1]);
           begin(pair + 1), add(pair + 1, a, r);
         }
-        // In one register, a pixel of both tiles, or of both kernel rows.
+        // A register has the same pixel of both tiles, or of both kernel rows.
         uint32_t low[2], high[2], band[2][C::tiles];
 #pragma unroll
         for (int e = 0; e < C::tiles; ++e) {

@@ -1,6 +1,6 @@
-// The gradients of the reduced channels R, the span weights S and the bias b of the fused involution: half and bfloat16,
-// channels_last, kernels of 7 x 7, stride S, dilation 1, 16 channels a group. G is grad_output; dW does not exist in
-// memory.
+// The gradients of the reduced channels R, the span weights S and the bias b of the fused involution: half and
+// bfloat16, channels_last, kernels of 7 x 7, stride S, dilation 1, 16 channels a group. G is grad_output; dW does not
+// exist in memory.
 //
 //   dW[n,g,k,p]  = sum over c of group g of G[n,c,p] * X[n,c, S*p + k - padding]
 //   dR[n,r,p]    = sum over g, k of S[49 g + k, r] * dW[n,g,k,p]
@@ -8,16 +8,17 @@
 //
 // A block has a run of tiles of 8 x 8 pixels (stride 2: 4 x 8) and goes through them once for each chunk of 4 groups.
 // For a tile, dW is [16 pixels x 8*(S+1) positions] = G * X over a group's channels, from which each lane takes its own
-// pair of taps; in shared memory, rounded to the storage type as a convolution's gradient would be, it is the operand of
-// dR, summed over the groups of a chunk there and over the chunks in `scratch` by the thread that owns it, and of dS,
-// summed over the run in registers. A block leaves one partial sum of dS and db, which `sum_partials` adds in order.
+// pair of taps; in shared memory, rounded to the storage type as a convolution's gradient would be, it is the operand
+// of dR, summed over the groups of a chunk there and over the chunks in `scratch` by the thread that owns it, and of
+// dS, summed over the run in registers. A block leaves one partial sum of dS and db, which `sum_partials` adds in
+// order.
 #pragma once
 
 #include "span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-// `width` of Part channels of `rows` rows into shared memory, zeros beyond; `at` as above.
+// `width` of Part channels of `rows` rows into shared memory, zeros beyond them; `at` as for bring_rows.
 template <int Threads, int Part, class T, class At>
 __device__ __forceinline__ void bring_part(char* shared, const T* memory, int rows, int width, int vector,
                                            const At& at) {
@@ -40,7 +41,7 @@ __device__ __forceinline__ void bring_part(char* shared, const T* memory, int ro
   });
 }
 
-// A thread's place, worked out anew in each phase of a kernel that has no registers to keep it in.
+// A thread's place, computed again in each phase of a kernel that has no registers to keep it in.
 struct Place {
   int thread, lane, warp, group, side, quad, t, matrix, i;
 
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int width = Tiles > 2 ? min(C::part, span.reduced - first_reduced) : C::part;
   const int first_tile = int(int64_t{partial.tiles} * stripe / partial.stripes);
   const int last_tile = int(int64_t{partial.tiles} * (stripe + 1) / partial.stripes);
-  // How many warps share what, and the part of one.
+  // How the warps share the work, and what one of them has:
   // dW: half of the rows of a group.
   constexpr int pairs = C::Rows / 4;
   // dR: 16 pixels and some tiles of channels, summed over all or some of the slots.
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       const int first_row = at.side * 2 * pairs;
       const Pair pair = Pair::of_lane<C>(at.lane, 0);
       const uint32_t mask = at.group < groups ? pair.mask<K>() : 0;
-      // Slots that are no tap get zeros: the low one below the first tap becomes the last one.
+      // Slots without a tap get zeros: the low one below the first tap becomes the last slot.
       char* const slot = gradients + (first_row * 8 + at.quad) * C::slot_pitch + at.group * C::group_slots * 2;
       char* const low_slot = slot + (pair.low & 7) * 2;
       char* const high_slot = slot + (pair.low + 1) * 2;
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(C::threads, 2)
             for (int f = 1; f < C::fragments; ++f) {
               if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
             }
-            // Beside the image a zero of G may have met an Inf in X.
+            // Outside the image a zero of G may have met an Inf in X.
             const bool inside = row + first_row + 2 * u + r < q.y_height && column + at.quad < q.y_width;
             const uint32_t bits = pack<T>(first, second) & (inside ? mask : 0);
             const int to = (2 * u + r) * 8 * C::slot_pitch + kh * 16;
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(C::threads, 2)
           for (int j = 0; j < 2 && kh + j < K; ++j) {
 #pragma unroll
             for (int m = 0; m < span_tiles; ++m) multiply<T>(span_sum[m][kh + j], operand[m], b[j]);
-            // db: every row of the product has the sums over the pixels, of which the lanes of one keep theirs.
+            // db: every row of the product has the sums over the pixels; the lanes of one row keep them.
             if (own_step) {
               float d[4] = {};
               multiply<T>(d, {ones, ones, ones, ones}, b[j]);
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
     }
 
-    // The run's sums, by way of shared memory, where those of halves of the pixels meet.
+    // The sums of the run go through shared memory, where those of the two halves of the pixels are added.
     float* const span_sums = reinterpret_cast<float*>(image);
     float* const bias_sums = span_sums + C::copies * C::slots * C::sum_pitch;
     const Place end = Place::here();

@@ -60,7 +60,7 @@ void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Exec
   q.height = int(i.in_h), q.width = int(i.in_w), q.out_height = int(i.out_h), q.out_width = int(i.out_w);
   q.padding_h = int(i.padding_h), q.padding_w = int(i.padding_w);
   q.y = view<T>(i.y_stride, buffers.y, 0), q.x = view<T>(p.grad_x_stride, buffers.grad_x, 0);
-  // The last rows of G are read again for each segment: only as many as fill the GPU.
+  // Each segment reads the last rows of G of the one before it again: only as many segments as fill the GPU.
   constexpr int columns = 8 * C::strips, least_rows = 16;
   q.columns = (q.width + columns - 1) / columns;
   const int64_t blocks = i.batch * q.chunks * q.columns, wanted = 4 * multiprocessors();

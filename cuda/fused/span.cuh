@@ -1,5 +1,5 @@
-// What the kernels of `fused` share: rows of S and R on their way to shared memory, a weight by itself, channels on their
-// way out.
+// What the kernels of `fused` share: bringing rows of S and R to shared memory, computing a single weight, writing
+// channels.
 #pragma once
 
 #include "config.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ void bring_rows(char* shared, int pitch, const T* mem
   });
 }
 
-// A weight by itself, rounded as the others.
+// A single weight, rounded like those of the products.
 template <class T>
 __device__ __forceinline__ float weight_of(const char* reduced, const char* row, float bias, int channels) {
   float sum = bias;
@@ -41,7 +41,7 @@ __device__ __forceinline__ float weight_of(const char* reduced, const char* row,
   return load(rounded);
 }
 
-// The 16 channels of a pixel that 4 lanes have, 2t and 2t+1 in `low`, 8 more on in `high`, to memory.
+// Writes the 16 channels of a pixel, which 4 lanes have: 2t and 2t+1 in `low`, the same plus 8 in `high`.
 template <class T>
 __device__ __forceinline__ void put_channels(T* pixel, bool valid, int vector, uint32_t low, uint32_t high) {
   const int t = int(threadIdx.x) % 4;

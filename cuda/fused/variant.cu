@@ -28,7 +28,8 @@ Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
   if (span.span_stride[1] != 1)
     return needs("a span weight with dense rows (stride of its reduced channels)", span.span_stride[1]);
   if (const Refusal refusal = pixels_refusal(p)) return refusal;
-  // By estimate: the weights of these stay in the L2 cache, and making them here reads S for every 64 pixels.
+  // An estimate: the weights of so few pixels stay in the L2 cache, and computing them here reads S for every 64
+  // pixels.
   if (span.reduced > 64 && p.out_h * p.out_w <= 64)
     return needs(
         "at most 64 reduced channels where the output has at most 64 pixels (a separate span convolution is estimated "

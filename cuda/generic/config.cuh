@@ -5,7 +5,8 @@
 
 namespace pyinvolution::cuda::generic {
 
-// Threads beyond this walk on in steps of the whole grid; a 32-bit index can make one step past the last element.
+// With more elements than threads, a thread goes on in steps of the whole grid; a 32-bit index must allow one step past
+// the last element.
 constexpr int threads = 256;
 constexpr int64_t max_blocks = 1 << 16;
 constexpr int64_t limit_32bit = std::numeric_limits<int32_t>::max() - max_blocks * threads;

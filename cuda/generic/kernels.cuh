@@ -10,9 +10,9 @@
 // the written tensor is dense (columns, or channels or taps when those are dense), which coalesces the store, the load
 // of Y and, at stride 1, the load of X. Sums are in float, for double in double.
 //
-// Limit: nothing is reused on purpose. For a forward of K*K taps a thread issues 2*K*K loads for K*K FMA; the caches
-// serve the K*K reads of an x and the C/G reads of a w, so the L1 load rate bounds it, at 1/4 or less of the FMA rate.
-// Unique bytes per output: sizeof(T) * (2 + K*K*G/C).
+// Limit: nothing is reused deliberately. For a forward pass with K*K taps a thread issues 2*K*K loads for K*K FMA; the
+// caches serve the K*K reads of an x and the C/G reads of a w, so the L1 load rate bounds it, at 1/4 or less of the FMA
+// rate. Unique bytes per output: sizeof(T) * (2 + K*K*G/C).
 #pragma once
 
 #include "config.cuh"

@@ -15,8 +15,8 @@ using StridedTile = TileConfig<K, 2, 4, 8, 8>;
 constexpr int64_t enough_blocks = 512;
 constexpr int min_stages = 4;
 
-// The gradient of the input: a block walks down a stripe of Columns pixels of Y, Rows rows at a time. Two rows share the
-// moves of the sums; with stride 2 there are registers for only one.
+// The gradient of the input: a block walks down a stripe of Columns pixels of Y, Rows rows at a time. Two rows share
+// the moves of the sums; with stride 2 there are registers for only one.
 template <int K_, int Stride_, int Columns_>
 struct WalkConfig {
   static constexpr int K = K_, Stride = Stride_, Columns = Columns_, Rows = 2 / Stride;

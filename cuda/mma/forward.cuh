@@ -12,9 +12,9 @@
 // finite, the warp computes it again tap by tap.
 //
 // Limits, K = 7, S = 1, a tile of 8 x 16 pixels of 4 groups on one SM of an H200, by counting: memory 83 KB (x, w, y
-// once), 4500 clocks at the copy rate; shared memory about 2200; issue about 1700; HMMA 450 of 16 x 8 x 16. So memory is
-// the limit, where `tiled` is bound by shared memory: it keeps 4 bytes a number and issues an FMA for each 32 products,
-// an HMMA makes 2048 (896 of them inside a kernel).
+// once), 4500 clocks at the copy rate; shared memory about 2200; issue about 1700; HMMA 450 of 16 x 8 x 16. So memory
+// is the limit, where `tiled` is bound by shared memory: it keeps 4 bytes a number and issues an FMA for each 32
+// products, an HMMA makes 2048 (896 of them inside a kernel).
 #pragma once
 
 #include "config.cuh"

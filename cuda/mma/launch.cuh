@@ -9,8 +9,8 @@
 
 namespace pyinvolution::cuda::mma {
 
-// Calls `body` with whether the channels of the image with the halo and the taps of the weights are inside. Taps inside
-// beside columns inside are refused.
+// Calls `body` with whether the image with the halo has channels inside and whether the weights have taps inside. Taps
+// inside with columns inside are refused.
 template <class Body>
 void with_layouts(const Problem& p, Pass pass, const KernelParams& q, const Body& body) {
   if (!q.x.channels_inner) return body(std::false_type{}, std::false_type{});

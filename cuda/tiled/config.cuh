@@ -14,7 +14,7 @@ struct Config {
   static constexpr int K = K_, S = S_, Rows = Rows_, Columns = Columns_, PixelRows = PixelRows_, Pixels = Pixels_;
   static constexpr int taps = K * K;
   static constexpr int pixels = Rows * Columns;
-  static constexpr int runs = Columns / Pixels;  // of pixels of one thread, in a row of the tile
+  static constexpr int runs = Columns / Pixels;  // in a row of the tile; a thread has one run of pixels
   static constexpr int window = (Pixels - 1) * S + K;
 
   // A thread's reads of X start Pixels*S positions after its neighbour's; one position of padding after as many puts
@@ -24,7 +24,7 @@ struct Config {
   static constexpr int x_pitch = x_columns + (x_columns - 1) / x_every;
   static constexpr int y_pitch = Columns + (Columns - 1) / Pixels;
 
-  // An odd number of floats a pixel keeps the pixels of a row in different banks; one more a row, the rows.
+  // An odd number of floats per pixel puts the pixels of a row into different banks; one more per row does so for rows.
   static constexpr int w_pixel = taps | 1;
   static constexpr int w_pitch = Columns * w_pixel + 1;
   static constexpr int w_floats = (Rows * w_pitch + 3) / 4 * 4;

@@ -35,7 +35,7 @@ struct View {
   bool vectors;  // four channels are 4 * sizeof(T) aligned bytes
 };
 
-// The same of the weights, of a group and its pixels.
+// The same for the weights of a group and its pixels.
 struct WeightView {
   int64_t n;
   int g, kh, kw, h, w;
@@ -53,7 +53,7 @@ struct KernelParams {
   WeightView w;
 };
 
-// Where a block is: groups are next to each other in time, then columns of tiles.
+// The work of a block. Blocks that run at the same time differ first in the group, then in the column of tiles.
 struct Tile {
   int64_t n;
   int group, row, column;
@@ -84,15 +84,15 @@ struct alignas(4 * sizeof(T)) Vector4 {
   T v[4];
 };
 
-// One of the loads of a thread: offsets in elements. Not valid ones bring zeros, from the first element, so that loads
-// need no branch.
+// One of the loads of a thread, with offsets in elements. A load that is not valid reads the first element and brings
+// zero, so that loads need no branch.
 struct Move {
   bool exists, valid;
   int to, from;
 };
 
-// How many moves a thread makes at a time. Float is copied in the background. The others pass through registers, and
-// one waits for all of a batch instead of for each.
+// How many moves a thread makes at a time. Float is copied in the background. The other types pass through registers,
+// and a thread waits once for a batch instead of once for each.
 template <class T>
 constexpr int batch = sizeof(T) == sizeof(float) ? 8 : 16;
 
@@ -173,7 +173,7 @@ __device__ __forceinline__ void wait_for_tile() {
 }
 
 // Rows x Columns pixels of an image from (first_row, first_column) on, the channels of one group, zeros outside. A
-// position of padding follows each Every ones.
+// position of padding follows each Every positions.
 template <int Rows, int Columns, int Every, int Pitch, class T>
 __device__ __forceinline__ void bring_image(float* shared, const T* image, const View& view, int channels, int height,
                                             int width, int first_row, int first_column) {
@@ -284,7 +284,7 @@ __device__ __forceinline__ void bring_weights_to(float* shared, const T* w, cons
             valid ? kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w : 0};
   };
   if (q.w.taps_inner) {
-    // By output pixels, whose taps are consecutive in memory and go to as many pixels of the tile.
+    // One output pixel after the other: its taps are consecutive in memory and go to as many pixels of the tile.
     for_each_tap<K, C::Rows + halo, C::Columns + halo, batch<T>>(true, [&](auto count, const auto& at) {
       bring<count.value>(shared, w, [&](int i) -> Move {
         const Tap t = at(i);
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(256, 1)
     for (int r = 0; r < C::PixelRows; ++r) {
       const int kh = x_row - r * S;
       if (kh < 0 || kh >= K) continue;
-      // Reversed, the tap that a class lacks is the first one. A weight of zero would not do: it makes NaN of Inf.
+      // With reversed taps, the one that a class lacks is the first. A weight of zero would turn an Inf into a NaN.
       if (GradientStride > 1 && short_rows && kh == 0) continue;
       const float* taps = kernels + r * C::w_pitch + kh * K;
 #pragma unroll
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(256, 1)
   const float* gradients = gradient + (row * C::y_pitch + run * (C::Pixels + 1)) * channels;
 
   float sums[C::Pixels][K] = {};
-  // Neighbours start at different channels, which are in different banks.
+  // Neighbouring threads start at different channels, which are in different banks.
   int chunk = (run / 2 + row % 2 * 2) % chunks;
 #pragma unroll 1
   for (int i = 0; i < chunks; ++i) {

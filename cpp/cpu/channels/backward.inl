@@ -12,10 +12,11 @@
 namespace pyinvolution::cpu {
 namespace {
 
-// grad_X at Columns neighbouring columns of a phase of a row, from a row of taps: columns q = Stride m + Phase -
-// padding,
+// grad_X at Columns neighbouring columns q = Stride m + Phase - padding of a row, from a row of taps:
+//
 //   gx[m] += sum over t of  w[Phase + Stride t][m - t] * gy[m - t]
-// w and gy are zero where m - t is no pixel.
+//
+// w and gy are zero where m - t is outside the row.
 template <int Columns, int Stride, int Width, int Phase>
 void gather_block(const float* w, const float* gy, float* gx) {
   constexpr int taps = (Width - Phase + Stride - 1) / Stride;
@@ -44,8 +45,8 @@ void gather_block(const float* w, const float* gy, float* gx) {
     for (int v = 0; v < block_vectors; ++v) sum[c][v].store(gx + c * Stride * block_channels + v * V::lanes);
 }
 
-// All columns of a phase that the pixels [0, pixels) of a tile reach; gx is the row, whose column 0 the pixel `pixel`
-// of the image at tap `padding` reads, w and gy are at the tile's first pixel.
+// All columns of a phase that the pixels [0, pixels) of a tile reach, of which the first is column `first` of the
+// output. gx is the row of X; w and gy are at the tile's first pixel.
 template <int Stride, int Width, int Phase>
 void gather_phase(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
   constexpr int taps = (Width - Phase + Stride - 1) / Stride;
@@ -75,7 +76,7 @@ void gather(const Problem& p, const float* w, const float* gy, int64_t first, in
   if constexpr (Stride > 1) gather_phase<Stride, Width, 1>(p, w, gy, first, pixels, gx);
 }
 
-// Any window: each tap by itself.
+// Any window: one tap at a time.
 template <>
 void gather<0, 0>(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
   for (int64_t i = 0; i < pixels; ++i)
@@ -148,7 +149,7 @@ struct BackwardRun {
   float* memory;
   float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *gw, *gy, *gy_across, *staging;
   int64_t chunk, part;
-  bool want_x, want_weights;  // which gradients, that of W as a step to others included
+  bool want_x, want_weights;  // whether grad_X and grad_W are computed (grad_W also as a step to others)
 
   BackwardRun(const BackwardTiling& backward, int64_t task, void* scratch)
       : tiling(backward),
@@ -187,7 +188,7 @@ struct BackwardRun {
   float* x_block(int64_t block) const { return x + block * tiling.x_rows * x_row_floats(); }
   float* gx_block(int64_t block) const { return gx + block * tiling.grad_x_rows * p.in_w * block_channels; }
 
-  // X of a block for a strip as [row][channel][phase][column / stride], between columns of zeros that stay.
+  // X of a block for a strip as [row][channel][phase][column / stride], between columns that stay zero.
   void pack_input(int64_t n, int64_t g, int64_t block, const BackwardStrip& strip) const {
     const int64_t channels = channels_of(block);
     const T* image =
@@ -248,7 +249,7 @@ struct BackwardRun {
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
   }
 
-  // What group g reads and writes at an output row, asked for while the group before is computed.
+  // Asks for what group g reads and writes at an output row, while the group before it is computed.
   void prefetch(int64_t n, int64_t g, int64_t row, const BackwardStrip& strip) const {
     const int64_t channels = p.group_channels(), c = g * channels;
     prefetch_pixels(
@@ -271,7 +272,7 @@ struct BackwardRun {
 
   // --- the products of a tile
 
-  // At row `row` of a strip.
+  // grad_W at row `row` of a strip.
   void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns) const {
     const int64_t channels = channels_of(block);
     for (int64_t i = 0; i < p.kernel_h; ++i) {
@@ -305,7 +306,7 @@ struct BackwardRun {
       else
         multiply(s, taps, {panel(strip, row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias,
                  weights, tile_pixels);
-      // Products are of whole vectors.
+      // Products have whole vectors: what they wrote past the columns must be zero.
       if (tiling.w == nullptr || narrows())
         for (int64_t k = 0; k < taps; ++k)
           clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
@@ -411,7 +412,7 @@ struct BackwardRun {
       std::memset(span_part(part) + first * tiling.reduced_padded, 0,
                   size_t(rows * tiling.reduced_padded) * sizeof(float));
     if (tiling.buffers.grad_bias != nullptr) std::memset(bias_part(part) + first, 0, size_t(rows) * sizeof(float));
-    // The zeros around images and tiles stay.
+    // The zeros around images and tiles are written once; tasks leave them alone.
     if (want_weights) std::memset(x, 0, size_t(tiling.blocks * tiling.x_rows * x_row_floats()) * sizeof(float));
     clear(w, (taps + 1) * tile_pixels / V::lanes);
     clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);

@@ -1,5 +1,5 @@
-// The inner loops of `channels` and `fused`, forward, and of whole layers; see tiling.h. Compiled for each instruction set
-// by instances/kernels.inl.
+// The inner loops of the forward passes of `channels` and `fused`, and of whole layers; see tiling.h. Compiled for each
+// instruction set by instances/kernels.inl.
 #include <cstdint>
 #include <cstring>
 
@@ -14,14 +14,14 @@ namespace {
 
 constexpr int block_vectors = block_channels / V::lanes;
 
-// Neighbouring pixels for which the registers hold accumulators, from the instance: `apply` keeps max_columns x
-// block_vectors of them, block_vectors of x and one weight.
+// How many neighbouring pixels `apply` works on: its registers hold max_columns x block_vectors accumulators,
+// block_vectors of x and one weight. The instance file says how many.
 constexpr int max_columns = APPLY_COLUMNS;
 
-// What `apply` needs besides addresses.
+// What `apply` is told besides addresses.
 struct ApplyParams {
   int64_t kernel_h, kernel_w;
-  int64_t tap_row, tap_column, column;  // floats of packed X from a tap row, tap column, output column to the next
+  int64_t tap_row, tap_column, column;  // steps in packed X: to the next tap row, tap column, output column
   const float* scale;                   // nullptr: none
   const float* shift;
   bool relu;
@@ -77,7 +77,7 @@ void apply_block(const ApplyParams& params, const float* x, const float* w, floa
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) {
-      // A NaN stays one.
+      // A NaN stays a NaN.
       if (params.relu) sum[c][v].value = sum[c][v].value < 0 ? typename V::Lanes{} : sum[c][v].value;
       sum[c][v].store(y + c * pixel + v * V::lanes);
     }
@@ -248,8 +248,8 @@ struct ChannelsRun {
     }
   }
 
-  // A slice of R at a tile, as pack_pixels has it. A product's rows are pixels, broadcast from where they lie, its
-  // vectors run along r.
+  // A slice of R at a tile, in the order of pack_pixels. The rows of the product are pixels, broadcast from where they
+  // lie; its vectors run along r.
   void reduce(const Tile& tile, int64_t slice, float* to) const {
     const int64_t first = slice * tiling.slice_vectors * V::lanes;
     const int64_t count = min(tiling.slice_vectors * V::lanes, span.reduced - first);
@@ -277,7 +277,7 @@ struct ChannelsRun {
     const T* bias = static_cast<const T*>(tiling.buffers.reduce_bias);
     for (int64_t at = 0; at < pixels; at += V::lanes) {
       float* vector = to + (at * span.reduced + first * V::lanes);
-      // The last lanes of a tile are as good as any: what they give is never stored.
+      // Lanes past the last pixel hold anything: their results are never stored.
       transpose(dense + at * pitch, pitch, V::lanes, count, vector, V::lanes);
       for (int64_t r = 0; r < count; ++r) {
         V sum = V::load(vector + r * V::lanes);

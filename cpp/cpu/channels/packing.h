@@ -1,5 +1,5 @@
-// How tensors are brought into the order that the loops of `channels` and `fused` read, and results back; compiled with
-// the instruction set of the including file.
+// Copies of tensors in the order that the loops of `channels` and `fused` read, and of results into tensors. Compiled
+// with the instruction set of the including file.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ const float* as_float_row(const T* from, int64_t count, float* staging) {
   return staging;
 }
 
-// `rows` x `columns` elements, one or the other neighbours in memory or neither, as to[column][row] with columns
-// `pitch` apart. `staging` holds tile_pixels * block_channels floats.
+// `rows` x `columns` elements as to[column][row], with columns `pitch` apart in `to`. In memory rows are `row` apart
+// and columns `column`; either may be 1. `staging` holds tile_pixels * block_channels floats.
 template <class T>
 void transpose_into(const T* from, int64_t row, int64_t rows, int64_t column, int64_t columns, float* to, int64_t pitch,
                     float* staging) {
@@ -48,7 +48,7 @@ void transpose_into(const T* from, int64_t row, int64_t rows, int64_t column, in
   }
 }
 
-// A run of `count` elements and of floats, of any length.
+// A run of `count` neighbouring elements into floats, and back.
 template <class T>
 void load_run(const T* from, int64_t count, float* to) {
   if constexpr (is_float<T>)
@@ -64,8 +64,8 @@ void store_run(const float* from, int64_t count, T* to) {
     for (int64_t i = 0; i < count; ++i) store(from[i], &to[i]);
 }
 
-// `channels` channels at rows x columns pixels as [vector of pixels][channel][lane], where strides are those of n c h
-// w; lanes past the last pixel are zero.
+// `channels` channels at rows x columns pixels as [vector of pixels][channel][lane]; lanes past the last pixel are
+// zero. `stride` has those of n, c, h and w.
 template <class T>
 void pack_pixels(const T* from, const int64_t (&stride)[4], int64_t channels, int64_t rows, int64_t columns, float* to,
                  float* staging) {
@@ -143,7 +143,7 @@ void store_pixels(const float* from, int64_t channels, int64_t pixels, T* to, in
   }
 }
 
-// The reverse: a run of pixels as [pixel][16], missing channels are zero-filled.
+// The reverse: a run of pixels as [pixel][16]; missing channels are zero-filled.
 template <class T>
 void load_pixels(const T* from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel, float* to,
                  float* staging) {

@@ -1,24 +1,25 @@
 // The `channels` variant of involution2d and the `fused` variant of span_involution2d: how a problem is cut into tasks.
 //
-// Equations and shapes: pyinvolution/problem.h. A task is one image, a strip of output rows and some groups. Lanes are
-// channels of a group, 16 a block: a weight is broadcast and serves the block, an x vector serves all taps of a row
-// that see it. For each group a task
+// Equations and shapes: pyinvolution/problem.h. A task is one image, a strip of output rows and some groups. The lanes
+// of a vector are channels of a group, 16 to a block: a weight is broadcast to the block, and a vector of x serves all
+// taps of a row that read it. For each group a task
 //
-//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip packs
+//   reduces   in a `layer`, pixels of X (means of cells) as [pixel][c] times A as [c][r], into the R that the strip
+//             packs
 //   packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
-//   weighs    a tile of pixels at a time: W as [tap][pixel], copied from memory (`channels`) or computed (`fused`):
-//             S broadcast from where it lies, vectors along the pixels of R, packed once a strip as [vector][r][lane]
-//   applies   the tile: 8 to 10 accumulators, for 5 columns (AVX2) 35 broadcasts + 11 x 2 loads a row of 7 taps for 70
-//             FMA, so that FMA throughput is the limit
+//   weights   a tile of pixels at a time: W as [tap][pixel], copied from memory (`channels`) or computed (`fused`):
+//             S broadcast from where it lies, vectors along the pixels of R, packed once per strip as [vector][r][lane]
+//   applies   them to the tile: 8 to 10 accumulators; for 5 columns (AVX2) 35 broadcasts + 11 x 2 loads per row of 7
+//             taps for 70 FMA, so that FMA throughput is the limit
 //   finishes  with scale, shift and ReLU in registers, in the layout of Y
 //
 // Where chunks of groups share a strip, its R is computed once, by a first round of tasks.
 //
-// A tile of W is 22 KB at 49 taps, hence never leaves the first two levels of cache. Backward recomputes it and turns
-// the products round: grad_W as [tap][pixel] from X and grad_output as [channel][pixel], then with the same
-// micro-kernels grad_R = S^T grad_W, grad_S = grad_W R^T and grad_X, gathered into padded rows of the strip. What
-// strips and images share is summed in a fixed order after all tasks. Every order depends on the problem alone, hence
-// the same bits for any number of threads.
+// A tile of W is 22 KB at 49 taps, so it never leaves the first two levels of cache. Backward computes it again and
+// reverses the products: grad_W as [tap][pixel] from X and grad_output as [channel][pixel], then with the same
+// micro-kernels grad_R = S^T grad_W, grad_S = grad_W R^T and grad_X, gathered into padded rows of the strip. Sums that
+// strips and images share are added in a fixed order after all tasks. Every order depends only on the problem, so the
+// bits are the same for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -69,18 +70,19 @@ struct ChannelsTiling {
 ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes,
                                     int threads);
 
-// Backward: a task is some strips of images (a part) and some groups (a chunk). What parts (grad_S, grad_b) or chunks
-// (grad_R) share is kept apart, and summed by a second round of tasks; both are then by the problem alone. While a
-// group is computed, the rows of the next one are fetched: in channels_last memory a group's pixels are as far apart as
-// all channels are wide, and waiting for them took as long as the arithmetic.
+// Backward: a task is some strips of images (a part) and some groups (a chunk). Each part has its own sums of grad_S
+// and grad_b and each chunk its own of grad_R; a second round of tasks adds them up. The numbers of parts and chunks
+// depend only on the problem. While a group is computed, the rows of the next one are fetched: in channels_last memory
+// a group's pixels are as far apart as all channels are wide, and waiting for them took as long as the arithmetic.
 //
 // Backward works on 96 columns of a row at a time, with zeros on either side of their weights: a window of up to 9
 // columns reads past the row.
 constexpr int64_t backward_columns = 96;
 constexpr int64_t backward_margin = (tile_pixels - backward_columns) / 2;
 
-// Output rows [begin, end), from which the gradients of W come, and rows of X, whose gradient comes from output rows
-// [first, last): those of neighbours, too, whose weights are then computed twice.
+// A strip computes the gradients of W of the output rows [begin, end), and of X those of the rows [in_begin, in_end).
+// The latter come from the output rows [first, last), which include rows of its neighbours: their weights are computed
+// twice.
 struct BackwardStrip {
   int64_t begin, end, in_begin, in_end, first, last;
 };

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t strip_bytes = 256 * 1024;
 constexpr int64_t max_chunk = 16;
 
-// ColumnsTiling s * i + d * j, i = 0 .. padded: shared by the taps of a phase, or a run for each tap where dilation tears
-// them apart.
+// A packed row has columns s * i + d * j, i = 0 .. padded: the taps of a phase share a run, or each tap has its own
+// where dilation moves them far apart.
 void set_strided_row(ColumnsTiling& tiling, ColumnsTables& tables) {
   const Problem& p = tiling.problem;
   const int64_t reach = p.dilation_w * (p.kernel_w - 1) / p.stride_w;
@@ -42,7 +42,7 @@ void set_strided_row(ColumnsTiling& tiling, ColumnsTables& tables) {
   }
 }
 
-// Output columns m - (d * j) / s for m = first_m ...; see ColumnsTiling::phases.
+// A packed row has output columns m - (d * j) / s for m = first_m ...; see ColumnsTiling::phases.
 void set_gathered_row(ColumnsTiling& tiling, ColumnsTables& tables) {
   const Problem& p = tiling.problem;
   const auto shift = [&](int64_t j) { return p.dilation_w * j / p.stride_w; };
@@ -108,8 +108,8 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
 
   const int64_t rows = gather ? p.in_h : p.out_h;
   const auto rows_for = [&](int64_t height) { return std::min(shared_rows(tiling, height), height * p.kernel_h); };
-  // Values of scratch memory besides the packed rows: a row (forward, grad_input) or a strip (grad_weight) of results,
-  // weights of a row.
+  // Scratch memory besides the packed rows, in values: a row (forward, grad_input) or a strip (grad_weight) of results,
+  // and the weights of a row.
   const auto others_for = [&](int64_t height) {
     const int64_t weights = p.taps() * tiling.padded;
     switch (pass) {

@@ -9,9 +9,9 @@
 //   grad_input   gx[c][q] = sum over taps k     of  w[k][p] * gy[c][p],  s p + d k = q    a gather: each
 //                                                                                 place is written by one thread
 //
-// Limit: FMA throughput. 8 accumulators take 9 loads for 8 FMA (at two loads a cycle, 89% of two FMA a cycle). It beats
-// the scalar loops by the vector width and by reading each weight once for 8 channels. A sum runs over taps (or
-// channels) in the same order for every thread count and strip height, hence the same bits.
+// Limit: FMA throughput. 8 accumulators take 9 loads for 8 FMA (with two loads per cycle, 89% of two FMA per cycle). It
+// beats the scalar loops by the vector width and by reading each weight once for 8 channels. A sum runs over taps (or
+// channels) in the same order for every number of threads and every strip height, so the bits are the same.
 #pragma once
 
 #include <cstdint>

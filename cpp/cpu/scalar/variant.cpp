@@ -1,4 +1,5 @@
-// The equation as loops: the oracle of the CPU variants, for every shape, stride and dtype.
+// The `scalar` variant: the equation as loops, for every shape, stride and dtype. The other CPU variants are tested
+// against it.
 #include "core/parallel.h"
 #include "cpu/arithmetic.h"
 #include "cpu/simd/dtype.h"

@@ -1,6 +1,6 @@
-// The 16-bit storage types and the conversion of every storage type to its arithmetic type. Everything here has internal
-// linkage: the file is compiled with different instruction sets, and the linker must not let one object's copy serve
-// another.
+// The 16-bit storage types and the conversion of every storage type to its arithmetic type. Everything here has
+// internal linkage: the file is compiled with different instruction sets, and the linker must not let one object's copy
+// serve another.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,7 @@ inline double load(double value) { return value; }
 inline float load(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
 inline float load(Half value) {
-  // The exponent moves by 127 - 15 through a product, which normalises subnormals; what then has the exponent of 2^16
-  // or above was Inf or NaN.
+  // A product moves the exponent by 127 - 15 and normalises subnormals. A result of 2^16 or above was Inf or NaN.
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
   uint32_t bits = bits_of(float_of(magnitude) * 0x1p112f);
   if (bits >= 0x47800000u) bits |= 0x7f800000u;
@@ -64,7 +63,7 @@ inline void store(float value, Half* to) {
   } else if (magnitude >= 0x47800000u) {
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {
-    // Adding 0.5 puts the last bit of a subnormal half at the last bit of the float, which rounds to even on the way.
+    // Adding 0.5 aligns the last bit of a subnormal half with the last bit of the float, which rounds to even.
     half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;

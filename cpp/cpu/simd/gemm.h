@@ -11,8 +11,8 @@ namespace {
 
 using V = Vector<float>;
 
-// Accumulators that the registers hold, from the instance: `multiply` keeps max_rows x 2 (max_single_rows x 1) of them,
-// the vectors of B and one scalar.
+// How many rows `multiply` works on: its registers hold max_rows x 2 (or max_single_rows x 1) accumulators, the vectors
+// of B and one scalar. The instance file says how many.
 constexpr int max_rows = MULTIPLY_ROWS, max_single_rows = MULTIPLY_SINGLE_ROWS;
 
 // Calls body(Count<n>) for n in 1 .. Max.
@@ -35,8 +35,8 @@ struct MatrixB {
   int64_t vector, depth;
 };
 
-// to[row][v] = start[row] + sum over k of a[row][k] * b[k][v] for Rows rows, `pitch` apart, and Vectors vectors;
-// added to what is there where `start` is null.
+// to[row][v] = start[row] + sum over k of a[row][k] * b[k][v] for Rows rows, `pitch` apart, and Vectors vectors. With a
+// `start` of null the sum is added to what is in `to`.
 template <int Rows, int Vectors>
 void multiply_block(MatrixA a, MatrixB b, int64_t depth, const float* start, float* to, int64_t pitch) {
   V sum[Rows][Vectors];
@@ -60,7 +60,7 @@ void multiply_block(MatrixA a, MatrixB b, int64_t depth, const float* start, flo
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
       float* at = to + r * pitch + v * V::lanes;
-      // Of many tiles, sums of sums: their rounding errors grow slower than those of one long sum.
+      // Sums over many tiles are sums of sums: their rounding errors grow slower than those of one long sum.
       if (start == nullptr) sum[r][v].value += V::load(at).value;
       sum[r][v].store(at);
     }

@@ -1,5 +1,5 @@
-// A vector of VECTOR_BYTES in the arithmetic type, for files that are compiled with their own instruction set: these
-// define VECTOR_BYTES first. GCC's and Clang's vector extensions, so that the same loops serve SSE2, AVX and NEON.
+// A vector of VECTOR_BYTES in the arithmetic type. An instance file, which is compiled with its own instruction set,
+// defines VECTOR_BYTES. The vectors are GCC's and Clang's extension, so that the same loops serve SSE2, AVX and NEON.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,7 @@ struct Vector {
 
 typedef float Four __attribute__((vector_size(16)));
 
-// `count` neighbours. The last vector overlaps the one before it: masked stores are slow.
+// Copies `count` neighbours. The last vector overlaps the one before it, because masked stores are slow.
 template <class Block>
 void copy_blocks(const float* from, int64_t count, float* to) {
   constexpr int64_t lanes = sizeof(Block) / sizeof(float);
@@ -76,7 +76,7 @@ inline void copy(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// Every second of neighbours, the first included.
+// Copies every second one of `count` x 2 neighbours, beginning with the first.
 inline void copy_even(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count && count < 4; ++i) to[i] = from[2 * i];
   for (int64_t i = 0; i < count && count >= 4; i += 4) {
@@ -89,7 +89,7 @@ inline void copy_even(const float* from, int64_t count, float* to) {
   }
 }
 
-// Zeros in whole vectors: what memset becomes for a few of them takes longer.
+// Writes zeros in whole vectors; for a few of them, memset takes longer.
 inline void clear(float* to, int64_t vectors) {
   for (int64_t v = 0; v < vectors; ++v) Vector<float>::zero().store(to + v * Vector<float>::lanes);
 }
@@ -113,7 +113,7 @@ void transpose_rows(const float* from, int64_t from_pitch, int64_t columns, floa
     for (int i = 0; i < Rows; ++i) to[c * to_pitch + i] = from[i * from_pitch + c];
 }
 
-// `rows` rows of `columns` floats, exchanged: to[column][row]. Rows are `from_pitch` apart, columns `to_pitch`.
+// `rows` rows of `columns` floats, transposed: to[column][row]. Rows are `from_pitch` apart, columns `to_pitch`.
 inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to,
                       int64_t to_pitch) {
   for (; rows >= 4; rows -= 4, from += 4 * from_pitch, to += 4)
