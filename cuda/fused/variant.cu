@@ -8,7 +8,7 @@ namespace pyinvolution::cuda {
 Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
   using namespace fused;
   const Problem& p = span.involution;
-  if (op == SpanOp::layer) return needs("reduced channels that are computed before");
+  if (op == SpanOp::layer) return needs("reduced channels that are computed before", "a whole layer");
   if (!takes(p.dtype)) return needs("float16 or bfloat16", to_string(p.dtype));
   if (p.kernel_h != K || p.kernel_w != K) return needs("a 7 x 7 kernel", p.kernel_h, p.kernel_w);
   if (p.dilation_h != 1 || p.dilation_w != 1) return needs("a dilation of 1", p.dilation_h, p.dilation_w);
@@ -46,7 +46,7 @@ Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
   if (!within(image, tile_limit) || reach(reduced, span.reduced_stride) >= tile_limit ||
       reach(rows, span.span_stride) >= tile_limit || reach(input, span.grad_x_stride) >= tile_limit ||
       reach(reduced, span.grad_reduced_stride) >= tile_limit)
-    return needs("an image whose offsets fit in 32 bits");
+    return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
   return tiles_refusal(p.batch * p.groups * (p.out_h / 4 + 1) * (p.out_w / 8 + 1));
 }
 

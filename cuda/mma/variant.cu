@@ -15,7 +15,8 @@ Refusal mma_refusal(const Problem& p, Pass pass) {
   const int64_t channel_stride = (pass == Pass::grad_input ? p.y_stride : p.x_stride)[1];
   if (channel_stride != 1 && !columns_are_inner(p))
     return needs("a channel stride of 1 where the taps of the weight are dense", channel_stride);
-  if (!within(image_with_margin(p), tile_limit)) return needs("an image whose offsets fit in 32 bits");
+  if (!within(image_with_margin(p), tile_limit))
+    return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
   return tiles_refusal(p.batch * p.groups * ((p.in_h + 2 * p.padding_h) / 4 + 1) *
                        ((p.in_w + 2 * p.padding_w) / 8 + 1));
 }

@@ -14,7 +14,8 @@ Refusal tiled_refusal(const Problem& p, Pass) {
                  p.w_stride[5]);
   Problem image = p;
   image.batch = 1;
-  if (!within(image, tile_limit)) return needs("an image whose offsets fit in 32 bits");
+  if (!within(image, tile_limit))
+    return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
   return tiles_refusal(p.batch * p.groups * ((p.in_h + 2 * p.padding_h) / 8 + 1) *
                        ((p.in_w + 2 * p.padding_w) / 8 + 1));
 }
