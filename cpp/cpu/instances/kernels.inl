@@ -8,7 +8,7 @@
 //
 // The table is the only name with external linkage. Everything else is in anonymous namespaces, and no inline function
 // or template of another header is used unless it is always inlined: a copy compiled for a newer processor must not
-// become the one that the linker keeps for all. tests/test_library.py checks this, without optimisation too.
+// become the one that the linker keeps for all. tests/test_library.py checks this.
 #include "cpu/channels/forward.inl"
 //
 #include "cpu/channels/backward.inl"
