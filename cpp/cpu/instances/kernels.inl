@@ -10,7 +10,7 @@
 // or template of another header is used unless it is always inlined: a copy compiled for a newer processor must not
 // become the one that the linker keeps for all. tests/test_library.py checks this.
 #include "cpu/channels/forward.inl"
-//
+// (backward.inl uses the block sizes of forward.inl)
 #include "cpu/channels/backward.inl"
 #include "cpu/columns/loops.inl"
 #include "cpu/kernels.h"
