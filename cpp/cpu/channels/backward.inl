@@ -172,13 +172,6 @@ struct BackwardRun {
   int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
   int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
 
-  // What tasks share: [parts] grad_S, [parts] grad_b, [chunks][n] grad_R.
-  float* span_part(int64_t i) const { return tiling.shared + i * span.span_rows() * tiling.reduced_padded; }
-  float* bias_part(int64_t i) const { return span_part(tiling.parts) + i * span.span_rows(); }
-  float* reduced_part(int64_t i, int64_t n) const {
-    return bias_part(tiling.parts) + (i * p.batch + n) * span.reduced * p.out_h * tiling.row_padded;
-  }
-
   // Whether a row's last tile has fewer columns than the one before it.
   bool narrows() const { return p.out_w > backward_columns; }
 
@@ -325,7 +318,7 @@ struct BackwardRun {
     if (!own) return;
     if (tiling.grad_w != nullptr) store_weights(gw, p, columns, weights_of<T>(p, tiling.grad_w, n, g, row, column));
     if (tiling.buffers.grad_bias != nullptr) {
-      float* to = bias_part(part) + g * taps;
+      float* to = tiling.bias_part(part) + g * taps;
       for (int64_t k = 0; k < taps; ++k) {
         to[k] += total(gw + k * tile_pixels, columns);
       }
@@ -335,8 +328,8 @@ struct BackwardRun {
                gr + (row - strip.begin) * tiling.row_padded + column, tiling.height * tiling.row_padded);
     if (tiling.buffers.grad_span != nullptr)
       multiply({gw, tile_pixels, 1}, taps, {pixel_rows(strip, row, column), V::lanes, tiling.reduced_padded},
-               tiling.reduced_padded / V::lanes, columns, nullptr, span_part(part) + g * taps * tiling.reduced_padded,
-               tiling.reduced_padded);
+               tiling.reduced_padded / V::lanes, columns, nullptr,
+               tiling.span_part(part) + g * taps * tiling.reduced_padded, tiling.reduced_padded);
   }
 
   // --- the task
@@ -375,7 +368,7 @@ struct BackwardRun {
     if (tiling.buffers.grad_reduced == nullptr) return;
     const int64_t rows = strip.end - strip.begin, plane = tiling.height * tiling.row_padded;
     if (tiling.chunks == 1) return store_reduced(n, strip.begin, rows, gr, plane);
-    float* part = reduced_part(chunk, n) + strip.begin * tiling.row_padded;
+    float* part = tiling.reduced_part(chunk, n) + strip.begin * tiling.row_padded;
     for (int64_t r = 0; r < span.reduced; ++r)
       std::memcpy(part + r * p.out_h * tiling.row_padded, gr + r * plane,
                   size_t(rows * tiling.row_padded) * sizeof(float));
@@ -409,9 +402,10 @@ struct BackwardRun {
     const int64_t taps = p.taps(), first = p.groups * chunk / tiling.chunks * taps;
     const int64_t rows = p.groups * (chunk + 1) / tiling.chunks * taps - first;
     if (tiling.buffers.grad_span != nullptr)
-      std::memset(span_part(part) + first * tiling.reduced_padded, 0,
+      std::memset(tiling.span_part(part) + first * tiling.reduced_padded, 0,
                   size_t(rows * tiling.reduced_padded) * sizeof(float));
-    if (tiling.buffers.grad_bias != nullptr) std::memset(bias_part(part) + first, 0, size_t(rows) * sizeof(float));
+    if (tiling.buffers.grad_bias != nullptr)
+      std::memset(tiling.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
     // The zeros around images and tiles are written once; tasks leave them alone.
     if (want_weights) std::memset(x, 0, size_t(tiling.blocks * tiling.x_rows * x_row_floats()) * sizeof(float));
     clear(w, (taps + 1) * tile_pixels / V::lanes);
@@ -430,15 +424,17 @@ struct BackwardRun {
     for (int64_t k = task * taps; k < (task + 1) * taps; ++k) {
       if (tiling.buffers.grad_span != nullptr) {
         T* to = static_cast<T*>(tiling.buffers.grad_span) + k * span.reduced;
+        const float* from = tiling.span_part(0) + k * tiling.reduced_padded;
+        const int64_t apart = span.span_rows() * tiling.reduced_padded, parts = tiling.parts;
         for (int64_t r = 0; r < span.reduced; ++r) {
           float sum = 0;
-          for (int64_t i = 0; i < tiling.parts; ++i) sum += span_part(i)[k * tiling.reduced_padded + r];
+          for (int64_t i = 0; i < parts; ++i) sum += from[i * apart + r];
           store(sum, &to[r]);
         }
       }
       if (tiling.buffers.grad_bias != nullptr) {
         float sum = 0;
-        for (int64_t i = 0; i < tiling.parts; ++i) sum += bias_part(i)[k];
+        for (int64_t i = 0; i < tiling.parts; ++i) sum += tiling.bias_part(i)[k];
         store(sum, &static_cast<T*>(tiling.buffers.grad_bias)[k]);
       }
     }
@@ -446,9 +442,9 @@ struct BackwardRun {
 
   void finish_reduced(int64_t n) const {
     const int64_t count = span.reduced * p.out_h * tiling.row_padded;
-    float* sum = reduced_part(0, n);
+    float* sum = tiling.reduced_part(0, n);
     for (int64_t i = 1; i < tiling.chunks; ++i) {
-      const float* other = reduced_part(i, n);
+      const float* other = tiling.reduced_part(i, n);
       for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
     }
     store_reduced(n, 0, p.out_h, sum, p.out_h * tiling.row_padded);

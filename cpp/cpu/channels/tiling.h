@@ -114,6 +114,14 @@ struct BackwardTiling {
 
   float* shared;  // [parts] grad_S, [parts] grad_b, [chunks][n] grad_R where there are more chunks than one
   int64_t shared_bytes;
+  [[gnu::always_inline]] float* span_part(int64_t part) const {
+    return shared + part * problem.span_rows() * reduced_padded;
+  }
+  [[gnu::always_inline]] float* bias_part(int64_t part) const { return span_part(parts) + part * problem.span_rows(); }
+  [[gnu::always_inline]] float* reduced_part(int64_t chunk, int64_t n) const {
+    return bias_part(parts) +
+           (chunk * problem.involution.batch + n) * problem.reduced * problem.involution.out_h * row_padded;
+  }
 };
 
 // The memory that a tiling points to; see ColumnsTables.
