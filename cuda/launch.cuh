@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #include "primitives.cuh"
 #include "pyinvolution/dispatch.h"
@@ -50,7 +51,7 @@ void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, c
         what);
 }
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "the current device");
@@ -60,7 +61,7 @@ inline int multiprocessors() {
 
 #else
 
-// Few, so that small cases give a block more than one piece of work.
+// So few that small cases give a block more than one piece of work.
 inline int multiprocessors() { return 2; }
 
 template <class... Parameters>
@@ -71,26 +72,45 @@ void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, c
 
 #endif
 
-// Sums are kept in this type.
+// The storage type of a dtype and the type of its sums.
+template <DType>
+struct StorageOf;
 template <class T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
+struct AccumulatorOf;
+#define PYINVOLUTION_TYPES(name, text, storage, sum, scalar_type) \
+  template <>                                                     \
+  struct StorageOf<DType::name> {                                 \
+    using type = storage;                                         \
+  };                                                              \
+  template <>                                                     \
+  struct AccumulatorOf<storage> {                                 \
+    using type = sum;                                             \
+  };
+PYINVOLUTION_DTYPES(PYINVOLUTION_TYPES)
+#undef PYINVOLUTION_TYPES
+template <DType dtype>
+using Storage = typename StorageOf<dtype>::type;
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// Calls `body` with a value of the storage type.
+// Calls `body` with the dtype as an integral_constant.
 template <class Body>
-void dispatch(DType dtype, const Body& body) {
+void with_dtype(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::f64: return body(double{});
-    case DType::f16: return body(Half{});
-    case DType::bf16: return body(BFloat16{});
+#define PYINVOLUTION_CASE(name, text, storage, sum, scalar_type) \
+  case DType::name: return body(std::integral_constant<DType, DType::name>{});
+    PYINVOLUTION_DTYPES(PYINVOLUTION_CASE)
+#undef PYINVOLUTION_CASE
+  }
+}
+
+// The same with the size of a square kernel; see `common_refusal`.
+template <class Body>
+void with_square_kernel(int64_t size, const Body& body) {
+  switch (size) {
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 7: return body(std::integral_constant<int, 7>{});
   }
 }
 
@@ -114,6 +134,13 @@ int vector_of(int most, const void* data, std::initializer_list<int64_t> sizes) 
   return most;
 }
 
+// What kernels in tiles require of an input and an output.
+inline Refusal pixels_refusal(const Problem& p) {
+  if (p.in_h < 1 || p.in_w < 1) return needs("an input with pixels", p.in_h, p.in_w);
+  if (p.out_h < 1 || p.out_w < 1) return needs("an output with pixels", p.out_h, p.out_w);
+  return {};
+}
+
 // What kernels for square windows and dense rows require.
 inline Refusal common_refusal(const Problem& p) {
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
@@ -121,16 +148,19 @@ inline Refusal common_refusal(const Problem& p) {
   if (p.dilation_h != 1 || p.dilation_w != 1) return needs("a dilation of 1", p.dilation_h, p.dilation_w);
   if (p.stride_h != p.stride_w || p.stride_h > 2)
     return needs("a stride of 1 or 2, equal in both directions", p.stride_h, p.stride_w);
-  if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return needs("an input with dense channels or dense columns");
-  if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return needs("an output with dense channels or dense columns");
-  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return needs("an input and an output with pixels");
-  return {};
+  if (p.x_stride[1] != 1 && p.x_stride[3] != 1)
+    return needs("an input with dense channels or dense columns (strides of channels and columns)", p.x_stride[1],
+                 p.x_stride[3]);
+  if (p.y_stride[1] != 1 && p.y_stride[3] != 1)
+    return needs("an output with dense channels or dense columns (strides of channels and columns)", p.y_stride[1],
+                 p.y_stride[3]);
+  return pixels_refusal(p);
 }
 
-// What kernels in tiles are told of the images: q.x is the one with a halo, q.y the tiled one, which are X and Y and in
-// the gradient of the input Y and X.
-template <class Geometry, class View>
-void set_images(Geometry& q, const Problem& p, Pass pass, const View& x, const View& y) {
+// What kernels in tiles are told about the images: q.x is the one with a halo and q.y the tiled one. These are X and Y;
+// in the gradient of the input they are Y and X.
+template <class KernelParams, class View>
+void set_images(KernelParams& q, const Problem& p, Pass pass, const View& x, const View& y) {
   const bool to_input = pass == Pass::grad_input;
   q.x = to_input ? y : x, q.y = to_input ? x : y;
   q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
@@ -154,6 +184,13 @@ inline bool within(const Problem& p, int64_t limit) {
   const int64_t columns = p.in_w + 2 * p.padding_w + p.dilation_w * p.kernel_w + p.stride_w;
   return reach(x, p.x_stride) < limit && reach(w, p.w_stride) < limit && reach(y, p.y_stride) < limit &&
          count(x, 4) < limit && count(w, 6) < limit && count(y, 4) < limit && rows < limit && columns < limit;
+}
+
+// Kernels in tiles number their blocks and the elements of an image by 32 bits.
+constexpr int64_t tile_limit = int64_t{1} << 30;
+
+inline Refusal tiles_refusal(int64_t tiles) {
+  return tiles >= tile_limit ? needs("fewer than 2^30 tiles", tiles) : Refusal{};
 }
 
 }  // namespace pyinvolution::cuda

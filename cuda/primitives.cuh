@@ -1,5 +1,5 @@
 // Everything in which a kernel on the GPU differs from the same source in the host emulator of the tests
-// (tests/cpp/cuda_emulator): shared memory and the instructions that CUDA C++ has no word for. Kernels hold no PTX.
+// (tests/cpp/cuda_emulator): shared memory, and the instructions that CUDA C++ has no name for. Kernels contain no PTX.
 #pragma once
 
 #ifdef __CUDACC__
@@ -20,7 +20,7 @@ __device__ __forceinline__ double load(double value) { return value; }
 __device__ __forceinline__ float load(Half value) { return __half2float(value); }
 __device__ __forceinline__ float load(BFloat16 value) { return __bfloat162float(value); }
 
-// To nearest even.
+// Rounds to nearest, ties to even.
 __device__ __forceinline__ void store(float value, float* to) { *to = value; }
 __device__ __forceinline__ void store(double value, double* to) { *to = value; }
 __device__ __forceinline__ void store(float value, Half* to) { *to = __float2half_rn(value); }
@@ -32,8 +32,8 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
-// The same number, unknown to the compiler: what follows from it is computed again where it is used in a loop, rather
-// than kept in registers from before.
+// The same number, unknown to the compiler: values that depend on it are computed again where a loop uses them, instead
+// of being kept in registers.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 }
 // Ends a group of copies of this thread.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most the newest GroupsLeft groups of this thread are under way.
+// Waits until at most the newest GroupsLeft groups of this thread are still running.
 template <int GroupsLeft>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");

@@ -1,13 +1,19 @@
 # The files with kernels, which the tests also compile for the host.
 set(PYINVOLUTION_CUDA_KERNELS
-  ${CMAKE_CURRENT_LIST_DIR}/generic/generic.cu
-  ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled.cu
-  ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_f32.cu
-  ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_f16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/tiled/tiled_bf16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/mma/mma.cu
-  ${CMAKE_CURRENT_LIST_DIR}/mma/mma_f16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/mma/mma_bf16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/fused/fused.cu
-  ${CMAKE_CURRENT_LIST_DIR}/fused/backward_f16.cu
-  ${CMAKE_CURRENT_LIST_DIR}/fused/backward_bf16.cu)
+  ${CMAKE_CURRENT_LIST_DIR}/generic/variant.cu
+  ${CMAKE_CURRENT_LIST_DIR}/generic/instances/f32.cu
+  ${CMAKE_CURRENT_LIST_DIR}/generic/instances/f64.cu
+  ${CMAKE_CURRENT_LIST_DIR}/generic/instances/f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/generic/instances/bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/tiled/variant.cu
+  ${CMAKE_CURRENT_LIST_DIR}/tiled/instances/f32.cu
+  ${CMAKE_CURRENT_LIST_DIR}/tiled/instances/f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/tiled/instances/bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/mma/variant.cu
+  ${CMAKE_CURRENT_LIST_DIR}/mma/instances/f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/mma/instances/bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/variant.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/instances/forward_f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/instances/forward_bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/instances/backward_f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/instances/backward_bf16.cu)

@@ -1,6 +1,7 @@
 """The native library: what it says of itself, its switches, and what it is linked against."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from pyinvolution._library import _spec
 from pyinvolution.explain import available_isas, force_variant, variants
 
 ROOT = Path(__file__).parents[1]
+# Instruction set -> compiler flags, as the build has them.
+INSTANCES = dict(
+    re.findall(r'pyinvolution_instance\((\w+)\s+"([^"]*)"\)', (ROOT / "cpp/core/sources.cmake").read_text())
+)
 LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")
 X, W = torch.randn(1, 4, 6, 6), torch.randn(1, 2, 3, 3, 6, 6)
 
@@ -110,17 +115,24 @@ def test_the_library_needs_no_particular_torch() -> None:
     assert unstable == []
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTANCES)
 def test_code_for_newer_processors_keeps_to_itself(isa: str, tmp_path: Path) -> None:
-    """A function that the linker may merge with another file's would bring these instructions to old processors."""
-    flags = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+    """A function that the linker may merge with another file's would bring these instructions to old processors.
+
+    The instance is compiled without optimisation, which leaves a symbol for every inline function that is used.
+    """
     if os.uname().machine != "x86_64" or shutil.which("g++") is None:
         pytest.skip("needs g++ on x86-64")
-    source = ROOT / f"cpp/core/cpu_columns_{isa}.cpp"
-    command = ["g++", "-std=c++20", "-O3", "-c", source, "-o", tmp_path / "object.o", f"-I{ROOT}/cpp/include"]
-    subprocess.run([*command, *flags[isa]], check=True)
+    flags = [f"-I{ROOT}/cpp", f"-I{ROOT}/cpp/include", *filter(None, INSTANCES[isa].split(";"))]
+    source = ROOT / f"cpp/cpu/instances/{isa}.cpp"
+    subprocess.run(["g++", "-std=c++20", "-O0", *flags, "-c", source, "-o", tmp_path / "object.o"], check=True)
     names = output_of("nm", "-C", "--defined-only", "--extern-only", tmp_path / "object.o").splitlines()
-    assert [name.split(maxsplit=2)[2].split("(")[0] for name in names] == [f"pyinvolution::cpu::columns_task_{isa}"]
+    assert [name.split(maxsplit=2)[2] for name in names] == [f"pyinvolution::cpu::{isa}_kernels"]
+
+
+def test_every_instruction_set_has_an_instance() -> None:
+    assert set(available_isas()) <= set(INSTANCES)
+    assert set(INSTANCES) == {path.stem for path in (ROOT / "cpp/cpu/instances").glob("*.cpp")}
 
 
 def test_a_build_without_torch_stops_with_advice(tmp_path: Path) -> None:

@@ -7,35 +7,27 @@
 namespace pyinvolution {
 namespace {
 
-constexpr Isa all[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+struct Row {
+  Isa isa;
+  const char* name;
+  bool (*runs_here)();
+};
 
-bool runs_here(Isa isa) {
-  switch (isa) {
-    case Isa::baseline: return true;
-#if PYINVOLUTION_X86_VECTORS
-    // The builtins ask cpuid and, for the registers that the operating system must save, xgetbv.
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-    default: return false;
-#endif
-  }
-  return false;
-}
+constexpr Row all[] = {
+#define PYINVOLUTION_ROW(name, runs_here) {Isa::name, #name, [] { return bool(runs_here); }},
+    PYINVOLUTION_ISAS(PYINVOLUTION_ROW)
+#undef PYINVOLUTION_ROW
+};
 
 Isa parse(const std::string& name) {
   std::string names;
-  for (const Isa isa : all) {
-    if (name == to_string(isa)) {
-      if (runs_here(isa)) return isa;
-      throw std::invalid_argument("instruction set " + name +
-                                  " was not built or does not run on this processor, which has " +
+  for (const Row& row : all) {
+    if (name == row.name) {
+      if (row.runs_here()) return row.isa;
+      throw std::invalid_argument("instruction set " + name + " does not run on this processor, which has " +
                                   to_string(detected_isa()));
     }
-    names += std::string(names.empty() ? "" : ", ") + to_string(isa);
+    names += std::string(names.empty() ? "" : ", ") + row.name;
   }
   throw std::invalid_argument("unknown instruction set \"" + name + "\", expected one of " + names);
 }
@@ -51,19 +43,16 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 const char* to_string(Isa isa) {
-  switch (isa) {
-    case Isa::baseline: return "baseline";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-  }
+  for (const Row& row : all)
+    if (row.isa == isa) return row.name;
   return "unknown";
 }
 
 Isa detected_isa() {
   static const Isa best = [] {
     Isa found = Isa::baseline;
-    for (const Isa isa : all)
-      if (runs_here(isa)) found = isa;
+    for (const Row& row : all)
+      if (row.runs_here()) found = row.isa;
     return found;
   }();
   return best;
@@ -71,8 +60,8 @@ Isa detected_isa() {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Isa isa : all)
-    if (runs_here(isa)) names.emplace_back(to_string(isa));
+  for (const Row& row : all)
+    if (row.runs_here()) names.emplace_back(row.name);
   return names;
 }
 

@@ -8,16 +8,34 @@
 
 namespace pyinvolution {
 
-// In ascending order; `baseline` is what the compiler targets without flags (SSE2 on x86-64, NEON on Arm).
-enum class Isa : int { baseline, avx2, avx512 };
+// The instruction sets of this architecture in ascending order, with the test for the running processor (the builtins
+// ask cpuid and, for the registers that the operating system must save, xgetbv). `baseline` is what the compiler
+// targets without flags (SSE2 on x86-64, NEON on Arm). Each has a file in cpp/cpu/instances and a line in
+// sources.cmake.
+#if defined(__x86_64__)
+#define PYINVOLUTION_ISAS(_)                                                                                     \
+  _(baseline, true)                                                                                              \
+  _(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))     \
+  _(avx512, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && \
+                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#else
+#define PYINVOLUTION_ISAS(_) _(baseline, true)
+#endif
+
+enum class Isa : int {
+#define PYINVOLUTION_ISA(name, runs_here) name,
+  PYINVOLUTION_ISAS(PYINVOLUTION_ISA)
+#undef PYINVOLUTION_ISA
+};
 
 PYINVOLUTION_API const char* to_string(Isa);
 
-// The best one that was compiled in and that this processor and operating system run.
+// The best one that this processor and operating system can run.
 PYINVOLUTION_API Isa detected_isa();
 PYINVOLUTION_API std::vector<std::string> available_isas();
 
-// The detected one, or a lower one by PYINVOLUTION_ISA or `override_isa`.
+// The detected one, or the one that PYINVOLUTION_ISA or `override_isa` names.
 PYINVOLUTION_API Isa current_isa();
 
 // "" returns to the detected one. Throws std::invalid_argument for an unknown name or one that cannot run here.

@@ -24,8 +24,8 @@ void for_each_task(const Execution& execution, int64_t tasks, const Body& body) 
   }
 }
 
-// The same for two rounds in one parallel region: a task of the second starts when the whole first round is done.
-// Threads take the next task by turns, so that a task of the second round can only wait for some that are running.
+// The same for two rounds in one parallel region: a task of the second round starts when the whole first round is done.
+// Threads take the next task in turn, so a task of the second round can only wait for tasks that are already running.
 template <class First, class Second>
 void for_each_task(const Execution& execution, int64_t first, const First& body, int64_t second, const Second& then) {
   if (first == 0) return for_each_task(execution, second, then);

@@ -21,9 +21,4 @@ void channels_run(const Problem&, Pass, const Buffers&, const Execution&);
 Refusal fused_refusal(const SpanProblem&, SpanOp);
 void fused_run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
 
-// A thread's scratch memory of at least `bytes`, aligned to 64 bytes; the next call of the same thread reuses it.
-// `task` is what tasks use, `call` what lives as long as an operator's call.
-enum class Scratch { task, call };
-void* scratch(int64_t bytes, Scratch = Scratch::task);
-
 }  // namespace pyinvolution::cpu

@@ -1,8 +1,11 @@
-// What the launches of `fused` forward and backward share.
+// Launches of `fused` for one dtype.
 #pragma once
 
-#include "../mma/launch.cuh"
-#include "fused.cuh"
+#include <algorithm>
+
+#include "forward.cuh"
+#include "grad_input.cuh"
+#include "grad_span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
@@ -23,9 +26,92 @@ Span span_of(const SpanProblem& p, const SpanBuffers& buffers) {
   return span;
 }
 
-// The gradients of one storage type, each in its own file, so that they compile at the same time.
-int64_t backward_scratch(const SpanProblem&);
-void backward_f16(const SpanProblem&, const SpanBuffers&, const Execution&);
-void backward_bf16(const SpanProblem&, const SpanBuffers&, const Execution&);
+// --- forward
+
+template <class C, class T>
+void run_tile(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  const KernelParams q = kernel_params<C, T>(p.involution, Pass::forward, {buffers.x, nullptr, buffers.y});
+  const Span span = span_of<T>(p, buffers);
+  const Grid grid{p.involution.batch * q.chunks * q.tiles_h * q.tiles_w, C::threads, Shared<C>::bytes(span.reduced)};
+  launch<KernelParams, Span, const T*, const T*, const T*, const T*, const float*, const float*, T*>(
+      "fused forward", forward<C, T>, grid, execution, q, span, static_cast<T*>(buffers.x),
+      static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span), static_cast<T*>(buffers.bias),
+      static_cast<float*>(buffers.scale), static_cast<float*>(buffers.shift), static_cast<T*>(buffers.y));
+}
+
+template <DType dtype>
+void run_forward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  using T = Storage<dtype>;
+  if (p.involution.stride_h == 2) return run_tile<StridedTile, T>(p, buffers, execution);
+  if (p.involution.out_w > 8 && Shared<WideTile<K>>::bytes(int(p.reduced)) <= max_shared_bytes)
+    return run_tile<WideTile<K>, T>(p, buffers, execution);
+  run_tile<NarrowTile<K, 1>, T>(p, buffers, execution);
+}
+
+// --- backward
+
+template <int S, class T>
+void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  using C = WalkConfig<S>;
+  const Problem& i = p.involution;
+  const Span span = span_of<T>(p, buffers);
+  WalkParams q{};
+  q.groups = int(i.groups), q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
+  q.height = int(i.in_h), q.width = int(i.in_w), q.out_height = int(i.out_h), q.out_width = int(i.out_w);
+  q.padding_h = int(i.padding_h), q.padding_w = int(i.padding_w);
+  q.y = view<T>(i.y_stride, buffers.y, 0), q.x = view<T>(p.grad_x_stride, buffers.grad_x, 0);
+  // Each segment reads the last rows of G of the one before it again: only as many segments as fill the GPU.
+  constexpr int columns = 8 * C::strips, least_rows = 16;
+  q.columns = (q.width + columns - 1) / columns;
+  const int64_t blocks = i.batch * q.chunks * q.columns, wanted = 4 * multiprocessors();
+  q.segments = int(std::max<int64_t>(1, std::min<int64_t>(q.height / least_rows, wanted / blocks)));
+  q.rows = (q.height + q.segments - 1) / q.segments;
+  q.segments = (q.height + q.rows - 1) / q.rows;
+  const auto go = [&](auto held) {
+    launch<WalkParams, Span, const T*, const T*, const T*, const T*, T*>(
+        "fused grad_input", grad_input<C, held.value, T>, Grid{blocks * q.segments, C::threads, C::bytes(span.reduced)},
+        execution, q, span, static_cast<T*>(buffers.y), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
+        static_cast<T*>(buffers.bias), static_cast<T*>(buffers.grad_x));
+  };
+  if (span.reduced == 16) return go(std::true_type{});
+  go(std::false_type{});
+}
+
+template <class C, class T>
+void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  const KernelParams q = kernel_params<C, T>(p.involution, Pass::grad_weight, {buffers.x, nullptr, buffers.y});
+  Partial partial = partial_of<C>(p);
+  partial.span = static_cast<float*>(buffers.scratch);
+  partial.reduced = partial.span + span_floats(partial);
+  partial.grad_n = p.grad_reduced_stride[0];
+  partial.grad_h = int(p.grad_reduced_stride[2]), partial.grad_w = int(p.grad_reduced_stride[3]);
+  partial.grad_vector = view<T>(p.grad_reduced_stride, buffers.grad_reduced, 0).vector;
+  const Grid grid{int64_t{partial.stripes} * partial.parts, C::threads, C::bytes};
+  launch<KernelParams, Span, Partial, const T*, const T*, const T*, const T*, T*>(
+      "fused grad_span", grad_span<C, T>, grid, execution, q, span_of<T>(p, buffers), partial,
+      static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
+      static_cast<T*>(buffers.y), static_cast<T*>(buffers.grad_reduced));
+  if (buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;
+  const Grid sums{(partial.stripe + sum_columns - 1) / sum_columns, sum_columns * sum_rows,
+                  sum_columns * sum_rows * int(sizeof(float))};
+  launch<Partial, int64_t, T*, T*>("fused grad_span, its sums", sum_partials<T>, sums, execution, partial,
+                                   p.span_rows() * p.reduced, static_cast<T*>(buffers.grad_span),
+                                   static_cast<T*>(buffers.grad_bias));
+}
+
+template <int S, class T>
+void run_gradients(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  if (buffers.grad_x != nullptr) run_grad_input<S, T>(p, buffers, execution);
+  if (buffers.grad_reduced == nullptr && buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;
+  if (p.reduced == 16) return run_grad_span<SpanConfig<S, 1>, T>(p, buffers, execution);
+  if (p.reduced == 32) return run_grad_span<SpanConfig<S, 2>, T>(p, buffers, execution);
+  run_grad_span<SpanConfig<S, 4>, T>(p, buffers, execution);
+}
+
+template <DType dtype>
+void run_backward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  if (p.involution.stride_h == 2) return run_gradients<2, Storage<dtype>>(p, buffers, execution);
+  run_gradients<1, Storage<dtype>>(p, buffers, execution);
+}
 
 }  // namespace pyinvolution::cuda::fused

@@ -1,10 +1,10 @@
-// The gradient of the input, on tensor cores: as in mma.cuh, with stride S of the involution.
+// The gradient of the input, on tensor cores; the problems are those of forward.cuh, with stride S of the involution.
 //
 //   X[n,c,q] = sum over taps k of W[n,g(c),k,p] * Y[n,c,p],  p = (q + padding - k) / S where whole
 //
 // A block walks down a stripe of Columns pixels of Y (grad_output), one or two rows at a time, which come to shared
 // memory in the background with their weights, both as they are stored. A row p of Y adds to the rows S*p - padding to
-// S*p - padding + K - 1 of X; a warp keeps the sums of all that are not complete for 8*S columns of one group:
+// S*p - padding + K - 1 of X; a warp keeps the sums of all rows that are not complete, for 8*S columns of one group:
 //
 //     X[16 channels x 8 pixels, S apart] += Y[16 channels x 16 positions] * band[16 positions x 8 pixels]
 //
@@ -12,35 +12,17 @@
 // meet at position i + s of Y, in tap last - S*s: the band of the forward, whose weights lie at other places. As there,
 // zeros of the band can make NaN of an Inf; rows that are not finite are computed again, from memory.
 //
-// So a weight is moved once by the block and once more where it is in the halo of its neighbour, (Columns + 6) /
-// Columns times for K = 7, S = 1, and (Columns + 3) / Columns for S = 2, and in stripes that end above the last row, in
-// the (K - 1) / S rows before the next one.
+// So a weight is moved once by its block, and once more where it is in the halo of a neighbour: (Columns + 6) / Columns
+// times for K = 7, S = 1 and (Columns + 3) / Columns times for S = 2. The (K - 1) / S rows before a stripe that does
+// not begin at the first row are moved again, too.
 #pragma once
 
-#include "mma.cuh"
+#include "config.cuh"
 
 namespace pyinvolution::cuda::mma {
 
-// Columns and Rows are of Y. Rows at a time: two share the moves of the sums, with stride 2 registers are for one.
-template <int K_, int Stride_, int Columns_>
-struct Walk {
-  static constexpr int K = K_, Stride = Stride_, Columns = Columns_, Rows = 2 / Stride;
-  static constexpr int S = 1, fragments = 2;  // of the band
-  static constexpr int taps = K * K, slots = (K + Stride - 1) / Stride;
-  static constexpr int strips = Columns / 8, Warps = chunk_groups * strips, threads = 32 * Warps;
-  static constexpr int x_columns = Columns + 8, w_rows = Rows, w_columns = x_columns;
-  static constexpr int max_shift = 9 - slots;
-  // Rows of X: that a stage's rows of Y add to, and that are complete then.
-  static constexpr int open_rows = (Rows - 1) * Stride + K, done_rows = Rows * Stride;
-  // Stages before a stripe begins, whose rows of Y add to its first rows.
-  static constexpr int early = ((K - 1) / Stride + Rows - 1) / Rows;
-  // How far Y's first row and column that matter are from those of X, in pixels of Y.
-  static __host__ __device__ int first_row(int padding) { return padding / Stride; }
-  static __host__ __device__ int first_column(int padding) { return (padding + Stride - 1) / Stride - (slots - 1); }
-};
-
-// Sums of 16 channels of 8 pixels of each parity as pieces of 4 numbers that are next to each other in memory: calls
-// `body` with the bits, the channel and the column among 8*S.
+// Calls `body` for pieces of 4 sums that are next to each other in memory, of 16 channels of 8 pixels of each parity:
+// with their bits, the channel and the column among 8*S.
 template <int S, bool ChannelsInner, class T, class Body>
 __device__ __forceinline__ void for_each_piece(const float (*sums)[4], int lane, const Body& body) {
   const int line = lane / 4, place = lane % 4;
@@ -90,9 +72,9 @@ __device__ __forceinline__ void put_piece(T* to, const uint32_t (&bits)[2], int 
   }
 }
 
-// One number of the gradient, from memory: `y` and `w` are of its channel and group.
+// One number of the gradient, computed from memory. `y` and `w` begin at its channel and group.
 template <class C, class T>
-__device__ __forceinline__ float gradient_at(const Geometry& q, const T* y, const T* w, int row, int column) {
+__device__ __forceinline__ float gradient_at(const KernelParams& q, const T* y, const T* w, int row, int column) {
   float sum = 0;
 #pragma unroll 1
   for (int tap = 0; tap < C::taps; ++tap) {
@@ -105,11 +87,11 @@ __device__ __forceinline__ float gradient_at(const Geometry& q, const T* y, cons
   return sum;
 }
 
-// As in Geometry, the image with the halo is q.x, here Y, and the tiled one q.y, here X. q.stages: of a stripe, with
-// the early ones.
+// The image with the halo, q.x, is Y here, and the tiled one, q.y, is X. q.stages are those of a stripe, including the
+// early ones.
 template <class C, bool ChannelsInner, bool TapsInner, class T>
 __global__ void __launch_bounds__(C::threads, 512 / C::threads)
-    grad_input(Geometry q, const T* __restrict__ y, const T* __restrict__ w, T* __restrict__ x) {
+    grad_input(KernelParams q, const T* __restrict__ y, const T* __restrict__ w, T* __restrict__ x) {
   constexpr int K = C::K, S = C::Stride, Rows = C::Rows;
   using W = Weights<C, TapsInner>;
   using I = Image<Rows, C::x_columns, ChannelsInner>;

@@ -1,21 +1,11 @@
-// Launches of `tiled` for one storage type; each type has its own file, so that they compile at the same time.
+// Launches of `tiled` for one dtype.
 #pragma once
 
 #include <algorithm>
 
-#include "tiled.cuh"
+#include "kernels.cuh"
 
 namespace pyinvolution::cuda::tiled {
-
-// Tiles are wide where the image is, for a smaller halo.
-template <int K>
-using Wide = Config<K, 1, 8, 16, 2, 4>;
-template <int K, int S>
-using Narrow = Config<K, S, 8, 8, 1, 4>;
-template <int K>
-using WideGradient = Config<K, 1, 8, 16, 1, 4>;
-template <int K, int S>
-using NarrowGradient = Config<K, S, 8, 8, 1, 2>;
 
 template <class T>
 View view(const int64_t (&strides)[4], const void* data) {
@@ -23,11 +13,9 @@ View view(const int64_t (&strides)[4], const void* data) {
   return {strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1 && aligned};
 }
 
-inline bool taps_are_inner(const Problem& p) { return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w; }
-
 template <class T>
-Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
-  Geometry q;
+KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) {
+  KernelParams q;
   set_images(q, p, pass, view<T>(p.x_stride, buffers.x), view<T>(p.y_stride, buffers.y));
   q.group_channels = int(p.group_channels()), q.kernel = int(p.kernel_h);
   q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]), int(p.w_stride[3]),
@@ -36,7 +24,7 @@ Geometry geometry(const Problem& p, Pass pass, const Buffers& buffers) {
 }
 
 template <class C, int Stride>
-Grid grid(const Problem& p, Geometry& q) {
+Grid grid(const Problem& p, KernelParams& q) {
   // A class of a strided gradient has every second row and column.
   const auto tiles = [](int pixels, int tile) { return (pixels + Stride * tile - 1) / (Stride * tile); };
   q.tiles_h = tiles(q.y_height, C::Rows), q.tiles_w = tiles(q.y_width, C::Columns);
@@ -44,25 +32,25 @@ Grid grid(const Problem& p, Geometry& q) {
 }
 
 template <class C, int GradientStride, class T>
-void run_apply(const Problem& p, Geometry q, const T* x, const T* w, T* y, const Execution& execution) {
+void run_apply(const Problem& p, KernelParams q, const T* x, const T* w, T* y, const Execution& execution) {
   Grid shape = grid<C, std::max(1, GradientStride)>(p, q);
   shape.threads = C::Rows / C::PixelRows * C::runs * (q.group_channels / 4);
   shape.shared_bytes = 4 * (C::w_floats + C::x_rows * C::x_pitch * q.group_channels);
-  launch<Geometry, const T*, const T*, T*>(GradientStride > 0 ? "tiled grad_input" : "tiled forward",
-                                           apply<C, GradientStride, T>, shape, execution, q, x, w, y);
+  launch<KernelParams, const T*, const T*, T*>(GradientStride > 0 ? "tiled grad_input" : "tiled forward",
+                                               apply<C, GradientStride, T>, shape, execution, q, x, w, y);
 }
 
 template <class C, class T>
-void run_grad_weight(const Problem& p, Geometry q, const T* x, T* w, const T* y, const Execution& execution) {
+void run_grad_weight(const Problem& p, KernelParams q, const T* x, T* w, const T* y, const Execution& execution) {
   Grid shape = grid<C, 1>(p, q);
   shape.threads = C::K * C::Rows * C::runs;
   shape.shared_bytes = 4 * std::max(C::w_floats, (C::x_rows * C::x_pitch + C::Rows * C::y_pitch) * q.group_channels);
-  launch<Geometry, const T*, T*, const T*>("tiled grad_weight", grad_weight<C, T>, shape, execution, q, x, w, y);
+  launch<KernelParams, const T*, T*, const T*>("tiled grad_weight", grad_weight<C, T>, shape, execution, q, x, w, y);
 }
 
 template <int K, class T>
 void run_kernel(const Problem& p, Pass pass, const Buffers& buffers, const Execution& execution) {
-  const Geometry q = geometry<T>(p, pass, buffers);
+  const KernelParams q = kernel_params<T>(p, pass, buffers);
   T* x = static_cast<T*>(buffers.x);
   T* w = static_cast<T*>(buffers.w);
   T* y = static_cast<T*>(buffers.y);
@@ -88,17 +76,9 @@ void run_kernel(const Problem& p, Pass pass, const Buffers& buffers, const Execu
   }
 }
 
-template <class T>
+template <DType dtype>
 void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& execution) {
-  switch (p.kernel_h) {
-    case 3: return run_kernel<3, T>(p, pass, buffers, execution);
-    case 5: return run_kernel<5, T>(p, pass, buffers, execution);
-    case 7: return run_kernel<7, T>(p, pass, buffers, execution);
-  }
+  with_square_kernel(p.kernel_h, [&](auto k) { run_kernel<k.value, Storage<dtype>>(p, pass, buffers, execution); });
 }
-
-void run_f32(const Problem&, Pass, const Buffers&, const Execution&);
-void run_f16(const Problem&, Pass, const Buffers&, const Execution&);
-void run_bf16(const Problem&, Pass, const Buffers&, const Execution&);
 
 }  // namespace pyinvolution::cuda::tiled

@@ -92,7 +92,7 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
   const auto check = [&](const char* what, const Tensor& result, const std::vector<double>& want) {
     double largest = 0;
     const double worst = worst_difference(result, want, &largest);
-    // At least 1, the size of the terms: a sum of few may be far smaller than they are.
+    // At least 1, the size of the terms: a sum of few terms may be far smaller than the terms.
     CHECK(worst <= (unit_roundoff(dtype) + 4e-6) * 2 * std::max(largest, 1.0),
           text + ": " + what + " is off by " + std::to_string(worst) + " of " + std::to_string(largest));
     CHECK(result.gaps_untouched(), text + ": " + what + ": memory between elements was written");

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../cpp/core/storage.h"
+#include "../../cpp/cpu/simd/dtype.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

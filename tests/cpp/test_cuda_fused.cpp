@@ -5,12 +5,9 @@
 
 #include <array>
 
-#include "cuda_emulator/emulator.h"
-#include "oracle.h"
+#include "variant.h"
 
 namespace {
-
-using emulator::Schedule;
 
 struct SpanCase {
   Case shape;
@@ -316,36 +313,15 @@ void special_values() {
 }
 
 template <class Setting>
-std::vector<char> bits_of(const SpanCase& trial) {
-  Setting setting(trial);
-  setting.run();
-  return setting.bytes();
-}
-
-// The same bits in every schedule, and others in one of them once a synchronisation is removed.
-template <class Setting>
 void schedules_and_races(const SpanCase& trial, bool races) {
-  emulator::options() = {};
-  emulator::forget_statistics();
-  const std::vector<char> right = bits_of<Setting>(trial);
-  CHECK(emulator::statistics().bank_conflicts == 0, trial.text() + ": matrix loads have bank conflicts");
-  for (const Schedule schedule : emulator::schedules) {
-    emulator::options() = {schedule, 3, -1};
-    CHECK(bits_of<Setting>(trial) == right,
-          trial.text() + ": other bits in the schedule " + emulator::to_string(schedule));
-  }
-  if (!races) return;
-  const auto sites = emulator::sync_sites();
-  for (size_t dropped = 0; dropped < sites.size(); ++dropped) {
-    int caught = 0;
-    for (const Schedule schedule : emulator::schedules) {
-      emulator::options() = {schedule, 3, int(dropped)};
-      caught += bits_of<Setting>(trial) != right;
-      if (caught > 0) break;
-    }
-    CHECK(caught > 0, trial.text() + ": nobody missed the synchronisation at " + sites[dropped].text());
-  }
-  emulator::options() = {};
+  check_schedules(
+      trial.text(),
+      [&] {
+        Setting setting(trial);
+        setting.run();
+        return setting.bytes();
+      },
+      races);
 }
 
 void schedules_and_races() {
@@ -368,8 +344,10 @@ void refusals() {
     CHECK(refusal.find(part) != std::string::npos,
           std::string("expected a refusal with \"") + part + "\", got " + refusal);
   };
-  refused([](SpanProblem& p) { p.grad_x_stride[1] = 64; }, "gradients with a channel stride", SpanOp::backward);
-  refused([](SpanProblem& p) { p.grad_reduced_stride[1] = 64; }, "gradients with a channel stride", SpanOp::backward);
+  refused([](SpanProblem& p) { p.grad_x_stride[1] = 64; },
+          "gradients of the input and of reduced with a channel stride", SpanOp::backward);
+  refused([](SpanProblem& p) { p.grad_reduced_stride[1] = 64; },
+          "gradients of the input and of reduced with a channel stride", SpanOp::backward);
   refused([](SpanProblem& p) { p.grad_x_stride[2] = int64_t{1} << 29; }, "32 bits", SpanOp::backward);
   refused([](SpanProblem& p) { p.involution.dtype = DType::f32; }, "float16 or bfloat16, got float32");
   refused([](SpanProblem& p) { p.involution.kernel_w = 5; }, "7 x 7");

@@ -16,13 +16,6 @@ std::vector<char> run_and_check(const Trial& trial, const Strides& strides, uint
 // X (for its gradient, Y) with columns inside and W with taps inside is refused.
 bool has_mix(int mix, Pass pass) { return (mix & 2) == 0 || (mix & (pass == Pass::grad_input ? 4 : 1)) != 0; }
 
-// Layouts of X, W and Y, each with channels or taps inside where its bit is set, else columns.
-Strides mixed_strides(const Case& shape, int mix) {
-  const Strides columns = strides_of(shape, Layout::contiguous, Pass::forward),
-                channels = strides_of(shape, Layout::channels_last, Pass::forward);
-  return {mix & 1 ? channels.x : columns.x, mix & 2 ? channels.w : columns.w, mix & 4 ? channels.y : columns.y};
-}
-
 // Narrow and wide tiles, whole ones and parts, of each kernel, stride and layout; whole and partial chunks of groups.
 void kernels_and_strides() {
   int next = 0;
@@ -116,7 +109,7 @@ void refusals() {
   check_refused(mma, good, DType::f32, Layout::contiguous, Pass::forward, "float16 or bfloat16, got float32");
   for (const Pass pass : passes) {
     const Problem problem = problem_of(good, DType::bf16, Device::cuda, mixed_strides(good, 2));
-    CHECK(cuda::bool(cuda::mma_refusal(problem, pass)), "dense taps beside dense columns are refused");
+    CHECK(bool(cuda::mma_refusal(problem, pass)), "dense taps beside dense columns are refused");
   }
 }
 

@@ -46,9 +46,7 @@ void mixed_layouts() {
       for (const DType dtype : tiled_dtypes) {
         const int64_t s = 1 + mix / 16;
         const Case shape{2, 32, 2, 9, 11, 5, 5, s, s, 2, 2};
-        const Strides first = strides_of(shape, Layout::contiguous, pass),
-                      last = strides_of(shape, Layout::channels_last, pass);
-        Strides strides{mix & 1 ? last.x : first.x, mix & 2 ? last.w : first.w, mix & 4 ? last.y : first.y};
+        Strides strides = mixed_strides(shape, mix);
         if (mix & 8) {
           strides.x = strides_in_order({2, 33, 9, 11}, {0, 2, 3, 1});
           strides.y = strides_in_order({2, 35, 9, 11}, {0, 2, 3, 1});

@@ -4,8 +4,6 @@
 #include "cuda/variants.h"
 #include "oracle.h"
 
-const char* pyinvolution::cuda::build() { return "emulated"; }
-
 namespace {
 
 Problem problem(const Case& shape, DType dtype, Layout layout = Layout::contiguous) {

@@ -3,7 +3,7 @@
 //
 //   test_fuzz [CASES [SEED]]
 //
-// A case depends on its seed alone, SEED + its number. A failure prints it with the problem, and so does an end by a
+// A case depends only on its seed, SEED + its number. A failure prints it with the problem, and so does an end by a
 // sanitizer: `test_fuzz 1 SEED` repeats it.
 #include <csignal>
 #include <cstdlib>
@@ -159,7 +159,7 @@ void span_involution(Engine& engine) {
             one_in(engine, 8) ? two_threads : Execution{});
 }
 
-// Sizes from everywhere in 64 bits: a problem that can be computed with, or an error that is no overflow.
+// Sizes from everywhere in 64 bits: a problem that can be computed with, or an error, but never an overflow.
 void hostile(Engine& engine) {
   const auto any = [&] {
     const int64_t edges[] = {0, 1, 2, 3, 7, 64, int64_t{1} << 31, int64_t{1} << 32, int64_t{1} << 62, INT64_MAX};

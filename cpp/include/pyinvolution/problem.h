@@ -52,8 +52,9 @@ struct Problem {
   int64_t w_stride[6];  // n g kh kw h w
   int64_t y_stride[4];  // n c h w
 
-  int64_t group_channels() const { return groups > 0 ? channels / groups : 0; }
-  int64_t taps() const { return kernel_h * kernel_w; }
+  // Always inlined: a copy compiled for a newer processor (cpp/cpu/instances) must not be the one that the linker keeps.
+  [[gnu::always_inline]] int64_t group_channels() const { return groups > 0 ? channels / groups : 0; }
+  [[gnu::always_inline]] int64_t taps() const { return kernel_h * kernel_w; }
 };
 
 // Addresses of element 0 of each tensor. A pass writes the tensor that it computes and only reads the others.
@@ -99,7 +100,7 @@ struct SpanProblem {
   int64_t grad_x_stride[4];
   int64_t grad_reduced_stride[4];
 
-  int64_t span_rows() const { return involution.groups * involution.taps(); }
+  [[gnu::always_inline]] int64_t span_rows() const { return involution.groups * involution.taps(); }
 };
 
 struct SpanBuffers {

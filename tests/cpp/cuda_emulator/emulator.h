@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../../cpp/core/storage.h"
+#include "../../../cpp/cpu/simd/float16.h"
 
 #define __global__
 #define __device__

@@ -1,3 +1,0 @@
-#define VECTOR_BYTES 32
-#define COLUMNS_TASK columns_task_avx2
-#include "cpu_columns.inl"

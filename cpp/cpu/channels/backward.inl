@@ -1,0 +1,470 @@
+// The inner loops of the backward passes of `fused` and `channels`; see tiling.h. Included after forward.inl by
+// instances/kernels.inl.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/channels/packing.h"
+#include "cpu/channels/tiling.h"
+#include "cpu/simd/dtype.h"
+#include "cpu/simd/gemm.h"
+#include "cpu/simd/prefetch.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// grad_X at Columns neighbouring columns q = Stride m + Phase - padding of a row, from a row of taps:
+//
+//   gx[m] += sum over t of  w[Phase + Stride t][m - t] * gy[m - t]
+//
+// w and gy are zero where m - t is outside the row.
+template <int Columns, int Stride, int Width, int Phase>
+void gather_block(const float* w, const float* gy, float* gx) {
+  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
+  V sum[Columns][block_vectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[c][v] = V::load(gx + c * Stride * block_channels + v * V::lanes);
+#pragma GCC unroll 32
+  for (int p = 1 - taps; p < Columns; ++p) {
+    V at[block_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + p * block_channels + v * V::lanes);
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; ++c) {
+      const int t = c - p;
+      if (t < 0 || t >= taps) continue;
+      const float weight = w[(Phase + Stride * t) * tile_pixels + p];
+#pragma GCC unroll 4
+      for (int v = 0; v < block_vectors; ++v) sum[c][v].add_product(at[v], weight);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[c][v].store(gx + c * Stride * block_channels + v * V::lanes);
+}
+
+// All columns of a phase that the pixels [0, pixels) of a tile reach, of which the first is column `first` of the
+// output. gx is the row of X; w and gy are at the tile's first pixel.
+template <int Stride, int Width, int Phase>
+void gather_phase(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
+  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
+  if constexpr (taps > 0) {
+    // m from the first pixel to the last one at its last tap, as far as the column is inside.
+    int64_t begin = first, end = first + pixels - 1 + taps;
+    const int64_t left = (p.padding_w - Phase + Stride - 1) / Stride;
+    const int64_t right = (p.in_w + p.padding_w - Phase + Stride - 1) / Stride;
+    if (begin < left) begin = left;
+    if (end > right) end = right;
+    if (begin >= end) return;
+    const int64_t columns = end - begin, count = (columns + max_columns - 1) / max_columns;
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t m = begin + columns * b / count;
+      with_count<max_columns>(begin + columns * (b + 1) / count - m, [&](auto n) {
+        gather_block<decltype(n)::value, Stride, Width, Phase>(
+            w + (m - first), gy + (m - first) * block_channels,
+            gx + (Stride * m + Phase - p.padding_w) * block_channels);
+      });
+    }
+  }
+}
+
+template <int Stride, int Width>
+void gather(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
+  gather_phase<Stride, Width, 0>(p, w, gy, first, pixels, gx);
+  if constexpr (Stride > 1) gather_phase<Stride, Width, 1>(p, w, gy, first, pixels, gx);
+}
+
+// Any window: one tap at a time.
+template <>
+void gather<0, 0>(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t j = 0; j < p.kernel_w; ++j) {
+      const int64_t q = (first + i) * p.stride_w + j * p.dilation_w - p.padding_w;
+      if (q < 0 || q >= p.in_w) continue;
+      const float weight = w[j * tile_pixels + i];
+      for (int v = 0; v < block_vectors; ++v) {
+        float* to = gx + q * block_channels + v * V::lanes;
+        V sum = V::load(to);
+        sum.add_product(V::load(gy + i * block_channels + v * V::lanes), weight);
+        sum.store(to);
+      }
+    }
+}
+
+using Gather = void (*)(const Problem&, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx);
+
+Gather gather_for(const Problem& p) {
+  if (p.dilation_w != 1 || p.padding_w >= (1 << 20)) return gather<0, 0>;
+  if (p.stride_w == 1) {
+    switch (p.kernel_w) {
+      case 3: return gather<1, 3>;
+      case 5: return gather<1, 5>;
+      case 7: return gather<1, 7>;
+      default: break;
+    }
+  } else if (p.stride_w == 2) {
+    switch (p.kernel_w) {
+      case 3: return gather<2, 3>;
+      case 5: return gather<2, 5>;
+      case 7: return gather<2, 7>;
+      default: break;
+    }
+  }
+  return gather<0, 0>;
+}
+
+// grad_W of Taps neighbouring taps at a vector of pixels: to[t] += sum over channels c of gy[c] * x[c][offset[t]].
+template <int Taps>
+void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel, const int64_t* offset,
+                       int64_t channels, bool add, float* to) {
+  V sum[Taps];
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) sum[t] = add ? V::load(to + t * tile_pixels) : V::zero();
+  for (int64_t c = 0; c < channels; ++c) {
+    const V grad = V::load(gy + c * gy_channel);
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) sum[t].add_product(grad, V::load(x + c * x_channel + offset[t]));
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) sum[t].store(to + t * tile_pixels);
+}
+
+float total(const float* from, int64_t count) {
+  V sum = V::zero();
+  int64_t i = 0;
+  for (; i + V::lanes <= count; i += V::lanes) sum.value += V::load(from + i).value;
+  if (i < count) sum.value += V::load_first(from + i, count - i).value;
+  float all = 0;
+  for (int64_t lane = 0; lane < V::lanes; ++lane) all += sum.value[lane];
+  return all;
+}
+
+template <class T>
+struct BackwardRun {
+  const BackwardTiling& tiling;
+  const SpanProblem& span;
+  const Problem& p;
+  float* memory;
+  float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *gw, *gy, *gy_across, *staging;
+  int64_t chunk, part;
+  bool want_x, want_weights;  // whether grad_X and grad_W are computed (grad_W also as a step to others)
+
+  BackwardRun(const BackwardTiling& backward, int64_t task, void* scratch)
+      : tiling(backward),
+        span(backward.problem),
+        p(backward.problem.involution),
+        memory(static_cast<float*>(scratch)),
+        chunk(task % backward.chunks),
+        part(task / backward.chunks) {
+    const auto at = [&](int64_t offset) { return memory + offset; };
+    x = at(tiling.x_at), gx = at(tiling.grad_x_at), gr = at(tiling.grad_reduced_at), panels = at(tiling.panels_at);
+    pixels = at(tiling.pixels_at), span_memory = at(tiling.span_at), bias = at(tiling.bias_at),
+    w = at(tiling.weights_at);
+    gw = at(tiling.grad_weights_at), gy = at(tiling.grad_y_at), gy_across = at(tiling.grad_y_across_at);
+    staging = at(tiling.staging_at);
+    want_x = tiling.buffers.grad_x != nullptr;
+    want_weights = tiling.grad_w != nullptr || tiling.buffers.grad_reduced != nullptr ||
+                   tiling.buffers.grad_span != nullptr || tiling.buffers.grad_bias != nullptr;
+  }
+
+  int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
+  int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
+
+  // Whether a row's last tile has fewer columns than the one before it.
+  bool narrows() const { return p.out_w > backward_columns; }
+
+  // --- packing
+
+  int64_t x_row_floats() const { return block_channels * tiling.x_channel; }
+  float* x_block(int64_t block) const { return x + block * tiling.x_rows * x_row_floats(); }
+  float* gx_block(int64_t block) const { return gx + block * tiling.grad_x_rows * p.in_w * block_channels; }
+
+  // X of a block for a strip as [row][channel][phase][column / stride], between columns that stay zero.
+  void pack_input(int64_t n, int64_t g, int64_t block, const BackwardStrip& strip) const {
+    const int64_t channels = channels_of(block);
+    const T* image =
+        static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * p.x_stride[1];
+    float* to = x_block(block);
+    const int64_t rows = (strip.end - strip.begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+    for (int64_t r = 0; r < rows; ++r, to += x_row_floats()) {
+      const int64_t h = strip.begin * p.stride_h - p.padding_h + r;
+      if (h < 0 || h >= p.in_h) {
+        if (tiling.height < p.out_h) std::memset(to, 0, size_t(x_row_floats()) * sizeof(float));
+        continue;
+      }
+      for (int64_t phase = 0; phase < p.stride_w; ++phase) {
+        // Padded columns phase + stride * m hold column phase + stride * m - padding.
+        const int64_t left = p.padding_w <= phase ? 0 : (p.padding_w - phase + p.stride_w - 1) / p.stride_w;
+        const int64_t inside = p.in_w + p.padding_w - phase;
+        const int64_t right = min(tiling.x_phase, inside <= 0 ? 0 : (inside + p.stride_w - 1) / p.stride_w);
+        if (left >= right) continue;
+        const T* from = image + h * p.x_stride[2] + (left * p.stride_w + phase - p.padding_w) * p.x_stride[3];
+        transpose_into(from, p.stride_w * p.x_stride[3], right - left, p.x_stride[1], channels,
+                       to + phase * tiling.x_phase + left, tiling.x_channel, staging);
+      }
+    }
+  }
+
+  // R of a strip: for each tile [vector][r][lane], and [pixel][r].
+  void pack_reduced(int64_t n, const BackwardStrip& strip) const {
+    const T* image = static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0];
+    for (int64_t row = first_row(strip); row < last_row(strip); ++row)
+      for (int64_t column = 0; column < p.out_w; column += backward_columns) {
+        const int64_t columns = min(backward_columns, p.out_w - column);
+        const T* from = image + row * span.reduced_stride[2] + column * span.reduced_stride[3];
+        if (want_x)
+          pack_pixels(from, span.reduced_stride, span.reduced, 1, columns, panel(strip, row, column), staging);
+        if (tiling.buffers.grad_span == nullptr || row < strip.begin || row >= strip.end) continue;
+        float* to = pixel_rows(strip, row, column);
+        std::memset(to, 0, size_t(columns * tiling.reduced_padded) * sizeof(float));
+        transpose_into(from, span.reduced_stride[1], span.reduced, span.reduced_stride[3], columns, to,
+                       tiling.reduced_padded, staging);
+      }
+  }
+  int64_t first_row(const BackwardStrip& strip) const { return want_x ? strip.first : strip.begin; }
+  int64_t last_row(const BackwardStrip& strip) const { return want_x ? strip.last : strip.end; }
+  float* panel(const BackwardStrip& strip, int64_t row, int64_t column) const {
+    return panels + ((row - strip.first) * tiling.row_padded + column) * span.reduced;
+  }
+  float* pixel_rows(const BackwardStrip& strip, int64_t row, int64_t column) const {
+    return pixels + ((row - strip.begin) * p.out_w + column) * tiling.reduced_padded;
+  }
+
+  // grad_Y of a block at a tile as [pixel][16] with zeros on either side, and as [channel][pixel].
+  void pack_gradient(int64_t n, int64_t g, int64_t block, int64_t row, int64_t column, int64_t columns) const {
+    const T* from = static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] +
+                    first_channel(g, block) * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
+    float* inner = gy + backward_margin * block_channels;
+    load_pixels(from, channels_of(block), columns, p.y_stride[1], p.y_stride[3], inner, staging);
+    if (narrows()) clear(inner + columns * block_channels, backward_margin * block_channels / V::lanes);
+    if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
+  }
+
+  // Asks for what group g reads and writes at an output row, while the group before it is computed.
+  void prefetch(int64_t n, int64_t g, int64_t row, const BackwardStrip& strip) const {
+    const int64_t channels = p.group_channels(), c = g * channels;
+    prefetch_pixels(
+        static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
+        p.y_stride[1], channels, p.y_stride[3], p.out_w);
+    const auto image = [&](const void* at, const int64_t (&stride)[4]) {
+      const int64_t rows = strip.in_end - strip.in_begin, first = first_row(strip), of = last_row(strip) - first;
+      const int64_t i = row - first;
+      for (int64_t h = strip.in_begin + rows * i / of; h < strip.in_begin + rows * (i + 1) / of; ++h)
+        prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
+                        stride[3], p.in_w);
+    };
+    if (want_weights) image(tiling.buffers.x, p.x_stride);
+    if (want_x) image(tiling.buffers.grad_x, span.grad_x_stride);
+    const void* const weights[] = {tiling.w, tiling.grad_w};
+    for (const void* at : weights)
+      if (at != nullptr)
+        prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
+  }
+
+  // --- the products of a tile
+
+  // grad_W at row `row` of a strip.
+  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns) const {
+    const int64_t channels = channels_of(block);
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const float* from = x_block(block) + (row * p.stride_h + i * p.dilation_h) * x_row_floats() + column;
+      float* to = gw + i * p.kernel_w * tile_pixels;
+      for (int64_t v = 0; v < columns; v += V::lanes) {
+        int64_t j = 0;
+        const auto taps = [&](auto count) {
+          constexpr int n = decltype(count)::value;
+          for (; j + n <= p.kernel_w; j += n)
+            grad_weight_block<n>(gy_across + v, backward_columns, from + v, tiling.x_channel, tiling.tap_offset + j,
+                                 channels, block > 0, to + j * tile_pixels + v);
+        };
+        taps(Count<7>{});
+        taps(Count<5>{});
+        taps(Count<3>{});
+        taps(Count<1>{});
+      }
+    }
+  }
+
+  void tile(int64_t n, int64_t g, int64_t row, int64_t column, const BackwardStrip& strip, const MatrixA& s,
+            Gather gather) const {
+    const bool own = row >= strip.begin && row < strip.end;
+    const int64_t columns = min(backward_columns, p.out_w - column), taps = p.taps();
+    const int64_t vectors = (columns + V::lanes - 1) / V::lanes;
+    float* weights = w + backward_margin;
+    if (want_x) {
+      if (tiling.w != nullptr)
+        load_weights(weights_of<T>(p, tiling.w, n, g, row, column), p, 1, columns, weights, staging);
+      else
+        multiply(s, taps, {panel(strip, row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias,
+                 weights, tile_pixels);
+      // Products have whole vectors: what they wrote past the columns must be zero.
+      if (tiling.w == nullptr || narrows())
+        for (int64_t k = 0; k < taps; ++k)
+          clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
+    }
+    for (int64_t block = 0; block < tiling.blocks; ++block) {
+      pack_gradient(n, g, block, row, column, columns);
+      if (want_x)
+        for (int64_t i = 0; i < p.kernel_h; ++i) {
+          const int64_t h = row * p.stride_h + i * p.dilation_h - p.padding_h;
+          if (h >= strip.in_begin && h < strip.in_end)
+            gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
+                   gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
+        }
+      if (want_weights && own) grad_weights(block, row - strip.begin, column, columns);
+    }
+    if (!own) return;
+    if (tiling.grad_w != nullptr) store_weights(gw, p, columns, weights_of<T>(p, tiling.grad_w, n, g, row, column));
+    if (tiling.buffers.grad_bias != nullptr) {
+      float* to = tiling.bias_part(part) + g * taps;
+      for (int64_t k = 0; k < taps; ++k) {
+        to[k] += total(gw + k * tile_pixels, columns);
+      }
+    }
+    if (tiling.buffers.grad_reduced != nullptr)
+      multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, tile_pixels}, vectors, taps, nullptr,
+               gr + (row - strip.begin) * tiling.row_padded + column, tiling.height * tiling.row_padded);
+    if (tiling.buffers.grad_span != nullptr)
+      multiply({gw, tile_pixels, 1}, taps, {pixel_rows(strip, row, column), V::lanes, tiling.reduced_padded},
+               tiling.reduced_padded / V::lanes, columns, nullptr,
+               tiling.span_part(part) + g * taps * tiling.reduced_padded, tiling.reduced_padded);
+  }
+
+  // --- the task
+
+  void strip(int64_t n, const BackwardStrip& strip) const {
+    const Gather gather = gather_for(p);
+    const int64_t in_rows = strip.in_end - strip.in_begin;
+    if (tiling.buffers.grad_reduced != nullptr)
+      std::memset(gr, 0, size_t(span.reduced * tiling.height * tiling.row_padded) * sizeof(float));
+    if (span.reduced > 0) pack_reduced(n, strip);
+    for (int64_t g = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks; g < last; ++g) {
+      for (int64_t block = 0; block < tiling.blocks; ++block) {
+        if (want_x) std::memset(gx_block(block), 0, size_t(in_rows * p.in_w * block_channels) * sizeof(float));
+        if (want_weights) pack_input(n, g, block, strip);
+      }
+      int64_t pitch = 0;
+      const float* s = nullptr;
+      if (span.reduced > 0) {
+        s = span_rows<T>(span, tiling.buffers, g, span_memory, &pitch);
+        load_bias<T>(span, tiling.buffers, g, bias);
+      }
+      for (int64_t row = first_row(strip); row < last_row(strip); ++row) {
+        if (g + 1 < p.groups) prefetch(n, g + 1, row, strip);
+        for (int64_t column = 0; column < p.out_w; column += backward_columns)
+          tile(n, g, row, column, strip, {s, pitch, 1}, gather);
+      }
+      if (want_x)
+        for (int64_t block = 0; block < tiling.blocks; ++block)
+          for (int64_t h = 0; h < in_rows; ++h)
+            store_pixels(gx_block(block) + h * p.in_w * block_channels, channels_of(block), p.in_w,
+                         static_cast<T*>(tiling.buffers.grad_x) + n * span.grad_x_stride[0] +
+                             first_channel(g, block) * span.grad_x_stride[1] +
+                             (strip.in_begin + h) * span.grad_x_stride[2],
+                         span.grad_x_stride[1], span.grad_x_stride[3], staging);
+    }
+    if (tiling.buffers.grad_reduced == nullptr) return;
+    const int64_t rows = strip.end - strip.begin, plane = tiling.height * tiling.row_padded;
+    if (tiling.chunks == 1) return store_reduced(n, strip.begin, rows, gr, plane);
+    float* part = tiling.reduced_part(chunk, n) + strip.begin * tiling.row_padded;
+    for (int64_t r = 0; r < span.reduced; ++r)
+      std::memcpy(part + r * p.out_h * tiling.row_padded, gr + r * plane,
+                  size_t(rows * tiling.row_padded) * sizeof(float));
+  }
+
+  // [r][row][padded column] sums of some rows of an image into grad_R.
+  void store_reduced(int64_t n, int64_t first, int64_t rows, const float* from, int64_t plane) const {
+    T* to = static_cast<T*>(tiling.buffers.grad_reduced) + n * span.grad_reduced_stride[0] +
+            first * span.grad_reduced_stride[2];
+    const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
+    for (int64_t row = 0; row < rows; ++row) {
+      T* out = to + row * span.grad_reduced_stride[2];
+      const float* in = from + row * tiling.row_padded;
+      if (pixel == 1) {
+        for (int64_t r = 0; r < span.reduced; ++r)
+          for (int64_t v = 0; v < p.out_w; ++v) store(in[r * plane + v], &out[r * channel + v]);
+        continue;
+      }
+      if constexpr (is_float<T>) {
+        if (channel == 1) {
+          transpose(in, plane, span.reduced, p.out_w, out, pixel);
+          continue;
+        }
+      }
+      for (int64_t v = 0; v < p.out_w; ++v)
+        for (int64_t r = 0; r < span.reduced; ++r) store(in[r * plane + v], &out[r * channel + v * pixel]);
+    }
+  }
+
+  void run() const {
+    const int64_t taps = p.taps(), first = p.groups * chunk / tiling.chunks * taps;
+    const int64_t rows = p.groups * (chunk + 1) / tiling.chunks * taps - first;
+    if (tiling.buffers.grad_span != nullptr)
+      std::memset(tiling.span_part(part) + first * tiling.reduced_padded, 0,
+                  size_t(rows * tiling.reduced_padded) * sizeof(float));
+    if (tiling.buffers.grad_bias != nullptr)
+      std::memset(tiling.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
+    // The zeros around images and tiles are written once; tasks leave them alone.
+    if (want_weights) std::memset(x, 0, size_t(tiling.blocks * tiling.x_rows * x_row_floats()) * sizeof(float));
+    clear(w, (taps + 1) * tile_pixels / V::lanes);
+    clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
+    clear(gy_across, block_channels * backward_columns / V::lanes);
+    const int64_t strips = tiling.strip_count, units = p.batch * strips;
+    for (int64_t unit = units * part / tiling.parts; unit < units * (part + 1) / tiling.parts; ++unit)
+      strip(unit / strips, tiling.strips[unit % strips]);
+  }
+
+  // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R
+
+  void finish(int64_t task) const {
+    if (task >= p.groups) return finish_reduced(task - p.groups);
+    const int64_t taps = p.taps();
+    for (int64_t k = task * taps; k < (task + 1) * taps; ++k) {
+      if (tiling.buffers.grad_span != nullptr) {
+        T* to = static_cast<T*>(tiling.buffers.grad_span) + k * span.reduced;
+        const float* from = tiling.span_part(0) + k * tiling.reduced_padded;
+        const int64_t apart = span.span_rows() * tiling.reduced_padded, parts = tiling.parts;
+        for (int64_t r = 0; r < span.reduced; ++r) {
+          float sum = 0;
+          for (int64_t i = 0; i < parts; ++i) sum += from[i * apart + r];
+          store(sum, &to[r]);
+        }
+      }
+      if (tiling.buffers.grad_bias != nullptr) {
+        float sum = 0;
+        for (int64_t i = 0; i < tiling.parts; ++i) sum += tiling.bias_part(i)[k];
+        store(sum, &static_cast<T*>(tiling.buffers.grad_bias)[k]);
+      }
+    }
+  }
+
+  void finish_reduced(int64_t n) const {
+    const int64_t count = span.reduced * p.out_h * tiling.row_padded;
+    float* sum = tiling.reduced_part(0, n);
+    for (int64_t i = 1; i < tiling.chunks; ++i) {
+      const float* other = tiling.reduced_part(i, n);
+      for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
+    }
+    store_reduced(n, 0, p.out_h, sum, p.out_h * tiling.row_padded);
+  }
+};
+
+template <class T>
+void run_backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
+  if (finish)
+    BackwardRun<T>(tiling, 0, scratch).finish(task);
+  else
+    BackwardRun<T>(tiling, task, scratch).run();
+}
+
+void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
+  dispatch(tiling.problem.involution.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (is_float<Accumulator<T>>) run_backward_task<T>(tiling, finish, task, scratch);
+  });
+}
+
+}  // namespace
+}  // namespace pyinvolution::cpu

@@ -1,0 +1,211 @@
+#include "cpu/channels/tiling.h"
+
+#include <algorithm>
+
+#include "cpu/arithmetic.h"
+#include "cpu/tasks.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// What a strip keeps of X, and of R: half of a typical L2 cache together.
+constexpr int64_t strip_bytes = 128 * 1024;
+// A strip of fewer pixels packs more halo than it saves.
+constexpr int64_t min_strip_pixels = 224;
+
+// Backward splits the work into parts x chunks. More of them occupy more threads, but each keeps private partial sums:
+// their total is capped at half as many floats as W has elements, but not below min_sums and not above max_sums.
+constexpr int64_t max_parts = 32;
+constexpr int64_t min_sums = 2 << 20, max_sums = 32 << 20;
+// A strip should stay in the second level of cache. It computes the weights of its neighbours' rows again, so for the
+// sake of the cache no strip has fewer than 16 times the rows of its halo.
+constexpr double near_bytes = 1 << 20;
+constexpr int64_t min_rows = 16;
+
+int64_t packed_rows(const Problem& p, int64_t height) {
+  return (height - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+}
+int64_t packed_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1; }
+int64_t blocks_of(const Problem& p) { return ceil_div(p.group_channels(), block_channels); }
+
+}  // namespace
+
+double strip_input_bytes(const Problem& p, int64_t height) {
+  return double(blocks_of(p)) * double(packed_rows(p, height)) * double(packed_columns(p)) * (4 * block_channels);
+}
+
+ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w,
+                                    int64_t vector_bytes, int threads) {
+  const Problem& p = problem.involution;
+  ChannelsTiling tiling{};
+  tiling.problem = problem;
+  tiling.buffers = buffers;
+  tiling.w = w;
+  tiling.lanes = vector_bytes / 4;
+  tiling.blocks = blocks_of(p);
+  tiling.packed_columns = packed_columns(p);
+  tiling.tile_columns = ceil_div(p.out_w, ceil_div(p.out_w, tile_pixels));
+  tiling.tile_rows = std::max<int64_t>(1, tile_pixels / p.out_w);
+
+  const int64_t wanted = threads > 1 ? tasks_per_thread * threads : 1;
+  const int64_t max_strips = std::max<int64_t>(1, p.out_h * p.out_w / min_strip_pixels);
+  int64_t strips = std::min(ceil_div(wanted, p.batch), max_strips);
+  tiling.height = ceil_div(p.out_h, strips);
+  const auto fits = [&](int64_t height) {
+    return strip_input_bytes(p, height) <= strip_bytes && height * p.out_w * problem.reduced * 4 <= strip_bytes;
+  };
+  while (tiling.height > 1 && !fits(tiling.height)) tiling.height = ceil_div(p.out_h, ++strips);
+  if (tiling.height > tiling.tile_rows) tiling.height = tiling.height / tiling.tile_rows * tiling.tile_rows;
+  tiling.strips = ceil_div(p.out_h, tiling.height);
+  tiling.tile_rows = std::min(tiling.tile_rows, tiling.height);
+  tiling.chunks = std::min(p.groups, ceil_div(wanted, p.batch * tiling.strips));
+  tiling.packed_rows = packed_rows(p, tiling.height);
+  tiling.vectors = ceil_div(tiling.tile_rows * tiling.tile_columns, tiling.lanes);
+  tiling.tiles = ceil_div(tiling.height, tiling.tile_rows) * ceil_div(p.out_w, tiling.tile_columns);
+  tiling.tile_floats = tiling.vectors * tiling.lanes * problem.reduced;
+
+  tiling.layer = buffers.reduce != nullptr;
+  if (tiling.layer) {
+    const int64_t reduced_vectors = ceil_div(problem.reduced, tiling.lanes);
+    const bool share = tiling.chunks > 1;
+    // Each slice pools the tile again.
+    const int64_t slices = share ? ceil_div(threads, p.batch * tiling.strips * tiling.tiles) : 1;
+    tiling.slice_vectors = ceil_div(reduced_vectors, std::clamp<int64_t>(slices, 1, ceil_div(reduced_vectors, 2)));
+    tiling.slices = ceil_div(reduced_vectors, tiling.slice_vectors);
+    tiling.shared_bytes = share ? p.batch * tiling.strips * tiling.tiles * tiling.tile_floats * 4 : 0;
+  }
+
+  int64_t at = 0;
+  const auto take = [&](int64_t floats) {
+    const int64_t begin = at;
+    at += round_up(floats, 16);
+    return begin;
+  };
+  take(tiling.blocks * tiling.packed_rows * tiling.packed_columns * block_channels);
+  tiling.reduced_at = take(tiling.shared_bytes > 0 ? 0 : tiling.tiles * tiling.tile_floats);
+  tiling.span_at = take(p.taps() * problem.reduced);
+  tiling.bias_at = take(p.taps());
+  tiling.weights_at = take(p.taps() * tile_pixels + tiling.lanes);
+  tiling.result_at = take(tile_pixels * block_channels);
+  if (tiling.layer) {
+    tiling.reduce_at = take(p.channels * tiling.slice_vectors * tiling.lanes);
+    tiling.pooled_at = take(tile_pixels * p.channels);
+    tiling.dense_at = take((tile_pixels + tiling.lanes) * tiling.slice_vectors * tiling.lanes);
+  }
+  // Rows on their way from one type or order to another.
+  tiling.staging_at =
+      take(std::max({tiling.lanes * problem.reduced, tiling.lanes * p.taps(), tile_pixels * block_channels}) +
+           2 * block_channels);
+  tiling.scratch_bytes = at * 4;
+  return tiling;
+}
+
+double backward_bytes(const SpanProblem& problem, int64_t height) {
+  const Problem& p = problem.involution;
+  const double halo = double(p.dilation_h * (p.kernel_h - 1));
+  const double x = double(packed_rows(p, height)) * double(packed_columns(p) + p.stride_w * 32);
+  const double grad_x = std::min(double(p.in_h), double(height * p.stride_h) + halo) * double(p.in_w);
+  const double rows = 3 * double(height) + 2 * halo / double(p.stride_h);
+  return 4 * ((x + grad_x) * double(blocks_of(p) * block_channels) +
+              (problem.reduced == 0 ? 0 : rows * double(p.out_w + 16) * double(problem.reduced + 16)));
+}
+
+namespace {
+
+std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
+  const Problem& p = problem.involution;
+  const int64_t reach = p.dilation_h * (p.kernel_h - 1);
+  int64_t count = 1;
+  const auto height = [&](int64_t strips) { return ceil_div(p.out_h, strips); };
+  while (backward_bytes(problem, height(count)) > near_bytes &&
+         height(count + 1) >= min_rows * std::max<int64_t>(1, reach / p.stride_h))
+    ++count;
+  while (backward_bytes(problem, height(count)) > max_backward_bytes && height(count) > 1) ++count;
+  const int64_t rows = height(count);
+  count = ceil_div(p.out_h, rows);
+
+  std::vector<BackwardStrip> strips;
+  // Rows of X are dealt out by the middle tap.
+  const auto first_input = [&](int64_t strip) {
+    if (strip == 0) return int64_t{0};
+    return strip == count ? p.in_h
+                          : std::clamp<int64_t>(strip * rows * p.stride_h - p.padding_h + reach / 2, 0, p.in_h);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    BackwardStrip strip{i * rows, std::min((i + 1) * rows, p.out_h), first_input(i), first_input(i + 1), 0, 0};
+    const int64_t first = ceil_div(std::max<int64_t>(0, strip.in_begin + p.padding_h - reach), p.stride_h);
+    strip.first = std::min(strip.begin, first);
+    strip.last = std::max(strip.end, std::min(p.out_h, (strip.in_end - 1 + p.padding_h) / p.stride_h + 1));
+    strips.push_back(strip);
+  }
+  return strips;
+}
+
+}  // namespace
+
+BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
+                                    int64_t vector_bytes, int threads, BackwardTables& tables) {
+  const Problem& p = problem.involution;
+  BackwardTiling tiling{};
+  tiling.problem = problem;
+  tiling.buffers = buffers;
+  tiling.w = w;
+  tiling.grad_w = grad_w;
+  tiling.lanes = vector_bytes / 4;
+  tiling.blocks = blocks_of(p);
+  tiling.reduced_padded = round_up(problem.reduced, tiling.lanes);
+  tiling.row_padded = round_up(p.out_w, tiling.lanes);
+  tables.strips = backward_strips(problem);
+  tiling.strips = tables.strips.data(), tiling.strip_count = int64_t(tables.strips.size());
+  for (const BackwardStrip& strip : tables.strips) {
+    tiling.height = std::max(tiling.height, strip.end - strip.begin);
+    tiling.grad_x_rows = std::max(tiling.grad_x_rows, strip.in_end - strip.in_begin);
+    tiling.rows = std::max(tiling.rows, strip.last - strip.first);
+  }
+  const int64_t units = p.batch * tiling.strip_count;
+  const int64_t sums = std::clamp(p.batch * problem.span_rows() * p.out_h * p.out_w / 2, min_sums, max_sums);
+  const auto with_sums = [&](int64_t floats) { return std::max<int64_t>(1, sums / std::max<int64_t>(1, floats)); };
+  tiling.parts = std::min({max_parts, units, with_sums(problem.span_rows() * (problem.reduced + 1))});
+  tiling.chunks = std::min({p.groups, ceil_div(max_parts, tiling.parts),
+                            with_sums(p.batch * problem.reduced * p.out_h * tiling.row_padded)});
+  if (problem.reduced == 0) {  // nothing is shared
+    tiling.parts = units;
+    tiling.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, units));
+  }
+
+  tiling.x_rows = packed_rows(p, tiling.height);
+  tiling.x_phase = tiling.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1;
+  tiling.x_channel = tiling.x_phase * p.stride_w;
+  for (int64_t j = 0; j < p.kernel_w; ++j)
+    tables.tap_offset.push_back(p.dilation_w * j % p.stride_w * tiling.x_phase + p.dilation_w * j / p.stride_w);
+  tiling.tap_offset = tables.tap_offset.data();
+
+  int64_t at = 0;
+  const auto take = [&](bool wanted, int64_t floats) {
+    const int64_t begin = at;
+    at += wanted ? round_up(floats, 16) : 0;
+    return begin;
+  };
+  const bool x = buffers.grad_x != nullptr, reduced = buffers.grad_reduced != nullptr;
+  const bool span = buffers.grad_span != nullptr;
+  const bool any = grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
+  tiling.x_at = take(any, tiling.blocks * tiling.x_rows * block_channels * tiling.x_channel);
+  tiling.grad_x_at = take(x, tiling.blocks * tiling.grad_x_rows * p.in_w * block_channels);
+  tiling.grad_reduced_at = take(reduced, problem.reduced * tiling.height * tiling.row_padded);
+  tiling.panels_at = take(x, problem.reduced * tiling.rows * tiling.row_padded);
+  tiling.pixels_at = take(span, tiling.height * p.out_w * tiling.reduced_padded);
+  tiling.span_at = take(true, p.taps() * problem.reduced);
+  tiling.bias_at = take(true, p.taps());
+  tiling.weights_at = take(true, (p.taps() + 1) * tile_pixels);
+  tiling.grad_weights_at = take(true, p.taps() * tile_pixels);
+  tiling.grad_y_at = take(true, tile_pixels * block_channels);
+  tiling.grad_y_across_at = take(true, backward_columns * block_channels);
+  tiling.staging_at = take(true, tile_pixels * block_channels);
+  tiling.scratch_bytes = at * 4;
+  tiling.shared_bytes = problem.reduced == 0 ? 0 : tiling.parts * problem.span_rows() * (tiling.reduced_padded + 1) * 4;
+  if (tiling.chunks > 1 && reduced)
+    tiling.shared_bytes += tiling.chunks * p.batch * problem.reduced * p.out_h * tiling.row_padded * 4;
+  return tiling;
+}
+
+}  // namespace pyinvolution::cpu

@@ -1,0 +1,22 @@
+// Every loop of the CPU variants with the instruction set of the including file, which defines
+//
+//   KERNELS               the name of the table
+//   VECTOR_BYTES          of a vector
+//   APPLY_COLUMNS         accumulators that the registers hold, for the micro-kernels in channels/forward.inl and
+//   MULTIPLY_ROWS         simd/gemm.h
+//   MULTIPLY_SINGLE_ROWS
+//
+// The table is the only name with external linkage. Everything else is in anonymous namespaces, and no inline function
+// or template of another header is used unless it is always inlined: a copy compiled for a newer processor must not
+// become the one that the linker keeps for all. tests/test_library.py checks this.
+#include "cpu/channels/forward.inl"
+// (backward.inl uses the block sizes of forward.inl)
+#include "cpu/channels/backward.inl"
+#include "cpu/columns/loops.inl"
+#include "cpu/kernels.h"
+
+namespace pyinvolution::cpu {
+
+constexpr CpuKernels KERNELS = {VECTOR_BYTES, columns_task, channels_task, backward_task};
+
+}  // namespace pyinvolution::cpu

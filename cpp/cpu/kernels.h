@@ -1,0 +1,30 @@
+// The loops of every strategy, compiled for one instruction set: one table for each, which instances/ defines.
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.h"
+
+namespace pyinvolution::cpu {
+
+struct ColumnsTiling;
+struct ChannelsTiling;
+struct BackwardTiling;
+
+struct CpuKernels {
+  int64_t vector_bytes;
+  void (*columns)(const ColumnsTiling&, int64_t task, void* scratch);
+  // With `reduce` a task of the first round.
+  void (*channels)(const ChannelsTiling&, bool reduce, int64_t task, void* scratch);
+  // With `finish` a task of the second round.
+  void (*backward)(const BackwardTiling&, bool finish, int64_t task, void* scratch);
+};
+
+#define PYINVOLUTION_KERNELS(name, runs_here) extern const CpuKernels name##_kernels;
+PYINVOLUTION_ISAS(PYINVOLUTION_KERNELS)
+#undef PYINVOLUTION_KERNELS
+
+// Those of `current_isa`.
+const CpuKernels& current_kernels();
+
+}  // namespace pyinvolution::cpu

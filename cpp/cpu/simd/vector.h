@@ -1,0 +1,130 @@
+// A vector of VECTOR_BYTES in the arithmetic type. An instance file, which is compiled with its own instruction set,
+// defines VECTOR_BYTES. The vectors are GCC's and Clang's extension, so that the same loops serve SSE2, AVX and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// GCC before 12 has no __builtin_shufflevector, Clang has no __builtin_shuffle.
+#if defined(__clang__)
+#define PYINVOLUTION_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PYINVOLUTION_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+
+namespace pyinvolution::cpu {
+namespace {
+
+template <class A>
+struct Vector {
+  static constexpr int64_t lanes = VECTOR_BYTES / sizeof(A);
+  typedef A Lanes __attribute__((vector_size(VECTOR_BYTES)));
+
+  Lanes value;
+
+  static Vector zero() { return {Lanes{}}; }
+  static Vector load(const A* from) {
+    Vector v;
+    std::memcpy(&v.value, from, sizeof v.value);
+    return v;
+  }
+  void store(A* to) const { std::memcpy(to, &value, sizeof value); }
+  void add_product(const Vector& a, const Vector& b) { value += a.value * b.value; }
+  void add_product(const Vector& a, A b) { value += a.value * b; }
+
+  // The first `count` lanes; the others are zero and their memory is not touched.
+  static Vector load_first(const A* from, int64_t count) {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from)};
+    else
+      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from)};
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) {
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      return {(Lanes)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lane))};
+    } else {
+      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+      return {(Lanes)_mm256_maskload_pd(from, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lane))};
+    }
+#else
+    Vector v = zero();
+    for (int64_t i = 0; i < count; ++i) v.value[i] = from[i];
+    return v;
+#endif
+  }
+};
+
+typedef float Four __attribute__((vector_size(16)));
+
+// Copies `count` neighbours. The last vector overlaps the one before it, because masked stores are slow.
+template <class Block>
+void copy_blocks(const float* from, int64_t count, float* to) {
+  constexpr int64_t lanes = sizeof(Block) / sizeof(float);
+  for (int64_t i = 0; i < count; i += lanes) {
+    const int64_t at = i + lanes <= count ? i : count - lanes;
+    std::memcpy(to + at, from + at, sizeof(Block));
+  }
+}
+inline void copy(const float* from, int64_t count, float* to) {
+  if (count >= Vector<float>::lanes) return copy_blocks<Vector<float>>(from, count, to);
+  if (count >= 4) return copy_blocks<Four>(from, count, to);
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// Copies every second one of `count` x 2 neighbours, beginning with the first.
+inline void copy_even(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count && count < 4; ++i) to[i] = from[2 * i];
+  for (int64_t i = 0; i < count && count >= 4; i += 4) {
+    const int64_t at = i + 4 <= count ? i : count - 4;
+    Four low, high;
+    std::memcpy(&low, from + 2 * at, sizeof low);
+    std::memcpy(&high, from + 2 * at + 3, sizeof high);
+    const Four even = PYINVOLUTION_SHUFFLE(low, high, 0, 2, 5, 7);
+    std::memcpy(to + at, &even, sizeof even);
+  }
+}
+
+// Writes zeros in whole vectors; for a few of them, memset takes longer.
+inline void clear(float* to, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) Vector<float>::zero().store(to + v * Vector<float>::lanes);
+}
+
+template <int Rows>
+void transpose_rows(const float* from, int64_t from_pitch, int64_t columns, float* to, int64_t to_pitch) {
+  const int64_t whole = columns / 4 * 4;
+  for (int64_t c = 0; c < whole; c += 4) {
+    Four in[4] = {};
+    for (int i = 0; i < Rows; ++i) std::memcpy(&in[i], from + i * from_pitch + c, sizeof(Four));
+    const Four low01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
+    const Four high01 = PYINVOLUTION_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+    const Four low23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
+    const Four high23 = PYINVOLUTION_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+    const Four out[4] = {PYINVOLUTION_SHUFFLE(low01, low23, 0, 1, 4, 5), PYINVOLUTION_SHUFFLE(low01, low23, 2, 3, 6, 7),
+                         PYINVOLUTION_SHUFFLE(high01, high23, 0, 1, 4, 5),
+                         PYINVOLUTION_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * to_pitch, &out[i], Rows * sizeof(float));
+  }
+  for (int64_t c = whole; c < columns; ++c)
+    for (int i = 0; i < Rows; ++i) to[c * to_pitch + i] = from[i * from_pitch + c];
+}
+
+// `rows` rows of `columns` floats, transposed: to[column][row]. Rows are `from_pitch` apart, columns `to_pitch`.
+inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to,
+                      int64_t to_pitch) {
+  for (; rows >= 4; rows -= 4, from += 4 * from_pitch, to += 4)
+    transpose_rows<4>(from, from_pitch, columns, to, to_pitch);
+  switch (rows) {
+    case 3: return transpose_rows<3>(from, from_pitch, columns, to, to_pitch);
+    case 2: return transpose_rows<2>(from, from_pitch, columns, to, to_pitch);
+    case 1: return transpose_rows<1>(from, from_pitch, columns, to, to_pitch);
+    default: break;
+  }
+}
+
+}  // namespace
+}  // namespace pyinvolution::cpu

@@ -1,0 +1,72 @@
+#include <algorithm>
+
+#include "../variants.h"
+#include "config.cuh"
+
+namespace pyinvolution::cuda {
+
+Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
+  using namespace fused;
+  const Problem& p = span.involution;
+  if (op == SpanOp::layer) return needs("reduced channels that are computed before", "a whole layer");
+  if (!takes(p.dtype)) return needs("float16 or bfloat16", to_string(p.dtype));
+  if (p.kernel_h != K || p.kernel_w != K) return needs("a 7 x 7 kernel", p.kernel_h, p.kernel_w);
+  if (p.dilation_h != 1 || p.dilation_w != 1) return needs("a dilation of 1", p.dilation_h, p.dilation_w);
+  if (p.stride_h != p.stride_w || p.stride_h > 2)
+    return needs("a stride of 1 or 2, equal in both directions", p.stride_h, p.stride_w);
+  if (p.group_channels() != group_channels) return needs("16 channels per group", p.group_channels());
+  if (span.reduced % 16 != 0 || span.reduced < 16 || span.reduced > 128)
+    return needs("16 to 128 reduced channels, a multiple of 16", span.reduced);
+  if (p.x_stride[1] != 1) return needs("an input with a channel stride of 1 (channels_last)", p.x_stride[1]);
+  if (p.y_stride[1] != 1) return needs("an output with a channel stride of 1 (channels_last)", p.y_stride[1]);
+  if (span.reduced_stride[1] != 1)
+    return needs("reduced with a channel stride of 1 (channels_last)", span.reduced_stride[1]);
+  const auto dense = [](const int64_t (&stride)[4]) { return stride[1] == 1 || stride[1] == 0; };
+  if (op == SpanOp::backward && (!dense(span.grad_x_stride) || !dense(span.grad_reduced_stride)))
+    return needs("gradients of the input and of reduced with a channel stride of 1 (channels_last)",
+                 span.grad_x_stride[1], span.grad_reduced_stride[1]);
+  if (span.span_stride[1] != 1)
+    return needs("a span weight with dense rows (stride of its reduced channels)", span.span_stride[1]);
+  if (const Refusal refusal = pixels_refusal(p)) return refusal;
+  // An estimate: the weights of so few pixels stay in the L2 cache, and computing them here reads S for every 64
+  // pixels.
+  if (span.reduced > 64 && p.out_h * p.out_w <= 64)
+    return needs(
+        "at most 64 reduced channels where the output has at most 64 pixels (a separate span convolution is estimated "
+        "to be faster)",
+        span.reduced);
+  const int shared_bytes = p.stride_h == 2 ? Shared<StridedTile>::bytes(int(span.reduced))
+                                           : Shared<NarrowTile<K, 1>>::bytes(int(span.reduced));
+  if (shared_bytes > max_shared_bytes) return needs("tiles of at most 101376 bytes of shared memory", shared_bytes);
+
+  Problem image = image_with_margin(p);
+  std::fill_n(image.w_stride, 6, 0);
+  const int64_t reduced[] = {1, span.reduced, image.out_h, image.out_w}, rows[] = {span.span_rows(), span.reduced};
+  const int64_t input[] = {1, p.channels, image.in_h, image.in_w};
+  if (!within(image, tile_limit) || reach(reduced, span.reduced_stride) >= tile_limit ||
+      reach(rows, span.span_stride) >= tile_limit || reach(input, span.grad_x_stride) >= tile_limit ||
+      reach(reduced, span.grad_reduced_stride) >= tile_limit)
+    return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
+  return tiles_refusal(p.batch * p.groups * (p.out_h / 4 + 1) * (p.out_w / 8 + 1));
+}
+
+int64_t fused_scratch(const SpanProblem& p, SpanOp op) {
+  using namespace fused;
+  if (op != SpanOp::backward) return 0;
+  const Problem& q = p.involution;
+  const Partial partial = q.stride_h == 2 ? partial_of<SpanConfig<2, 1>>(p) : partial_of<SpanConfig<1, 1>>(p);
+  const int64_t reduced = q.groups > chunk_groups ? q.batch * q.out_h * q.out_w * p.reduced : 0;
+  return (span_floats(partial) + reduced) * int64_t{sizeof(float)};
+}
+
+void fused_run(const SpanProblem& problem, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {
+  if (problem.involution.batch == 0) return;
+  with_dtype(problem.involution.dtype, [&](auto dtype) {
+    if constexpr (fused::takes(dtype.value)) {
+      if (op == SpanOp::backward) return fused::run_backward<dtype.value>(problem, buffers, execution);
+      fused::run_forward<dtype.value>(problem, buffers, execution);
+    }
+  });
+}
+
+}  // namespace pyinvolution::cuda

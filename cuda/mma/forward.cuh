@@ -1,0 +1,104 @@
+// Involution on tensor cores: half and bfloat16, square kernels of K x K taps, stride S, dilation 1, 16 channels a
+// group.
+//
+//   Y[n,c,p] = sum over taps k of W[n,g(c),k,p] * X[n,c, S*p + k - padding]
+//
+// X is N,C,H,W; W is N,G,K,K,Ho,Wo; Y is N,C,Ho,Wo. A block has a tile of Rows x Columns pixels of Y and a chunk of up
+// to 4 groups; X below it with its halo and zeros outside the image, W and Y lie in shared memory as they are stored.
+//
+// A kernel row of 8 pixels of a group is one or two HMMA with the weights as a band (../band.cuh). X goes through
+// ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows: for K = 7, S = 1, 28 HMMA, 10 ldmatrix
+// and 56 loads of weights. The zeros of the band make NaN of an Inf beside a pixel's kernel. So where a sum is not
+// finite, the warp computes it again tap by tap.
+//
+// Limits, K = 7, S = 1, a tile of 8 x 16 pixels of 4 groups on one SM of an H200, by counting: memory 83 KB (x, w, y
+// once), 4500 clocks at the copy rate; shared memory about 2200; issue about 1700; HMMA 450 of 16 x 8 x 16. So memory
+// is the limit, where `tiled` is bound by shared memory: it keeps 4 bytes a number and issues an FMA for each 32
+// products, an HMMA makes 2048 (896 of them inside a kernel).
+#pragma once
+
+#include "config.cuh"
+
+namespace pyinvolution::cuda::mma {
+
+template <class C, bool ChannelsInner, bool TapsInner, class T>
+__global__ void __launch_bounds__(C::threads, 2)
+    forward(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
+  constexpr int K = C::K, S = C::S, rows = 4;
+  using W = Weights<C, TapsInner>;
+  using I = Image<C::x_rows, C::x_columns, ChannelsInner>;
+  static_assert(C::Warps == chunk_groups * C::strips * (C::Rows / rows),
+                "a warp for each group and four rows of a strip");
+  char* weights = shared_memory();
+  char* image = weights + W::bytes;
+  const Tile tile = tile_of_block<C>(q);
+  const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
+
+  bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
+                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift);
+  const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
+  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column);
+  wait_for_tile();
+
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int group = warp % chunk_groups, strip = warp / chunk_groups % C::strips;
+  const int row = warp / chunk_groups / C::strips * rows;
+  float sums[rows][4] = {};
+  if (group < tile.groups) {
+    const Pair pair = Pair::of_lane<C>(lane, q.shift);
+    const uint32_t mask = pair.mask<K>();
+    uint32_t masks[C::fragments];
+#pragma unroll
+    for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
+    const int column = strip * 8 + lane / 4, taps = group * C::taps;
+    const char* low = weights + W::at(row, column, taps + min(max(pair.low, 0), K - 1));
+    const char* high = weights + W::at(row, column, taps + min(pair.low + 1, K - 1));
+    const Positions<C, I> positions(image, group, strip, row * S, lane);
+#pragma unroll
+    for (int x_row = 0; x_row < (rows - 1) * S + K; ++x_row) {
+      uint32_t a[4], a_last[2];
+      positions.template load<true>(a, a_last, x_row);
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        const int kh = x_row - r * S;
+        if (kh < 0 || kh >= K) continue;
+        const int at = W::at(r, 0, kh * K);
+        const uint32_t taps_of_row = __byte_perm(bits_at(low + at), bits_at(high + at), 0x5410);
+        const uint32_t b[2] = {taps_of_row & masks[0], taps_of_row & masks[1]};
+        multiply<T>(sums[r], a, b);
+        if constexpr (C::fragments > 2) {
+          const uint32_t b_last[1] = {taps_of_row & masks[2]};
+          multiply<T>(sums[r], a_last, b_last);
+        }
+      }
+    }
+
+    if (!all_finite(sums)) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        float again[4] = {};
+#pragma unroll 1
+        for (int tap = 0; tap < C::taps; ++tap) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int channel = group * group_channels + lane / 4 + i / 2 * 8, v = strip * 8 + lane % 4 * 2 + i % 2;
+            const int x_row = (row + r) * S + tap / K, position = v * S + tap % K + q.shift;
+            again[i] += load(*reinterpret_cast<const T*>(weights + W::at(row + r, v, taps + tap))) *
+                        load(*reinterpret_cast<const T*>(image + I::at(x_row, position, channel)));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[r][i] = again[i];
+      }
+    }
+  }
+
+  T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
+  if (q.y.channels_inner) {
+    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row);
+  } else {
+    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row);
+  }
+}
+
+}  // namespace pyinvolution::cuda::mma

@@ -1,0 +1,376 @@
+// Tiles of 16-bit images and weights in shared memory, on their way from and to global memory: what `mma` and `fused`
+// share. Groups have 16 channels; a block works on a chunk of up to 4 groups. A tile lies in shared memory as it is
+// stored in global memory and crosses in pieces of 4 to 16 bytes, in the background on the way in.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "launch.cuh"
+
+namespace pyinvolution::cuda {
+
+constexpr int group_channels = 16;
+constexpr int chunk_groups = 4;
+constexpr int chunk_channels = chunk_groups * group_channels;
+
+// A tile of Rows x Columns pixels of Y. Each of the block's Warps works on one group.
+template <int K_, int S_, int Rows_, int Columns_, int Warps_>
+struct TileConfig {
+  static constexpr int K = K_, S = S_, Rows = Rows_, Columns = Columns_, Warps = Warps_;
+  static constexpr int taps = K * K, threads = 32 * Warps;
+  static constexpr int strips = Columns / 8;
+  static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
+  static constexpr int x_rows = (Rows - 1) * S + K, x_columns = S * Columns + 8;
+  static constexpr int w_rows = Rows, w_columns = Columns;
+  // How many positions a strip's fragments can start before its first tap.
+  static constexpr int max_shift = 8 * fragments - 7 * S - K;
+  static int first_column(int padding) { return -padding; }
+};
+
+// Tiles are wide where the image is, for a smaller halo. All fit into the 99 KB of shared memory that a block can have
+// on every GPU since compute capability 8.0.
+template <int K>
+using WideTile = TileConfig<K, 1, 8, 16, 16>;
+template <int K, int S>
+using NarrowTile = TileConfig<K, S, 8, 8, 8>;
+constexpr int max_shared_bytes = 99 * 1024;
+
+// Pixels in shared memory, offsets in bytes. With channels inside, a position has 128 bytes, whose 16-byte pieces are
+// permuted so that those of 8 neighbours are in different banks. Otherwise a channel has an odd number of pieces, which
+// has the same effect.
+template <int Rows_, int Columns_, bool ChannelsInner>
+struct Image {
+  static constexpr int Rows = Rows_, Columns = Columns_;
+  static constexpr bool channels_inner = ChannelsInner;
+  static constexpr int pitch = ChannelsInner ? 2 * chunk_channels : (Rows * Columns / 8 | 1) * 16;
+  static constexpr int bytes = ChannelsInner ? Rows * Columns * pitch : chunk_channels * pitch;
+
+  static __device__ __forceinline__ int at(int row, int column, int channel) {
+    if constexpr (ChannelsInner) {
+      return (row * Columns + column) * pitch + ((channel / 8) ^ (column & 7)) * 16 + channel % 8 * 2;
+    } else {
+      return channel * pitch + (row * Columns + column) * 2;
+    }
+  }
+};
+
+// The weights of a tile in shared memory, [pixel][tap] or [tap][pixel], where the taps are those of all groups of the
+// chunk. The pitches put 8 pixels or 8 taps in different banks.
+template <class C, bool TapsInner>
+struct Weights {
+  static constexpr bool taps_inner = TapsInner;
+  static constexpr int pixels = C::w_rows * C::w_columns, all_taps = chunk_groups * C::taps;
+  static constexpr int pitch = TapsInner ? ((all_taps / 2 + 3) / 8 * 8 + 4) * 4 : pixels * 2 + 16;
+  static constexpr int bytes = (TapsInner ? pixels : all_taps) * pitch;
+
+  static __device__ __forceinline__ int at(int row, int column, int tap) {
+    const int pixel = row * C::w_columns + column;
+    return TapsInner ? pixel * pitch + tap * 2 : tap * pitch + pixel * 2;
+  }
+};
+
+// How the channels and pixels of an image lie in memory, in elements.
+struct View {
+  int64_t n;
+  int c, h, w;
+  bool channels_inner;
+  int vector;  // elements that can be moved at once: 8 or 1 with channels inside, else 4, 2 or 1
+};
+
+// The same for weights, whose taps and groups are evenly spaced.
+struct WeightView {
+  int64_t n;
+  int tap, h, w;
+  int vector;  // 4, 2 or 1
+};
+
+struct KernelParams {
+  int groups, chunks;
+  int x_height, x_width;  // of the image that has a halo
+  int y_height, y_width;  // of the image that is tiled
+  int w_height, w_width;  // of the weights' pixels
+  int padding_h, padding_w;
+  int shift;  // positions that come before the first tap, so that x can be moved in vectors
+  int tiles_h, tiles_w;
+  int stages;  // of the gradient of the input
+  View x, y;
+  WeightView w;
+};
+
+// The work of a block. Blocks that run at the same time differ first in the chunk of groups, then in the column of
+// tiles.
+struct Tile {
+  int64_t n;
+  int first_group, groups, row, column;
+};
+
+template <class C>
+__device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
+  Tile tile;
+  unsigned block = blockIdx.x;
+  tile.first_group = int(block % unsigned(q.chunks)) * chunk_groups, block /= unsigned(q.chunks);
+  tile.groups = min(chunk_groups, q.groups - tile.first_group);
+  tile.column = int(block % unsigned(q.tiles_w)) * C::Columns, block /= unsigned(q.tiles_w);
+  tile.row = int(block % unsigned(q.tiles_h)) * C::Rows;
+  tile.n = block / unsigned(q.tiles_h);
+  return tile;
+}
+
+template <int V, class T>
+struct alignas(V * sizeof(T)) Vector {
+  T v[V];
+};
+
+// The vectors that one thread moves, each `step` elements after the one before. Only those from `begin` to `end` are in
+// the tensor; the others are zeros.
+struct Line {
+  int offset, step, count, begin, end;
+};
+
+template <int V, class T>
+__device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
+  if constexpr (V > 1) {
+#pragma unroll 4
+    for (int i = 0; i < line.count; ++i) {
+      const bool valid = i >= line.begin && i < line.end;
+      copy_async<V * sizeof(T)>(shared + i * shared_step, memory + (valid ? line.offset + i * line.step : 0), valid);
+    }
+  } else {
+    constexpr int batch = 8;
+    T zero;
+    store(0.0f, &zero);
+#pragma unroll 1
+    for (int first = 0; first < line.count; first += batch) {
+      T values[batch];
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {
+        const int i = first + j;
+        values[j] = memory[i >= line.begin && i < line.end ? line.offset + i * line.step : 0];
+      }
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {
+        const int i = first + j;
+        if (i < line.count)
+          *reinterpret_cast<T*>(shared + i * shared_step) = i >= line.begin && i < line.end ? values[j] : zero;
+      }
+    }
+  }
+}
+
+template <int V, class T>
+__device__ __forceinline__ void put_line(const char* shared, int shared_step, T* memory, const Line& line) {
+#pragma unroll 4
+  for (int i = line.begin; i < line.end; ++i)
+    *reinterpret_cast<Vector<V, T>*>(memory + (line.offset + i * line.step)) =
+        *reinterpret_cast<const Vector<V, T>*>(shared + i * shared_step);
+}
+
+// Calls `body` for everything that this thread moves of an image that begins at (first_row, first_column): with the
+// offset and the step in shared memory, and the line in global memory.
+template <class I, int V, int Warps, class Body>
+__device__ __forceinline__ void for_each_line(const View& view, int channels, int height, int width, int first_row,
+                                              int first_column, const Body& body) {
+  const int thread = int(threadIdx.x);
+  if constexpr (I::channels_inner) {
+    constexpr int units = chunk_channels / V;
+    const int channel = thread % units * V;
+    if (channel >= channels) return;
+    const int begin = max(0, -first_row), end = min(I::Rows, height - first_row);
+    for (int column = thread / units; column < I::Columns; column += 32 * Warps / units) {
+      const int v = first_column + column;
+      const bool inside = v >= 0 && v < width;
+      body(I::at(0, column, channel), I::Columns * I::pitch,
+           Line{first_row * view.h + v * view.w + channel, view.h, I::Rows, begin, inside ? end : begin});
+    }
+  } else {
+    constexpr int units = I::Columns / V;
+    const int first = thread / 32, count = (channels - first + Warps - 1) / Warps;
+    for (int i = thread % 32; i < I::Rows * units; i += 32) {
+      const int row = i / units, column = i % units * V, h = first_row + row, v = first_column + column;
+      const bool inside = h >= 0 && h < height && v >= 0 && v < width;
+      body(I::at(row, column, first), Warps * I::pitch,
+           Line{h * view.h + v + first * view.c, Warps * view.c, count, 0, inside ? count : 0});
+    }
+  }
+}
+
+// The same for the weights of `groups` groups, whose pixels begin at (first_row, first_column).
+template <class C, class W, int V, class Body>
+__device__ __forceinline__ void for_each_line(const KernelParams& q, int groups, int first_row, int first_column,
+                                              const Body& body) {
+  const int thread = int(threadIdx.x), taps = groups * C::taps;
+  const WeightView& view = q.w;
+  if constexpr (W::taps_inner) {
+    const int begin = max(0, -first_row), end = min(C::w_rows, q.w_height - first_row);
+    for (int tap = thread % 32 * V; tap < taps; tap += 32 * V) {
+      for (int column = thread / 32; column < C::w_columns; column += C::Warps) {
+        const int v = first_column + column;
+        const bool inside = v >= 0 && v < q.w_width;
+        body(W::at(0, column, tap), C::w_columns * W::pitch,
+             Line{first_row * view.h + v * view.w + tap, view.h, C::w_rows, begin, inside ? end : begin});
+      }
+    }
+  } else {
+    constexpr int units = C::w_columns / V, step = C::threads / (C::w_rows * units);
+    const int row = thread / units % C::w_rows, column = thread % units * V, first = thread / units / C::w_rows;
+    if (first >= step) return;
+    const int h = first_row + row, v = first_column + column, count = (taps - first + step - 1) / step;
+    const bool inside = h >= 0 && h < q.w_height && v >= 0 && v < q.w_width;
+    body(W::at(row, column, first), step * W::pitch,
+         Line{first * view.tap + h * view.h + v, step * view.tap, count, 0, inside ? count : 0});
+  }
+}
+
+template <bool ChannelsInner, class Body>
+__device__ __forceinline__ void with_vector(int vector, const Body& body) {
+  if constexpr (ChannelsInner) {
+    if (vector == 8) return body(std::integral_constant<int, 8>{});
+  } else {
+    if (vector == 4) return body(std::integral_constant<int, 4>{});
+    if (vector == 2) return body(std::integral_constant<int, 2>{});
+  }
+  body(std::integral_constant<int, 1>{});
+}
+
+template <class I, int Warps, class T>
+__device__ __forceinline__ void bring_image(char* shared, const T* image, const View& view, int channels, int height,
+                                            int width, int first_row, int first_column) {
+  with_vector<I::channels_inner>(view.vector, [&](auto v) {
+    for_each_line<I, v.value, Warps>(
+        view, channels, height, width, first_row, first_column,
+        [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, image, line); });
+  });
+}
+
+template <class I, int Warps, class T>
+__device__ __forceinline__ void put_image(const char* shared, T* image, const View& view, int channels, int height,
+                                          int width, int first_row, int first_column) {
+  with_vector<I::channels_inner>(view.vector, [&](auto v) {
+    for_each_line<I, v.value, Warps>(
+        view, channels, height, width, first_row, first_column,
+        [&](int from, int step, const Line& line) { put_line<v.value>(shared + from, step, image, line); });
+  });
+}
+
+template <class C, class W, class T>
+__device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, int groups,
+                                              int first_row, int first_column) {
+  with_vector<false>(q.w.vector, [&](auto v) {
+    for_each_line<C, W, v.value>(q, groups, first_row, first_column, [&](int to, int step, const Line& line) {
+      bring_line<v.value>(shared + to, step, w, line);
+    });
+  });
+}
+
+__device__ __forceinline__ void wait_for_tile() {
+  commit_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+}
+
+__device__ __forceinline__ uint32_t bits_at(const char* shared) { return *reinterpret_cast<const uint16_t*>(shared); }
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  Vector<2, T> pair;
+  store(low, &pair.v[0]);
+  store(high, &pair.v[1]);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// Writes the sums of all warps, [row][16 channels x 8 pixels], through shared memory that they have finished reading.
+template <class C, class I, class T>
+__device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const KernelParams& q,
+                                         const Tile& tile, int group, int strip, int row) {
+  const int lane = int(threadIdx.x) % 32;
+  __syncthreads();
+  if (group < tile.groups) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int channel = group * group_channels + half * 8;
+        uint32_t bits = pack<T>(sums[r][2 * half], sums[r][2 * half + 1]);
+        int at;
+        if constexpr (I::channels_inner) {
+          bits = transpose_matrix(bits);
+          at = I::at(row + r, strip * 8 + lane / 4, channel + lane % 4 * 2);
+        } else {
+          at = I::at(row + r, strip * 8 + lane % 4 * 2, channel + lane / 4);
+        }
+        *reinterpret_cast<uint32_t*>(shared + at) = bits;
+      }
+    }
+  }
+  __syncthreads();
+  put_image<I, C::Warps>(shared, out, q.y, tile.groups * group_channels, q.y_height, q.y_width, tile.row, tile.column);
+}
+
+// --- on the host: how the tensors of a problem can be moved
+
+inline bool taps_are_inner(const Problem& p) {
+  return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && (p.groups == 1 || p.w_stride[1] == p.taps());
+}
+inline bool columns_are_inner(const Problem& p) {
+  return p.w_stride[5] == 1 && p.w_stride[2] == p.kernel_w * p.w_stride[3] &&
+         (p.groups == 1 || p.w_stride[1] == p.taps() * p.w_stride[3]);
+}
+// In kernels for one pixel both are inner; then the channels of the image decide.
+inline bool uses_inner_taps(const Problem& p, Pass pass) {
+  return taps_are_inner(p) && (pass == Pass::grad_input ? p.y_stride : p.x_stride)[1] == 1;
+}
+
+// One image of a problem, enlarged by what tiles that begin or end outside it read there.
+inline Problem image_with_margin(const Problem& p) {
+  Problem image = p;
+  image.batch = 1;
+  for (int64_t* size : {&image.in_h, &image.in_w, &image.out_h, &image.out_w})
+    *size += 32 + 2 * std::max(p.padding_h, p.padding_w);
+  return image;
+}
+
+template <class T>
+View view(const int64_t (&strides)[4], const void* data, int64_t width) {
+  View view{strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1, 1};
+  if (view.channels_inner) {
+    view.vector = vector_of<T>(8, data, {strides[0], strides[2], strides[3]}) == 8 ? 8 : 1;
+  } else {
+    view.vector = vector_of<T>(4, data, {strides[0], strides[1], strides[2], width});
+  }
+  return view;
+}
+
+template <class T>
+WeightView weight_view(const Problem& p, Pass pass, const void* data) {
+  const int64_t tap = p.w_stride[3];
+  WeightView view{p.w_stride[0], int(tap), int(p.w_stride[4]), int(p.w_stride[5]), 1};
+  view.vector = uses_inner_taps(p, pass)
+                    ? vector_of<T>(4, data, {view.n, view.h, view.w, p.groups % chunk_groups * p.taps()})
+                    : vector_of<T>(4, data, {view.n, view.tap, view.h, p.out_w});
+  return view;
+}
+
+template <class C, class T>
+KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) {
+  KernelParams q;
+  set_images(q, p, pass, view<T>(p.x_stride, buffers.x, p.in_w), view<T>(p.y_stride, buffers.y, p.out_w));
+  q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
+  q.w = weight_view<T>(p, pass, buffers.w);
+  // A tensor with columns inside and a halo begins in its tile where it can be moved in vectors, if need be in smaller
+  // ones.
+  const bool x_columns = !q.x.channels_inner, w_columns = pass == Pass::grad_input && !uses_inner_taps(p, pass);
+  int vector = std::max(x_columns ? q.x.vector : 1, w_columns ? q.w.vector : 1);
+  const auto shift = [&] { return C::first_column(q.padding_w) & (vector - 1); };
+  while (shift() > C::max_shift) vector /= 2;
+  q.shift = shift();
+  if (x_columns) q.x.vector = std::min(q.x.vector, vector);
+  if (w_columns) q.w.vector = std::min(q.w.vector, vector);
+  q.stages = 0;
+  q.tiles_h = (q.y_height + C::Rows - 1) / C::Rows, q.tiles_w = (q.y_width + C::Columns - 1) / C::Columns;
+  return q;
+}
+
+}  // namespace pyinvolution::cuda
