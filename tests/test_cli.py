@@ -14,7 +14,7 @@ from pyinvolution.models import list_models
 
 pytest.importorskip("lightning")
 from pyinvolution.recipes import RecipeError
-from pyinvolution.recipes.classification import comparison
+from pyinvolution.studies import compare_operator
 
 
 def run(capsys, *arguments):
@@ -213,7 +213,7 @@ def test_make_data(capsys, tmp_path):
 
 def test_demo(capsys, tmp_path, monkeypatch):
     """A miss of the target fails, and everything is written and printed all the same."""
-    monkeypatch.setattr(comparison, "SHAPES", [(1, 16, 9, 10)])
+    monkeypatch.setattr(compare_operator, "SHAPES", [(1, 16, 9, 10)])
     arguments = ["demo", f"--output={tmp_path}", "--max-epochs=1", "--target=100"]
     status, out, _ = run(capsys, *arguments)
     assert status == 1

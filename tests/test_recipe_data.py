@@ -13,7 +13,7 @@ from recipe_support import write_images
 
 from pyinvolution.recipes import ImageFolderData, RecipeError
 from pyinvolution.recipes.classification.digits import write_digits
-from pyinvolution.recipes.loading import EvalSampler, ResumableSampler, SeededDataset, UnreadableSample
+from pyinvolution.recipes.data import EvalSampler, ResumableSampler, SeededDataset, UnreadableSample
 
 
 def trainer(**changed):

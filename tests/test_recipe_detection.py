@@ -32,9 +32,10 @@ import lightning.pytorch as pl
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pyinvolution.recipes import CocoData, Detection, RecipeError, command, configs
+from pyinvolution.recipes import CocoData, Detection, RecipeError, configs
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.detection import digits
-from pyinvolution.recipes.loading import UnreadableSample
 
 IDS = [3, 7, 90]
 BACKBONE = {"layers": [1, 1], "stem_channels": 32, "base_channels": 16, "stem_kernel_size": 3}
@@ -276,7 +277,7 @@ def test_two_processes_evaluate_as_one(data, tmp_path):
     (together,) = (row for row in rows if row["val/box_ap"])
     checkpoint = f"--ckpt_path={tmp_path}/last.ckpt"
     quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-    alone = command.run(["validate", checkpoint, *quiet, f"--trainer.default_root_dir={tmp_path}"]).trainer
+    alone = recipe_cli.run(["validate", checkpoint, *quiet, f"--trainer.default_root_dir={tmp_path}"]).trainer
     metrics = {name: value.item() for name, value in alone.callback_metrics.items()}
     assert metrics["val/box_ap50"] > 0
     assert {name: float(together[name]) for name in metrics} == pytest.approx(metrics, abs=1e-6)
@@ -419,7 +420,7 @@ def test_whole_detector_by_init_from(tmp_path):
 def test_random_frozen_weights_are_warned_of(data, tmp_path):
     options = OPTIONS | {"backbone_options": BACKBONE}
     with pytest.warns(UserWarning, match="stay at their random values.*--model.backbone_weights"):
-        command.run(arguments(data, tmp_path, f"--model.options={json.dumps(options)}", "--trainer.fast_dev_run=1"))
+        recipe_cli.run(arguments(data, tmp_path, f"--model.options={json.dumps(options)}", "--trainer.fast_dev_run=1"))
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------

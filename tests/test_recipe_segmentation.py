@@ -14,10 +14,12 @@ from torchvision import tv_tensors
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.models import create_model, official_state_dict
-from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation, command
-from pyinvolution.recipes.segmentation import digits, figure
+from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes.segmentation import digits
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, LABEL_IDS, PALETTE, TRAIN_IDS, BalancedCrop
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
+from pyinvolution.studies import figure
 
 BACKBONE = "{layers: [1, 1], base_channels: 16, stem_channels: 32, stem_kernel_size: 3}"
 OPTIONS = f"{{backbone: rednet, neck_channels: 16, head_channels: 8, neck: involution, backbone_options: {BACKBONE}}}"
@@ -89,7 +91,7 @@ def test_ids_and_colors():
 def test_recipe_is_the_papers(capsys):
     for name in ("fpn_rednet50", "fpn_rednet50_inv", "fpn_resnet50", "upernet_rednet50"):
         with pytest.raises(SystemExit):
-            command.run(["fit", "--config", f"cityscapes/{name}.yaml", "--print_config"])
+            recipe_cli.run(["fit", "--config", f"cityscapes/{name}.yaml", "--print_config"])
         config = yaml.safe_load(capsys.readouterr().out)
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         assert (
@@ -253,7 +255,7 @@ def test_options_of_evaluation(tree, trained, tmp_path, capsys):
 
     def miou(*more):
         common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", f"--data.root={tree}"]
-        cli = command.run(["validate", f"--ckpt_path={trained / 'last.ckpt'}", *common, *more])
+        cli = recipe_cli.run(["validate", f"--ckpt_path={trained / 'last.ckpt'}", *common, *more])
         return cli.trainer.callback_metrics["val/loss"].item()
 
     whole = miou()
@@ -344,7 +346,7 @@ def test_two_processes_see_every_image_once(tree, trained, tmp_path):
     """Three images on two processes: the confusion is summed, and padding ignored."""
     common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", f"--data.root={tree}"]
     common += [f"--ckpt_path={trained / 'last.ckpt'}", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]
-    one = command.run(["validate", *common, f"--trainer.logger.save_dir={tmp_path / 'one'}"])
+    one = recipe_cli.run(["validate", *common, f"--trainer.logger.save_dir={tmp_path / 'one'}"])
     status, error = run_distributed(["validate", *common, f"--trainer.logger.save_dir={tmp_path / 'two'}"])
     assert status == 0, error
     (path,) = (tmp_path / "two").rglob("metrics.csv")

@@ -16,7 +16,8 @@ from recipe_support import (
 )
 
 pytest.importorskip("lightning")
-from pyinvolution.recipes import command, plots
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes import plots
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def uninterrupted(data, tmp_path_factory):
     @cache
     def state(accumulate: int):
         run = tmp_path_factory.mktemp("uninterrupted")
-        command.run(fit_arguments(data, run, f"--trainer.accumulate_grad_batches={accumulate}"))
+        recipe_cli.run(fit_arguments(data, run, f"--trainer.accumulate_grad_batches={accumulate}"))
         return training_state(run / "last.ckpt")
 
     return state
@@ -100,7 +101,7 @@ def test_resumed_run_ends_with_the_same_bits(name, data, interrupted, uninterrup
     if case.signum == signal.SIGTERM:
         assert str(last) in stderr
 
-    command.run([*case.arguments(data, folder / name), "--ckpt_path=last"])
+    recipe_cli.run([*case.arguments(data, folder / name), "--ckpt_path=last"])
     assert_same_state(training_state(last), uninterrupted(case.accumulate))
     steps, _ = plots.read_metrics(folder / name)["val/top1"]
     assert tuple(steps) == case.validations

@@ -18,11 +18,11 @@ from torch import nn
 pytest.importorskip("optuna")
 from pyinvolution import Involution2d, cli
 from pyinvolution.models import create_model
-from pyinvolution.recipes import command
-from pyinvolution.recipes.search import OPERATORS, HeldOut, SearchSpace, StageChoice, Supernet, config, pipeline
-from pyinvolution.recipes.search.costs import CostTable, Timing, multiply_adds
-from pyinvolution.recipes.search.evaluation import Evaluator
-from pyinvolution.recipes.search.study import Candidate, Study, front
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.studies.search import OPERATORS, HeldOut, SearchSpace, StageChoice, Supernet, config, pipeline
+from pyinvolution.studies.search.costs import CostTable, Timing, multiply_adds
+from pyinvolution.studies.search.evaluation import Evaluator
+from pyinvolution.studies.search.study import Candidate, Study, front
 
 SPACE = {
     "stem": "small",
@@ -417,8 +417,8 @@ def test_search_goes_on_from_what_is_there(searched, search_config, tmp_path, mo
     before, result = searched
     folder = shutil.copytree(before, tmp_path / "copy")
     trained = []
-    run = command.run
-    monkeypatch.setattr(command, "run", lambda arguments: trained.append(arguments) or run(arguments))
+    run = recipe_cli.run
+    monkeypatch.setattr(recipe_cli, "run", lambda arguments: trained.append(arguments) or run(arguments))
     overrides = {"output": str(folder)}
     again = pipeline.run(config.read(str(search_config), overrides))
     assert not trained
@@ -445,7 +445,7 @@ def test_interrupted_supernet_ends_like_another(searched, search_config, tmp_pat
 
 def test_exported_network_trains_by_the_ordinary_recipe(searched, tmp_path):
     folder, result = searched
-    run = command.run(
+    run = recipe_cli.run(
         [
             "fit",
             "--config",

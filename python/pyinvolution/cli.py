@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         if arguments and arguments[0] in TRAINING:
-            from pyinvolution.recipes import command
+            from pyinvolution.recipes import cli
 
-            command.run(arguments)
+            cli.run(arguments)
         else:
             sys.exit(_run(arguments))
     except (RecipeError, TrainingDiverged, OSError) as error:

@@ -16,6 +16,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    from pyinvolution.recipes import peers
+    from pyinvolution.studies import compare_systems
 
-    peers.run(options.output, tuple(options.size), options.repeats, options.device)
+    compare_systems.run(options.output, tuple(options.size), options.repeats, options.device)

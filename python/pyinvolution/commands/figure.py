@@ -26,7 +26,7 @@ def _positive(text: str) -> int:
 
 
 def main(options: argparse.Namespace) -> None:
-    from pyinvolution.recipes.segmentation import figure
+    from pyinvolution.studies import figure
 
     names = ("ours", "baseline", "output", "root", "images", "count", "boxes", "layers", "groups", "device")
     figure.run(**{name: getattr(options, name) for name in names})

@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> None:
 
     if find_spec("optuna") is None:
         raise RecipeError('search needs optuna: pip install "pyinvolution[search]"')
-    from pyinvolution.recipes.search import config, pipeline
+    from pyinvolution.studies.search import config, pipeline
 
     places = {name.replace("-", "_"): place for name, (place, _) in OPTIONS.items()}
     places |= {"output": ("output",), "data_root": ("data_root",)}

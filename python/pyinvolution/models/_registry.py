@@ -13,7 +13,7 @@ from torch import nn
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 # Modules of this package whose models need torchvision; imported when a name is looked for.
-WITH_TORCHVISION: tuple[str, ...] = ("detection", "peers", "segmentation")
+WITH_TORCHVISION: tuple[str, ...] = ("detection", "resnet_blocks", "segmentation")
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
 _listed: set[str] = set()

@@ -6,14 +6,14 @@ from typing import Any
 # Imported on use: Lightning takes seconds, and the parts that do without it should not wait.
 _MODULES = {
     "CityscapesData": "segmentation.cityscapes",
-    "Classification": "classification.module",
+    "Classification": "classification.task",
     "CocoData": "detection.coco",
-    "Detection": "detection.module",
+    "Detection": "detection.task",
     "ImageFolderData": "classification.imagefolder",
-    "Recipe": "module",
-    "RecipeData": "loading",
+    "Recipe": "recipe",
+    "RecipeData": "data",
     "RecipeError": "errors",
-    "Segmentation": "segmentation.module",
+    "Segmentation": "segmentation.task",
     "TrainingDiverged": "errors",
 }
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from pyinvolution.models import load_official
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import check_fit, read_weights
+from pyinvolution.recipes.recipe import check_fit, read_weights
 
 __all__ = ["load_backbone"]
 

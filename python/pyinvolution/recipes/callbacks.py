@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from pyinvolution.recipes import plots
+from pyinvolution.recipes.data import seed_from
 from pyinvolution.recipes.errors import RecipeError, TrainingDiverged
-from pyinvolution.recipes.loading import seed_from
-from pyinvolution.recipes.module import read_checkpoint
+from pyinvolution.recipes.recipe import read_checkpoint
 
 __all__ = [
     "AtomicCheckpointIO",

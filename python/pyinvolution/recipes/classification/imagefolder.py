@@ -10,8 +10,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import InterpolationMode, v2
 
+from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData, UnreadableSample
 
 __all__ = ["IGNORED", "ImageFiles", "ImageFolderData", "Transforms", "compose", "find_images"]
 

@@ -13,8 +13,8 @@ from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
 
 from pyinvolution.recipes.classification.imagefolder import ImageFiles, Transforms, compose, find_images
+from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData, UnreadableSample
 
 __all__ = ["CocoData", "CocoImages", "Target"]
 

@@ -13,8 +13,8 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
 from pyinvolution.recipes.classification.imagefolder import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, find_images
+from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData, UnreadableSample
 
 __all__ = ["CLASSES", "IGNORED", "LABEL_IDS", "PALETTE", "TRAIN_IDS", "BalancedCrop", "CityscapesData", "colors"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyinvolution.recipes.classification.imagefolder import ImageFiles, ImageFolderData
+from pyinvolution.recipes.data import SeededDataset
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import SeededDataset
 
 __all__ = ["HeldOut", "held_out_batches", "training_batches"]
 

@@ -9,8 +9,8 @@ from optuna.samplers import NSGAIISampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from pyinvolution.recipes.loading import seed_from
-from pyinvolution.recipes.search.space import Architecture, SearchSpace
+from pyinvolution.recipes.data import seed_from
+from pyinvolution.studies.search.space import Architecture, SearchSpace
 
 __all__ = ["Candidate", "Study", "front"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from pyinvolution.recipes.search.data import Batches
-from pyinvolution.recipes.search.files import read_json, write_json
-from pyinvolution.recipes.search.space import Architecture, key
-from pyinvolution.recipes.search.supernet import Supernet
+from pyinvolution.studies.search.data import Batches
+from pyinvolution.studies.search.files import read_json, write_json
+from pyinvolution.studies.search.space import Architecture, key
+from pyinvolution.studies.search.supernet import Supernet
 
 __all__ = ["Evaluator"]
 

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from pyinvolution.models import register_model
 from pyinvolution.models.searchable import parse_operator
-from pyinvolution.recipes.classification.module import Classification
+from pyinvolution.recipes.classification.task import Classification
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.search.space import Architecture, SearchSpace, StageChoice
+from pyinvolution.studies.search.space import Architecture, SearchSpace, StageChoice
 
 __all__ = ["OneShot", "Supernet"]
 

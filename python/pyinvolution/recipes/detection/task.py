@@ -17,7 +17,7 @@ from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe, build_net
+from pyinvolution.recipes.recipe import Recipe, build_net
 
 __all__ = ["Detection"]
 

@@ -19,9 +19,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from pyinvolution.recipes import callbacks, configs
+from pyinvolution.recipes.data import RecipeData
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData
-from pyinvolution.recipes.module import Recipe, read_checkpoint
+from pyinvolution.recipes.recipe import Recipe, read_checkpoint
 
 __all__ = ["RecipeCLI", "run"]
 

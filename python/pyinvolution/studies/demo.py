@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pyinvolution.recipes import command, plots
-from pyinvolution.recipes.classification import comparison
+from pyinvolution.recipes import cli, plots
 from pyinvolution.recipes.classification.digits import write_digits
 from pyinvolution.recipes.classification.imagefolder import ImageFolderData
-from pyinvolution.recipes.classification.module import Classification
-from pyinvolution.recipes.kernels import involution_kernels
+from pyinvolution.recipes.classification.task import Classification
+from pyinvolution.studies import compare_operator
+from pyinvolution.studies.learned_kernels import involution_kernels
 
 __all__ = ["run"]
 
@@ -45,10 +45,10 @@ def run(output: str, target: float, max_epochs: int | None = None) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    cli = command.run(arguments)
+    run = cli.run(arguments)
     seconds = time.perf_counter() - start
 
-    images, targets, probabilities = _predict(cli.model, cli.datamodule)
+    images, targets, probabilities = _predict(run.model, run.datamodule)
     confidences, predicted = probabilities.max(1)
     wrong = predicted != targets
     accuracy = 100 * (1 - wrong.float().mean().item())
@@ -65,20 +65,20 @@ def run(output: str, target: float, max_epochs: int | None = None) -> int:
             targets[shown].tolist(),
             predicted[shown].tolist(),
             confidences[shown].tolist(),
-            cli.datamodule.classes,
+            run.datamodule.classes,
             folder / "predictions.png",
             summary,
         ),
         plots.kernels(
             grey[examples],
-            involution_kernels(cli.model.net, images[examples]),
+            involution_kernels(run.model.net, images[examples]),
             [(0.3, 0.6), (0.55, 0.55), (0.85, 0.45)],
             folder / "kernels.png",
         ),
     ]
     torch.set_num_threads(threads)
     console.rule("the operator against unfold")
-    console.print(comparison.table(comparison.measure()))
+    console.print(compare_operator.table(compare_operator.measure()))
     console.rule("result")
     console.print(f"[bold]{summary}[/], after {seconds:.0f} s of training", highlight=False)
     for picture in pictures:

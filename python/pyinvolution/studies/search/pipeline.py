@@ -18,17 +18,17 @@ from rich.markdown import Markdown
 from rich.progress import Progress, track
 from scipy.stats import kendalltau, spearmanr
 
-from pyinvolution.recipes import command
+from pyinvolution.recipes import cli
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.search import report
-from pyinvolution.recipes.search.config import SearchConfig, merged
-from pyinvolution.recipes.search.costs import CostTable
-from pyinvolution.recipes.search.data import HeldOut, held_out_batches, training_batches
-from pyinvolution.recipes.search.evaluation import Evaluator
-from pyinvolution.recipes.search.files import read_json, write_json
-from pyinvolution.recipes.search.space import Architecture, describe, involution_share, key
-from pyinvolution.recipes.search.study import Candidate, Study, front
-from pyinvolution.recipes.search.supernet import Supernet
+from pyinvolution.studies.search import report
+from pyinvolution.studies.search.config import SearchConfig, merged
+from pyinvolution.studies.search.costs import CostTable
+from pyinvolution.studies.search.data import HeldOut, held_out_batches, training_batches
+from pyinvolution.studies.search.evaluation import Evaluator
+from pyinvolution.studies.search.files import read_json, write_json
+from pyinvolution.studies.search.space import Architecture, describe, involution_share, key
+from pyinvolution.studies.search.study import Candidate, Study, front
+from pyinvolution.studies.search.supernet import Supernet
 
 __all__ = ["run"]
 
@@ -83,10 +83,10 @@ def fit(training: dict[str, Any], folder: Path) -> float:
         path.write_text(yaml.safe_dump(merged(training, {"trainer": quiet}), sort_keys=False))
         last = folder / "last.ckpt"
         resume = ["--ckpt_path", str(last)] if last.is_file() else []
-        cli = command.run(["fit", "--config", str(path), *resume])
-        metrics = cli.trainer.callback_metrics
+        run = cli.run(["fit", "--config", str(path), *resume])
+        metrics = run.trainer.callback_metrics
         if "val/top1" not in metrics:  # it had been interrupted after its last step
-            metrics = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]
+            metrics = run.trainer.validate(run.model, run.datamodule, verbose=False)[0]
         write_json(done, {"top1": float(metrics["val/top1"])})
     return read_json(done)["top1"]
 

@@ -10,8 +10,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.search.costs import Cost, Timing
-from pyinvolution.recipes.search.space import Architecture, SearchSpace
+from pyinvolution.studies.search.costs import Cost, Timing
+from pyinvolution.studies.search.space import Architecture, SearchSpace
 
 __all__ = ["SearchConfig", "read", "resolve"]
 
@@ -124,13 +124,13 @@ class SearchConfig:
         """Likewise of the supernet."""
         model = {name: value for name, value in _arguments(self.recipe, "model").items() if name not in _ONE_NETWORK}
         model["space"] = self.search_space.to_dict()
-        config = self._run(model, "pyinvolution.recipes.search.OneShot", {}, "") | {"data": self._held_out}
+        config = self._run(model, "pyinvolution.studies.search.OneShot", {}, "") | {"data": self._held_out}
         return merged(config, _sections(self.supernet))
 
     @property
     def _held_out(self) -> dict[str, Any]:
         arguments = self.data | {"held_out": self.held_out}
-        return {"class_path": "pyinvolution.recipes.search.HeldOut", "init_args": arguments}
+        return {"class_path": "pyinvolution.studies.search.HeldOut", "init_args": arguments}
 
     def _run(self, model: dict[str, Any], model_class: str, data: dict[str, Any], data_class: str) -> dict[str, Any]:
         config = deepcopy({name: value for name, value in self.recipe.items() if name not in ("model", "data")})

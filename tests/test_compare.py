@@ -13,7 +13,7 @@ from recipe_support import one_thread  # noqa: F401
 from pyinvolution import cli
 from pyinvolution.blocks import BLOCKS
 from pyinvolution.models import create_model
-from pyinvolution.recipes import peers
+from pyinvolution.studies import compare_systems
 
 ADDED = {None: 0.0, "non_local": 2.10176, "criss_cross": 1.312001, "global_context": 1.586307}
 
@@ -61,10 +61,10 @@ def test_trains_what_is_not_frozen():
 
 
 def test_measures(one_thread):  # noqa: F811
-    systems = (peers.SYSTEMS[0], peers.SYSTEMS[4], peers.SYSTEMS[-1])
-    workload = peers.Workload((64, 96), proposals=6, masks=2)
+    systems = (compare_systems.SYSTEMS[0], compare_systems.SYSTEMS[4], compare_systems.SYSTEMS[-1])
+    workload = compare_systems.Workload((64, 96), proposals=6, masks=2)
     build = partial(create_model, num_classes=3)
-    results = peers.measure(workload, systems, repeats=2, build=build)
+    results = compare_systems.measure(workload, systems, repeats=2, build=build)
     plain, deformable, ours = results
     assert plain.trained == trained(build("mask_rcnn_resnet50"))
     # Three convolutions of 512 channels become deformable; 27 more outputs at 2 x 3 pixels each.
@@ -72,7 +72,7 @@ def test_measures(one_thread):  # noqa: F811
     assert ours.multiply_adds < plain.multiply_adds
     assert all(result.seconds > 0 and result.peak > 0 for result in results)
     assert all(result.quartiles[0] <= result.seconds <= result.quartiles[1] for result in results)
-    grid = peers.table(results, systems)
+    grid = compare_systems.table(results, systems)
     assert [*grid.columns[9].cells] == ["38.4", "41.5 (38.2)", "40.8 (38.4)"]
     assert next(iter(grid.columns[2].cells)) == "+0%"
 
@@ -81,15 +81,15 @@ def test_command(tmp_path, monkeypatch, capsys):
     def measure(workload, systems, repeats):
         assert (workload.size, repeats) == ((96, 64), 3)
         return [
-            peers.Measurement(system.title, 100 - index, 200, 10**9 + index, 0.5, (0.4, 0.6), 2**20 + index)
+            compare_systems.Measurement(system.title, 100 - index, 200, 10**9 + index, 0.5, (0.4, 0.6), 2**20 + index)
             for index, system in enumerate(systems)
         ]
 
-    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(compare_systems, "measure", measure)
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", "--output", str(tmp_path), "--size", "96", "64", "--repeats", "3"])
     assert not stop.value.code
-    assert (tmp_path / "systems.csv").read_text().count("\n") == 1 + len(peers.SYSTEMS)
+    assert (tmp_path / "systems.csv").read_text().count("\n") == 1 + len(compare_systems.SYSTEMS)
     assert (tmp_path / "systems.png").read_bytes().startswith(b"\x89PNG")
     assert "RedNet-50" in capsys.readouterr().out
     for wrong, message in ((["--size", "0", "64"], "must be positive"), (["--device", "cuda"], "no GPU")):

@@ -19,9 +19,9 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from pyinvolution import Involution2d
 from pyinvolution.recipes import plots
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.kernels import involution_kernels
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, IMAGE_SUFFIX, PALETTE, CityscapesData
-from pyinvolution.recipes.segmentation.module import Segmentation
+from pyinvolution.recipes.segmentation.task import Segmentation
+from pyinvolution.studies.learned_kernels import involution_kernels
 
 __all__ = ["Region", "compare", "deepest_pixels", "differing_regions", "draw_kernels", "load", "run"]
 

@@ -12,7 +12,7 @@ from pyinvolution.models import load_official
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.classification.predictions import PredictionWriter
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe, build_net
+from pyinvolution.recipes.recipe import Recipe, build_net
 
 __all__ = ["Classification"]
 

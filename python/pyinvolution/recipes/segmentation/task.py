@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from pyinvolution.models import load_official
 from pyinvolution.recipes.backbone import load_backbone
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.module import Recipe, build_net
+from pyinvolution.recipes.recipe import Recipe, build_net
 from pyinvolution.recipes.segmentation.cityscapes import IGNORED
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
 from pyinvolution.recipes.segmentation.predictions import SegmentationWriter

@@ -3,8 +3,8 @@
 It needs the extra ``search``: ``pip install "pyinvolution[search]"``.
 """
 
-from pyinvolution.recipes.search.data import HeldOut
-from pyinvolution.recipes.search.space import OPERATORS, SearchSpace, StageChoice, StageSpace
-from pyinvolution.recipes.search.supernet import OneShot, Supernet
+from pyinvolution.studies.search.data import HeldOut
+from pyinvolution.studies.search.space import OPERATORS, SearchSpace, StageChoice, StageSpace
+from pyinvolution.studies.search.supernet import OneShot, Supernet
 
 __all__ = ["OPERATORS", "HeldOut", "OneShot", "SearchSpace", "StageChoice", "StageSpace", "Supernet"]

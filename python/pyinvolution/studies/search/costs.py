@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution.inference import optimize_for_inference
-from pyinvolution.recipes.search.files import read_json, write_json
-from pyinvolution.recipes.search.space import Architecture, SearchSpace, StageChoice, key
+from pyinvolution.studies.search.files import read_json, write_json
+from pyinvolution.studies.search.space import Architecture, SearchSpace, StageChoice, key
 
 __all__ = ["Cost", "CostTable", "Timing", "multiply_adds"]
 
