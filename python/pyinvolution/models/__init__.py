@@ -5,6 +5,7 @@ authors' code, `save_pretrained` and `from_pretrained` keep models on disk. `Sea
 in every block. Where timm is installed, they are in its registry too.
 """
 
+from pyinvolution._moved import alias_modules
 from pyinvolution.models._registry import create_model, list_models, register_model
 from pyinvolution.models._timm import register_when_imported
 from pyinvolution.models.official import load_official, official_state_dict
@@ -25,3 +26,4 @@ __all__ = [
 ]
 
 register_when_imported()
+alias_modules({"models.peers": "models.resnet_blocks"})
