@@ -28,13 +28,10 @@ from torch.nn.functional import avg_pool2d, conv2d, cross_entropy
 from benchmarks import ROOT
 from benchmarks.harness import (
     RESULTS,
-    Function,
-    Ratio,
     about,
     check_involution,
     check_span,
     convolution,
-    interleaved,
     product_and_copy,
     pyplot,
     ratios_text,
@@ -45,6 +42,7 @@ from benchmarks.harness import (
 from benchmarks.roofline import Work
 from pyinvolution import ops, optimize_for_inference, reference
 from pyinvolution.models import create_model
+from pyinvolution.studies.timing import Function, Ratio, high_water, interleaved
 
 
 class Report:
@@ -66,7 +64,7 @@ class Report:
         for other, seconds in times.items():
             if other != ours:
                 row[f"{other}: ms"] = statistics.median(seconds) * 1e3
-                row.update(Ratio.of(times[ours], seconds).columns(other))
+                row.update(Ratio.between(times[ours], seconds).columns(other))
         self.rows.append(row)
         print(f"{what}, {name}, {threads} threads: {row['ms']:.3f} ms; {ratios_text(row)}", flush=True)
 
@@ -200,12 +198,6 @@ def training(report: Report, threads: int, batch: int) -> None:
     report.add("training step, eager", f"N={batch}", threads, "RedNet-50", interleaved(steps, 20.0))
 
 
-def high_water() -> float:
-    """MB that this process had resident at its peak. (getrusage would include the parent's, up to the exec.)"""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def peak_memory(name: str, batch: int) -> None:
     """Prints how many MB a training step adds to the process at its peak. Runs in a process of its own."""
     step = training_step(MODELS[name](), 1)
@@ -214,7 +206,7 @@ def peak_memory(name: str, batch: int) -> None:
     step = training_step(MODELS[name](), batch)
     step()
     step()
-    print(high_water() - before)
+    print((high_water() - before) / 2**20)
 
 
 def memory(report: Report, batch: int) -> None:

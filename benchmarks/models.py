@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import Function, Ratio, check_alike, ratios_text
+from benchmarks.harness import check_alike, ratios_text
 from benchmarks.operators import Bench, spread
 from pyinvolution import force_variant, optimize_for_inference
 from pyinvolution.introspection import variants
 from pyinvolution.models import create_model
+from pyinvolution.studies.timing import Function, Ratio
 
 MODES = ("eager", "CUDA graph", "torch.compile")
 RIVALS = ("ResNet-50", "ConvNeXt-nano")
@@ -102,7 +103,7 @@ def measure(
         for rival in RIVALS:
             if rival in times and rival != name:
                 row[f"{rival}: ms"] = statistics.median(times[rival]) * 1e3
-                row.update(Ratio.of(mine, times[rival]).columns(rival))
+                row.update(Ratio.between(mine, times[rival]).columns(rival))
     for name, row in rows.items():
         bench.rows.append(row)
         memory = f", {row['peak_mb']:.0f} MB" if row.get("peak_mb") is not None else ""

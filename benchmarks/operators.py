@@ -31,14 +31,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d
 
 from benchmarks.harness import (
-    Clock,
-    Function,
-    Ratio,
     check_alike,
     check_involution,
     check_span,
     convolution,
-    interleaved,
     involution_tensors,
     ratios_text,
     span_tensors,
@@ -46,6 +42,7 @@ from benchmarks.harness import (
 from benchmarks.roofline import Limits, Work, design_ms
 from pyinvolution import explain, explain_span, force_variant, functional, ops, reference
 from pyinvolution.introspection import PASSES, SPAN_PASSES, Explanation, variants
+from pyinvolution.studies.timing import Clock, Function, Ratio, Spread, device_peak, interleaved
 
 LAYOUTS = {"channels_last": "channels_last", "NCHW": "contiguous"}
 Involution = Callable[..., Tensor]
@@ -99,12 +96,7 @@ class Bench:
         if self.device != "cuda":
             function()
             return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return device_peak(function) / 2**20
 
     def release(self) -> None:
         if self.device == "cuda":
@@ -134,8 +126,8 @@ def first_line(error: Exception) -> str:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return {"ms": median * 1e3, "ms: low": low * 1e3, "ms: high": high * 1e3, "calls": len(seconds)}
+    found = Spread.of(seconds)
+    return {"ms": found.median * 1e3, "ms: low": found.low * 1e3, "ms: high": found.high * 1e3, "calls": len(seconds)}
 
 
 def measure(
@@ -178,7 +170,7 @@ def contend(bench: Bench, row: dict[str, Any], where: str, ours: Function, expec
     row[f"{name}: peak_mb"] = bench.peak(function)
     times = bench.times({"ours": ours, "other": function})
     row[f"{name}: ms"] = statistics.median(times["other"]) * 1e3
-    row.update(Ratio.of(times["ours"], times["other"]).columns(name))
+    row.update(Ratio.between(times["ours"], times["other"]).columns(name))
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,12 @@
 """The operator against the same built from unfold, on the CPU: time and peak memory, after checking that both agree."""
 
 import json
-import multiprocessing
 import os
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 
 import torch
 from rich.box import SIMPLE
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from pyinvolution.functional import involution2d
 from pyinvolution.reference import involution2d as unfold_involution2d
+from pyinvolution.studies.timing import Spread, forked, interleaved, peak_growth
 
 __all__ = ["Measurement", "measure", "table"]
 
@@ -97,52 +95,28 @@ def _check(shape: Shape) -> None:
     torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
 
 
-def _time_and_peak(shape: Shape, variant: str, backward: bool, repeats: int = 5) -> Measurement:
+def _peak(shape: Shape, variant: str, backward: bool) -> int:
     inputs = _inputs(shape, backward)
-    before = _resident()
-    _run(variant, *inputs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        _run(variant, *inputs)
-        times.append(time.perf_counter() - start)
-    return Measurement(shape, variant, backward, sorted(times)[repeats // 2], peak)
+    return peak_growth(lambda: _run(variant, *inputs))
 
 
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def _forked(function: Callable, *arguments: object) -> object:
-    """Result of ``function`` in a fork of this process, which has torch imported but has computed nothing yet."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def send(connection: Connection) -> None:
-        connection.send(function(*arguments))
-
-    process = context.Process(target=send, args=(sender,))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"{function.__name__}{arguments} failed") from None
-    finally:
-        process.join()
+def _seconds(shape: Shape, backward: bool) -> dict[str, float]:
+    inputs = _inputs(shape, backward)
+    times = interleaved({variant: partial(_run, variant, *inputs) for variant in VARIANTS})
+    return {variant: Spread.of(taken).median for variant, taken in times.items()}
 
 
 def _main(shapes: list[Shape]) -> None:
     for shape in shapes:
-        _forked(_check, shape)
-    results = [
-        _forked(_time_and_peak, shape, variant, backward)
-        for shape in shapes
-        for backward in (False, True)
-        for variant in VARIANTS
-    ]
+        forked(_check, shape)
+    results = []
+    for shape in shapes:
+        for backward in (False, True):
+            seconds = forked(_seconds, shape, backward)
+            results += [
+                Measurement(shape, variant, backward, seconds[variant], forked(_peak, shape, variant, backward))
+                for variant in VARIANTS
+            ]
     print(json.dumps([asdict(result) for result in results]))
 
 

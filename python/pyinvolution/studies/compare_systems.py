@@ -2,14 +2,10 @@
 
 import csv
 import json
-import multiprocessing
 import os
-import platform
-import resource
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyinvolution.models import create_model
 from pyinvolution.recipes import plots
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.studies.timing import (
+    Spread,
+    clock,
+    device_peak,
+    forked,
+    interleaved,
+    peak_growth,
+    processor_name,
+    stopwatch,
+)
 
 __all__ = ["SYSTEMS", "Measurement", "System", "Workload", "measure", "run"]
 
@@ -124,8 +130,13 @@ def measure(
     """
     device = workload.image.device
     on_cpu = device.type == "cpu"
+    peaks = []
     # First: a process can be forked only as long as no threads compute.
-    peaks = [_forked_peak(workload, system, build) for system in systems] if on_cpu else []
+    for system in systems if on_cpu else ():
+        try:
+            peaks.append(forked(_peak_of_a_pass, workload, system, build))
+        except ChildProcessError as error:
+            raise RecipeError(f"{system.title}: the process that measured memory failed") from error
     models = [build(system.model, **system.options).eval().to(device) for system in systems]
     results = []
     with torch.inference_mode():
@@ -137,19 +148,12 @@ def measure(
             sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
             trained, everything = sum(size for size, needed in sizes if needed), sum(size for size, _ in sizes)
             results.append(Measurement(system.title, trained, everything, counter.get_total_flops() // 2))
-            results[-1].peak = peaks[index] if on_cpu else _cuda_peak(workload, model)
-        times: list[list[float]] = [[] for _ in models]
-        for _ in range(repeats):
-            for model, taken in zip(models, times, strict=True):
-                _wait(device)
-                start = time.perf_counter()
-                workload(model)
-                _wait(device)
-                taken.append(time.perf_counter() - start)
-    for result, taken in zip(results, times, strict=True):
-        result.seconds = statistics.median(taken)
-        lower, _, upper = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
-        result.quartiles = (lower, upper)
+            results[-1].peak = peaks[index] if on_cpu else device_peak(partial(workload, model), device)
+        calls = {str(index): partial(workload, model) for index, model in enumerate(models)}
+        times = interleaved(calls, least=repeats, clock=clock(stopwatch(device)), warm_up=False)
+    for result, taken in zip(results, times.values(), strict=True):
+        spread = Spread.of(taken)
+        result.seconds, result.quartiles = spread.median, (spread.low, spread.high)
     return results
 
 
@@ -185,7 +189,7 @@ def run(output: Path, size: tuple[int, int], repeats: int, device: str = "cpu") 
     results = measure(Workload(size, device), SYSTEMS, repeats)
     console = Console(width=None if os.isatty(1) else 150)
     console.print(table(results))
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
     console.print(
         f"One image of {size[0]} x {size[1]}, {PROPOSALS} proposals, {MASKS} masks, float32, {name}, "
         f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; median of {repeats}. In brackets the AP of "
@@ -222,35 +226,8 @@ def _published(system: System) -> tuple[str, str]:
     return f"{box} ({system.baseline[0]:.1f})", f"{mask} ({system.baseline[1]:.1f})"
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _cuda_peak(workload: Workload, model: nn.Module) -> int:
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    workload(model)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _forked_peak(workload: Workload, system: System, build: Callable[..., nn.Module]) -> int:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def child() -> None:
-        with torch.inference_mode():
-            model = build(system.model, **system.options).eval()
-            before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            workload(model)
-        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-
-    process = context.Process(target=child)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RecipeError(f"{system.title}: the process that measured memory failed") from None
-    finally:
-        process.join()
+def _peak_of_a_pass(workload: Workload, system: System, build: Callable[..., nn.Module]) -> int:
+    """Growth of the peak of memory over the network's own parameters."""
+    with torch.inference_mode():
+        model = build(system.model, **system.options).eval()
+        return peak_growth(lambda: workload(model))

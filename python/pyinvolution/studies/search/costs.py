@@ -1,24 +1,20 @@
 """What a network costs: multiply-adds, and time on this machine as the sum of a table of measured layers."""
 
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution.inference import optimize_for_inference
 from pyinvolution.studies.search.files import read_json, write_json
 from pyinvolution.studies.search.space import Architecture, SearchSpace, StageChoice, key
+from pyinvolution.studies.timing import Stopwatch, fastest_passes, processor_name, stopwatch
 
 __all__ = ["Cost", "CostTable", "Timing", "multiply_adds"]
 
@@ -46,16 +42,9 @@ class Timing:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @property
-    def clock(self) -> Callable[[], float]:
+    def stopwatch(self) -> Stopwatch:
         """Reads seconds, once the device has done what it was given."""
-        if self.torch_device.type == "cpu":
-            return time.process_time if self.threads == 1 else time.perf_counter
-
-        def synchronized() -> float:
-            torch.cuda.synchronize(self.torch_device)
-            return time.perf_counter()
-
-        return synchronized
+        return stopwatch(self.torch_device, processor_time=self.threads == 1)
 
     @property
     def torch_device(self) -> torch.device:
@@ -65,7 +54,7 @@ class Timing:
     def machine(self) -> dict[str, Any]:
         """What a measured time depends on."""
         device = self.torch_device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         return {"device": name, "torch": torch.__version__, "batch": self.batch, "threads": self.threads}
 
 
@@ -168,7 +157,8 @@ class CostTable:
                 network.append(optimize_for_inference(part.to(device).eval(), features))
                 features = network[-1](features)
             with _threads(self.timing.threads):
-                return [taken / self.timing.batch for taken in _fastest(network, images, self.timing.clock, budget)]
+                seconds = fastest_passes(network, images, self.timing.stopwatch, budget)
+        return [taken / self.timing.batch for taken in seconds]
 
     def _save(self) -> None:
         if self.path:
@@ -184,23 +174,6 @@ def multiply_adds(model: nn.Module, image: Shape) -> int:
     return counter.get_total_flops() // 2
 
 
-def _fastest(
-    parts: Sequence[Callable[[Tensor], Tensor]], images: Tensor, clock: Callable[[], float], budget: float
-) -> list[float]:
-    """Time of each part, mean of the fastest tenth of the passes through all of them that ``budget`` seconds allow."""
-    passes: list[list[float]] = []
-    start = time.perf_counter()
-    while len(passes) < 6 or time.perf_counter() - start < budget:
-        features, times = images, [clock()]
-        for part in parts:
-            features = part(features)
-            times.append(clock())
-        passes.append([end - begin for begin, end in pairwise(times)])
-    # Whole passes, because the least times of the parts need not have been possible together.
-    fastest = sorted(passes[1:], key=sum)[: max(len(passes) // 10, 1)]
-    return [fmean(times) for times in zip(*fastest, strict=True)]
-
-
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -213,12 +186,3 @@ def _threads(count: int) -> Iterator[None]:
 
 def _text(shape: Shape) -> str:
     return "x".join(map(str, shape))
-
-
-@cache
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
