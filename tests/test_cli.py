@@ -197,7 +197,7 @@ def test_resume_refuses_what_does_not_fit(capsys, trained, tmp_path):
 
     assert "made with steps_per_epoch=6, this run has 3" in resume("--data.batch_size=8")
     assert "made with seed=0, this run has 1" in resume("--seed_everything=1")
-    assert "of another model: " in resume("--model.options.kernel_size=5")
+    assert "the checkpoint is of another model: " in resume("--model.options.kernel_size=5")
     other = write_images(tmp_path / "other")
     (other / "train" / "class0").rename(other / "train" / "klass0")
     (other / "val" / "class0").rename(other / "val" / "klass0")

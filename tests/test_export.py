@@ -253,9 +253,9 @@ def test_command_and_checkpoints(
         ([str(tmp_path / "saved"), "--num-classes", "3"], "has its own num_classes"),
         ([str(tmp_path / "best.ckpt"), "--num-classes", "3"], "has its own num_classes"),
         ([str(tmp_path / "wrong.ckpt")], "is of no model of this library"),
-        ([str(tmp_path / "noise.ckpt")], "is not a checkpoint of weights: it is damaged, or holds more than tensors"),
+        ([str(tmp_path / "noise.ckpt")], "is not a checkpoint: it is damaged or holds more than tensors"),
         ([str(tmp_path / "other.ckpt")], "does not say of which model it is"),
-        (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "does not fit the model"),
+        (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "other.ckpt is of another model"),
         (["rednet26", "--weights", str(tmp_path / "none")], "there is no file"),
         (["rednet26", "--format", "aoti", "--output", "m.so"], "--output must end in .pt2"),
     ):

@@ -404,7 +404,7 @@ def test_backbone_weights(form, tmp_path):
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in body.items())
     if "classifier" in form:
         options = OPTIONS | {"backbone_options": BACKBONE | {"stem_kernel_size": 7}}
-        with pytest.raises(RecipeError, match=r"does not fit this model: .*3x3|is of another model: .*stem.involution"):
+        with pytest.raises(RecipeError, match=r"does not fit the model, .*3x3|is of another model: .*stem.involution"):
             Detection("mask_rcnn", 4, options, str(tmp_path / "weights.pth"))
 
 

@@ -394,7 +394,7 @@ def test_figure(tree, trained, tmp_path, capsys):
             "has no validation image paris_000000_000000; there are bonn_000001_000019",
         ),
         (["--images", "ulm_000000_000019", "--layers", "layer9"], "there is no involution layer9; there are backbone."),
-        (["--ours", __file__], "is no checkpoint of the segmentation recipe"),
+        (["--ours", __file__], "is not a checkpoint of the segmentation recipe"),
         (["--root", "/nowhere"], "data.root=/nowhere has no split 'val'"),
     ):
         with pytest.raises(SystemExit) as exit:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from pyinvolution.inference import TOLERANCE, optimize_for_inference
-from pyinvolution.models import create_model, from_pretrained, list_models, load_official
-from pyinvolution.models.pretrained import CONFIG, reason_of
+from pyinvolution.models import create_model, from_pretrained, list_models
+from pyinvolution.models.checkpoint import load, read, reason_of
+from pyinvolution.models.pretrained import CONFIG
 
 __all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]
 
@@ -80,7 +80,7 @@ def load_model(
             net = create_model(model, num_classes, **(options or {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{model} is neither a file, nor a folder, nor a model: {error}") from error
-        return net if weights is None else _load(net, weights, _read(weights))
+        return net if weights is None else _with_weights(net, weights, weights)
     for name, value in (("weights", weights), ("num_classes", num_classes), ("options", options)):
         if value is not None:
             raise ValueError(f"{model} has its own {name}: {name} must be None, got {value!r}")
@@ -89,7 +89,7 @@ def load_model(
             return from_pretrained(model)
         except FileNotFoundError as error:
             raise ValueError(f"{model} is no folder of save_pretrained: {error}") from None
-    checkpoint = _read(model)
+    checkpoint = read(model)
     arguments = checkpoint.get("hyper_parameters")
     if not isinstance(arguments, dict) or "name" not in arguments:
         raise ValueError(f"{model} does not say of which model it is: give the model's name, and the file as weights")
@@ -97,34 +97,14 @@ def load_model(
         net = create_model(arguments["name"], arguments.get("num_classes"), **(arguments.get("options") or {}))
     except Exception as error:
         raise ValueError(f"{model} is of no model of this library: {reason_of(error)}") from error
-    return _load(net, model, checkpoint)
+    return _with_weights(net, checkpoint, model)
 
 
-def _read(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
+def _with_weights(net: nn.Module, source: str | dict[str, Any], path: str) -> nn.Module:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"it holds a {type(checkpoint).__name__}, not a dict")
-    except Exception as error:
-        # torch's own text advises to load the file without this safety.
-        code = isinstance(error, UnpicklingError)
-        reason = "it is damaged, or holds more than tensors and plain data" if code else reason_of(error)
-        raise ValueError(f"{path} is not a checkpoint of weights: {reason}") from error
-    return checkpoint
-
-
-def _load(net: nn.Module, path: str, checkpoint: dict[str, Any]) -> nn.Module:
-    state = checkpoint.get("state_dict", checkpoint)
-    try:
-        if any(key.startswith(("backbone.stem.0.", "module.backbone.")) for key in state):
-            load_official(net, state)
-        else:
-            net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit the model: {reason_of(error)}") from error
-    return net
+        return load(net, source)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded into the model: {reason_of(error)}") from error
 
 
 def export(

@@ -1,9 +1,7 @@
 """Checkpoints of the authors' code (mmcls, mmdet, mmseg), in both directions."""
 
-import datetime
 import math
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,9 +9,9 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from pyinvolution.models.checkpoint import read
 from pyinvolution.models.rednet import LAYERS, RedNet
 
 __all__ = [
@@ -153,7 +151,8 @@ def load_official(model: Model, source: str | os.PathLike[str] | Mapping[str, ob
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(source, (str, os.PathLike)):
-        where, content = f"checkpoint {os.fspath(source)!r}", _read(source)
+        where = f"checkpoint {os.fspath(source)!r}"
+        content: object = read(source)
     else:
         where, content = "state dict", source
     entries = official_entries(model)
@@ -208,30 +207,6 @@ def _stem_hint(given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ..
         f". The involution in its stem is {theirs}x{theirs}, the model's {ours}x{ours} (the authors' classifiers have "
         f"3x3, their detectors and segmentation models 7x7): build the model with stem_kernel_size={theirs}"
     )
-
-
-def _read(path: str | os.PathLike[str]) -> object:
-    try:
-        with torch.serialization.safe_globals(_plain_types()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = f"checkpoint {os.fspath(path)!r} is damaged or holds more than tensors and plain data"
-        remedy = "where you trust it, save its state dict alone: torch.save(checkpoint['state_dict'], path)"
-        raise ValueError(f"{reason}, and will not be executed ({remedy}). {error}") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"checkpoint {os.fspath(path)!r} is no readable torch file. {error}") from error
-
-
-def _plain_types() -> list:
-    # Metadata beside the weights may hold times and numpy scalars, which run no code of the file's choice.
-    types: list = [datetime.datetime, datetime.date, datetime.timedelta]
-    try:
-        import numpy
-    except ImportError:
-        return types
-    scalar = numpy.float64(0).__reduce__()[0]
-    types += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in "?bhilqBHILQefdUS")]
-    return [*types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
 def _entries(content: object, where: str, parts: Iterable[str]) -> dict[str, Tensor]:

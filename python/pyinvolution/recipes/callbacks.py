@@ -16,10 +16,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import plots
 from pyinvolution.recipes.data import seed_from
-from pyinvolution.recipes.errors import RecipeError, TrainingDiverged
-from pyinvolution.recipes.recipe import read_checkpoint
+from pyinvolution.recipes.errors import RecipeError, TrainingDiverged, naming
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -81,7 +81,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
-        checkpoint = read_checkpoint(path, "--ckpt_path")
+        with naming("--ckpt_path"):
+            checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
             raise RecipeError(
                 f"--ckpt_path: {path} is not a checkpoint of a run; to begin with weights alone: model.init_from"

@@ -18,10 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import callbacks, configs
 from pyinvolution.recipes.data import RecipeData
-from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.recipe import Recipe, read_checkpoint
+from pyinvolution.recipes.errors import RecipeError, naming
+from pyinvolution.recipes.recipe import Recipe, init_arguments
 
 __all__ = ["RecipeCLI", "run"]
 
@@ -205,24 +206,15 @@ def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
         raise RecipeError(f"--ckpt_path: {path} is not a checkpoint, or not a complete one")
     if arguments[0] == "fit":
         return arguments
-    checkpoint = read_checkpoint(path, "--ckpt_path", mmap=True)
     inserted = []
-    for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
-        if arguments_of_init := checkpoint.get(key):
-            if not isinstance(arguments_of_init, dict):
-                raise RecipeError(f"--ckpt_path: {path} is damaged: its {key} are a {type(arguments_of_init).__name__}")
-            kept = {
-                name: value
-                for name, value in arguments_of_init.items()
-                if not name.startswith("_") and name not in ("init_from", "backbone_weights")
-            }
-            config = {"init_args": kept}
-            if "_class_path" in arguments_of_init:
-                config["class_path"] = arguments_of_init["_class_path"]
-            try:
+    with naming(f"--ckpt_path {path}"):
+        checkpoint = read(path, mmap=True)
+        for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
+            if checkpoint.get(key):
+                config: dict[str, Any] = {"init_args": init_arguments(checkpoint, key)}
+                if "_class_path" in checkpoint[key]:
+                    config["class_path"] = checkpoint[key]["_class_path"]
                 inserted += [option, json.dumps(config)]
-            except TypeError as error:
-                raise RecipeError(f"--ckpt_path: {path} is damaged: its {key}: {error}") from error
     return [arguments[0], *inserted, *arguments[1:]]
 
 

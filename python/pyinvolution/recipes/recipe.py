@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from pyinvolution.models import create_model
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.models.checkpoint import check_fit, load
+from pyinvolution.recipes.errors import RecipeError, naming
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
-__all__ = ["Recipe", "check_fit", "read_checkpoint", "read_weights"]
+__all__ = ["Recipe", "build_net", "init_arguments"]
 
 
 class Recipe(pl.LightningModule):
@@ -121,22 +122,13 @@ class Recipe(pl.LightningModule):
         return self.net
 
     def load_weights(self, path: str) -> None:
-        """Load ``net`` from an official checkpoint or from one of this library."""
-        state = read_weights(path, "model.init_from")
-        ours = {key.removeprefix("net."): value for key, value in state.items()}
-        official = any(key.startswith(("backbone.", "module.backbone.")) for key in state)
-        if official and ours.keys() != self.net.state_dict().keys():
-            try:
-                self.load_official(state)
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise RecipeError(f"model.init_from: {path} does not fit this model: {error}") from error
-        else:
-            check_fit(ours, self.net, f"model.init_from: {path}")
-            self.net.load_state_dict(ours)
+        """Load ``net`` from a checkpoint of a recipe, of this library or of the authors' code.
 
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        """Load ``net`` from a state dict of the authors' code."""
-        raise NotImplementedError
+        Raises:
+            RecipeError: there is no such file, or it is of another model.
+        """
+        with naming("model.init_from"):
+            load(self.net, path)
 
     def prediction_writer(self, output: Path) -> pl.Callback:
         """Callback that writes to ``output`` what `predict_step` returns."""
@@ -155,7 +147,8 @@ class Recipe(pl.LightningModule):
         for key, kind in needed.items():
             if not isinstance(checkpoint.get(key), kind):
                 raise RecipeError(f"--ckpt_path: the checkpoint has no {key} to go on with, or a damaged one")
-        check_fit(checkpoint["state_dict"], self, "--ckpt_path")
+        with naming("--ckpt_path"):
+            check_fit(checkpoint["state_dict"], self, "the checkpoint")
 
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
@@ -196,48 +189,21 @@ class Recipe(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
-def read_weights(path: str, field: str) -> dict[str, Tensor]:
-    """The state dict in a file of weights, or a RecipeError that names ``field``."""
-    checkpoint = read_checkpoint(path, field)
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
-        raise RecipeError(f"{field}: {path} holds no weights")
-    return state
+def init_arguments(checkpoint: Mapping[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:
+    """The arguments that a checkpoint's model (or data, "datamodule_hyper_parameters") was made with, without those
+    that only say where its first weights came from, which the checkpoint's own replace.
 
-
-def read_checkpoint(path: str | Path, field: str, mmap: bool = False) -> dict[str, Any]:
-    """The dict in a file that torch.save wrote, on the CPU, tensors and plain data only, or a RecipeError that names
-    ``field``; ``mmap`` reads tensors when they are used."""
-    if not Path(path).is_file():
-        raise RecipeError(f"{field}: there is no file {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged file can be wrong in any way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"{field}: {path} is not a checkpoint, or a damaged one: {reason[:200]}") from error
-    if not isinstance(checkpoint, dict):
-        raise RecipeError(f"{field}: {path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
-    return checkpoint
+    Raises:
+        ValueError: the entry is damaged.
+    """
+    given = checkpoint.get(key) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{key} of the checkpoint is a {type(given).__name__}, expected a dict")
+    first_weights = ("init_from", "backbone_weights")
+    return {name: value for name, value in given.items() if not name.startswith("_") and name not in first_weights}
 
 
 def build_net(name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:
     """The model ``name`` of `create_model`, or a RecipeError that says which argument is wrong."""
-    try:
+    with naming("model"):
         return create_model(name, num_classes=num_classes, **(options or {}))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model: {error}") from error
-
-
-def check_fit(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
-    """Raise a RecipeError of one line if ``state`` has other names or shapes than the state dict of ``module``."""
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {
-        name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for name, value in state.items()
-    }
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if different:
-        name = different[0]
-        raise RecipeError(
-            f"{source} is of another model: {len(different)} of {len(ours)} entries differ in name or shape, first "
-            f"{name}: {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
-        )

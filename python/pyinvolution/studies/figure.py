@@ -17,8 +17,10 @@ from scipy import ndimage
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from pyinvolution import Involution2d
+from pyinvolution.models.checkpoint import read, reason_of
 from pyinvolution.recipes import plots
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.recipe import init_arguments
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, IMAGE_SUFFIX, PALETTE, CityscapesData
 from pyinvolution.recipes.segmentation.task import Segmentation
 from pyinvolution.studies.learned_kernels import involution_kernels
@@ -242,23 +244,14 @@ def load(path: str | Path, device: str = "cpu") -> tuple[Segmentation, dict[str,
     Raises:
         RecipeError: there is no such checkpoint.
     """
-    if not Path(path).is_file():
-        raise RecipeError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        given = checkpoint["hyper_parameters"]
-        data = checkpoint["datamodule_hyper_parameters"]
-        kept = {
-            name: value
-            for name, value in given.items()
-            if not name.startswith("_") and name not in ("init_from", "backbone_weights", "compile")
-        }
-        model = Segmentation(**kept)
+        checkpoint = read(path)
+        model = Segmentation(**init_arguments(checkpoint) | {"compile": False})
         model.load_state_dict(checkpoint["state_dict"])
+        data = init_arguments(checkpoint, "datamodule_hyper_parameters")
     except Exception as error:  # there are many ways not to be one
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path} is no checkpoint of the segmentation recipe: {reason[:200]}") from error
-    return model.to(device).eval(), {name: value for name, value in data.items() if not name.startswith("_")}
+        raise RecipeError(f"{path} is not a checkpoint of the segmentation recipe: {reason_of(error)}") from error
+    return model.to(device).eval(), data
 
 
 @torch.inference_mode()

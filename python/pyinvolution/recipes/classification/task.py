@@ -8,7 +8,6 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pyinvolution.models import load_official
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.classification.predictions import PredictionWriter
 from pyinvolution.recipes.errors import RecipeError
@@ -56,9 +55,6 @@ class Classification(Recipe):
         # Groups would merge both for good if they happened to agree on the first batch.
         self.val_accuracy = MetricCollection({"val/top1": top1, "val/top5": top5}, compute_groups=False)
         self.val_loss = MeanMetric(nan_strategy="disable")  # else it drops them
-
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        load_official(self.net, state)
 
     def prediction_writer(self, output: Path) -> PredictionWriter:
         return PredictionWriter(output)

@@ -10,13 +10,12 @@ from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from pyinvolution.models import load_official
-from pyinvolution.recipes.backbone import load_backbone
+from pyinvolution.models.checkpoint import load_backbone
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, naming
 from pyinvolution.recipes.recipe import Recipe, build_net
 
 __all__ = ["Detection"]
@@ -78,15 +77,13 @@ class Detection(Recipe):
         self.masks = hasattr(net, "roi_heads") and net.roi_heads.has_mask()
         self.pretrained = not (backbone_weights is None and kwargs.get("init_from") is None)
         if backbone_weights is not None:
-            load_backbone(net.backbone.body, backbone_weights)
+            with naming("model.backbone_weights"):
+                load_backbone(net.backbone.body, backbone_weights)
         kinds = ("bbox", "segm") if self.masks else ("bbox",)
         self.net.backbone.register_forward_pre_hook(self._to_memory_format)
         self.val_ap = MeanAveragePrecision(iou_type=kinds)
         self.val_ap.warn_on_many_detections = False  # COCO counts 100 an image
         self._scenes: list[pictures.Scene] = []
-
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        load_official(self.net, state)
 
     @property
     def compiled_part(self) -> nn.Module:

@@ -10,9 +10,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pyinvolution.models import load_official
-from pyinvolution.recipes.backbone import load_backbone
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.models.checkpoint import load_backbone
+from pyinvolution.recipes.errors import RecipeError, naming
 from pyinvolution.recipes.recipe import Recipe, build_net
 from pyinvolution.recipes.segmentation.cityscapes import IGNORED
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
@@ -66,7 +65,8 @@ class Segmentation(Recipe):
             raise RecipeError(f"model.name must be a segmentation model, such as semantic_fpn_rednet50, got {name!r}")
         net.return_auxiliary = auxiliary_weight > 0
         if backbone_weights is not None:
-            load_backbone(net.backbone, backbone_weights)
+            with naming("model.backbone_weights"):
+                load_backbone(net.backbone, backbone_weights)
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)
         self.num_classes, self.auxiliary_weight = num_classes, auxiliary_weight
@@ -82,9 +82,6 @@ class Segmentation(Recipe):
         )
         self.train_iou, self.val_iou = iou, iou.clone()
         self.val_loss = MeanMetric(nan_strategy="disable")  # else it drops them
-
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        load_official(self.net, state)
 
     def prediction_writer(self, output: Path) -> SegmentationWriter:
         return SegmentationWriter(output)

@@ -18,6 +18,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress, track
 from scipy.stats import kendalltau, spearmanr
 
+from pyinvolution.models.checkpoint import load
 from pyinvolution.recipes import cli
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.studies.search import report
@@ -172,8 +173,7 @@ class _Search:
 
     def _evaluator(self) -> Evaluator:
         supernet = Supernet(self.space, self.config.num_classes)
-        state = torch.load(self.folder / "supernet" / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-        supernet.load_state_dict({name.removeprefix("net."): weight for name, weight in state.items()})
+        load(supernet, self.folder / "supernet" / "last.ckpt")
         supernet.to("cuda" if torch.cuda.is_available() else "cpu")
         training = training_batches(self.data, self.config.recalibration_images)
         return Evaluator(supernet, training, held_out_batches(self.data), self.folder / "accuracies.json")
