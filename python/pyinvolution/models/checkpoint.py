@@ -69,15 +69,15 @@ def _plain_types() -> list[Any]:
     return [*types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def weights(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
     """The state dict of a checkpoint: its entry ``state_dict``, or the checkpoint itself.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; the message begins with ``where``.
     """
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
-        raise ValueError("the checkpoint holds no weights, expected a dict of tensors, perhaps under 'state_dict'")
+        raise ValueError(f"{where} holds no weights, expected a dict of tensors, perhaps under 'state_dict'")
     return dict(state)
 
 
@@ -111,7 +111,7 @@ def load(model: Model, source: str | os.PathLike[str] | Mapping[str, Any]) -> Mo
     from pyinvolution.models.official import load_official  # which reads files by `read`
 
     where, checkpoint = _open(source)
-    state = weights(checkpoint)
+    state = weights(checkpoint, where)
     if state.keys() != model.state_dict().keys():
         if origin(checkpoint) == "authors":
             return load_official(model, source if isinstance(source, (str, os.PathLike)) else state)
@@ -126,7 +126,7 @@ def load_backbone(backbone: Model, source: str | os.PathLike[str] | Mapping[str,
     from pyinvolution.models.official import load_official
 
     where, checkpoint = _open(source)
-    state = weights(checkpoint)
+    state = weights(checkpoint, where)
     if origin(checkpoint) == "authors":
         return load_official(backbone, state)
     own = backbone.state_dict()

@@ -11,13 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import plots
+from pyinvolution.recipes._lightning import SaveLast, cluster_environment, validate_again
 from pyinvolution.recipes.data import seed_from
 from pyinvolution.recipes.errors import RecipeError, TrainingDiverged, naming
 
@@ -90,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(SaveLast):
     """``last.ckpt`` in ``dirpath``: every ``every_n_train_steps`` optimizer steps, and before and after a validation.
 
     Only between optimizer steps: gradients that are being accumulated are in no checkpoint. One that was saved before a
@@ -107,19 +108,16 @@ class LastCheckpoint(ModelCheckpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         if not trainer.fast_dev_run:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.save_last_now(trainer)
 
-    # Overrides of ModelCheckpoint.
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+    def before_save(self, trainer: pl.Trainer) -> None:
         state = trainer.lightning_module.state_dict()
         if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
             raise _diverged(trainer, "the weights are not finite")
-        super()._save_checkpoint(trainer, filepath)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not trainer.ckpt_path and (earlier := self._find_last_checkpoints(trainer)):
+        if not trainer.ckpt_path and (earlier := self.last_checkpoints(trainer)):
             rank_zero_warn(f"{max(earlier)} of an earlier run stays; to go on with it: --ckpt_path last")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -145,9 +143,7 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._before_validation:
-            # What Lightning's counters say in the middle of a validation; else it would take it as done.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validate_again(checkpoint)
 
 
 def between_steps(trainer: pl.Trainer) -> bool:
@@ -178,7 +174,7 @@ class StopOnSignal(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         signals = [signal.SIGTERM]
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             signals.append(environment.requeue_signal or signal.SIGUSR1)
         self._original = {signum: signal.signal(signum, self._note) for signum in signals}

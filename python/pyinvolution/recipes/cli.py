@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import callbacks, configs
+from pyinvolution.recipes._lightning import PlainCLI
 from pyinvolution.recipes.data import RecipeData
 from pyinvolution.recipes.errors import RecipeError, naming
 from pyinvolution.recipes.recipe import Recipe, init_arguments
@@ -38,7 +39,7 @@ class Parser(LightningArgumentParser):
         raise RecipeError(" ".join(message.split())) from ex
 
 
-class RecipeCLI(LightningCLI):
+class RecipeCLI(PlainCLI):
     """LightningCLI whose runs keep everything in ``trainer.default_root_dir``: last.ckpt, best.ckpt, curves.png, and
     logs/version_N with metrics.csv, TensorBoard events and config.yaml."""
 
@@ -74,9 +75,6 @@ class RecipeCLI(LightningCLI):
             help="what predict writes; relative to trainer.default_root_dir; None: the recipe's",
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: the configuration in a checkpoint has come in already, see `_insert_checkpoint_config`."""
-
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -91,7 +89,7 @@ class RecipeCLI(LightningCLI):
             self.save_config_callback = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
+        config = self.value("trainer")
         root = Path(config.default_root_dir or ".").absolute()
         given = config.callbacks or []
         added: list[Callback] = []
@@ -102,7 +100,7 @@ class RecipeCLI(LightningCLI):
         else:
             config.enable_checkpointing = False
         if self.subcommand == "predict":
-            output = self._get(self.config_init, "output") or self.model.output
+            output = self.value("output") or self.model.output
             added.append(self.model.prediction_writer(root / output))
         if config.logger in (None, True):
             config.logger = self.subcommand == "fit" and _loggers(root)
@@ -123,7 +121,7 @@ class RecipeCLI(LightningCLI):
         if config.logger is not False:
             added.append(LearningRateMonitor("step"))
         if config.enable_checkpointing is not False:
-            checkpoint = self._get(self.config_init, "checkpoint")
+            checkpoint = self.value("checkpoint")
             added += [
                 ModelCheckpoint(root, "best", checkpoint.monitor or self.model.monitor, mode=checkpoint.mode),
                 callbacks.LastCheckpoint(root, checkpoint.every_n_train_steps),
