@@ -97,8 +97,11 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "imagenet/rednet51.yaml"], "no such file, nor one of cityscapes/fpn_rednet50.yaml"),
-        (["--config"], "--config needs a file"),
+        (
+            ["--config", "imagenet/rednet51.yaml"],
+            "--config is imagenet/rednet51.yaml, expected a file or one of cityscapes/",
+        ),
+        (["--config"], "--config is empty, expected a file"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs"),
         (["--modell.lr=1"], "modell.lr"),
         (["--model.lr=-1"], "model.lr is out of range: got -1.0"),

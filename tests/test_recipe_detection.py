@@ -6,12 +6,10 @@ import io
 import json
 import re
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from recipe_support import (
     assert_same_state,
@@ -427,13 +425,7 @@ def test_random_frozen_weights_are_warned_of(data, tmp_path):
 
 
 def config(name):
-    merged: dict = {}
-    for path in configs.resolve(name):
-        for section, values in yaml.safe_load(Path(path).read_text()).items():
-            if isinstance(values, dict):
-                held = merged.setdefault(section, {})
-                held |= values | {"init_args": held.get("init_args", {}) | values.get("init_args", {})}
-    return merged
+    return configs.load(name)
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "retinanet"])

@@ -19,6 +19,7 @@ pytest.importorskip("optuna")
 from pyinvolution import Involution2d, cli
 from pyinvolution.models import create_model
 from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes import configs
 from pyinvolution.studies.search import OPERATORS, HeldOut, SearchSpace, StageChoice, Supernet, config, pipeline
 from pyinvolution.studies.search.costs import CostTable, Timing, multiply_adds
 from pyinvolution.studies.search.evaluation import Evaluator
@@ -417,8 +418,8 @@ def test_search_goes_on_from_what_is_there(searched, search_config, tmp_path, mo
     before, result = searched
     folder = shutil.copytree(before, tmp_path / "copy")
     trained = []
-    run = recipe_cli.run
-    monkeypatch.setattr(recipe_cli, "run", lambda arguments: trained.append(arguments) or run(arguments))
+    fit = recipe_cli.fit
+    monkeypatch.setattr(recipe_cli, "fit", lambda *arguments: trained.append(arguments) or fit(*arguments))
     overrides = {"output": str(folder)}
     again = pipeline.run(config.read(str(search_config), overrides))
     assert not trained
@@ -435,7 +436,7 @@ def test_interrupted_supernet_ends_like_another(searched, search_config, tmp_pat
     training = config.read(str(search_config), {}).supernet_training()
     stop = {"class_path": "recipe_support.Interrupt", "init_args": {"signum": int(signal.SIGTERM), "step": 0}}
     with pytest.raises(SystemExit):
-        pipeline.fit(config.merged(training, {"trainer": {"callbacks": [stop]}}), tmp_path)
+        pipeline.fit(configs.merge(training, {"trainer": {"callbacks": [stop]}}), tmp_path)
     paths = [tmp_path / "last.ckpt", folder / "supernet" / "last.ckpt"]
     parts, whole = (torch.load(path, weights_only=True) for path in paths)
     assert parts["global_step"] == 1 < whole["global_step"]
@@ -487,7 +488,7 @@ def space_of_found(result):
 def test_wrong_configuration_is_one_line(capsys, search_config, tmp_path, change, message):
     path = tmp_path / "wrong.yaml"
     values = yaml.safe_load(search_config.read_text())
-    path.write_text(change if change == "[" else yaml.safe_dump(config.merged(values, yaml.safe_load(change))))
+    path.write_text(change if change == "[" else yaml.safe_dump(configs.merge(values, yaml.safe_load(change))))
     status, error = search(capsys, "--config", path, "--output", tmp_path / "run")
     assert status == 2
     assert message in error
@@ -500,7 +501,7 @@ def test_another_search_does_not_mix_with_one_that_is_there(capsys, searched, se
     assert status == 2
     assert f"{folder} holds a search with another seed" in error
     status, error = search(capsys, "--config", "nothing.yaml")
-    assert (status, "nor one of digits.yaml" in error) == (2, True)
+    assert (status, "expected a file or one of digits.yaml" in error) == (2, True)
 
 
 def test_search_says_what_it_needs(capsys, monkeypatch):

@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    from pyinvolution.commands import make_data
+    from pyinvolution.recipes import configs, small_data
     from pyinvolution.recipes.errors import RecipeError
 
     if find_spec("optuna") is None:
@@ -42,10 +42,8 @@ def main(options: argparse.Namespace) -> None:
         if value is not None:
             for part in reversed(place):
                 value = {part: value}
-            overrides = config.merged(overrides, value)
+            overrides = configs.merge(overrides, value)
     search = config.read(options.config, overrides)
     if search.make_data:
-        if search.make_data not in make_data.DATA:
-            raise RecipeError(f"make_data must be one of {', '.join(make_data.DATA)}, got {search.make_data}")
-        make_data.main(argparse.Namespace(name=search.make_data, root=search.data.get("root", "data")))
+        small_data.write(search.make_data, search.data.get("root", "data"))
     pipeline.run(search)

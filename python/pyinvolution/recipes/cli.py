@@ -5,6 +5,8 @@ import logging
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -25,7 +27,7 @@ from pyinvolution.recipes.data import RecipeData
 from pyinvolution.recipes.errors import RecipeError, naming
 from pyinvolution.recipes.recipe import Recipe, init_arguments
 
-__all__ = ["RecipeCLI", "run"]
+__all__ = ["RecipeCLI", "fit", "other_processes", "run"]
 
 
 HELP = """--print_config shows every field with its value, --model.help Classification and --data.help
@@ -135,7 +137,27 @@ def _loggers(root: Path) -> list[Logger]:
     return [table, TensorBoardLogger(root, "logs", table.version, default_hp_metric=False)]
 
 
-def run(arguments: list[str]) -> RecipeCLI:
+def fit(config: Mapping[str, Any], ckpt_path: str | Path | None = None) -> Trainer:
+    """Train by a configuration.
+
+    A strategy that starts the other processes of a distributed run by itself does so with the command line of this
+    program, which must come to the same call in each of them; or see `other_processes`.
+
+    Args:
+        config: what a file for ``pyinvolution fit --config`` holds, e.g. `configs.load("digits/rednet.yaml")`.
+        ckpt_path: checkpoint of the run to resume, or "last"; None begins anew.
+
+    Returns:
+        The trainer at the end of training, with its ``lightning_module`` and ``datamodule``.
+
+    Raises:
+        RecipeError, TrainingDiverged, SystemExit: as `run`.
+    """
+    resume = [] if ckpt_path is None else ["--ckpt_path", str(ckpt_path)]
+    return _cli(["fit", "--config", configs.dump(config), *resume]).trainer
+
+
+def run(arguments: Sequence[str]) -> RecipeCLI:
     """Run a training command, e.g. ``["fit", "--config", "digits/rednet.yaml", "--data.root", "data"]``.
 
     Raises:
@@ -143,16 +165,31 @@ def run(arguments: list[str]) -> RecipeCLI:
         TrainingDiverged: the loss became NaN or infinite.
         SystemExit: 0 after printing help or a configuration, 143 after SIGTERM.
     """
+    with other_processes(arguments):
+        return _cli(_insert_checkpoint_config(_resolve_configs(arguments)))
+
+
+@contextmanager
+def other_processes(arguments: Sequence[str]) -> Iterator[None]:
+    """Within it, a strategy starts the other processes of a distributed run with these arguments of ``pyinvolution``,
+    not with those of this process."""
+    # Lightning takes them from here.
+    before, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _cli(arguments: list[str]) -> RecipeCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning against a newer torch
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python.*")
     if arguments[0] != "fit":
         warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
-    arguments = _insert_checkpoint_config(_resolve_configs(arguments))
-    # Through sys.argv: a distributed strategy starts its other processes with it.
-    before, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         return RecipeCLI(
             Recipe,
@@ -164,17 +201,16 @@ def run(arguments: list[str]) -> RecipeCLI:
             auto_configure_optimizers=False,
             parser_class=Parser,
             parser_kwargs={"prog": "pyinvolution"} | {name: {"description": HELP} for name in RecipeCLI.subcommands()},
+            args=arguments,
         )
     except MisconfigurationException as error:
         raise RecipeError(str(error)) from error
     except SIGTERMException:
         sys.exit(callbacks.StopOnSignal.EXIT_CODE)  # Lightning's own would exit with 0
-    finally:
-        sys.argv = before
 
 
-def _resolve_configs(arguments: list[str]) -> list[str]:
-    """``arguments`` with paths in place of the short names of configurations."""
+def _resolve_configs(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with the contents of configurations, bases first, in place of their names."""
     resolved: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -184,9 +220,9 @@ def _resolve_configs(arguments: list[str]) -> list[str]:
             continue
         name = value if equals else next(rest, None)
         if name is None:
-            raise RecipeError(f"{option} needs a file or the name of a packaged configuration")
-        for path in configs.resolve(name):
-            resolved += ["--config", path]
+            raise RecipeError(f"{option} is empty, expected a file or the name of a packaged configuration")
+        for content in configs.chain(name):
+            resolved += ["--config", configs.dump(content)]
     return resolved
 
 

@@ -18,7 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pyinvolution.recipes.errors import RecipeError
 
-__all__ = ["EvalSampler", "RecipeData", "ResumableSampler", "SeededDataset", "UnreadableSample", "seed_from"]
+__all__ = ["EvalSampler", "RecipeData", "ResumableSampler", "SeededDataset", "UnreadableSample", "data_of", "seed_from"]
 
 Key = tuple[int, int]
 """(epoch, index): what a sampler yields here and a `SeededDataset` takes."""
@@ -252,3 +252,8 @@ class RecipeData(pl.LightningDataModule):
                     f"{getattr(self, name)}; keep data, seed and global batch, or begin anew from its weights with "
                     "model.init_from"
                 )
+
+
+def data_of(trainer: pl.Trainer) -> RecipeData:
+    """The data of a trainer that a recipe runs."""
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it by name

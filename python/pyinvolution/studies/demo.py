@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pyinvolution.recipes import cli, plots
+from pyinvolution.recipes import cli, configs, plots
 from pyinvolution.recipes.classification.digits import write_digits
 from pyinvolution.recipes.classification.imagefolder import ImageFolderData
 from pyinvolution.recipes.classification.task import Classification
+from pyinvolution.recipes.data import data_of
 from pyinvolution.studies import compare_operator
 from pyinvolution.studies.learned_kernels import involution_kernels
 
@@ -37,18 +38,23 @@ def run(output: str, target: float, max_epochs: int | None = None) -> int:
     train, val = write_digits(data)
     console.rule(f"{train} handwritten digits to learn from, {val} held out")
     shutil.rmtree(folder, ignore_errors=True)
-    arguments = ["fit", "--config", CONFIG, "--data.root", str(data), "--trainer.default_root_dir", str(folder)]
-    if max_epochs is not None:
-        arguments += ["--trainer.max_epochs", str(max_epochs)]
+    trainer_options = {"default_root_dir": str(folder)} | ({} if max_epochs is None else {"max_epochs": max_epochs})
+    arguments = ["fit", "--config", CONFIG, "--data.root", str(data)]
+    arguments += [part for name, value in trainer_options.items() for part in (f"--trainer.{name}", str(value))]
     console.print("pyinvolution", *arguments, highlight=False)
+    config = configs.merge(configs.load(CONFIG), {"data": {"root": str(data)}, "trainer": trainer_options})
     # The layers are small: a second thread gains little, and loses much on a machine that is busy with other things.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    run = cli.run(arguments)
+    with cli.other_processes(arguments):
+        trainer = cli.fit(config)
     seconds = time.perf_counter() - start
+    model, digits = trainer.lightning_module, data_of(trainer)
+    assert isinstance(model, Classification)
+    assert isinstance(digits, ImageFolderData)
 
-    images, targets, probabilities = _predict(run.model, run.datamodule)
+    images, targets, probabilities = _predict(model, digits)
     confidences, predicted = probabilities.max(1)
     wrong = predicted != targets
     accuracy = 100 * (1 - wrong.float().mean().item())
@@ -65,13 +71,13 @@ def run(output: str, target: float, max_epochs: int | None = None) -> int:
             targets[shown].tolist(),
             predicted[shown].tolist(),
             confidences[shown].tolist(),
-            run.datamodule.classes,
+            digits.classes,
             folder / "predictions.png",
             summary,
         ),
         plots.kernels(
             grey[examples],
-            involution_kernels(run.model.net, images[examples]),
+            involution_kernels(model.net, images[examples]),
             [(0.3, 0.6), (0.55, 0.55), (0.85, 0.45)],
             folder / "kernels.png",
         ),

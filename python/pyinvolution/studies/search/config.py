@@ -9,11 +9,14 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from pyinvolution.recipes import configs
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.studies.search.costs import Cost, Timing
 from pyinvolution.studies.search.space import Architecture, SearchSpace
 
-__all__ = ["SearchConfig", "read", "resolve"]
+__all__ = ["SearchConfig", "read"]
+
+CONFIGS = Path(__file__).parent / "configs"
 
 # What may change between two runs of the same search: how far it goes.
 EXTENDABLE = ("output", "trials", "networks", "opponents", "seeds")
@@ -118,14 +121,14 @@ class SearchConfig:
     def selection_training(self, architecture: Architecture) -> dict[str, Any]:
         """Likewise by ``ranking``, validated on the training images that the search has held out."""
         config = self.training(architecture) | {"data": self._held_out}
-        return merged(config, _sections(self.ranking))
+        return configs.merge(config, _sections(self.ranking))
 
     def supernet_training(self) -> dict[str, Any]:
         """Likewise of the supernet."""
         model = {name: value for name, value in _arguments(self.recipe, "model").items() if name not in _ONE_NETWORK}
         model["space"] = self.search_space.to_dict()
         config = self._run(model, "pyinvolution.studies.search.OneShot", {}, "") | {"data": self._held_out}
-        return merged(config, _sections(self.supernet))
+        return configs.merge(config, _sections(self.supernet))
 
     @property
     def _held_out(self) -> dict[str, Any]:
@@ -179,46 +182,16 @@ def _sections(overrides: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the entries of ``overrides`` in place of its own, mapping by mapping."""
-    result = dict(base)
-    for name, value in overrides.items():
-        both = isinstance(value, dict) and isinstance(result.get(name), dict)
-        result[name] = merged(result[name], value) if both else value
-    return result
-
-
-def resolve(name: str) -> Path:
-    """The file ``name``, else the packaged configuration of that name.
-
-    Raises:
-        RecipeError: there is neither; the message lists the packaged ones.
-    """
-    folder = Path(__file__).parent / "configs"
-    known = sorted(path.name for path in folder.glob("*.yaml"))
-    if Path(name).is_file():
-        return Path(name)
-    if name not in known:
-        raise RecipeError(f"--config {name}: no such file, nor one of {', '.join(known)}")
-    return folder / name
-
-
 def read(name: str, overrides: dict[str, Any]) -> SearchConfig:
     """The configuration in a file, with the values of ``overrides`` in place of its own.
 
     Raises:
         RecipeError: there is no such file, or its content is wrong.
     """
-    path = resolve(name)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} must hold a mapping with space and recipe, got {type(values).__name__}")
+    values = configs.load(name, CONFIGS)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SearchConfig)
     try:
-        return SearchConfig(**parser.instantiate(parser.parse_object(merged(values, overrides))).as_dict())
+        return SearchConfig(**parser.instantiate(parser.parse_object(configs.merge(values, overrides))).as_dict())
     except ArgumentError as error:
-        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{name}: {' '.join(str(error).split())}") from error

@@ -4,7 +4,7 @@ import logging
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -12,17 +12,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress, track
 from scipy.stats import kendalltau, spearmanr
 
 from pyinvolution.models.checkpoint import load
-from pyinvolution.recipes import cli
+from pyinvolution.recipes import cli, configs
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.studies.search import report
-from pyinvolution.studies.search.config import SearchConfig, merged
+from pyinvolution.studies.search.config import SearchConfig
 from pyinvolution.studies.search.costs import CostTable
 from pyinvolution.studies.search.data import HeldOut, held_out_batches, training_batches
 from pyinvolution.studies.search.evaluation import Evaluator
@@ -79,15 +79,16 @@ def fit(training: dict[str, Any], folder: Path) -> float:
     done = folder / "result.json"
     if not done.is_file():
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder)}
-        path = folder / "recipe.yaml"
+        config = configs.merge(training, {"trainer": quiet})
+        path, last = folder / "recipe.yaml", folder / "last.ckpt"
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(merged(training, {"trainer": quiet}), sort_keys=False))
-        last = folder / "last.ckpt"
-        resume = ["--ckpt_path", str(last)] if last.is_file() else []
-        run = cli.run(["fit", "--config", str(path), *resume])
-        metrics = run.trainer.callback_metrics
+        path.write_text(configs.dump(config))
+        ckpt_path = str(last) if last.is_file() else None
+        with cli.other_processes(["fit", "--config", str(path), *(["--ckpt_path", ckpt_path] if ckpt_path else [])]):
+            trainer = cli.fit(config, ckpt_path)
+        metrics: Mapping[str, Any] = trainer.callback_metrics
         if "val/top1" not in metrics:  # it had been interrupted after its last step
-            metrics = run.trainer.validate(run.model, run.datamodule, verbose=False)[0]
+            metrics = trainer.validate(trainer.lightning_module, data_of(trainer), verbose=False)[0]
         write_json(done, {"top1": float(metrics["val/top1"])})
     return read_json(done)["top1"]
 
@@ -188,8 +189,10 @@ class _Search:
         return study.candidates
 
     def _export(self, found: Architecture) -> None:
-        training = merged(self.config.training(found), {"trainer": {"default_root_dir": str(self.folder / "found")}})
-        text = yaml.safe_dump(training, sort_keys=False)
+        training = configs.merge(
+            self.config.training(found), {"trainer": {"default_root_dir": str(self.folder / "found")}}
+        )
+        text = configs.dump(training)
         path = self.folder / "found.yaml"
         path.write_text(f"# {describe(found)}\n# To train it: pyinvolution fit --config {path}\n{text}")
 
@@ -298,7 +301,7 @@ class _Search:
             # Only the last epoch counts.
             quiet = {"logger": False, "num_sanity_val_steps": 0, "check_val_every_n_epoch": epochs}
             folder = self.folder / kind / f"{key(self.space.encode(architecture))}-seed{seed}"
-            scores[architecture].append(fit(merged(base, {"seed_everything": seed, "trainer": quiet}), folder))
+            scores[architecture].append(fit(configs.merge(base, {"seed_everything": seed, "trainer": quiet}), folder))
         return [scores[architecture] for architecture in networks]
 
     def _entry(self, candidate: Candidate) -> dict[str, Any]:
