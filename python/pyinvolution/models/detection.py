@@ -2,7 +2,7 @@
 
 Where torchvision differs from the code behind the paper's figures (mmdet 2), these models follow the latter, so that
 its checkpoints give the same detections: anchors and RoIAlign are not rounded to pixels, RoIAlign samples every pixel,
-and a RetinaNet has no output for a background.
+a RetinaNet has no output for a background, and the change of a box's sides is limited both ways.
 """
 
 import inspect
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.models import detection
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -91,6 +92,18 @@ class RoIAlign(MultiScaleRoIAlign):
             pooled = roi_align(features.to(rois.dtype), rois[chosen], self.output_size, 1 / stride, 0, aligned=True)
             result[chosen] = pooled.to(result.dtype)
         return result
+
+
+class TwoSidedBoxCoder(BoxCoder):
+    """torchvision's, but as in mmdet a box is also not made narrower or lower than 16/1000 of its anchor or proposal:
+    the logarithms of both ratios are clamped to [-``bbox_xform_clip``, ``bbox_xform_clip``], where torchvision has the
+    upper limit only."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        x, y, width, height = rel_codes.unflatten(1, (-1, 4)).unbind(2)
+        least = [-self.bbox_xform_clip * weight for weight in self.weights[2:]]
+        codes = torch.stack([x, y, width.clamp(min=least[0]), height.clamp(min=least[1])], 2)
+        return super().decode_single(codes.flatten(1), boxes)
 
 
 class RetinaNet(detection.RetinaNet):
@@ -190,7 +203,10 @@ def _rcnn(
     for name in ("rpn_head", "box_predictor", "mask_predictor"):
         if name in parts:
             parts[name].register_forward_hook(_in_single_precision)
-    return model(body, **{"rpn_post_nms_top_n_train": 1000, **parts, **kwargs})
+    net = model(body, **{"rpn_post_nms_top_n_train": 1000, **parts, **kwargs})
+    for part in (net.rpn, net.roi_heads):
+        part.box_coder = TwoSidedBoxCoder(part.box_coder.weights)
+    return net
 
 
 @partial(register_model, listed=False)
@@ -282,7 +298,9 @@ def retinanet(
     retina_head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], classes)
     retina_head.register_forward_hook(_in_single_precision)
     kwargs = {"detections_per_img": 100, **kwargs}
-    return RetinaNet(body, classes, anchor_generator=anchors, head=retina_head, **kwargs)
+    net = RetinaNet(body, classes, anchor_generator=anchors, head=retina_head, **kwargs)
+    net.box_coder = TwoSidedBoxCoder(net.box_coder.weights)
+    return net
 
 
 def _register(family: Any, title: str, depth: int) -> None:

@@ -60,9 +60,9 @@ class PlainCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         pass
 
-    def value(self, name: str) -> Any:
-        """The value of an argument of the subcommand, objects built."""
-        return self._get(self.config_init, name)
+    def value(self, name: str, built: bool = True) -> Any:
+        """The value of an argument of the subcommand; ``built`` with the objects that it describes."""
+        return self._get(self.config_init if built else self.config, name)
 
 
 def cluster_environment(trainer: pl.Trainer) -> ClusterEnvironment | None:

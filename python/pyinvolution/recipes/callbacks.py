@@ -11,9 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
+from rich import get_console
+from rich.table import Table
 from torch import Tensor
 
 from pyinvolution.models.checkpoint import read
@@ -30,6 +33,7 @@ __all__ = [
     "SeedEveryBatch",
     "StopOnDivergence",
     "StopOnSignal",
+    "Summary",
 ]
 
 
@@ -279,6 +283,31 @@ class ImagesPerSecond(Callback):
             images = self._batches * trainer.datamodule.batch_size * trainer.world_size
             pl_module.log("train/images_per_s", images / (now - self._since), prog_bar=True)
             self._since, self._batches = now, 0
+
+
+class Summary(ModelSummary):
+    """Lightning's table of the model, without its counts of operations: they are 0 unless a model has an example of its
+    input, and the size of images depends on the data."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        columns = [(name, values) for name, values in summary_data if name != "FLOPs"]
+        table = Table()
+        for name, _ in columns:
+            table.add_column(name, justify="right" if name == "Params" else "left")
+        for row in zip(*(values for _, values in columns), strict=True):
+            table.add_row(*row)
+        console = get_console()
+        console.print(table)
+        trained, total = (get_human_readable_count(n).strip() for n in (trainable_parameters, total_parameters))
+        console.print(f"{trained} trained of {total} parameters, {model_size:.1f} MB")
 
 
 class Curves(Callback):

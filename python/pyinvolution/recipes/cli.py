@@ -15,7 +15,14 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    RichProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -89,14 +96,30 @@ class RecipeCLI(PlainCLI):
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "fit":
             self.save_config_callback = None
+            return
+        trainer = self.value("trainer", built=False)
+        if trainer.max_epochs is None and trainer.max_steps == -1 and not trainer.fast_dev_run:
+            raise RecipeError(
+                "fit needs a configuration, such as --config imagenet/rednet50.yaml (pyinvolution configs lists them), "
+                "or at least the length of the run: --trainer.max_epochs"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.value("trainer")
         root = Path(config.default_root_dir or ".").absolute()
         given = config.callbacks or []
         added: list[Callback] = []
-        if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):
+
+        def given_one(kind: type[Callback]) -> bool:
+            return any(isinstance(callback, kind) for callback in given)
+
+        if config.enable_progress_bar is not False and not given_one(ProgressBar):
             added.append(RichProgressBar())
+        if config.enable_model_summary is not False and not any(
+            isinstance(callback, ModelSummary) for callback in given
+        ):
+            added.append(callbacks.Summary())
+            config.enable_model_summary = False  # Lightning's own
         if self.subcommand == "fit":
             added += self._training_callbacks(config, root)
         else:

@@ -71,6 +71,7 @@ class SeededDataset(Dataset):
         return sample if found == index or self.training else self.samples.ignored(sample)
 
     def _read(self, wanted: int) -> tuple[int, Any]:
+        first = None
         for offset in range(len(self)):
             index = (wanted + offset) % len(self)
             try:
@@ -79,7 +80,8 @@ class SeededDataset(Dataset):
                 if self.unreadable == "raise":
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
-        raise RecipeError(f"none of the {len(self)} samples can be read")
+                first = first or error
+        raise RecipeError(f"none of the {len(self)} samples can be read; the first: {first}")
 
 
 class ResumableSampler(DistributedSampler):
@@ -240,13 +242,14 @@ class RecipeData(pl.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps_per_epoch": self.steps_per_epoch, "seed": self.seed}
+        return {"steps_per_epoch": self.steps_per_epoch, "seed": self.seed, "global_batch": self.global_batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        for name in ("steps_per_epoch", "seed"):
-            if state.get(name) != getattr(self, name):
+        for name in ("steps_per_epoch", "seed", "global_batch"):
+            missing = None if name != "global_batch" else self.global_batch  # earlier checkpoints do not know it
+            if state.get(name, missing) != getattr(self, name):
                 raise RecipeError(
                     f"cannot resume: the checkpoint was made with {name}={state.get(name)}, this run has "
                     f"{getattr(self, name)}; keep data, seed and global batch, or begin anew from its weights with "

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ __all__ = ["Recipe", "build_net", "init_arguments"]
 
 class Recipe(pl.LightningModule):
     """A network ``net`` with its optimizer, linear warm-up and a decay of the learning rate by the optimizer step.
+
+    Of a checkpoint that training goes on from (``fit --ckpt_path``) come the weights, their average, the optimizer's
+    moments and the position; everything else is as this run's configuration says, also where the checkpoint's was
+    another: learning rate, weight decay, momentum, the run's length. One line of the log tells the differences.
 
     Args:
         net: the network.
@@ -106,6 +111,9 @@ class Recipe(pl.LightningModule):
         self.min_ratio = min_lr / lr
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.ema_decay = ema_decay
+        # Of this run, and the settings of the checkpoint with which it goes on.
+        self._total_steps: int | None = None
+        self._before: dict[str, Any] | None = None
         torch.set_float32_matmul_precision(matmul_precision)
         if init_from is not None:
             self.load_weights(init_from)
@@ -149,6 +157,50 @@ class Recipe(pl.LightningModule):
                 raise RecipeError(f"--ckpt_path: the checkpoint has no {key} to go on with, or a damaged one")
         with naming("--ckpt_path"):
             check_fit(checkpoint["state_dict"], self, "the checkpoint")
+        if self.trainer.state.fn == "fit":
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        groups = checkpoint["optimizer_states"][0]["param_groups"]
+        kind = "adamw" if "betas" in groups[0] else "sgd"
+        if kind != self.optimizer:
+            raise RecipeError(
+                f"cannot resume: the checkpoint was made with model.optimizer={kind}, not {self.optimizer}"
+            )
+        count, ours = sum(len(group["params"]) for group in groups), len(self._trained())
+        if count != ours:
+            raise RecipeError(f"cannot resume: the checkpoint has {count} trained parameters, this run {ours}")
+        if not self.ema_decay and "current_model_state" in checkpoint:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]  # there, state_dict is the average
+        self._before = _settings(checkpoint.get("hyper_parameters"), checkpoint.get("datamodule_hyper_parameters"))
+        self._before |= {"the run's length": checkpoint.get("total_steps")} if "total_steps" in checkpoint else {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["total_steps"] = self._total_steps
+
+    def on_train_start(self) -> None:
+        """Let the configuration hold in a resumed run: what it says of the optimizer replaces what Lightning has taken
+        from the checkpoint."""
+        if self._before is None:
+            return
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        lr = optimizer.defaults["lr"]
+        scheduler.base_lrs = [lr] * len(optimizer.param_groups)
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group |= optimizer.defaults | {"initial_lr": lr, "lr": lr * factor(scheduler.last_epoch)}
+        now = _settings(self.hparams, self.trainer.datamodule.hparams) | {"the run's length": self._total_steps}
+        changed = [
+            f"{name}={now[name]} (before: {value})"
+            for name, value in self._before.items()
+            if name in now and now[name] != value
+        ]
+        rank_zero_info(
+            f"resumed at step {self.trainer.global_step}; the configuration of this run holds, which differs from the "
+            f"checkpoint's in {', '.join(changed) or 'nothing'}"
+        )
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
@@ -162,6 +214,7 @@ class Recipe(pl.LightningModule):
         data = self.trainer.datamodule
         lr = scale_lr(self.lr, data.global_batch, self.reference_batch)
         total = total_steps(data.steps_per_epoch, self.trainer.max_epochs, self.trainer.max_steps)
+        self._total_steps = total
         if 0 < total <= self.warmup_steps:
             rank_zero_warn(
                 f"model.warmup_steps={self.warmup_steps} is not shorter than the run of {total} steps: the learning "
@@ -170,7 +223,7 @@ class Recipe(pl.LightningModule):
         rank_zero_info(
             f"{total} steps of {data.global_batch} images, learning rate {lr:g}, warm-up {self.warmup_steps} steps"
         )
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        parameters = self._trained()
         optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, lr, weight_decay=self.weight_decay, **self.sgd)
@@ -187,6 +240,25 @@ class Recipe(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+def _settings(model: Any, data: Any) -> dict[str, Any]:
+    """Arguments of a model and of its data by their names on the command line, as plain values."""
+    return {
+        f"{section}.{name}": _plain(value)
+        for section, values in (("model", model), ("data", data))
+        if isinstance(values, Mapping)
+        for name, value in values.items()
+        if not name.startswith("_")
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def init_arguments(checkpoint: Mapping[str, Any], key: str = "hyper_parameters") -> dict[str, Any]:

@@ -11,7 +11,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from scipy import ndimage
 from torchmetrics.functional.classification import multiclass_jaccard_index
@@ -20,6 +19,7 @@ from pyinvolution import Involution2d
 from pyinvolution.models.checkpoint import read, reason_of
 from pyinvolution.recipes import plots
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.images import read_image
 from pyinvolution.recipes.recipe import init_arguments
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, IMAGE_SUFFIX, PALETTE, CityscapesData
 from pyinvolution.recipes.segmentation.task import Segmentation
@@ -288,7 +288,7 @@ def run(
     data = CityscapesData(**arguments | ({"root": root} if root else {}) | {"num_workers": 0})
     data.setup("validate")
     samples = data.val_samples
-    names = [Path(path).name.removesuffix(IMAGE_SUFFIX) for path in samples.dataset.images]
+    names = [Path(path).name.removesuffix(IMAGE_SUFFIX) for path, _ in samples.files]
     missing = [name for name in images if name not in names]
     if missing:
         raise RecipeError(
@@ -300,7 +300,7 @@ def run(
     pictures, truths, found = [], [], ([], [])
     for index in chosen:
         image, truth = samples[index]
-        pictures.append(np.asarray(Image.open(samples.dataset.images[index]).convert("RGB")))
+        pictures.append(np.asarray(read_image(samples.files[index][0])))
         truths.append(truth.numpy().astype(np.uint8))
         for network, labels in zip((other, model), found, strict=True):
             labels.append(network(image[None].to(device))[0].argmax(0).to(torch.uint8).cpu().numpy())

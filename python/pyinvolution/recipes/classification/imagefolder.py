@@ -1,19 +1,20 @@
 """Images in a folder for each class, as ImageNet is commonly unpacked: ROOT/{train,val}/CLASS/IMAGE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
-from pyinvolution.recipes.data import RecipeData, UnreadableSample
+from pyinvolution.recipes.data import RecipeData
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.images import find_images, is_hidden, read_image, relative_names
 
-__all__ = ["IGNORED", "ImageFiles", "ImageFolderData", "Transforms", "compose", "find_images"]
+__all__ = ["IGNORED", "ImageFiles", "ImageFolderData", "Transforms", "compose"]
 
 IGNORED = -1
 """Target of an image that loss and metrics leave out."""
@@ -25,33 +26,53 @@ Transforms = list[dict[str, dict[str, Any]]]
 
 
 class ImageFiles:
-    """Pairs of image and target; the image is RGB, transformed.
+    """Pairs of image and target; the image is read by `read_image` and transformed.
 
     Args:
         files: (path, target) of each.
         transform: from a PIL image to what a batch is made of.
     """
 
+    @classmethod
+    def to_predict(cls, paths: Sequence[Path], root: Path, transform: Callable[[Any], Tensor]) -> "ImageFiles":
+        """Pairs of image and index, with ``names``: the paths relative to ``root``."""
+        samples = cls([(str(path), index) for index, path in enumerate(paths)], transform)
+        samples.names = relative_names(paths, root)
+        return samples
+
     def __init__(self, files: list[tuple[str, int]], transform: Callable[[Any], Tensor]) -> None:
         self.files, self.transform = files, transform
+        self.names: list[str] = []
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, target = self.files[index]
-        try:
-            image = pil_loader(path)
-        except Exception as error:  # decoders raise nearly anything on broken files
-            raise UnreadableSample(f"cannot read image {path}: {error}") from error
-        return self.transform(image), target
+        return self.transform(read_image(path)), target
 
     def ignored(self, sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
         return sample[0], IGNORED
 
 
+class VisibleFolder(ImageFolder):
+    """torchvision's, without hidden folders and files; classes may be empty."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, is_valid_file=self._visible, allow_empty=True)
+
+    def _visible(self, path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden(Path(path).relative_to(self.root))
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not is_hidden(Path(name))]
+        if not names:
+            raise FileNotFoundError(f"there is no class folder in {directory}")
+        return names, {name: index for index, name in enumerate(names)}
+
+
 class ImageFolderData(RecipeData):
-    """An ImageFolder tree. Classes are the sorted names of the folders in ``train``.
+    """An ImageFolder tree. Classes are the sorted names of the folders in ``train``, but for hidden ones (`is_hidden`).
 
     Args:
         root: folder with ``train`` and ``val``.
@@ -129,10 +150,10 @@ class ImageFolderData(RecipeData):
         self.val_samples = ImageFiles(val.samples, self.val_transform)
 
     def _setup_predict(self) -> None:
-        paths = find_images(Path(self.predict_root or self.root / "val"))
-        self.predict_samples = ImageFiles([(str(path), index) for index, path in enumerate(paths)], self.val_transform)
+        root = Path(self.predict_root or self.root / "val")
+        self.predict_samples = ImageFiles.to_predict(find_images(root), root, self.val_transform)
 
-    def _folder(self, split: str) -> ImageFolder:
+    def _folder(self, split: str) -> "VisibleFolder":
         folder = self.root / split
         if not folder.is_dir():
             raise RecipeError(
@@ -140,9 +161,16 @@ class ImageFolderData(RecipeData):
                 f"{self.root}/val/CLASS/IMAGE"
             )
         try:
-            return ImageFolder(str(folder))
+            found = VisibleFolder(str(folder))
         except FileNotFoundError as error:
-            raise RecipeError(f"data.root={self.root}: {str(error).splitlines()[0]}") from error
+            raise RecipeError(f"data.root={self.root}: {split}: {str(error).splitlines()[0]}") from error
+        if empty := sorted(set(found.class_to_idx.values()) - set(found.targets)):
+            names = _some([found.classes[index] for index in empty])
+            raise RecipeError(
+                f"data.root={self.root}: {len(empty)} of {len(found.classes)} class folders in {folder} hold no image "
+                f"({', '.join(IMG_EXTENSIONS)}): {names}"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"classes": self.classes}
@@ -159,18 +187,6 @@ class ImageFolderData(RecipeData):
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
-
-
-def find_images(root: Path) -> list[Path]:
-    """The images to predict: those in a folder, in any depth, or ``root`` itself.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    if not paths:
-        raise RecipeError(f"there is no image to predict in {root}: set --data.predict_root to an image or a folder")
-    return paths
 
 
 def compose(field: str, transforms: Transforms) -> v2.Compose:

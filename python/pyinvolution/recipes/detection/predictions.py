@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from pyinvolution.recipes.callbacks import from_all_processes
 from pyinvolution.recipes.detection import pictures
+from pyinvolution.recipes.images import output_names
 
 __all__ = ["CocoWriter"]
 
@@ -19,8 +20,9 @@ class CocoWriter(BasePredictionWriter):
     width, height), ``score`` and, from a Mask R-CNN, ``segmentation`` (compressed run lengths); and pictures of the
     first images to a folder of the same name.
 
-    Images which no annotations list have the numbers that are their names, as in COCO, else their places in the order
-    of paths, and results have their ``file_name`` too.
+    Images which no annotations list have the numbers that are their names, as in COCO, if these differ, else their
+    places in the order of paths; and results have a ``file_name`` too, relative to ``predict_root``. Pictures are named
+    by `output_names`.
 
     Args:
         output: the file.
@@ -31,6 +33,10 @@ class CocoWriter(BasePredictionWriter):
         super().__init__("batch")
         self.output, self.shown = Path(output), shown
         self._found: list[tuple[int, dict[str, list]]] = []
+        self._names: list[str] = []
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._names = output_names(trainer.datamodule.predict_samples.names)
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: list[tuple[int, dict, Any]], *args: Any
@@ -39,8 +45,8 @@ class CocoWriter(BasePredictionWriter):
         for index, found, scene in prediction:
             self._found.append((index, found))
             if scene is not None:
-                name = Path(data.predict_samples.files[index][0]).stem
-                pictures.grid([scene], data.classes, self.output.with_suffix("") / f"{name}.png")
+                path = self.output.with_suffix("") / f"{self._names[index]}.png"
+                pictures.grid([scene], data.classes, path)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = from_all_processes(trainer, self._found)
@@ -51,7 +57,7 @@ class CocoWriter(BasePredictionWriter):
         for index, image in sorted(found, key=lambda image: image[0]):
             common = {"image_id": data.image_ids[index]}
             if not data.ids_listed:
-                common["file_name"] = Path(data.predict_samples.files[index][0]).name
+                common["file_name"] = data.predict_samples.names[index]
             masks = image.get("masks", [None] * len(image["boxes"]))
             for box, label, score, mask in zip(image["boxes"], image["labels"], image["scores"], masks, strict=True):
                 x1, y1, x2, y2 = box

@@ -1,0 +1,249 @@
+"""COCO's annotations as other programs write them: what is refused, what is left out, and masks of what is left."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
+from math import inf, isfinite
+from operator import not_
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+__all__ = ["Entry", "Fault", "check", "draw_mask", "sift"]
+
+Entry = Mapping[str, Any]
+"""An image, a category or an annotation in the file."""
+Size = tuple[int, int]
+"""Height and width."""
+
+
+class Fault(ValueError):
+    """What is wrong in a file of annotations, without the file's name."""
+
+
+def check(coco: COCO, file: Path, annotated: bool) -> None:
+    """Check images and categories, and the annotations if the file is ``annotated``, but for their masks.
+
+    Raises:
+        Fault: ids repeat or have another type, a name is not text, a size is not positive, a box is not four
+            finite numbers of which two are sizes of at least 0, or an annotation's category is not listed.
+        KeyError: an entry lacks a field.
+    """
+    content = coco.dataset
+    images, categories = content.get("images") or [], content.get("categories") or []
+    if not images or (annotated and not categories):
+        raise Fault("it lists no images or no categories")
+    if annotated and "annotations" not in content:
+        raise Fault("it has no annotations")
+    for kind, field, entries in (("image", "file_name", images), ("category", "name", categories)):
+        for entry in entries:
+            _check_id(entry["id"], f"the id of {kind} {entry[field]!r}")
+            if not isinstance(entry[field], str):
+                raise Fault(f"the {field} of {kind} {entry['id']} is {entry[field]!r}, expected text")
+        _check_unique(kind, entries, lambda group, field=field: ", ".join(entry[field] for entry in group))
+    for image in images:
+        for side in ("width", "height"):
+            if (value := image.get(side)) is not None and not (_is_number(value) and value > 0):
+                raise Fault(f"the {side} of image {image['id']} is {value!r}, expected a positive number")
+    _warn_of_repeated_files(file, images)
+    if not annotated:
+        return
+    annotations = content["annotations"]
+    _check_unique(
+        "annotation", annotations, lambda group: f"images {', '.join(str(entry['image_id']) for entry in group)}"
+    )
+    for annotation in annotations:
+        _check_annotation(annotation, coco.cats)
+    strays = [annotation for annotation in annotations if annotation["image_id"] not in coco.imgs]
+    if strays:
+        rank_zero_warn(f"{file}: images that are not listed: {_some(strays, annotations)} are left out")
+
+
+def _check_id(value: Any, what: str) -> None:
+    if type(value) is not int or value < 0:
+        raise Fault(f"{what} is {value!r}, expected an integer of at least 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _check_unique(kind: str, entries: Iterable[Entry], describe: Callable[[list[Entry]], str]) -> None:
+    groups: dict[Any, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry["id"]].append(entry)
+    repeated = [(number, group) for number, group in groups.items() if len(group) > 1]
+    if repeated:
+        number, group = repeated[0]
+        where = describe(group[:5]) + (", ..." if len(group) > 5 else "")
+        more = f" (and {len(repeated) - 1} other ids of {kind} entries repeat)" if len(repeated) > 1 else ""
+        raise Fault(f"{kind} {number!r} is used {len(group)} times ({where}), expected unique ids{more}")
+
+
+def _warn_of_repeated_files(file: Path, images: Iterable[Entry]) -> None:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for image in images:
+        groups[image["file_name"]].append(image["id"])
+    repeated = [(name, numbers) for name, numbers in groups.items() if len(numbers) > 1]
+    if repeated:
+        name, numbers = repeated[0]
+        which = ", ".join(map(str, numbers))
+        rank_zero_warn(
+            f"{file}: {len(repeated)} files are listed as several images (first: {name}, images {which}), each with "
+            "its own annotations only"
+        )
+
+
+def _check_annotation(annotation: Entry, categories: Mapping[int, Entry]) -> None:
+    name = f"annotation {annotation['id']!r}"
+    _check_id(annotation["image_id"], f"the image_id of {name}")
+    category, box = annotation["category_id"], annotation["bbox"]
+    if type(category) is not int or category not in categories:
+        known = ", ".join(map(str, sorted(categories)[:5])) + (", ..." if len(categories) > 5 else "")
+        raise Fault(f"{name} has category_id {category!r}, expected one of those listed: {known}")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:
+        raise Fault(f"the bbox of {name} is {box}, expected x, y, width and height, the sizes at least 0")
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        raise Fault(f"the iscrowd of {name} is {annotation['iscrowd']!r}, expected 0 or 1")
+    if not _is_number(area := annotation.get("area", 0)) or area < 0:
+        raise Fault(f"the area of {name} is {area!r}, expected a number of at least 0")
+
+
+def sift(coco: COCO, file: Path, masks: bool, training: bool) -> dict[int, list[Entry]]:
+    """The annotations of each image. Training goes without crowds, boxes of less than a pixel within the image and, for
+    ``masks``, objects without a mask. What is left out is counted in warnings, crowds excepted.
+
+    Raises:
+        Fault: a mask is not as in COCO, or no annotation has one.
+    """
+    listed = [annotation for annotation in coco.dataset["annotations"] if annotation["image_id"] in coco.imgs]
+    kept = listed
+    if training:
+        objects = [annotation for annotation in listed if not annotation.get("iscrowd", 0)]
+        kept, lost = _split(objects, lambda entry: _in_image(entry["bbox"], coco.imgs[entry["image_id"]]))
+        if lost:
+            rank_zero_warn(
+                f"{file}: boxes of less than a pixel within the image: {_some(lost, listed)} are not trained on"
+            )
+    if masks:
+        kept = _with_masks(coco, file, kept, training)
+    found: dict[int, list[Entry]] = {number: [] for number in coco.imgs}
+    for annotation in kept:
+        found[annotation["image_id"]].append(annotation)
+    return found
+
+
+def _split(entries: list[Entry], wanted: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
+    verdicts = [wanted(entry) for entry in entries]
+    return list(compress(entries, verdicts)), list(compress(entries, map(not_, verdicts)))
+
+
+def _in_image(box: list[float], image: Entry) -> bool:
+    x, y, width, height = box
+    right, bottom = (min(end, image.get(side) or inf) for end, side in ((x + width, "width"), (y + height, "height")))
+    return right - max(x, 0) >= 1 and bottom - max(y, 0) >= 1
+
+
+def _with_masks(coco: COCO, file: Path, annotations: list[Entry], training: bool) -> list[Entry]:
+    masked, bare = _split(annotations, lambda entry: _has_mask(entry, coco.imgs[entry["image_id"]]))
+    if bare and not masked:
+        raise Fault(
+            f"none of its {len(bare)} annotations has a mask, expected polygons or run lengths as their segmentation; "
+            "faster_rcnn and retinanet need boxes only"
+        )
+    if bare:
+        end = "are not trained on" if training else "count as crowds, for boxes and masks"
+        rank_zero_warn(f"{file}: no mask: {_some(bare, annotations)} {end}")
+    if partly := [entry for entry in masked if _lost_polygons(entry)]:
+        rank_zero_warn(f"{file}: polygons of fewer than three points are left out of {_some(partly, annotations)}")
+    return masked if training else annotations
+
+
+def _has_mask(annotation: Entry, image: Entry) -> bool:
+    shape = annotation.get("segmentation")
+    if not shape:
+        return False
+    if isinstance(shape, Mapping):
+        size = (image.get("height") or shape["size"][0], image.get("width") or shape["size"][1])
+        return sum(_run_lengths(annotation, size)[1::2]) > 0
+    right, bottom = image.get("width") or inf, image.get("height") or inf
+    return any(_has_area(polygon[::2], right) and _has_area(polygon[1::2], bottom) for polygon in _polygons(annotation))
+
+
+def _has_area(coordinates: list[float], end: float) -> bool:
+    least, most = min(coordinates), max(coordinates)
+    return least < most and least < end and most > 0
+
+
+def _polygons(annotation: Entry) -> list[list[float]]:
+    """Those with at least three points."""
+    shape = annotation["segmentation"]
+    if not isinstance(shape, list) or not all(isinstance(part, list) and all(map(_is_number, part)) for part in shape):
+        raise Fault(
+            f"the segmentation of annotation {annotation['id']!r} is neither a list of polygons (lists of finite x, y, "
+            "x, y, ...) nor run lengths (size and counts)"
+        )
+    return [polygon for polygon in shape if len(polygon) >= 6 and len(polygon) % 2 == 0]
+
+
+def _lost_polygons(annotation: Entry) -> bool:
+    shape = annotation["segmentation"]
+    return isinstance(shape, list) and len(_polygons(annotation)) < len(shape)
+
+
+def _run_lengths(annotation: Entry, size: Size) -> list[int]:
+    """Lengths of the runs of zeros and ones down the columns, also of COCO's compressed form."""
+    name, shape = f"the segmentation of annotation {annotation['id']!r}", annotation["segmentation"]
+    if list(shape["size"]) != list(size):
+        raise Fault(f"{name} is of {shape['size']} pixels (height, width), expected those of its image, {list(size)}")
+    counts = shape["counts"]
+    runs = _decompressed(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+        raise Fault(f"{name} has counts that are not run lengths")
+    if sum(runs) != size[0] * size[1]:
+        raise Fault(f"{name} has run lengths of {sum(runs)} pixels together, expected {size[0]} * {size[1]}")
+    return runs
+
+
+def _decompressed(text: str) -> list[int]:
+    # pycocotools has no function for this, and where the runs end early its masks are memory that nobody wrote. Numbers
+    # are in digits of five bits from the lowest, with bit 5 set if more follow; from the third run on they are
+    # differences to the run before the last.
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        digit = ord(character) - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
+
+
+def draw_mask(annotation: Entry, size: Size) -> NDArray[np.uint8]:
+    """Mask (H, W) of ones where the object is; without one, where none is given.
+
+    Raises:
+        Fault: it is not as in COCO.
+    """
+    shape = annotation.get("segmentation")
+    if isinstance(shape, Mapping) and shape:
+        runs = _run_lengths(annotation, size)
+        return np.repeat(np.arange(len(runs)) % 2, runs).astype(np.uint8).reshape(size[::-1]).T
+    if not shape or not (polygons := _polygons(annotation)):
+        return np.zeros(size, np.uint8)
+    return rle.decode(rle.merge(rle.frPyObjects(polygons, *size)))
+
+
+def _some(chosen: list[Entry], of: list[Entry]) -> str:
+    first = chosen[0]
+    return f"{len(chosen)} of {len(of)} annotations (first: annotation {first['id']!r} of image {first['image_id']})"
