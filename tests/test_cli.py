@@ -104,7 +104,7 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
         (["--config"], "--config is empty, expected a file"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs"),
         (["--modell.lr=1"], "modell.lr"),
-        (["--model.lr=-1"], "model.lr is out of range: got -1.0"),
+        (["--model.lr=-1"], "model.lr is -1.0, expected a positive number"),
         (["--model.name=rednet51"], "did you mean 'rednet50'"),
         (["--data.root=/nowhere"], "data.root=/nowhere has no folder 'val'"),
         (["--trainer.precision=12"], "12"),

@@ -350,14 +350,14 @@ def test_retinanet_labels():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"neck": "fpn"}, ValueError, "neck must be 'conv' or 'involution', got 'fpn'"),
-        ({"head": "mlp"}, ValueError, "head must be 'conv' or 'involution', got 'mlp'"),
-        ({"family": "retinanet", "head": "involution"}, ValueError, "head must be 'conv', got 'involution'"),
+        ({"neck": "fpn"}, ValueError, "neck is 'fpn', expected 'conv' or 'involution'"),
+        ({"head": "mlp"}, ValueError, "head is 'mlp', expected 'conv' or 'involution'"),
+        ({"family": "retinanet", "head": "involution"}, ValueError, "head is 'involution', expected 'conv'"),
         ({"num_classes": 1}, ValueError, "num_classes"),
-        ({"levels": [4]}, ValueError, r"levels must be stages from 0 to 3, got \[4\]"),
+        ({"levels": [4]}, ValueError, r"levels is \[4\], expected stages from 0 to 3"),
         ({"channels": 0}, ValueError, "channels"),
         ({"box_nms_tresh": 0.3}, TypeError, "MaskRCNN has no argument 'box_nms_tresh'"),
-        ({"backbone": nn.Identity()}, ValueError, "backbone_options need a backbone by name"),
+        ({"backbone": nn.Identity()}, ValueError, "expected None with a module as backbone"),
     ],
 )
 def test_wrong_arguments(arguments, error, match):

@@ -151,7 +151,7 @@ def test_wrong_trees_and_values(root, tmp_path):
         ImageFolderData(train_transform=[{"RandomCorp": {"size": 32}}])
     with pytest.raises(RecipeError, match=r"data.val_transform: CenterCrop: .*sice"):
         ImageFolderData(val_transform=[{"CenterCrop": {"sice": 32}}])
-    with pytest.raises(RecipeError, match=r"data.batch_size must be at least 1, got 0"):
+    with pytest.raises(RecipeError, match=r"data.batch_size is 0, expected at least 1"):
         ImageFolderData(batch_size=0)
     small = ImageFolderData(root=str(root), batch_size=64)
     small.train_samples, small.trainer = range(24), trainer(world_size=2)

@@ -179,7 +179,7 @@ def test_sliding_window_averages_overlaps():
     torch.testing.assert_close(logits[0, 1], images[0, 0])
     logits = sliding_window(net, images, (8, 20), (4, 10))  # rows 0-7, 2-9; wider than the image
     assert logits[0, 0, :, 3].tolist() == [0, 1, 1, 2, 3, 4, 5, 6, 6, 7]
-    with pytest.raises(ValueError, match=r"stride must be in 1 to window=\(4, 4\), got \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"stride is \(5, 1\), expected a value from 1 to window=\(4, 4\)"):
         sliding_window(net, images, (4, 4), (5, 1))
 
 
@@ -290,10 +290,10 @@ def test_weights_to_begin_with(trained, tmp_path):
         ),
         (["--data.crop=[0, 8]"], "data.crop is out of range"),
         (["--data.scale=[2.0, 1.0]"], "data.scale is out of range"),
-        (["--model.inference=slide", "--model.window_stride=[600, 8]"], "model.window_stride must be in 1 to window"),
+        (["--model.inference=slide", "--model.window_stride=[600, 8]"], "model.window_stride is"),
         (["--model.num_classes=7"], "model.num_classes is 7, but the data has 19 classes (road, sidewalk, building"),
-        (["--model.name=rednet26", "--model.options={}"], "model.name must be a segmentation model"),
-        (["--model.options.neck=other"], "neck must be 'conv' or 'involution', got 'other'"),
+        (["--model.name=rednet26", "--model.options={}"], "model.name is 'rednet26', expected a segmentation model"),
+        (["--model.options.neck=other"], "neck is 'other', expected 'conv' or 'involution'"),
         (["--model.backbone_weights=/nowhere"], "model.backbone_weights: there is no file /nowhere"),
     ],
 )

@@ -79,24 +79,26 @@ def load_model(
         try:
             net = create_model(model, num_classes, **(options or {}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{model} is neither a file, nor a folder, nor a model: {error}") from error
+            raise ValueError(f"model is {model}, expected a file, a folder or the name of a model: {error}") from error
         return net if weights is None else _with_weights(net, weights, weights)
     for name, value in (("weights", weights), ("num_classes", num_classes), ("options", options)):
         if value is not None:
-            raise ValueError(f"{model} has its own {name}: {name} must be None, got {value!r}")
+            raise ValueError(f"{name} is {value!r}, expected None, because {model} has its own")
     if folder:
         try:
             return from_pretrained(model)
         except FileNotFoundError as error:
-            raise ValueError(f"{model} is no folder of save_pretrained: {error}") from None
+            raise ValueError(f"{model} is not a folder of save_pretrained: {error}") from None
     checkpoint = read(model)
     arguments = checkpoint.get("hyper_parameters")
     if not isinstance(arguments, dict) or "name" not in arguments:
-        raise ValueError(f"{model} does not say of which model it is: give the model's name, and the file as weights")
+        raise ValueError(
+            f"{model} does not say which model it is of: give the name of the model, and the file as weights"
+        )
     try:
         net = create_model(arguments["name"], arguments.get("num_classes"), **(arguments.get("options") or {}))
     except Exception as error:
-        raise ValueError(f"{model} is of no model of this library: {reason_of(error)}") from error
+        raise ValueError(f"{model} was not saved from a model of this library: {reason_of(error)}") from error
     return _with_weights(net, checkpoint, model)
 
 
@@ -142,9 +144,9 @@ def export(
         RuntimeError: the file's outputs differ from the model's by more than rounding; ``path`` is left as it was.
     """
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     if opset < 18:
-        raise ValueError(f"opset must be at least 18, got {opset}")
+        raise ValueError(f"opset is {opset}, expected at least 18")
     model = copy.deepcopy(model) if isinstance(model, nn.Module) else load_model(model)
     model.eval().requires_grad_(False)
     parameter = next(model.parameters(), torch.empty(0))
@@ -159,10 +161,10 @@ def export(
         example_input = example_input.repeat(2, 1, 1, 1)
     path = Path(path)
     if format == "aoti" and path.suffix != ".pt2":
-        raise ValueError(f"the path of an AOTInductor package must end in .pt2, got {path}")
+        raise ValueError(f"path is {path}, expected one that ends in .pt2 for an AOTInductor package")
     if format == "onnx" and example_input.dtype not in ONNX_DTYPES:
         raise ValueError(
-            f"format onnx takes {' or '.join(map(str, ONNX_DTYPES))}, got a model in {example_input.dtype}"
+            f"the model is in {example_input.dtype}, expected {' or '.join(map(str, ONNX_DTYPES))} for format onnx"
         )
     with _traceable_nms() if detector else nullcontext():
         program, names = _program(model, example_input, dynamic, optimize)
@@ -220,13 +222,13 @@ def _program(
 
 def _check_example(example: Tensor, dynamic: bool) -> None:
     if not isinstance(example, Tensor):
-        raise TypeError(f"example_input must be a tensor, got {type(example).__name__}")
+        raise TypeError(f"example_input is a {type(example).__name__}, expected a tensor")
     if example.dim() != 4 or not example.numel():
-        raise ValueError(f"example_input must have shape (N, C, H, W), got {tuple(example.shape)}")
+        raise ValueError(f"example_input has shape {tuple(example.shape)}, expected (N, C, H, W)")
     if dynamic and min(example.shape[2:]) < SMALLEST:
         raise ValueError(
-            f"example_input must be at least {SMALLEST} x {SMALLEST} where the size is left free, got "
-            f"{example.shape[2]} x {example.shape[3]}; a fixed size may be smaller"
+            f"example_input is {example.shape[2]} x {example.shape[3]}, expected at least {SMALLEST} x {SMALLEST}; "
+            "only a fixed size (dynamic=False) may be smaller"
         )
 
 

@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     output = options.output or Path(options.model).stem + SUFFIXES[options.format]
     if options.format != "onnx" and not output.endswith(".pt2"):
-        raise RecipeError(f"--output must end in .pt2 for --format {options.format}, got {output}")
+        raise RecipeError(f"--output is {output}, expected a name that ends in .pt2 for --format {options.format}")
     try:
         model = load_model(options.model, options.weights, options.num_classes)
         model = model.to(options.device, getattr(torch, options.dtype))

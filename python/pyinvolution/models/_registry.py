@@ -56,7 +56,7 @@ def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Modu
         close = get_close_matches(str(name), _builders)
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join(sorted(_builders))
-        raise ValueError(f"no model is named {name!r}: {hint}known names are {known}{_missing()}")
+        raise ValueError(f"name is {name!r}: {hint}expected one of {known}{_missing()}")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     model = _builders[name](**kwargs)

@@ -143,13 +143,15 @@ def _backbone(
     if isinstance(backbone, str):
         backbone = create_model(backbone, **{"num_classes": 0, "global_pool": "", **BACKBONE, **(options or {})})
     elif options:
-        raise ValueError(f"backbone_options need a backbone by name, got {type(backbone).__name__} and {options!r}")
+        raise ValueError(
+            f"backbone_options is {options!r}, expected None with a module as backbone, {type(backbone).__name__}"
+        )
     return FPNBackbone(backbone, levels, channels, neck, extra)
 
 
 def _check_head(head: str, allowed: Sequence[str] = ("conv", "involution")) -> None:
     if head not in allowed:
-        raise ValueError(f"head must be {' or '.join(map(repr, allowed))}, got {head!r}")
+        raise ValueError(f"head is {head!r}, expected {' or '.join(map(repr, allowed))}")
 
 
 def _check_options(model: type[nn.Module], options: Mapping[str, Any]) -> None:
@@ -362,7 +364,9 @@ def _drop_background(rows: int, value: Tensor) -> Tensor:
 def _(model: detection.FasterRCNN | detection.RetinaNet) -> dict[str, Entry]:
     backbone = model.backbone
     if not isinstance(backbone, FPNBackbone) or not isinstance(backbone.body, RedNet):
-        raise TypeError(f"official checkpoints are of detectors on a RedNet, the model's backbone is {type(backbone)}")
+        raise TypeError(
+            f"the model's backbone is {type(backbone).__name__}, expected a RedNet, which official checkpoints are of"
+        )
     entries = prefixed("backbone.body.", official_entries(backbone.body))
     entries |= prefixed("backbone.fpn.", fpn_entries(backbone.fpn))
     for key in model.state_dict():

@@ -149,7 +149,7 @@ def load_official(model: Model, source: str | os.PathLike[str] | Mapping[str, ob
             to have and the offending keys.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(source, (str, os.PathLike)):
         where = f"checkpoint {os.fspath(source)!r}"
         content: object = read(source)
@@ -214,10 +214,10 @@ def _entries(content: object, where: str, parts: Iterable[str]) -> dict[str, Ten
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         expected = "a dict of tensors, or a dict with one as 'state_dict'"
-        raise TypeError(f"{where} must be {expected}, got {type(content).__name__}")
+        raise TypeError(f"{where} is a {type(content).__name__}, expected {expected}")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise TypeError(f"{where} must map names to tensors, got {type(value).__name__} at {key!r}")
+            raise TypeError(f"{where} has a {type(value).__name__} at {key!r}, expected a tensor")
     entries = dict(content)
     if entries and all(key.startswith("module.") for key in entries):
         entries = {key.removeprefix("module."): value for key, value in entries.items()}
@@ -225,7 +225,7 @@ def _entries(content: object, where: str, parts: Iterable[str]) -> dict[str, Ten
         bare = re.compile(r"(stem\.\d|layer\d+\.)")
         entries = {f"backbone.{key}" if bare.match(key) else key: value for key, value in entries.items()}
     if not any(_of(entries, part) for part in parts if part != "head"):
-        raise ValueError(f"{where} has no entry 'backbone.*' of the authors' format, got {_shorten(entries)}")
+        raise ValueError(f"{where} has {_shorten(entries)}, expected entries 'backbone.*' of the authors' format")
     return entries
 
 

@@ -36,7 +36,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     config = getattr(model, "model_config", None)
     if not isinstance(config, dict):
         raise TypeError(
-            f"model must come from create_model, which knows how to build it again; got {type(model).__name__}"
+            f"model is a {type(model).__name__} of unknown arguments, expected one that create_model has built"
         )
     try:
         text = json.dumps(config, indent=2) + "\n"
@@ -98,7 +98,7 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
     except Exception as error:
         if overrides:
             raise
-        raise ValueError(f"{folder / CONFIG} describes no model of this library: {reason_of(error)}") from error
+        raise ValueError(f"{folder / CONFIG} does not describe a model of this library: {reason_of(error)}") from error
     check_fit(state, model, f"{folder / WEIGHTS}, of {name!r} by {CONFIG},")
     # The file's tensors become the parameters, and keep their dtype.
     model.load_state_dict(state, assign=True)

@@ -9,7 +9,8 @@ from torchvision.models.detection import MaskRCNN
 from pyinvolution.blocks import insert_block
 from pyinvolution.models._registry import register_model
 from pyinvolution.models.detection import mask_rcnn
-from pyinvolution.modules import check_input, positive_int
+from pyinvolution.models.rednet import Stage, fix_stages
+from pyinvolution.modules import check_input
 
 __all__ = ["ResNetFeatures", "mask_rcnn_resnet50"]
 
@@ -34,33 +35,17 @@ class ResNetFeatures(nn.Module):
 
     def __init__(self, block: str | None = None, frozen_stages: int = 1, norm_eval: bool = True) -> None:
         super().__init__()
-        if positive_int("frozen_stages", frozen_stages, -1) > 4:
-            raise ValueError(f"frozen_stages must be at most the number of stages, 4, got {frozen_stages}")
         net = resnet50()
         if block is not None:
             insert_block(net, block)
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.stem = Stage(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layer1, self.layer2 = Stage(*net.layer1), Stage(*net.layer2)
+        self.layer3, self.layer4 = Stage(*net.layer3), Stage(*net.layer4)
         self.feature_info = [{"num_chs": 64, "reduction": 2, "module": "stem"}] + [
             {"num_chs": 256 << index, "reduction": 4 << index, "module": f"layer{index + 1}"} for index in range(4)
         ]
-        self.norm_eval = norm_eval
-        # Not a ModuleList: the parts are registered under their names already.
-        names = ["stem", "layer1", "layer2", "layer3", "layer4"]
-        self.frozen = tuple(getattr(self, name) for name in names[: frozen_stages + 1])
-        for part in self.frozen:
-            part.requires_grad_(False)
+        fix_stages([self.stem, self.layer1, self.layer2, self.layer3, self.layer4], frozen_stages, norm_eval)
         self.train()
-
-    def train(self, mode: bool = True) -> "ResNetFeatures":
-        super().train(mode)
-        for part in self.frozen:
-            part.eval()
-        if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
 
     def features(self, input: Tensor) -> list[Tensor]:
         maps = [self.stem(check_input(input, 3, "ResNetFeatures"))]

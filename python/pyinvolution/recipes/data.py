@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, require
 
 __all__ = ["EvalSampler", "RecipeData", "ResumableSampler", "SeededDataset", "UnreadableSample", "data_of", "seed_from"]
 
@@ -168,8 +168,7 @@ class RecipeData(pl.LightningDataModule):
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
         ):
-            if value < least:
-                raise RecipeError(f"data.{name} must be at least {least}, got {value}")
+            require(f"data.{name}", value, value >= least, f"at least {least}")
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.unreadable, self.seed = num_workers, unreadable, seed
         # The loaders here can be resumed, though not in the way that Lightning looks for.

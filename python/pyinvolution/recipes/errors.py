@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["RecipeError", "TrainingDiverged", "naming"]
+__all__ = ["RecipeError", "TrainingDiverged", "naming", "require"]
 
 
 class RecipeError(Exception):
@@ -12,6 +12,12 @@ class RecipeError(Exception):
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+def require(argument: str, value: object, valid: bool, expected: str) -> None:
+    """Raise a RecipeError that names ``argument``, its value and what was expected, unless it is ``valid``."""
+    if not valid:
+        raise RecipeError(f"{argument} is {value!r}, expected {expected}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyinvolution.models import create_model
 from pyinvolution.models.checkpoint import check_fit, load
-from pyinvolution.recipes.errors import RecipeError, naming
+from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
 __all__ = ["Recipe", "build_net", "init_arguments"]
@@ -85,24 +85,23 @@ class Recipe(pl.LightningModule):
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
     ) -> None:
         super().__init__()
-        for name, value, valid in (
-            ("lr", lr, lr > 0),
-            ("reference_batch", reference_batch, reference_batch is None or reference_batch > 0),
-            ("momentum", momentum, 0 <= momentum < 1),
-            ("nesterov", nesterov, momentum > 0 or not nesterov),
-            ("optimizer", optimizer, optimizer in ("sgd", "adamw")),
-            ("decay", decay, decay in ("cosine", "poly", "step")),
-            ("milestones", milestones, all(milestone > 0 for milestone in milestones)),
-            ("gamma", gamma, 0 < gamma <= 1),
-            ("power", power, power > 0),
-            ("min_lr", min_lr, 0 <= min_lr <= lr),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("warmup_steps", warmup_steps, warmup_steps >= 0),
-            ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio <= 1),
-            ("ema_decay", ema_decay, 0 <= ema_decay < 1),
+        for name, value, valid, expected in (
+            ("lr", lr, lr > 0, "a positive number"),
+            ("reference_batch", reference_batch, reference_batch is None or reference_batch > 0, "at least 1, or None"),
+            ("momentum", momentum, 0 <= momentum < 1, "a value in [0, 1)"),
+            ("nesterov", nesterov, momentum > 0 or not nesterov, f"False with momentum={momentum}"),
+            ("optimizer", optimizer, optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
+            ("decay", decay, decay in ("cosine", "poly", "step"), "'cosine', 'poly' or 'step'"),
+            ("milestones", milestones, all(milestone > 0 for milestone in milestones), "positive numbers of epochs"),
+            ("gamma", gamma, 0 < gamma <= 1, "a value in (0, 1]"),
+            ("power", power, power > 0, "a positive number"),
+            ("min_lr", min_lr, 0 <= min_lr <= lr, f"a value from 0 to lr={lr}"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0"),
+            ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio <= 1, "a value in [0, 1]"),
+            ("ema_decay", ema_decay, 0 <= ema_decay < 1, "a value in [0, 1)"),
         ):
-            if not valid:
-                raise RecipeError(f"model.{name} is out of range: got {value!r} (momentum={momentum})")
+            require(f"model.{name}", value, valid, expected)
         self.net = net
         self.lr, self.reference_batch = lr, reference_batch
         self.optimizer, self.weight_decay = optimizer, weight_decay

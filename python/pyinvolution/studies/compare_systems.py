@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution.models import create_model
-from pyinvolution.recipes import plots
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.studies import plots
 from pyinvolution.studies.timing import (
     Spread,
     clock,
@@ -183,9 +183,9 @@ def run(output: Path, size: tuple[int, int], repeats: int, device: str = "cpu") 
         RecipeError: the device is not there, or a size is not positive.
     """
     if min(*size, repeats) < 1:
-        raise RecipeError(f"size and repeats must be positive, got {size} and {repeats}")
+        raise RecipeError(f"size and repeats are {size} and {repeats}, expected positive numbers")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"--device {device}: this machine has no GPU that PyTorch can use")
+        raise RecipeError(f"--device is {device}, expected cpu on a machine without a GPU that PyTorch can use")
     results = measure(Workload(size, device), SYSTEMS, repeats)
     console = Console(width=None if os.isatty(1) else 150)
     console.print(table(results))

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pyinvolution.recipes import cli, configs, plots
+from pyinvolution.recipes import cli, configs
 from pyinvolution.recipes.classification.digits import write_digits
 from pyinvolution.recipes.classification.imagefolder import ImageFolderData
 from pyinvolution.recipes.classification.task import Classification
 from pyinvolution.recipes.data import data_of
-from pyinvolution.studies import compare_operator
+from pyinvolution.studies import compare_operator, plots
 from pyinvolution.studies.learned_kernels import involution_kernels
 
 __all__ = ["run"]

@@ -17,12 +17,13 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from pyinvolution import Involution2d
 from pyinvolution.models.checkpoint import read, reason_of
-from pyinvolution.recipes import plots
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.images import read_image
+from pyinvolution.recipes.plots import new_figure
 from pyinvolution.recipes.recipe import init_arguments
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, IMAGE_SUFFIX, PALETTE, CityscapesData
 from pyinvolution.recipes.segmentation.task import Segmentation
+from pyinvolution.studies import plots
 from pyinvolution.studies.learned_kernels import involution_kernels
 
 __all__ = ["Region", "compare", "deepest_pixels", "differing_regions", "draw_kernels", "load", "run"]
@@ -123,7 +124,7 @@ def compare(
     panel = 3.1 if len(images) > 2 else 4.2
     size = (panel * len(images) + 0.5, 4 * (panel * height / width + 0.22) + 0.6)
     present = sorted({int(label) for labels in (*truths, *baseline, *ours) for label in np.unique(labels)} - {IGNORED})
-    with plots.new_figure(path, size, ("pdf",)) as figure:
+    with new_figure(path, size, ("pdf",)) as figure:
         marked = False
         grid = figure.subplots(4, len(images), squeeze=False)
         for axes in grid.flat:
@@ -140,7 +141,7 @@ def compare(
             for axes, labels in zip(column[2:], predictions, strict=True):
                 axes.set_xlabel(f"mean IoU {100 * _mean_iou(labels, truth):.1f}%", fontsize=8, labelpad=2)
             for axes in column:
-                plots._frame(axes, "#cccccc", 0.8)
+                plots.frame(axes, "#cccccc", 0.8)
                 _mark(axes, regions)
         handles = [Patch(facecolor=PALETTE[label] / 255, label=CLASSES[label]) for label in present]
         if any((truth == IGNORED).any() for truth in truths):
@@ -187,14 +188,14 @@ def draw_kernels(
     panel = 2.6 * height / width
     ratios = [2.6] * groups + [panel] * len(pixels)
     size = (sum(ratios) + 0.9, (panel + 0.25) * (1 + len(layers)) + 0.8)
-    with plots.new_figure(path, size, ("pdf",)) as figure:
+    with new_figure(path, size, ("pdf",)) as figure:
         grid = figure.add_gridspec(1 + len(layers), len(ratios), width_ratios=ratios)
 
         def panel_at(row: int, column: int, color: str, linewidth: float) -> Axes:
             axes = figure.add_subplot(grid[row, column])
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
-            plots._frame(axes, color, linewidth)
+            plots.frame(axes, color, linewidth)
             return axes
 
         picture = panel_at(0, 0, "#cccccc", 0.8)
@@ -224,7 +225,7 @@ def draw_kernels(
             bound = max(np.abs(plots.taps(main, pixel)).max() for pixel in pixels)
             for index, (pixel, color) in enumerate(zip(pixels, plots.MARKS, strict=False)):
                 windows.append(panel_at(line, groups + index, color, 2.5))
-                plots._draw_taps(windows[-1], plots.taps(main, pixel), bound, color)
+                plots.draw_taps(windows[-1], plots.taps(main, pixel), bound, color)
         for axes, colors, label, ticks in (
             (maps, "magma", "sum over the taps of each pixel's kernel, within a map", ("least", "", "most")),
             (windows, "RdBu_r", "taps of the first group shown", ("negative", "0", "positive")),
@@ -312,7 +313,9 @@ def run(
         kernels = involution_kernels(model.net, first, layers)
         unknown = [name for name in layers if name not in kernels]
         if unknown:
-            raise RecipeError(f"there is no involution {unknown[0]}; there are {', '.join(_involutions(model.net))}")
+            raise RecipeError(
+                f"--layers has {unknown[0]}, expected involutions of the model: {', '.join(_involutions(model.net))}"
+            )
         kernels = {name: kernels[name] for name in layers}
         pixels = deepest_pixels(truths[0]) or [(0.5, 0.5)]
         paths.append(draw_kernels(pictures[0], kernels, pixels, folder / "kernels.png", groups))

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.classification.predictions import PredictionWriter
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.recipes.recipe import Recipe, build_net
 
 __all__ = ["Classification"]
@@ -38,10 +38,8 @@ class Classification(Recipe):
         label_smoothing: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        if num_classes < 1:
-            raise RecipeError(f"model.num_classes must be at least 1, got {num_classes}")
-        if not 0 <= label_smoothing < 1:
-            raise RecipeError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}")
+        require("model.num_classes", num_classes, num_classes >= 1, "at least 1")
+        require("model.label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "a value in [0, 1)")
         net = build_net(name, num_classes, options)
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)

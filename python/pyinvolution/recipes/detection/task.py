@@ -15,7 +15,7 @@ from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
-from pyinvolution.recipes.errors import RecipeError, naming
+from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.recipe import Recipe, build_net
 
 __all__ = ["Detection"]
@@ -62,15 +62,10 @@ class Detection(Recipe):
         shown: int = 12,
         **kwargs: Any,
     ) -> None:
-        for field, value, valid in (
-            ("mask_threshold", mask_threshold, 0 < mask_threshold < 1),
-            ("shown", shown, shown >= 0),
-        ):
-            if not valid:
-                raise RecipeError(f"model.{field} is out of range: got {value}")
+        require("model.mask_threshold", mask_threshold, 0 < mask_threshold < 1, "a value in (0, 1)")
+        require("model.shown", shown, shown >= 0, "at least 0")
         net = build_net(name, num_classes, options)
-        if not hasattr(net, "transform"):
-            raise RecipeError(f"model.name must be a detector, such as mask_rcnn_rednet50, got {name!r}")
+        require("model.name", name, hasattr(net, "transform"), "a detector, such as mask_rcnn_rednet50")
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)
         self.num_classes, self.mask_threshold, self.shown = num_classes, mask_threshold, shown

@@ -27,7 +27,7 @@ def sliding_window(net: Network, images: Tensor, window: tuple[int, int], stride
         ValueError: ``stride`` is not in 1 to ``window``.
     """
     if not all(1 <= step <= extent for step, extent in zip(stride, window, strict=True)):
-        raise ValueError(f"stride must be in 1 to window={tuple(window)}, got {tuple(stride)}")
+        raise ValueError(f"stride is {tuple(stride)}, expected a value from 1 to window={tuple(window)}")
     size = images.shape[-2:]
     window = (min(window[0], size[0]), min(window[1], size[1]))
     tops, lefts = (

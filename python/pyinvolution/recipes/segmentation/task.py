@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pyinvolution.models.checkpoint import load_backbone
-from pyinvolution.recipes.errors import RecipeError, naming
+from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.recipe import Recipe, build_net
 from pyinvolution.recipes.segmentation.cityscapes import IGNORED
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
@@ -54,15 +54,13 @@ class Segmentation(Recipe):
         flip: bool = False,
         **kwargs: Any,
     ) -> None:
-        if auxiliary_weight < 0:
-            raise RecipeError(f"model.auxiliary_weight must be at least 0, got {auxiliary_weight}")
-        if inference not in ("whole", "slide"):
-            raise RecipeError(f"model.inference must be 'whole' or 'slide', got {inference!r}")
-        if not all(1 <= step <= extent for step, extent in zip(window_stride, window, strict=True)):
-            raise RecipeError(f"model.window_stride must be in 1 to window={window}, got {window_stride}")
+        require("model.auxiliary_weight", auxiliary_weight, auxiliary_weight >= 0, "at least 0")
+        require("model.inference", inference, inference in ("whole", "slide"), "'whole' or 'slide'")
+        within = all(1 <= step <= extent for step, extent in zip(window_stride, window, strict=True))
+        require("model.window_stride", window_stride, within, f"a value from 1 to window={window}")
         net = build_net(name, num_classes, options)
-        if not hasattr(net, "decode_head"):
-            raise RecipeError(f"model.name must be a segmentation model, such as semantic_fpn_rednet50, got {name!r}")
+        is_segmentation = hasattr(net, "decode_head")
+        require("model.name", name, is_segmentation, "a segmentation model, such as semantic_fpn_rednet50")
         net.return_auxiliary = auxiliary_weight > 0
         if backbone_weights is not None:
             with naming("model.backbone_weights"):

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pyinvolution.recipes import configs
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.studies.search.costs import Cost, Timing
 from pyinvolution.studies.search.space import Architecture, SearchSpace
 
@@ -79,16 +79,14 @@ class SearchConfig:
             ("seeds", 1),
             ("seed", 0),
         ):
-            if getattr(self, name) < least:
-                raise RecipeError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         if self.timing.batch < 1 or self.timing.threads < 1 or self.timing.seconds < 0:
             raise RecipeError(
-                f"timing needs batch and threads of at least 1 and seconds of at least 0, got {self.timing}"
+                f"timing is {self.timing}, expected batch and threads of at least 1 and seconds of at least 0"
             )
         if self.timing.torch_device.type == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("timing.device is cuda, but there is no GPU")
-        if self.budget <= 0:
-            raise RecipeError(f"budget must be positive, got {self.budget}")
+            raise RecipeError("timing.device is cuda, expected cpu on a machine without a GPU")
+        require("budget", self.budget, self.budget > 0, "a positive number")
         try:
             self.search_space = SearchSpace.from_dict(self.space)
         except (TypeError, ValueError) as error:
@@ -96,7 +94,9 @@ class SearchConfig:
         for section, expected in (("model", CLASSIFICATION), ("data", IMAGE_FOLDER)):
             found = self.recipe.get(section, {}).get("class_path", expected)
             if found.rpartition(".")[2] != expected.rpartition(".")[2]:
-                raise RecipeError(f"recipe.{section}: a search trains image classification by {expected}, got {found}")
+                raise RecipeError(
+                    f"recipe.{section}.class_path is {found}, expected {expected}: a search trains image classification"
+                )
 
     @property
     def folder(self) -> Path:

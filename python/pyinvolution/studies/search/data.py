@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyinvolution.recipes.classification.imagefolder import ImageFiles, ImageFolderData
 from pyinvolution.recipes.data import SeededDataset
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, require
 
 __all__ = ["HeldOut", "held_out_batches", "training_batches"]
 
@@ -26,8 +26,7 @@ class HeldOut(ImageFolderData):
     """
 
     def __init__(self, held_out: float = 0.4, **kwargs: Any) -> None:
-        if not 0 < held_out < 1:
-            raise RecipeError(f"held_out must be in (0, 1), got {held_out}")
+        require("held_out", held_out, 0 < held_out < 1, "a value in (0, 1)")
         super().__init__(**kwargs)
         self.held_out = held_out
 

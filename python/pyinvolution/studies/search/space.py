@@ -58,9 +58,9 @@ class StageSpace:
         for name in ("widths", "depths"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(value, int) for value in values):
-                raise TypeError(f"{name} must be a list of ints, got {values!r}")
+                raise TypeError(f"{name} is {values!r}, expected a list of ints")
             if not values or sorted({*values}) != list(values) or values[0] < 1:
-                raise ValueError(f"{name} of a stage must be positive and ascending, got {list(values)}")
+                raise ValueError(f"{name} of a stage is {list(values)}, expected positive numbers in ascending order")
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,15 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("a search space needs at least one stage")
+            raise ValueError("stages is empty, expected at least one stage")
         if len({*self.operators}) != len(self.operators):
-            raise ValueError(f"operators must not be repeated, got {', '.join(self.operators)}")
+            raise ValueError(f"operators are {', '.join(self.operators)}, expected each only once")
         for index, (stage, operators) in enumerate(zip(self.stages, self.stage_operators, strict=True)):
             if not operators:
-                raise ValueError(f"stages[{index}]: no operator has groups that divide all widths {list(stage.widths)}")
+                raise ValueError(
+                    f"widths of stages[{index}] are {list(stage.widths)}, expected multiples of the channels in a "
+                    "group of at least one operator"
+                )
         with torch.device("meta"):
             self.to_model(self.largest())  # for what it says of the other arguments
 
@@ -107,7 +110,7 @@ class SearchSpace:
         tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         stages = tuples.get("stages", ())
         if not isinstance(stages, tuple) or not all(isinstance(stage, Mapping) for stage in stages):
-            raise TypeError(f"stages must be a list of mappings, got {stages!r}")
+            raise TypeError(f"stages is {stages!r}, expected a list of mappings")
         built = []
         for stage in stages:
             try:
@@ -172,7 +175,7 @@ class SearchSpace:
             ValueError: the space does not hold it.
         """
         if len(architecture) != len(self.stages):
-            raise ValueError(f"an architecture must have {len(self.stages)} stages, got {len(architecture)}")
+            raise ValueError(f"the architecture has {len(architecture)} stages, expected {len(self.stages)}")
         code: list[int] = []
         for index, (choice, stage, operators) in enumerate(
             zip(architecture, self.stages, self.stage_operators, strict=True)
@@ -184,7 +187,7 @@ class SearchSpace:
                 *(("operator", operator, operators) for operator in choice.operators),
             ):
                 if value not in allowed:
-                    raise ValueError(f"{name} of stage {index} must be one of {list(allowed)}, got {value!r}")
+                    raise ValueError(f"{name} of stage {index} is {value!r}, expected one of {list(allowed)}")
             code += [stage.depths.index(depth), stage.widths.index(choice.width)]
             code += [operators.index(operator) for operator in choice.operators] + [0] * (stage.depths[-1] - depth)
         return tuple(code)
@@ -197,12 +200,12 @@ class SearchSpace:
             ValueError: the code has another length, or an entry out of range.
         """
         if len(code) != len(self.genes):
-            raise ValueError(f"a code must have {len(self.genes)} entries, got {len(code)}")
+            raise ValueError(f"the code has {len(code)} entries, expected {len(self.genes)}")
         for value, (name, count) in zip(code, self.genes.items(), strict=True):
             if not isinstance(value, Integral):
-                raise TypeError(f"{name} of a code must be an int, got {value!r}")
+                raise TypeError(f"{name} of the code is {value!r}, expected an int")
             if not 0 <= value < count:
-                raise ValueError(f"{name} of a code must be in 0 to {count - 1}, got {value}")
+                raise ValueError(f"{name} of the code is {value}, expected 0 to {count - 1}")
         entries = iter(code)
         architecture = []
         for stage, operators in zip(self.stages, self.stage_operators, strict=True):

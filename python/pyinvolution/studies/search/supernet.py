@@ -63,7 +63,7 @@ class Supernet(nn.Module):
     ) -> None:
         super().__init__()
         if sampling not in ("operators", "kinds"):
-            raise ValueError(f"sampling must be 'operators' or 'kinds', got {sampling!r}")
+            raise ValueError(f"sampling is {sampling!r}, expected 'operators' or 'kinds'")
         self.space, self.num_classes, self.by_kind = space, num_classes, sampling == "kinds"
         self.build = partial(
             space.to_model,
