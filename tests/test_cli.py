@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import yaml
-from recipe_support import environment, fit_arguments, one_thread, write_images  # noqa: F401
+from recipe_support import OPTIONS, environment, fit_arguments, one_thread, write_images  # noqa: F401
 
 from pyinvolution import cli
-from pyinvolution.models import list_models
+from pyinvolution.models import create_model, list_models
 
 pytest.importorskip("lightning")
 from pyinvolution.recipes import RecipeError
@@ -115,9 +115,8 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_input_is_one_line(capsys, tmp_path, arguments, message):
-    status, _, err = run(
-        capsys, "fit", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", *arguments
-    )
+    common = ("--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1")
+    status, _, err = run(capsys, "fit", *common, *arguments)
     assert status == 2
     (line,) = [line for line in err.splitlines() if "error" in line]
     assert line.startswith("pyinvolution fit: error: ")
@@ -246,3 +245,23 @@ def test_without_the_training_extra():
     assert done.returncode == 2
     assert 'pip install "pyinvolution[train]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_fit_without_a_configuration(capsys, tmp_path):
+    """It asks for one, and does not begin 1000 epochs of a default."""
+    status, _, err = run(capsys, "fit", f"--data.root={write_images(tmp_path)}", "--model.num_classes=2")
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert "fit needs a configuration, such as --config imagenet/rednet50.yaml" in line
+    assert "--trainer.max_epochs" in line
+
+
+def test_table_of_the_model(capsys, tmp_path):
+    """Parameters by part, and no count of operations, which nobody has counted."""
+    arguments = [a for a in fit_arguments(write_images(tmp_path / "data"), tmp_path) if "model_summary" not in a]
+    status, out, err = run(capsys, *arguments, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1")
+    assert status == 0
+    assert "RedNet" in out
+    count = sum(p.numel() for p in create_model("rednet", 2, **yaml.safe_load(OPTIONS)).parameters())
+    assert f"{count / 1000:.1f} K trained of {count / 1000:.1f} K parameters" in out
+    assert "flops" not in (out + err).lower()

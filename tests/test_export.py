@@ -124,7 +124,7 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         path.write_text("wrong")
         return lambda image: [torch.zeros(len(image), 10)]
 
-    monkeypatch.setitem(module.FORMATS, "pt2", write)
+    monkeypatch.setitem(module.FORMATS, "pt2", module.Format(".pt2", write))
     (tmp_path / "m.pt2").write_text("before")
     with pytest.raises(RuntimeError, match="outputs differ from the model's by"):
         export(small_rednet(), tmp_path / "m.pt2", example_input=torch.rand(2, 3, 64, 64), dynamic=False)
@@ -257,7 +257,7 @@ def test_command_and_checkpoints(
         ([str(tmp_path / "other.ckpt")], "does not say which model it is of"),
         (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "other.ckpt is of another model"),
         (["rednet26", "--weights", str(tmp_path / "none")], "there is no file"),
-        (["rednet26", "--format", "aoti", "--output", "m.so"], "--output is m.so, expected a name that ends in .pt2"),
+        (["rednet26", "--format", "aoti", "--output", "m.so"], "path is m.so, expected one that ends in .pt2"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["export", *wrong])

@@ -1,6 +1,7 @@
 """The segmentation recipe: the tree of Cityscapes, crops, inference, metrics and what predict writes."""
 
 import csv
+import shutil
 from fnmatch import fnmatch
 
 import numpy as np
@@ -16,8 +17,17 @@ from pyinvolution import cli
 from pyinvolution.models import create_model, official_state_dict
 from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation
 from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.segmentation import digits
-from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, LABEL_IDS, PALETTE, TRAIN_IDS, BalancedCrop
+from pyinvolution.recipes.segmentation.cityscapes import (
+    CLASSES,
+    IGNORED,
+    IMAGE_SUFFIX,
+    LABEL_IDS,
+    PALETTE,
+    TRAIN_IDS,
+    BalancedCrop,
+)
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
 from pyinvolution.studies import figure
 
@@ -286,7 +296,7 @@ def test_weights_to_begin_with(trained, tmp_path):
     [
         (
             ["--data.root=/nowhere"],
-            "data.root=/nowhere has no split 'train' of Cityscapes; expected /nowhere/leftImg8bit/",
+            "data.root=/nowhere has no split 'train' of Cityscapes: /nowhere/leftImg8bit/train is not a folder; ",
         ),
         (["--data.crop=[0, 8]"], "data.crop is out of range"),
         (["--data.scale=[2.0, 1.0]"], "data.scale is out of range"),
@@ -308,10 +318,95 @@ def test_wrong_input_is_one_line(tree, tmp_path, capsys, more, message):
 def test_a_file_among_the_cities(tmp_path):
     root = write_tree(tmp_path, 1, 1)
     (root / "leftImg8bit/val/README").touch()
-    with pytest.raises(RecipeError, match=r"no split 'val' of Cityscapes; expected .*Not a directory.*val/README"):
-        CityscapesData(str(root), num_workers=0).setup("validate")
+    (root / "leftImg8bit/val/.DS_Store").touch()
+    for folder in ("ulm/.ipynb_checkpoints", ".ipynb_checkpoints", "__MACOSX"):
+        (root / "leftImg8bit/val" / folder).mkdir()
+        shutil.copy(
+            next(root.glob("leftImg8bit/val/ulm/*.png")), root / "leftImg8bit/val" / folder / f"a{IMAGE_SUFFIX}"
+        )
+    shutil.copy(next(root.glob("leftImg8bit/val/ulm/*.png")), root / f"leftImg8bit/val/ulm/._a{IMAGE_SUFFIX}")
+    data = CityscapesData(str(root), num_workers=0)
+    data.setup("validate")
+    assert [path for path, _ in data.val_samples.files] == [
+        str(root / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
+    ]
     with pytest.raises(RecipeError, match=r"data.crop is out of range: got \(16,\)"):
         CityscapesData(str(root), crop=(16,))
+
+
+def saved(mode, size=(64, 32), value=7):
+    return lambda path: Image.new(mode, size, value).save(path, "png")
+
+
+def with_value(value):
+    def save(path):
+        ids = np.full((32, 64), 7, np.uint8)
+        ids[5, 6] = value
+        Image.fromarray(ids).save(path)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (saved("L", (63, 32)), "have 63 x 32 pixels, expected 64 x 32 as in .*ulm_000000_000019_leftImg8bit.png"),
+        (saved("L", (32, 64)), "have 32 x 64 pixels, expected 64 x 32"),
+        (saved("RGB", value=(7, 7, 7)), r"are of mode RGB, expected one byte for each pixel \(mode L or P\)"),
+        (saved("RGBA", value=(7, 7, 7, 255)), "are of mode RGBA, expected"),
+        (saved("LA", value=(7, 255)), "are of mode LA, expected"),
+        (saved("1", value=1), "are of mode 1, expected"),
+        (saved("I;16"), "are of mode I;16, expected"),
+        (with_value(34), "have the value 34, expected the ids of Cityscapes, 0 to 33 and 255"),
+        (with_value(254), "have the value 254, expected"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "cannot read labels .*gtFine_labelIds.png: "),
+    ],
+)
+def test_wrong_labels(tmp_path, save, message):
+    """Each is reported by name, and nothing is learned from it."""
+    root = write_tree(tmp_path, 1, 1)
+    (path,) = root.glob("gtFine/val/ulm/*_gtFine_labelIds.png")
+    save(path)
+    data = CityscapesData(str(root), num_workers=0)
+    data.setup("validate")
+    with pytest.raises(UnreadableSample, match=message) as error:
+        data.val_samples[0]
+    assert str(path) in str(error.value)
+
+
+def test_labels_with_a_palette(tmp_path):
+    """The indices are the ids, whatever their colours are; 255 is the id -1."""
+    root = write_tree(tmp_path, 1, 1)
+    (path,) = root.glob("gtFine/val/ulm/*_gtFine_labelIds.png")
+    ids = np.array(Image.open(path))
+    ids[0] = 255
+    picture = Image.fromarray(ids)
+    picture.putpalette(bytes(255 - index // 3 for index in range(768)))
+    picture.save(path)
+    assert Image.open(path).mode == "P"
+    data = CityscapesData(str(root), num_workers=0)
+    data.setup("validate")
+    target = data.val_samples[0][1]
+    assert (target[0] == IGNORED).all()
+    assert (target[1:].numpy() == TRAIN_IDS[ids[1:]]).all()
+    assert set(target[1:].unique().tolist()) == {ROAD, CAR, IGNORED}
+
+
+def test_predictions_of_equal_names(trained, tmp_path, caplog):
+    """Each image has its own files; one that cannot be read has none, and does not count."""
+    for name in ("a/1.png", "b/1.png", "b/2.jpg", ".hidden/3.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos/b/2.jpg").write_bytes(b"no image")
+    common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", "--data.val_batch_size=2"]
+    common += [f"--ckpt_path={trained / 'last.ckpt'}", f"--data.predict_root={tmp_path / 'photos'}"]
+    with pytest.warns(UserWarning, match=r"skipped: cannot read image .*photos/b/2.jpg"), caplog.at_level("INFO"):
+        cli.main(["predict", *common])
+    found = {
+        path.relative_to(tmp_path / "predictions").as_posix() for path in (tmp_path / "predictions").rglob("*.png")
+    }
+    assert found == {"labelIds/a/1_labelIds.png", "labelIds/b/1_labelIds.png", "colors/a/1.png", "colors/b/1.png"}
+    assert "predictions of 2 images" in caplog.text
 
 
 def test_missing_labels(tmp_path):

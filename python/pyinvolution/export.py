@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def export(
     Args:
         model: from images (N, C, H, W) to tensors, in any structure, or a torchvision detector; exported in evaluation
             mode, not changed. Or what `load_model` takes: a name, a folder of `save_pretrained`, a checkpoint.
-        path: of the file: .pt2 for "pt2" and "aoti", .onnx for "onnx".
+        path: of the file, which ends in .pt2 for "pt2" and "aoti".
         format: "pt2", an archive for `torch.export.load` (after ``import pyinvolution``); "aoti", code compiled by
             AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations alone, so
             that every runtime takes it.
@@ -160,8 +160,8 @@ def export(
     if dynamic and len(example_input) == 1:  # which torch.export would take for a constant
         example_input = example_input.repeat(2, 1, 1, 1)
     path = Path(path)
-    if format == "aoti" and path.suffix != ".pt2":
-        raise ValueError(f"path is {path}, expected one that ends in .pt2 for an AOTInductor package")
+    if FORMATS[format].suffix.endswith(".pt2") and path.suffix != ".pt2":
+        raise ValueError(f"path is {path}, expected one that ends in .pt2 for format {format}")
     if format == "onnx" and example_input.dtype not in ONNX_DTYPES:
         raise ValueError(
             f"the model is in {example_input.dtype}, expected {' or '.join(map(str, ONNX_DTYPES))} for format onnx"
@@ -171,7 +171,7 @@ def export(
     # Renamed once its outputs are known to be right.
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
-        run = FORMATS[format](program, part, opset)
+        run = FORMATS[format].write(program, part, opset)
         difference, scale = _compare(model, run, _check_inputs(example_input, bool(names)), detector)
         part.replace(path)
     finally:
@@ -314,10 +314,22 @@ def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> Runner:
     return lambda image: [torch.from_numpy(array) for array in session.run(None, {name: image.cpu().numpy()})]
 
 
-FORMATS: dict[str, Callable[[ExportedProgram, Path, int], Runner]] = {
-    "pt2": _write_pt2,
-    "aoti": _write_aoti,
-    "onnx": _write_onnx,
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        suffix: what the names of such files end in by default.
+        write: writes a program to a path (with a version of ONNX's operations) and returns what runs the file.
+    """
+
+    suffix: str
+    write: Callable[[ExportedProgram, Path, int], Runner]
+
+
+FORMATS = {
+    "pt2": Format(".pt2", _write_pt2),
+    "aoti": Format(".aoti.pt2", _write_aoti),
+    "onnx": Format(".onnx", _write_onnx),
 }
 
 

@@ -28,5 +28,4 @@ def _positive(text: str) -> int:
 def main(options: argparse.Namespace) -> None:
     from pyinvolution.studies import figure
 
-    names = ("ours", "baseline", "output", "root", "images", "count", "boxes", "layers", "groups", "device")
-    figure.run(**{name: getattr(options, name) for name in names})
+    figure.run(**{name: value for name, value in vars(options).items() if name != "command"})

@@ -52,7 +52,8 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its format and tags
+            return to_rgb(image)
     except Exception as error:  # decoders raise nearly anything on broken files
         raise UnreadableSample(f"cannot read image {path}: {error}") from error
 
@@ -71,6 +72,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError(f"its values of mode F are in {values.min():g} to {values.max():g}, expected 0 to 1")
         return Image.fromarray((255 * values).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # Pillow warns of transparency on the direct way
     return image.convert("RGB")
 
 

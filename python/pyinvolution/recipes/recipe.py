@@ -164,7 +164,7 @@ class Recipe(pl.LightningModule):
         kind = "adamw" if "betas" in groups[0] else "sgd"
         if kind != self.optimizer:
             raise RecipeError(
-                f"cannot resume: the checkpoint was made with model.optimizer={kind}, not {self.optimizer}"
+                f"cannot resume: the checkpoint was made with model.optimizer={kind}, this run has {self.optimizer}"
             )
         count, ours = sum(len(group["params"]) for group in groups), len(self._trained())
         if count != ours:

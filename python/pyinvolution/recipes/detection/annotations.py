@@ -1,7 +1,8 @@
 """COCO's annotations as other programs write them: what is refused, what is left out, and masks of what is left."""
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import compress
 from math import inf, isfinite
 from operator import not_
@@ -12,9 +13,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
 
-__all__ = ["Entry", "Fault", "check", "draw_mask", "sift"]
+__all__ = ["CocoFile", "Entry", "Fault", "draw_mask", "has_mask"]
 
 Entry = Mapping[str, Any]
 """An image, a category or an annotation in the file."""
@@ -26,42 +26,119 @@ class Fault(ValueError):
     """What is wrong in a file of annotations, without the file's name."""
 
 
-def check(coco: COCO, file: Path, annotated: bool) -> None:
-    """Check images and categories, and the annotations if the file is ``annotated``, but for their masks.
+class CocoFile:
+    """What a file in COCO's layout lists, checked but for the masks.
+
+    Attributes:
+        file: its path.
+        root: folder of the images.
+        ids: of the images, in order.
+        images, categories: by their ids.
+        annotations: of these images.
 
     Raises:
-        Fault: ids repeat or have another type, a name is not text, a size is not positive, a box is not four
-            finite numbers of which two are sizes of at least 0, or an annotation's category is not listed.
-        KeyError: an entry lacks a field.
+        Fault: ids repeat or have another type, a name is not text, a size is not positive, a box is not four finite
+            numbers of which two are sizes of at least 0, or an annotation's category is not listed.
+        KeyError, TypeError, ValueError: the file is not JSON, or an entry is not an object or lacks a field.
     """
-    content = coco.dataset
-    images, categories = content.get("images") or [], content.get("categories") or []
-    if not images or (annotated and not categories):
-        raise Fault("it lists no images or no categories")
-    if annotated and "annotations" not in content:
-        raise Fault("it has no annotations")
-    for kind, field, entries in (("image", "file_name", images), ("category", "name", categories)):
-        for entry in entries:
-            _check_id(entry["id"], f"the id of {kind} {entry[field]!r}")
-            if not isinstance(entry[field], str):
-                raise Fault(f"the {field} of {kind} {entry['id']} is {entry[field]!r}, expected text")
-        _check_unique(kind, entries, lambda group, field=field: ", ".join(entry[field] for entry in group))
-    for image in images:
-        for side in ("width", "height"):
-            if (value := image.get(side)) is not None and not (_is_number(value) and value > 0):
-                raise Fault(f"the {side} of image {image['id']} is {value!r}, expected a positive number")
-    _warn_of_repeated_files(file, images)
-    if not annotated:
-        return
-    annotations = content["annotations"]
-    _check_unique(
-        "annotation", annotations, lambda group: f"images {', '.join(str(entry['image_id']) for entry in group)}"
-    )
-    for annotation in annotations:
-        _check_annotation(annotation, coco.cats)
-    strays = [annotation for annotation in annotations if annotation["image_id"] not in coco.imgs]
-    if strays:
-        rank_zero_warn(f"{file}: images that are not listed: {_some(strays, annotations)} are left out")
+
+    def __init__(self, file: Path, root: Path, annotated: bool) -> None:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise Fault(f"it holds a {type(content).__name__}, expected an object with images, annotations, categories")
+        images, categories = content.get("images") or [], content.get("categories") or []
+        annotations = content.get("annotations")
+        if not images:
+            raise Fault("it lists no images")
+        if annotated and not categories:
+            raise Fault("it lists no categories")
+        if annotated and annotations is None:
+            raise Fault("it has no annotations")
+        for kind, field, entries in (("image", "file_name", images), ("category", "name", categories)):
+            _check_entries(kind, field, entries)
+        for image in images:
+            for side in ("width", "height"):
+                if (value := image.get(side)) is not None and not (_is_number(value) and value > 0):
+                    raise Fault(f"the {side} of image {image['id']} is {value!r}, expected a positive number")
+        self.file, self.root = file, root
+        self.images = {image["id"]: image for image in images}
+        self.categories = {category["id"]: category for category in categories}
+        self.ids = sorted(self.images)
+        self.annotations: list[Entry] = []
+        self._warn_of_repeated_files()
+        if annotated:
+            self._take(annotations)
+
+    def _take(self, annotations: list[Entry]) -> None:
+        _check_unique("annotation", annotations, "images", "image_id")
+        for annotation in annotations:
+            _check_annotation(annotation, self.categories)
+        self.annotations, strays = _split(annotations, lambda entry: entry["image_id"] in self.images)
+        if strays:
+            self._warn(f"images that are not listed: {_some(strays, annotations)} are left out")
+
+    def _warn(self, text: str) -> None:
+        rank_zero_warn(f"{self.file}: {text}")
+
+    def _warn_of_repeated_files(self) -> None:
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, image in self.images.items():
+            groups[image["file_name"]].append(number)
+        repeated = [(name, numbers) for name, numbers in groups.items() if len(numbers) > 1]
+        if repeated:
+            name, numbers = repeated[0]
+            which = ", ".join(map(str, numbers))
+            self._warn(
+                f"{len(repeated)} files are listed as several images (first: {name}, images {which}), each with its "
+                "own annotations only"
+            )
+
+    def by_image(self, masks: bool, training: bool) -> dict[int, list[Entry]]:
+        """The annotations of each image. Training goes without crowds, boxes of less than a pixel within the image and,
+        for ``masks``, objects without a mask. What is left out is counted in warnings, crowds excepted.
+
+        Raises:
+            Fault: a mask is not as in COCO, or no annotation has one.
+        """
+        kept = self.annotations
+        if training:
+            objects = [annotation for annotation in kept if not annotation.get("iscrowd", 0)]
+            kept, lost = _split(objects, lambda entry: _in_image(entry["bbox"], self.images[entry["image_id"]]))
+            if lost:
+                which = _some(lost, self.annotations)
+                self._warn(f"boxes of less than a pixel within the image: {which} are not trained on")
+        if masks:
+            kept = self._with_masks(kept, training)
+        found: dict[int, list[Entry]] = {number: [] for number in self.images}
+        for annotation in kept:
+            found[annotation["image_id"]].append(annotation)
+        return found
+
+    def _with_masks(self, annotations: list[Entry], training: bool) -> list[Entry]:
+        def wanted(entry: Entry) -> bool:
+            # Checked in any case; evaluation, as COCO's, counts masks without a pixel as objects that nobody finds.
+            return has_mask(entry) and (_has_pixels(entry, self.images[entry["image_id"]]) or not training)
+
+        masked, bare = _split(annotations, wanted)
+        if bare and not masked:
+            raise Fault(
+                f"none of its {len(bare)} annotations has a mask, expected polygons or run lengths as their "
+                "segmentation; faster_rcnn and retinanet need boxes only"
+            )
+        if bare:
+            end = "are not trained on" if training else "count as crowds, for boxes and masks"
+            self._warn(f"no mask: {_some(bare, annotations)} {end}")
+        if partly := [entry for entry in masked if _lost_polygons(entry)]:
+            self._warn(f"polygons of fewer than three points are left out of {_some(partly, annotations)}")
+        return masked if training else annotations
+
+
+def _check_entries(kind: str, field: str, entries: list[Entry]) -> None:
+    for entry in entries:
+        _check_id(entry["id"], f"the id of {kind} {entry[field]!r}")
+        if not isinstance(entry[field], str):
+            raise Fault(f"the {field} of {kind} {entry['id']} is {entry[field]!r}, expected text")
+    _check_unique(kind, entries, "", field)
 
 
 def _check_id(value: Any, what: str) -> None:
@@ -73,30 +150,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
-def _check_unique(kind: str, entries: Iterable[Entry], describe: Callable[[list[Entry]], str]) -> None:
+def _check_unique(kind: str, entries: list[Entry], described: str, field: str) -> None:
     groups: dict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[entry["id"]].append(entry)
     repeated = [(number, group) for number, group in groups.items() if len(group) > 1]
     if repeated:
         number, group = repeated[0]
-        where = describe(group[:5]) + (", ..." if len(group) > 5 else "")
-        more = f" (and {len(repeated) - 1} other ids of {kind} entries repeat)" if len(repeated) > 1 else ""
-        raise Fault(f"{kind} {number!r} is used {len(group)} times ({where}), expected unique ids{more}")
-
-
-def _warn_of_repeated_files(file: Path, images: Iterable[Entry]) -> None:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for image in images:
-        groups[image["file_name"]].append(image["id"])
-    repeated = [(name, numbers) for name, numbers in groups.items() if len(numbers) > 1]
-    if repeated:
-        name, numbers = repeated[0]
-        which = ", ".join(map(str, numbers))
-        rank_zero_warn(
-            f"{file}: {len(repeated)} files are listed as several images (first: {name}, images {which}), each with "
-            "its own annotations only"
-        )
+        where = ", ".join(str(entry[field]) for entry in group[:5]) + (", ..." if len(group) > 5 else "")
+        more = f"; {len(repeated) - 1} other ids are used repeatedly" if len(repeated) > 1 else ""
+        which = f"{described} {where}".strip()
+        raise Fault(f"{kind} {number!r} is used {len(group)} times ({which}), expected unique ids{more}")
 
 
 def _check_annotation(annotation: Entry, categories: Mapping[int, Entry]) -> None:
@@ -114,30 +178,6 @@ def _check_annotation(annotation: Entry, categories: Mapping[int, Entry]) -> Non
         raise Fault(f"the area of {name} is {area!r}, expected a number of at least 0")
 
 
-def sift(coco: COCO, file: Path, masks: bool, training: bool) -> dict[int, list[Entry]]:
-    """The annotations of each image. Training goes without crowds, boxes of less than a pixel within the image and, for
-    ``masks``, objects without a mask. What is left out is counted in warnings, crowds excepted.
-
-    Raises:
-        Fault: a mask is not as in COCO, or no annotation has one.
-    """
-    listed = [annotation for annotation in coco.dataset["annotations"] if annotation["image_id"] in coco.imgs]
-    kept = listed
-    if training:
-        objects = [annotation for annotation in listed if not annotation.get("iscrowd", 0)]
-        kept, lost = _split(objects, lambda entry: _in_image(entry["bbox"], coco.imgs[entry["image_id"]]))
-        if lost:
-            rank_zero_warn(
-                f"{file}: boxes of less than a pixel within the image: {_some(lost, listed)} are not trained on"
-            )
-    if masks:
-        kept = _with_masks(coco, file, kept, training)
-    found: dict[int, list[Entry]] = {number: [] for number in coco.imgs}
-    for annotation in kept:
-        found[annotation["image_id"]].append(annotation)
-    return found
-
-
 def _split(entries: list[Entry], wanted: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
     verdicts = [wanted(entry) for entry in entries]
     return list(compress(entries, verdicts)), list(compress(entries, map(not_, verdicts)))
@@ -149,30 +189,24 @@ def _in_image(box: list[float], image: Entry) -> bool:
     return right - max(x, 0) >= 1 and bottom - max(y, 0) >= 1
 
 
-def _with_masks(coco: COCO, file: Path, annotations: list[Entry], training: bool) -> list[Entry]:
-    masked, bare = _split(annotations, lambda entry: _has_mask(entry, coco.imgs[entry["image_id"]]))
-    if bare and not masked:
-        raise Fault(
-            f"none of its {len(bare)} annotations has a mask, expected polygons or run lengths as their segmentation; "
-            "faster_rcnn and retinanet need boxes only"
-        )
-    if bare:
-        end = "are not trained on" if training else "count as crowds, for boxes and masks"
-        rank_zero_warn(f"{file}: no mask: {_some(bare, annotations)} {end}")
-    if partly := [entry for entry in masked if _lost_polygons(entry)]:
-        rank_zero_warn(f"{file}: polygons of fewer than three points are left out of {_some(partly, annotations)}")
-    return masked if training else annotations
-
-
-def _has_mask(annotation: Entry, image: Entry) -> bool:
+def has_mask(annotation: Entry) -> bool:
+    """Whether the annotation has run lengths or a polygon of at least three points."""
     shape = annotation.get("segmentation")
-    if not shape:
-        return False
+    return bool(shape) and (isinstance(shape, Mapping) or bool(_polygons(annotation)))
+
+
+def _has_pixels(annotation: Entry, image: Entry) -> bool:
+    """Whether its mask may have a pixel within the image."""
+    shape = annotation["segmentation"]
     if isinstance(shape, Mapping):
-        size = (image.get("height") or shape["size"][0], image.get("width") or shape["size"][1])
-        return sum(_run_lengths(annotation, size)[1::2]) > 0
+        return sum(_run_lengths(annotation, _listed_size(image, shape))[1::2]) > 0
     right, bottom = image.get("width") or inf, image.get("height") or inf
     return any(_has_area(polygon[::2], right) and _has_area(polygon[1::2], bottom) for polygon in _polygons(annotation))
+
+
+def _listed_size(image: Entry, shape: Entry) -> Size:
+    height, width = shape["size"]
+    return image.get("height") or height, image.get("width") or width
 
 
 def _has_area(coordinates: list[float], end: float) -> bool:

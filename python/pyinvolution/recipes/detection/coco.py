@@ -1,7 +1,6 @@
 """COCO (Lin et al., ECCV 2014) and data in its layout: ROOT/annotations/instances_SPLIT.json and ROOT/SPLIT/IMAGE."""
 
 import contextlib
-import io
 from collections.abc import Callable, Iterator, Mapping
 from math import ceil, floor
 from pathlib import Path
@@ -12,12 +11,11 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
 
 from pyinvolution.recipes.classification.imagefolder import ImageFiles, Transforms, compose
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
-from pyinvolution.recipes.detection.annotations import Entry, Fault, check, draw_mask, sift
+from pyinvolution.recipes.detection.annotations import CocoFile, Entry, Fault, draw_mask, has_mask
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.images import find_images, read_image
 
@@ -36,14 +34,14 @@ class CocoImages:
         annotations: of each image, by its id.
         category_ids: of the labels 1, 2, ...
         transform: of image and target together.
-        masks: whether targets have them. Then an object without a pixel is left out in training, and a crowd as large
-            as its box in evaluation, which cannot say what a detection of it is worth.
+        masks: whether targets have them. Then an object without a pixel is left out in training; in evaluation one
+            without a mask is a crowd as large as its box, since nothing can tell what a detection of it is worth.
         training: whether these are samples of training.
     """
 
     def __init__(
         self,
-        dataset: CocoDetection,
+        dataset: CocoFile,
         annotations: Mapping[int, list[Entry]],
         category_ids: list[int],
         transform: Callable,
@@ -59,7 +57,7 @@ class CocoImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image_id = self.dataset.ids[index]
-        entry, annotations = self.dataset.coco.imgs[image_id], self.annotations[image_id]
+        entry, annotations = self.dataset.images[image_id], self.annotations[image_id]
         path = Path(self.dataset.root, entry["file_name"])
         image = read_image(path)
         size = image.height, image.width
@@ -80,13 +78,13 @@ class CocoImages:
                 raise UnreadableSample(f"cannot read the masks of image {path}: {error}") from error
             target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
             if not self.training:
-                _cover_without_mask(target)
+                _cover(target, [i for i, a in enumerate(annotations) if not has_mask(a)])
         image, target = self.transform(tv_tensors.Image(image), target)
         plain = {
             key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in target.items()
         }
         if self.masks and self.training:
-            visible = _has_pixels(plain["masks"])
+            visible = (plain["masks"] != 0).flatten(1).any(1)
             plain = {key: value[visible] if isinstance(value, Tensor) else value for key, value in plain.items()}
         return image.as_subclass(Tensor), plain
 
@@ -112,12 +110,9 @@ def _check_size(path: Path, entry: Entry, size: tuple[int, int]) -> None:
         )
 
 
-def _has_pixels(masks: Tensor) -> Tensor:
-    return (masks != 0).flatten(1).any(1)
-
-
-def _cover_without_mask(target: Target) -> None:
-    for index in torch.where(~_has_pixels(target["masks"]))[0].tolist():
+def _cover(target: Target, indices: list[int]) -> None:
+    """Make objects crowds as large as their boxes."""
+    for index in indices:
         left, top, right, bottom = target["boxes"][index].tolist()
         rows, columns = slice(max(floor(top), 0), ceil(bottom)), slice(max(floor(left), 0), ceil(right))
         target["masks"][index, rows, columns] = 1
@@ -211,18 +206,17 @@ class CocoData(RecipeData):
                 raise RecipeError(f"{self._file('train')} has no image with an object to train on")
         self.val_samples = val_samples
 
-    def _samples(self, dataset: CocoDetection, split: str) -> CocoImages:
+    def _samples(self, dataset: CocoFile, split: str) -> CocoImages:
         self._set_categories(dataset)
         masks = getattr(getattr(self.trainer, "lightning_module", None), "masks", True)
         training = split == "train"
-        file = self._file(split)
-        with _errors_of(file):
-            annotations = sift(dataset.coco, file, masks, training)
+        with _errors_of(dataset.file):
+            annotations = dataset.by_image(masks, training)
         transform = self.train_transform if training else self.val_transform
         return CocoImages(dataset, annotations, self.category_ids, transform, masks, training)
 
-    def _check_categories(self, *datasets: CocoDetection) -> None:
-        train, val = ({number: entry["name"] for number, entry in data.coco.cats.items()} for data in datasets)
+    def _check_categories(self, *datasets: CocoFile) -> None:
+        train, val = ({number: entry["name"] for number, entry in data.categories.items()} for data in datasets)
         different = sorted(number for number in train.keys() | val.keys() if train.get(number) != val.get(number))
         if different:
             number = different[0]
@@ -241,14 +235,14 @@ class CocoData(RecipeData):
         root = Path(self.predict_root or self.root / self.folders["val"])
         if self.predict_root is None:
             self.image_ids, self.ids_listed = listed.ids, True
-            paths = [Path(listed.root, listed.coco.imgs[image]["file_name"]) for image in listed.ids]
+            paths = [Path(listed.root, listed.images[image]["file_name"]) for image in listed.ids]
             self.predict_samples = ImageFiles.to_predict(paths, root, self.predict_transform)
             return
         paths = find_images(root)
         self.predict_samples = ImageFiles.to_predict(paths, root, self.predict_transform)
         names = self.predict_samples.names
         known: dict[str, int] = {}
-        for number, image in (listed.coco.imgs if listed else {}).items():
+        for number, image in (listed.images if listed else {}).items():
             known |= {image["file_name"]: number, str(Path(listed.root, image["file_name"]).resolve()): number}
         ids = [known.get(name, known.get(str(path.resolve()))) for name, path in zip(names, paths, strict=True)]
         self.ids_listed = None not in ids and len(set(ids)) == len(ids)
@@ -261,7 +255,7 @@ class CocoData(RecipeData):
     def _file(self, split: str) -> Path:
         return self.root / (self.annotations[split] or f"annotations/instances_{self.folders[split]}.json")
 
-    def _read(self, split: str, annotated: bool = True) -> CocoDetection:
+    def _read(self, split: str, annotated: bool = True) -> CocoFile:
         file, folder = self._file(split), self.root / self.folders[split]
         for path, found in ((file, file.is_file()), (folder, folder.is_dir())):
             if not found:
@@ -270,14 +264,11 @@ class CocoData(RecipeData):
                     f"instances_{self.folders[split]}.json and {self.root}/{self.folders[split]}/IMAGE"
                 )
         with _errors_of(file):
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
-                dataset = CocoDetection(str(folder), str(file))
-            check(dataset.coco, file, annotated)
-        return dataset
+            return CocoFile(file, folder, annotated)
 
-    def _set_categories(self, dataset: CocoDetection) -> None:
-        self.category_ids = sorted(dataset.coco.cats)
-        self.classes = [dataset.coco.cats[category]["name"] for category in self.category_ids]
+    def _set_categories(self, dataset: CocoFile) -> None:
+        self.category_ids = sorted(dataset.categories)
+        self.classes = [dataset.categories[category]["name"] for category in self.category_ids]
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"classes": self.classes, "category_ids": self.category_ids}
