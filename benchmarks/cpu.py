@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ class Report:
     def add(
         self, what: str, name: str, threads: int, ours: str, times: dict[str, list[float]], work: Work | None = None
     ) -> None:
-        row = {"what": what, "name": name, "threads": threads, "ms": statistics.median(times[ours]) * 1e3}
+        row: dict[str, Any] = {
+            "what": what,
+            "name": name,
+            "threads": threads,
+            "ms": statistics.median(times[ours]) * 1e3,
+        }
         if work is not None:
             limit, per_second = self.limits[str(threads)], 1e6 * row["ms"]
             row["gmac"] = work.fma / 1e9
@@ -167,13 +173,13 @@ def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) ->
             for batch in batches:
                 x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
                 seconds = 6.0 if batch == 1 else 10.0
-                eager: dict[str, Function] = {n: lambda m=m: m(x) for n, m in models.items()}  # noqa: B023
+                eager: dict[str, Function] = {name: partial(model, x) for name, model in models.items()}
                 report.add("inference, eager", f"N={batch}", count, "RedNet-50", interleaved(eager, seconds))
                 torch._dynamo.reset()
                 compiled = {name: torch.compile(m, fullgraph=True) for name, m in models.items()}
                 for name, model in compiled.items():
                     torch.testing.assert_close(model(x), models[name](x), rtol=1e-3, atol=1e-3)
-                frozen: dict[str, Function] = {n: lambda m=m: m(x) for n, m in compiled.items()}  # noqa: B023
+                frozen: dict[str, Function] = {name: partial(model, x) for name, model in compiled.items()}
                 times = interleaved(frozen, seconds)
                 report.add("inference, compile + freezing", f"N={batch}", count, "RedNet-50", times)
 
@@ -233,7 +239,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
     head = f"{cpu}, torch {about['build']['torch_running']}, float32, {about['date']}.\n"
     head += "How many times faster: median (quartiles) of neighbouring runs."
 
-    models = []
+    models: list[tuple[object, ...]] = []
     for r in report.rows:
         if "mb" in r:
             models.append(

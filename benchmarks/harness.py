@@ -119,8 +119,8 @@ def require_finite(results: Sequence[Tensor], what: str) -> None:
 def compare(names: Sequence[str], found: Sequence[Sequence[Sequence[Tensor]]], what: str) -> None:
     """For each name the pieces of the result, of the oracle and of the reference, under the one accuracy policy."""
     for name, (actual, exact, same) in zip(names, found, strict=True):
-        flat = [torch.cat([t.flatten() for t in tensors]) for tensors in (actual, exact, same)]
-        assert_accurate(*flat, f"{name} of {what}")
+        ours, oracle, reference = (torch.cat([t.flatten() for t in tensors]) for tensors in (actual, exact, same))
+        assert_accurate(ours, oracle, reference, f"{name} of {what}")
 
 
 def check_involution(case: Case, x: Tensor, w: Tensor, gy: Tensor) -> tuple[Tensor, ...]:

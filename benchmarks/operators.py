@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,6 +177,10 @@ def contend(bench: Bench, row: dict[str, Any], where: str, ours: Function, expec
 # --- contenders -------------------------------------------------------------------------------------------------------
 
 
+def _prepared(function: Function) -> Function:
+    return function
+
+
 def forced(name: str, function: Function) -> Callable[[], Function]:
     def call() -> Any:
         with force_variant(name):
@@ -279,14 +284,16 @@ def involution(bench: Bench, setting: Setting, compiled: bool = False) -> None:
             for name in others("involution2d", setting.device, passes):
                 into.append(Contender(f"variant {name.split('/')[1]}", forced(name, call), own=True))
         if callable(bench.official) and setting.dtype == "float32" and setting.layout == "NCHW":
-            official = bench.official
-            ahead.append(Contender("official", lambda: lambda: official(x, w, None, *geometry)))
-            call = lambda x, w: official(x, w, None, *geometry)  # noqa: E731
-            back.append(Contender("official", backward_of(call, (x, w), gy)))
+            ahead.append(Contender("official", lambda: lambda: without_bias(x, w)))
+
+            def without_bias(x: Tensor, w: Tensor, official: Involution = bench.official) -> Tensor:
+                return official(x, w, None, *geometry)
+
+            back.append(Contender("official", backward_of(without_bias, (x, w), gy)))
         for title, kernel, groups in (("3x3 convolution", 3, 1), ("depthwise 7x7", 7, case.input[1])):
             one, other = convolution(case, x, gy, kernel, groups)
-            ahead.append(Contender(title, lambda one=one: one, same=False))
-            back.append(Contender(title, lambda other=other: other, same=False))
+            ahead.append(Contender(title, partial(_prepared, one), same=False))
+            back.append(Contender(title, partial(_prepared, other), same=False))
     measure(bench, setting, "involution2d", chosen(explanations[:1]), forward, y, ahead)
     measure(bench, setting, "involution2d backward", chosen(explanations[1:]), backward, grads, back)
 

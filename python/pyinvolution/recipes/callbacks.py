@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import plots
 from pyinvolution.recipes._lightning import SaveLast, cluster_environment, validate_again
-from pyinvolution.recipes.data import seed_from
+from pyinvolution.recipes.data import data_of, seed_from
 from pyinvolution.recipes.errors import RecipeError, TrainingDiverged, naming
 
 __all__ = [
@@ -111,7 +111,7 @@ class LastCheckpoint(SaveLast):
         return type(self).__name__  # not with the interval, which a resumed run may change
 
     def save(self, trainer: pl.Trainer) -> None:
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by name
             self.save_last_now(trainer)
 
     def before_save(self, trainer: pl.Trainer) -> None:
@@ -252,7 +252,7 @@ class SeedEveryBatch(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(seed_from(trainer.datamodule.seed, trainer.global_rank, trainer.global_step, batch_idx))
+        torch.manual_seed(seed_from(data_of(trainer).seed, trainer.global_rank, trainer.global_step, batch_idx))
 
 
 class ImagesPerSecond(Callback):
@@ -278,9 +278,10 @@ class ImagesPerSecond(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0 and between_steps(trainer):
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by name
+        if trainer.global_step % every == 0 and between_steps(trainer):
             now = time.perf_counter()
-            images = self._batches * trainer.datamodule.batch_size * trainer.world_size
+            images = self._batches * data_of(trainer).batch_size * trainer.world_size
             pl_module.log("train/images_per_s", images / (now - self._since), prog_bar=True)
             self._since, self._batches = now, 0
 
@@ -315,12 +316,12 @@ class Curves(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by name
             return
         for logger in trainer.loggers:
             logger.save()
-        metrics = plots.read_metrics(folder)
+        metrics, recipe = plots.read_metrics(folder), cast(Any, pl_module)
         if metrics:
             rank_zero_info(
-                f"curves: {plots.curves(metrics, folder / 'curves.png', pl_module.monitor, pl_module.monitor_title)}"
+                f"curves: {plots.curves(metrics, folder / 'curves.png', recipe.monitor, recipe.monitor_title)}"
             )

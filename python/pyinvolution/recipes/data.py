@@ -128,7 +128,7 @@ class EvalSampler(DistributedSampler):
         super().__init__(dataset, num_replicas, rank, shuffle=False)
 
     def __iter__(self) -> Iterator[Key]:
-        size = len(self.dataset)
+        size = len(self.dataset)  # type: ignore[arg-type]  # a Dataset need not have a length, ours do
         return iter([(0, i if i < size else -1) for i in range(self.rank, self.total_size, self.num_replicas)])
 
 
@@ -149,6 +149,10 @@ class RecipeData(pl.LightningDataModule):
     train_samples: Samples
     val_samples: Samples
     predict_samples: Samples
+    classes: list[str]
+    """Names of the classes, as far as they are known."""
+    # Lightning sets it before it asks for anything.
+    trainer: pl.Trainer  # type: ignore[assignment]
     # Makes a batch of a list of samples; None stacks their tensors.
     collate: Callable[[list[Any]], Any] | None = None
 

@@ -4,6 +4,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +20,7 @@ Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 TRAIN, VAL = "#3b6fb6", "#d1603d"
 """Colours of training and validation, and of ours beside others."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#666666",
     "axes.grid": True,
     "axes.spines.right": False,

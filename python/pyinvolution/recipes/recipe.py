@@ -9,10 +9,12 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pyinvolution.models import create_model
 from pyinvolution.models.checkpoint import check_fit, load
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
@@ -56,6 +58,7 @@ class Recipe(pl.LightningModule):
         RecipeError: a value is out of its range, or ``init_from`` does not fit.
     """
 
+    net: Any  # a module; each task knows more of it
     # What best.ckpt is chosen by and curves.png shows (beside its train/ namesake), a share of 1; the file of predict.
     monitor: ClassVar[str]
     monitor_title: ClassVar[str]
@@ -105,7 +108,7 @@ class Recipe(pl.LightningModule):
         self.net = net
         self.lr, self.reference_batch = lr, reference_batch
         self.optimizer, self.weight_decay = optimizer, weight_decay
-        self.sgd = {"momentum": momentum, "nesterov": nesterov}
+        self.sgd: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
         self.decay, self.milestones, self.gamma, self.power = decay, milestones, gamma, power
         self.min_ratio = min_lr / lr
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
@@ -182,12 +185,13 @@ class Recipe(pl.LightningModule):
         from the checkpoint."""
         if self._before is None:
             return
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
         lr = optimizer.defaults["lr"]
         scheduler.base_lrs = [lr] * len(optimizer.param_groups)
         for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group |= optimizer.defaults | {"initial_lr": lr, "lr": lr * factor(scheduler.last_epoch)}
-        now = _settings(self.hparams, self.trainer.datamodule.hparams) | {"the run's length": self._total_steps}
+        now = _settings(self.hparams, data_of(self.trainer).hparams) | {"the run's length": self._total_steps}
         changed = [
             f"{name}={now[name]} (before: {value})"
             for name, value in self._before.items()
@@ -209,8 +213,8 @@ class Recipe(pl.LightningModule):
         fitting = self.trainer.state.fn == "fit"
         return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay and fitting else []
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        data = self.trainer.datamodule
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        data = data_of(self.trainer)
         lr = scale_lr(self.lr, data.global_batch, self.reference_batch)
         total = total_steps(data.steps_per_epoch, self.trainer.max_epochs, self.trainer.max_steps)
         self._total_steps = total
@@ -274,7 +278,7 @@ def init_arguments(checkpoint: Mapping[str, Any], key: str = "hyper_parameters")
     return {name: value for name, value in given.items() if not name.startswith("_") and name not in first_weights}
 
 
-def build_net(name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:
+def build_net(name: str, num_classes: int, options: dict[str, Any] | None) -> Any:
     """The model ``name`` of `create_model`, or a RecipeError that says which argument is wrong."""
     with naming("model"):
         return create_model(name, num_classes=num_classes, **(options or {}))

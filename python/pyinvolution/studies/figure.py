@@ -132,13 +132,13 @@ def compare(
             axes.grid(False)
         for axes, name in zip(grid[:, 0], ("Image", "Ground truth", *names), strict=True):
             axes.set_ylabel(name, fontsize=11, weight="bold")
-        for column, image, truth, *predictions in zip(grid.T, images, truths, baseline, ours, strict=True):
+        for column, image, truth, one, other in zip(grid.T, images, truths, baseline, ours, strict=True):
             column[0].imshow(image)
-            regions = differing_regions(*predictions, truth, boxes)
+            regions = differing_regions(one, other, truth, boxes)
             marked = marked or bool(regions)
-            for axes, labels in zip(column[1:], (truth, *predictions), strict=True):
+            for axes, labels in zip(column[1:], (truth, one, other), strict=True):
                 axes.imshow(PALETTE[labels], interpolation="nearest")
-            for axes, labels in zip(column[2:], predictions, strict=True):
+            for axes, labels in zip(column[2:], (one, other), strict=True):
                 axes.set_xlabel(f"mean IoU {100 * _mean_iou(labels, truth):.1f}%", fontsize=8, labelpad=2)
             for axes in column:
                 plots.frame(axes, "#cccccc", 0.8)
@@ -162,8 +162,8 @@ def _mark(axes: Axes, regions: Sequence[Region]) -> None:
 
 
 def _mean_iou(labels: Labels, truth: Labels) -> float:
-    tensors = (torch.from_numpy(array.astype(np.int64)) for array in (labels, truth))
-    return multiclass_jaccard_index(*tensors, len(CLASSES), ignore_index=IGNORED).item()
+    found, expected = (torch.from_numpy(array.astype(np.int64)) for array in (labels, truth))
+    return multiclass_jaccard_index(found, expected, len(CLASSES), ignore_index=IGNORED).item()
 
 
 def draw_kernels(
@@ -226,12 +226,12 @@ def draw_kernels(
             for index, (pixel, color) in enumerate(zip(pixels, plots.MARKS, strict=False)):
                 windows.append(panel_at(line, groups + index, color, 2.5))
                 plots.draw_taps(windows[-1], plots.taps(main, pixel), bound, color)
-        for axes, colors, label, ticks in (
+        for shown, colors, label, ticks in (
             (maps, "magma", "sum over the taps of each pixel's kernel, within a map", ("least", "", "most")),
             (windows, "RdBu_r", "taps of the first group shown", ("negative", "0", "positive")),
         ):
             bar = figure.colorbar(
-                ScalarMappable(cmap=colors), ax=axes, location="bottom", fraction=0.02, pad=0.01, aspect=40
+                ScalarMappable(cmap=colors), ax=shown, location="bottom", fraction=0.02, pad=0.01, aspect=40
             )
             bar.set_ticks([0, 0.5, 1], labels=ticks)
             bar.set_label(label)
@@ -288,7 +288,7 @@ def run(
     other, _ = load(baseline, device)
     data = CityscapesData(**arguments | ({"root": root} if root else {}) | {"num_workers": 0})
     data.setup("validate")
-    samples = data.val_samples
+    samples: Any = data.val_samples
     names = [Path(path).name.removesuffix(IMAGE_SUFFIX) for path, _ in samples.files]
     missing = [name for name in images if name not in names]
     if missing:
@@ -298,7 +298,9 @@ def run(
     chosen = [names.index(name) for name in images] or [
         int(index) for index in np.linspace(0, len(names) - 1, min(count, len(names))).round()
     ]
-    pictures, truths, found = [], [], ([], [])
+    pictures: list[NDArray[np.uint8]] = []
+    truths: list[Labels] = []
+    found: tuple[list[Labels], list[Labels]] = ([], [])
     for index in chosen:
         image, truth = samples[index]
         pictures.append(np.asarray(read_image(samples.files[index][0])))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -63,7 +64,8 @@ def kernels(
     """
     columns = len(images)
     with new_figure(path, (1.55 * (columns + len(pixels)) + 0.4, 1.75 * (1 + len(layers)) + 0.3)) as figure:
-        left, right = figure.subfigures(1, 2, width_ratios=(columns, len(pixels)), wspace=0.03)
+        halves: Any = figure.subfigures(1, 2, width_ratios=(columns, len(pixels)), wspace=0.03)
+        left, right = halves
         left.suptitle("Sum over the taps of each pixel's kernel", weight="bold")
         right.suptitle("Taps at the marked pixels", weight="bold")
         maps = left.subplots(1 + len(layers), columns, squeeze=False)

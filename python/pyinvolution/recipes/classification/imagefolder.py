@@ -116,7 +116,7 @@ class ImageFolderData(RecipeData):
             train_transform = [{"RandomResizedCrop": crop}, {"RandomHorizontalFlip": {"p": hflip}}]
         if val_transform is None:
             val_transform = [{"Resize": {"size": resize, "interpolation": mode}}, {"CenterCrop": {"size": size}}]
-        tail = [
+        tail: Transforms = [
             {"ToImage": {}},
             {"ToDtype": {"dtype": torch.float32, "scale": True}},
             {"Normalize": {"mean": mean, "std": std}},

@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.classification.predictions import PredictionWriter
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.recipes.recipe import Recipe, build_net
 
@@ -58,7 +59,7 @@ class Classification(Recipe):
         return PredictionWriter(output)
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = data_of(self.trainer)
         if data.classes and len(data.classes) != self.num_classes:
             raise RecipeError(
                 f"model.num_classes is {self.num_classes}, but the data has {len(data.classes)} classes "

@@ -47,7 +47,7 @@ class CocoFile:
         if not isinstance(content, dict):
             raise Fault(f"it holds a {type(content).__name__}, expected an object with images, annotations, categories")
         images, categories = content.get("images") or [], content.get("categories") or []
-        annotations = content.get("annotations")
+        annotations: Any = content.get("annotations")
         if not images:
             raise Fault("it lists no images")
         if annotated and not categories:

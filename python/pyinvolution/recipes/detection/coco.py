@@ -227,7 +227,7 @@ class CocoData(RecipeData):
             )
 
     def _setup_predict(self) -> None:
-        listed = None
+        listed: Any = None
         if self.predict_root is None or self._file("val").is_file():
             listed = self._read("val", annotated=False)
             if not self.classes:
@@ -244,7 +244,9 @@ class CocoData(RecipeData):
         known: dict[str, int] = {}
         for number, image in (listed.images if listed else {}).items():
             known |= {image["file_name"]: number, str(Path(listed.root, image["file_name"]).resolve()): number}
-        ids = [known.get(name, known.get(str(path.resolve()))) for name, path in zip(names, paths, strict=True)]
+        ids: list[Any] = [
+            known.get(name, known.get(str(path.resolve()))) for name, path in zip(names, paths, strict=True)
+        ]
         self.ids_listed = None not in ids and len(set(ids)) == len(ids)
         if not self.ids_listed:
             numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]

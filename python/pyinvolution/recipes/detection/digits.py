@@ -96,7 +96,8 @@ def _scene(
             target = digits.target[generator.choice(members)]
             same = members[digits.target[members] == target]
             side = int(generator.integers(56, 80))
-            area = (*(int(value) for value in generator.integers(0, SIZE - side + 1, 2)), side)
+            top, left = (int(value) for value in generator.integers(0, SIZE - side + 1, 2))
+            area = (top, left, side)
             small = [place(generator.choice(same), int(generator.integers(12, 19)), area, 0.3) for _ in range(12)]
             placed.append((target, True, np.any([mask for mask in small if mask is not None], axis=0)))
             taken[:] = [area]

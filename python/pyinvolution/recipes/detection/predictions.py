@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from pyinvolution.recipes.callbacks import from_all_processes
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.images import output_names
 
@@ -36,12 +37,13 @@ class CocoWriter(BasePredictionWriter):
         self._names: list[str] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._names = output_names(trainer.datamodule.predict_samples.names)
+        data: Any = data_of(trainer)
+        self._names = output_names(data.predict_samples.names)
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: list[tuple[int, dict, Any]], *args: Any
     ) -> None:
-        data = trainer.datamodule
+        data: Any = data_of(trainer)
         for index, found, scene in prediction:
             self._found.append((index, found))
             if scene is not None:
@@ -52,7 +54,7 @@ class CocoWriter(BasePredictionWriter):
         found = from_all_processes(trainer, self._found)
         if not trainer.is_global_zero:
             return
-        data = trainer.datamodule
+        data: Any = data_of(trainer)
         results = []
         for index, image in sorted(found, key=lambda image: image[0]):
             common = {"image_id": data.image_ids[index]}

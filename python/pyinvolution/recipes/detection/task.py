@@ -1,7 +1,7 @@
 """Detection and instance segmentation: the COCO recipe of the paper (appendix A.2)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,6 +12,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from pyinvolution.models.checkpoint import load_backbone
 from pyinvolution.recipes.classification.imagefolder import IGNORED
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
@@ -74,7 +75,7 @@ class Detection(Recipe):
         if backbone_weights is not None:
             with naming("model.backbone_weights"):
                 load_backbone(net.backbone.body, backbone_weights)
-        kinds = ("bbox", "segm") if self.masks else ("bbox",)
+        kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if self.masks else ("bbox",)
         self.net.backbone.register_forward_pre_hook(self._to_memory_format)
         self.val_ap = MeanAveragePrecision(iou_type=kinds)
         self.val_ap.warn_on_many_detections = False  # COCO counts 100 an image
@@ -91,7 +92,7 @@ class Detection(Recipe):
         return CocoWriter(output, self.shown)
 
     def setup(self, stage: str) -> None:
-        classes = self.trainer.datamodule.classes
+        classes = data_of(self.trainer).classes
         if classes and len(classes) + 1 != self.num_classes:
             raise RecipeError(
                 f"model.num_classes is {self.num_classes}, but the data has {len(classes)} classes "
@@ -148,7 +149,7 @@ class Detection(Recipe):
         scenes, self._scenes = self._scenes, []
         if scenes and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             path = Path(self.trainer.default_root_dir, "detections.png")
-            pictures.grid(scenes, self.trainer.datamodule.classes, path)
+            pictures.grid(scenes, data_of(self.trainer).classes, path)
 
     def predict_step(
         self, batch: tuple[list[Tensor], list[int]], batch_idx: int

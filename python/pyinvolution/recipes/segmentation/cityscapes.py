@@ -208,7 +208,7 @@ class CityscapesData(RecipeData):
         self.train_transform = v2.Compose(
             [
                 v2.ScaleJitter((size[1], size[0]), tuple(scale)),  # it takes width before height
-                BalancedCrop(tuple(crop), max_class_share, mean),
+                BalancedCrop((crop[0], crop[1]), max_class_share, mean),
                 v2.RandomHorizontalFlip(hflip),
                 *([PhotometricDistortion()] if distortion else []),
                 *tail,

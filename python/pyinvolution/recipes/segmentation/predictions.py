@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyinvolution.recipes.callbacks import from_all_processes
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.images import output_names
 from pyinvolution.recipes.segmentation.cityscapes import IMAGE_SUFFIX, LABEL_IDS, colors
 
@@ -34,8 +35,8 @@ class SegmentationWriter(BasePredictionWriter):
         self._written: list[int] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = [_without_suffix(name) for name in trainer.datamodule.predict_samples.names]
-        self._names = output_names(names)
+        data: Any = data_of(trainer)
+        self._names = output_names([_without_suffix(name) for name in data.predict_samples.names])
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: tuple[Tensor, Tensor], *args: Any

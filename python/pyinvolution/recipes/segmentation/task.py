@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pyinvolution.models.checkpoint import load_backbone
+from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.recipe import Recipe, build_net
 from pyinvolution.recipes.segmentation.cityscapes import IGNORED
@@ -68,7 +69,7 @@ class Segmentation(Recipe):
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)
         self.num_classes, self.auxiliary_weight = num_classes, auxiliary_weight
-        self.window = (tuple(window), tuple(window_stride)) if inference == "slide" else None
+        self.window = ((window[0], window[1]), (window_stride[0], window_stride[1])) if inference == "slide" else None
         self.flip = flip
         iou = MulticlassJaccardIndex(
             # Without validation of the arguments, which waits for the GPU. Classes that nowhere occur are NaN.
@@ -85,7 +86,7 @@ class Segmentation(Recipe):
         return SegmentationWriter(output)
 
     def setup(self, stage: str) -> None:
-        classes = self.trainer.datamodule.classes
+        classes = data_of(self.trainer).classes
         if len(classes) != self.num_classes:
             raise RecipeError(
                 f"model.num_classes is {self.num_classes}, but the data has {len(classes)} classes "
@@ -125,11 +126,11 @@ class Segmentation(Recipe):
 
     def on_validation_epoch_end(self) -> None:
         iou = self._log_iou(self.val_iou, "val")
-        names = self.trainer.datamodule.classes
+        names = data_of(self.trainer).classes
         by_class = {f"val/iou/{name}": value for name, value in zip(names, iou, strict=True) if not value.isnan()}
         self.log_dict(by_class, sync_dist=True)
 
-    def _log_iou(self, metric: MulticlassJaccardIndex, split: str) -> Tensor:
+    def _log_iou(self, metric: Metric, split: str) -> Tensor:
         iou = metric.compute()
         metric.reset()
         # The same in all processes already, but Lightning cannot know.

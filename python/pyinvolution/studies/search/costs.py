@@ -132,7 +132,7 @@ class CostTable:
         yield f"head on {_text(shape)}", shape
 
     def _measure(self, architecture: Architecture) -> None:
-        model = self.space.to_model(architecture, self.num_classes).eval()
+        model: Any = self.space.to_model(architecture, self.num_classes).eval()
         parts = [
             nn.Sequential(model.stem, model.pool),
             *(block for name in model.stages for block in getattr(model, name)),

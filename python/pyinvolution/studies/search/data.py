@@ -36,6 +36,7 @@ class HeldOut(ImageFolderData):
             return
         if not hasattr(self, "train_samples"):
             raise RecipeError(f"data.root={self.root} has no folder 'train' to hold images out of")
+        assert isinstance(self.train_samples, ImageFiles)
         generator = torch.Generator().manual_seed(0)  # the same images for every seed of a run
         kept, held = [], []
         for target, name in enumerate(self.classes):

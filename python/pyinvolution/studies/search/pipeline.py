@@ -237,7 +237,7 @@ class _Search:
     def _latency(self) -> dict[str, Any]:
         generator = random.Random(self.config.seed)
         networks = [self.space.sample(generator) for _ in range(self.config.networks)]
-        entries = []
+        entries: list[dict[str, Any]] = []
         for architecture in track(networks, "networks", console=self.console):
             table, measured = self.table.cost(architecture, "latency"), self.table.measured(architecture)
             error = abs(table - measured) / measured
@@ -254,7 +254,7 @@ class _Search:
     def _comparison(self, found: Architecture) -> dict[str, Any]:
         networks = [found, *self._rivals(found)]
         scores = self._trained(networks, "compared", self.config.training)
-        entries = [
+        entries: list[dict[str, Any]] = [
             {
                 "network": describe(architecture),
                 "cost": self._cost(architecture),

@@ -107,18 +107,21 @@ class SearchSpace:
             TypeError: there is no such argument, or one has the wrong type.
             ValueError: as of the class.
         """
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         stages = tuples.get("stages", ())
         if not isinstance(stages, tuple) or not all(isinstance(stage, Mapping) for stage in stages):
             raise TypeError(f"stages is {stages!r}, expected a list of mappings")
         built = []
         for stage in stages:
             try:
-                built.append(StageSpace(**{name: tuple(v) if isinstance(v, list) else v for name, v in stage.items()}))
+                values = {name: tuple(v) if isinstance(v, list) else v for name, v in stage.items()}
+                built.append(StageSpace(**values))  # type: ignore[arg-type]  # it checks the types
             except TypeError as error:
                 raise TypeError(f"stages: {_plain(error)}") from error
         try:
-            return cls(**tuples | {"stages": tuple(built)})
+            return cls(**{**tuples, "stages": tuple(built)})
         except TypeError as error:
             raise TypeError(_plain(error)) from error
 
@@ -139,7 +142,7 @@ class SearchSpace:
     @cached_property
     def genes(self) -> dict[str, int]:
         """Entries of a code in order: name and number of choices."""
-        genes = {}
+        genes: dict[str, int] = {}
         for index, (stage, operators) in enumerate(zip(self.stages, self.stage_operators, strict=True), 1):
             genes |= {f"depth{index}": len(stage.depths), f"width{index}": len(stage.widths)}
             genes |= {f"operator{index}.{block + 1}": len(operators) for block in range(stage.depths[-1])}

@@ -5,8 +5,9 @@ Uniform Sampling", ECCV 2020, sections 3.1 and 3.2.
 """
 
 import random
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,25 +66,26 @@ class Supernet(nn.Module):
         if sampling not in ("operators", "kinds"):
             raise ValueError(f"sampling is {sampling!r}, expected 'operators' or 'kinds'")
         self.space, self.num_classes, self.by_kind = space, num_classes, sampling == "kinds"
-        self.build = partial(
+        build = partial(
             space.to_model,
             num_classes=num_classes,
             in_channels=in_channels,
             norm_layer=partial(nn.BatchNorm2d, track_running_stats=False),
             **kwargs,
         )
-        largest = []
+        self.build = cast(Callable[[Architecture], Any], build)
+        largest: list[list[StageChoice]] = []
         for stage, operators in zip(space.stages, space.stage_operators, strict=True):
             involutions = [size for size in map(parse_operator, operators) if size]
             kernel, group = (max(k for k, _ in involutions), min(g for _, g in involutions)) if involutions else (0, 0)
             names = ["conv3"] * ("conv3" in operators) + [f"inv{kernel}x{group}"] * bool(involutions)
             largest.append([StageChoice(stage.widths[-1], (name,) * stage.depths[-1]) for name in names])
-        self.net = self.build(tuple(choices[0] for choices in largest))
-        other = self.build(tuple(choices[-1] for choices in largest))
+        self.net: Any = self.build(tuple(choices[0] for choices in largest))
+        other: Any = self.build(tuple(choices[-1] for choices in largest))
         for name in self.net.stages:
             for block, counterpart in zip(getattr(self.net, name), getattr(other, name), strict=True):
-                operators = {_kind(module): module for module in (block.involution, counterpart.involution)}
-                block.involution = nn.ModuleDict(operators)
+                both = {_kind(module): module for module in (block.involution, counterpart.involution)}
+                block.involution = nn.ModuleDict(both)
 
     def forward(self, input: Tensor, architecture: Architecture | None = None) -> Tensor:
         """Logits (N, num_classes) of images (N, in_channels, H, W) through one network of the space.
@@ -119,7 +121,7 @@ class Supernet(nn.Module):
             if not operator:
                 weights[name] = _leading(shared[name], parameter.shape)
                 continue
-            module = path.get_submodule(f"{block}.involution")
+            module: Any = path.get_submodule(f"{block}.involution")
             source = f"{block}.involution.{_kind(module)}"
             weight = shared[f"{source}.{rest}"]
             if rest.startswith("span."):
