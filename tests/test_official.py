@@ -246,7 +246,7 @@ class Payload:
 def test_unreadable_files(entries, model, tmp_path):
     path = tmp_path / "official.pth"
     torch.save({"state_dict": entries, "meta": Payload()}, path)
-    with pytest.raises(ValueError, match=r"official\.pth.* will not be executed.*save its state dict alone"):
+    with pytest.raises(ValueError, match=r"official\.pth.* will not be executed.*save only its state dict"):
         load_official(model, path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"official\.pth"):

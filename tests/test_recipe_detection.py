@@ -727,7 +727,7 @@ def test_predictions_of_equal_names(trained, tmp_path):
         (["--model.name=mask_rcnn_resnet9"], "name is 'mask_rcnn_resnet9'"),
         (["--model.backbone_weights=nowhere.pth"], "backbone_weights: there is no file nowhere.pth"),
         (["--model.mask_threshold=1"], "mask_threshold is 1.0, expected a value in"),
-        (["--data.hflip=2"], "data.hflip must be in"),
+        (["--data.hflip=2"], "data.hflip is 2.0, expected a value in"),
         (["--data.train_transform=[{Flip: {}}]"], "data.train_transform: torchvision.transforms.v2 has no 'Flip'"),
         (["--data.val=val2014"], "there is no .*instances_val2014.json"),
     ],

@@ -298,8 +298,8 @@ def test_weights_to_begin_with(trained, tmp_path):
             ["--data.root=/nowhere"],
             "data.root=/nowhere has no split 'train' of Cityscapes: /nowhere/leftImg8bit/train is not a folder; ",
         ),
-        (["--data.crop=[0, 8]"], "data.crop is out of range"),
-        (["--data.scale=[2.0, 1.0]"], "data.scale is out of range"),
+        (["--data.crop=[0, 8]"], "data.crop is (0, 8), expected two positive numbers"),
+        (["--data.scale=[2.0, 1.0]"], "data.scale is (2.0, 1.0), expected two positive"),
         (["--model.inference=slide", "--model.window_stride=[600, 8]"], "model.window_stride is"),
         (["--model.num_classes=7"], "model.num_classes is 7, but the data has 19 classes (road, sidewalk, building"),
         (["--model.name=rednet26", "--model.options={}"], "model.name is 'rednet26', expected a segmentation model"),
@@ -330,7 +330,7 @@ def test_a_file_among_the_cities(tmp_path):
     assert [path for path, _ in data.val_samples.files] == [
         str(root / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
     ]
-    with pytest.raises(RecipeError, match=r"data.crop is out of range: got \(16,\)"):
+    with pytest.raises(RecipeError, match=r"data.crop is \(16,\), expected two positive numbers"):
         CityscapesData(str(root), crop=(16,))
 
 

@@ -129,7 +129,7 @@ def export(
             mode, not changed. Or what `load_model` takes: a name, a folder of `save_pretrained`, a checkpoint.
         path: of the file, which ends in .pt2 for "pt2" and "aoti".
         format: "pt2", an archive for `torch.export.load` (after ``import pyinvolution``); "aoti", code compiled by
-            AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations alone, so
+            AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations only, so
             that every runtime takes it.
         example_input: images (of a detector one); device and type are the model's. Default: 2 random ones of
             224 x 224.
@@ -139,7 +139,7 @@ def export(
 
     Raises:
         TypeError: ``example_input`` is not a tensor.
-        ValueError: ``format`` or ``opset`` is none of these, ``example_input`` holds no images or too small ones, or
+        ValueError: ``format`` or ``opset`` is not one of these, ``example_input`` holds no images or too small ones, or
             torch cannot export the model.
         RuntimeError: the file's outputs differ from the model's by more than rounding; ``path`` is left as it was.
     """
@@ -168,7 +168,7 @@ def export(
         )
     with _traceable_nms() if detector else nullcontext():
         program, names = _program(model, example_input, dynamic, optimize)
-    # Renamed once its outputs are known to be right.
+    # The file gets its name once its outputs are known to be right.
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
         run = FORMATS[format].write(program, part, opset)
@@ -262,7 +262,7 @@ class _Detector(nn.Module):
 
 
 def _settled(scores: Tensor) -> Tensor:
-    """The detections whose place in the order no rounding changes: those of equal scores may come in any order."""
+    """Which detections have the same place in the order whatever the rounding: equal scores may come in any order."""
     apart = -scores.diff() > 1e-5
     return pad(apart, (1, 0), value=True) & pad(apart, (0, 1), value=True) if len(scores) else apart.new_empty(0)
 
@@ -440,7 +440,7 @@ def onnx_translations() -> dict[Callable, Callable]:
         if max(stride) > 1:
             cells = op.AveragePool(x, kernel_shape=stride, strides=stride, ceil_mode=1)
         reduced = op.Relu(conv1x1(cells, reduce_weight, reduce_bias))
-        # So much that there is an output pixel for every cell.
+        # As much end padding as gives an output pixel for every cell.
         rest = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
         geometry = (kernel_size, stride, padding, dilation, rest)
         output = apply_span(x, input.shape[1], reduced, span_weight, span_bias, scale, shift, relu, *geometry)

@@ -1,4 +1,4 @@
-"""Measure the systems of Table 1 on one input: Mask R-CNN, its peers, and RedNet with involution."""
+"""Measure the systems of Table 1 on one input: Mask R-CNN, the same with other blocks, and RedNet with involution."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Draw what two segmentation models make of images (figure 1 of the paper), and the kernels that one has learned."""
+"""Draw the predictions of two segmentation models (figure 1 of the paper), and the kernels that one has learned."""
 
 import argparse
 

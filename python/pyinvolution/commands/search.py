@@ -8,7 +8,7 @@ __all__ = ["configure", "main"]
 
 # Option: place in the configuration, help.
 OPTIONS = {
-    "trials": (("trials",), "networks that the search looks at; more than before goes on with a search"),
+    "trials": (("trials",), "networks that the search looks at; increase it to continue an earlier search"),
     "supernet-epochs": (("supernet", "trainer", "max_epochs"), "of the supernet"),
     "epochs": (("recipe", "trainer", "max_epochs"), "of networks that are trained alone"),
     "networks": (("networks",), "trained alone for the rank correlation"),
@@ -20,7 +20,7 @@ OPTIONS = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="digits.yaml, or a file of your own like it")
-    parser.add_argument("--output", metavar="DIR", help="folder of the search; what is there already is not done again")
+    parser.add_argument("--output", metavar="DIR", help="folder of the search; results that are there already are used")
     parser.add_argument("--data-root", metavar="DIR", help="instead of the recipe's data.root")
     for name, (_, text) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)

@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(checkpoint).__name__}, expected a dict")
     except UnpicklingError as error:
         # torch's own text advises to switch this safety off.
-        remedy = "if you trust it, save its state dict alone: torch.save(checkpoint['state_dict'], path)"
+        remedy = "if you trust it, save only its state dict: torch.save(checkpoint['state_dict'], path)"
         reason = f"it is damaged or holds more than tensors and plain data, and will not be executed ({remedy})"
         raise ValueError(f"{os.fspath(path)} is not a checkpoint: {reason}") from error
     except Exception as error:  # a damaged file can be wrong in any way

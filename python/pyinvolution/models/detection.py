@@ -107,7 +107,7 @@ class TwoSidedBoxCoder(BoxCoder):
 
 
 class RetinaNet(detection.RetinaNet):
-    """torchvision's, with labels from 1 as in the other detectors, but no output for a background that it never has."""
+    """torchvision's RetinaNet with labels from 1, as in the other detectors, and no output for the background."""
 
     def compute_loss(self, targets, head_outputs, anchors) -> dict[str, Tensor]:
         targets = [{**target, "labels": target["labels"] - 1} for target in targets]
@@ -155,7 +155,7 @@ def _check_head(head: str, allowed: Sequence[str] = ("conv", "involution")) -> N
 
 
 def _check_options(model: type[nn.Module], options: Mapping[str, Any]) -> None:
-    # torchvision drops what it does not know.
+    # torchvision silently ignores arguments that it does not know.
     known = {"size_divisible", "fixed_size"}
     for base in model.__mro__:
         if base.__module__.startswith("torchvision"):
@@ -295,7 +295,7 @@ def retinanet(
     body = _backbone(backbone, backbone_options, channels, neck, levels, ExtraLevels)
     strides = [*body.strides, 2 * body.strides[-1], 4 * body.strides[-1]]
     anchors = Anchors(strides, anchor_scales, anchor_ratios)
-    # Classes alone: num_classes counts the background, which a sigmoid for each class needs no output for.
+    # num_classes counts the background, for which a classifier with a sigmoid for each class needs no output.
     classes = num_classes - 1
     retina_head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], classes)
     retina_head.register_forward_hook(_in_single_precision)

@@ -73,8 +73,8 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is damaged, the configuration is none of this version of the library, or the weights are not
-            those of the model.
+        ValueError: a file is damaged, the configuration is not one of this version of the library, or the weights are
+            not those of the model.
         ModuleNotFoundError, TypeError: safetensors is not installed; an override is unknown.
     """
     from safetensors import SafetensorError

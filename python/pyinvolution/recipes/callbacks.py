@@ -37,20 +37,12 @@ __all__ = [
 ]
 
 
-def from_all_processes(trainer: pl.Trainer, items: list[Any]) -> list[Any]:
-    """``items`` of every process, in the order of processes."""
-    if trainer.world_size == 1:
-        return items
-    shares: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(shares, items)
-    return [item for share in shares for item in share]
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its final name and renames it, so that a kill, a full disk or Ctrl-C leaves the old
     one or the new one; reads tensors and plain data only.
 
-    Lightning's own goes through the system's folder for temporary files; between file systems, moving a file copies it.
+    Lightning's own class writes to the system's folder for temporary files; moving a file from there to another file
+    system copies it, which can be interrupted.
 
     Raises:
         RecipeError: a checkpoint cannot be written, e.g. because the disk is full, or is not one of a training run.
@@ -70,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, RuntimeError) as error:
-            # torch says that it cannot complete a file, and not why the writing of it ended.
+            # torch only says that it cannot complete the file; the cause is in the context.
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
@@ -90,16 +82,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
             raise RecipeError(
-                f"--ckpt_path: {path} is not a checkpoint of a run; to begin with weights alone: model.init_from"
+                f"--ckpt_path: {path} is not a checkpoint of a run; to begin with its weights only, use model.init_from"
             )
         return checkpoint
 
 
 class LastCheckpoint(SaveLast):
-    """``last.ckpt`` in ``dirpath``: every ``every_n_train_steps`` optimizer steps, and before and after a validation.
+    """Writes ``last.ckpt`` to ``dirpath`` every ``every_n_train_steps`` optimizer steps, and before and after a
+    validation.
 
-    Only between optimizer steps: gradients that are being accumulated are in no checkpoint. One that was saved before a
-    validation begins with it when it is resumed.
+    It is written only between optimizer steps, because gradients that are being accumulated are not saved. A run that
+    is resumed from a checkpoint of before a validation begins with that validation.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int) -> None:
@@ -158,11 +151,12 @@ def between_steps(trainer: pl.Trainer) -> bool:
 class StopOnSignal(Checkpoint):
     """On SIGTERM in training: save after the optimizer step in progress, and exit with 143 (128 + 15).
 
-    In a validation it exits at once, for `LastCheckpoint` has saved before. The processes of a distributed run agree on
-    the step. Under SLURM with requeueing, Lightning's own answer to the requeue signal (save, requeue) waits for the
-    end of the step too.
+    During a validation it exits at once, because `LastCheckpoint` has saved before it. The processes of a distributed
+    run agree on the step. Under SLURM with requeueing, Lightning's response to the requeue signal (save, requeue) also
+    waits for the end of the step.
 
-    A `Checkpoint` to Lightning, so that it comes after all other callbacks: the averaged weights belong to the step.
+    It is a `Checkpoint`, so that Lightning calls it after all other callbacks: the average of the weights must have
+    been updated by the step.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM
@@ -211,7 +205,7 @@ class StopOnSignal(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, original in self._original.items():
-            # The trainer, whose handlers these are, may have put back by now what was there before it.
+            # The trainer may already have restored the handlers of before the run.
             if signal.getsignal(signum) == self._note:
                 signal.signal(signum, original)
         self._original = {}
@@ -220,7 +214,7 @@ class StopOnSignal(Checkpoint):
 class StopOnDivergence(Callback):
     """Raises `TrainingDiverged` before a loss that is NaN or infinite reaches the weights.
 
-    `LastCheckpoint` looks at the weights themselves, so that no checkpoint holds what a finite loss did to them.
+    `LastCheckpoint` checks the weights themselves, which a finite loss can also make infinite.
     """
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -258,7 +252,7 @@ class SeedEveryBatch(Callback):
 class ImagesPerSecond(Callback):
     """Logs ``train/images_per_s`` over all devices, without the time of validations.
 
-    Lightning's ThroughputMonitor waits for the GPU after every batch; this looks at the clock only when it logs.
+    Lightning's ThroughputMonitor waits for the GPU after every batch; this callback reads the clock only when it logs.
     """
 
     def __init__(self) -> None:

@@ -37,8 +37,8 @@ from pyinvolution.recipes.recipe import Recipe, init_arguments
 __all__ = ["RecipeCLI", "fit", "other_processes", "run"]
 
 
-HELP = """--print_config shows every field with its value, --model.help Classification and --data.help
-ImageFolderData explain those of the model and the data. pyinvolution configs lists what --config knows by name."""
+HELP = """--print_config shows every field with its value; --model.help CLASS and --data.help CLASS describe the fields
+of a model or data class. pyinvolution configs lists the packaged configurations."""
 
 
 class Parser(LightningArgumentParser):
@@ -252,7 +252,7 @@ def _resolve_configs(arguments: Sequence[str]) -> list[str]:
 def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
     """Put the model and data that a checkpoint was made with before the other arguments, which can override them.
 
-    Not for fit: there the command line alone says what happens, and the checkpoint must match it.
+    fit does not do this: there only the command line says what happens, and the checkpoint must match it.
     """
     path = next(iter(_values(arguments, "--ckpt_path")), None)
     if path is None or path in ("best", "last", "hpc", "null") or "://" in path:

@@ -1,7 +1,7 @@
 """Data loading for runs that may be interrupted.
 
-What a sample looks like depends on (seed, epoch, index) alone, and which samples come next depends on the optimizer
-step alone. Nothing of it is in a checkpoint, and no worker has a state.
+What a sample looks like depends only on (seed, epoch, index), and which samples come next depends only on the optimizer
+step. So a checkpoint need not hold anything about either, and the processes that load data have no state.
 """
 
 import math
@@ -21,11 +21,11 @@ from pyinvolution.recipes.errors import RecipeError, require
 __all__ = ["EvalSampler", "RecipeData", "ResumableSampler", "SeededDataset", "UnreadableSample", "data_of", "seed_from"]
 
 Key = tuple[int, int]
-"""(epoch, index): what a sampler yields here and a `SeededDataset` takes."""
+"""(epoch, index), as the samplers here yield it and `SeededDataset` takes it."""
 
 
 def seed_from(*parts: int) -> int:
-    """32 well-mixed bits out of a few non-negative integers."""
+    """A seed of 32 bits, made from non-negative integers such that similar ones give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -117,7 +117,7 @@ class ResumableSampler(DistributedSampler):
         return iter([(epoch, index) for index in indices])
 
     def __len__(self) -> int:
-        """Of a full epoch, also where the iterator begins in the middle: Lightning counts the batches before it."""
+        """Length of a full epoch, even if the iterator begins in its middle: Lightning counts the batches before it."""
         return self.epoch_length
 
 

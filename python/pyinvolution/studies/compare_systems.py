@@ -58,7 +58,7 @@ class System:
 
 _AUTHORS = "model zoo of the authors' code"
 _ZOO = "model zoo of mmdetection 2, block at C3 to C5"
-# AP of these two as remembered from the papers; the others were read in the model zoos.
+# The AP of these two has not been checked against the papers; the others are from the model zoos.
 _CCNET, _DGMN = "Huang et al., ICCV 2019 (not checked)", "Zhang et al., CVPR 2020 (not checked)"
 SYSTEMS = (
     System("Mask R-CNN, ResNet-50-FPN", "mask_rcnn_resnet50", {}, 38.4, 35.1, None, _AUTHORS),
@@ -88,8 +88,8 @@ class Measurement:
 class Workload:
     """One image through a detector: backbone, pyramid, proposal network, box head on 1000 proposals, mask head on 100.
 
-    The proposals are the same for every system. Those that an untrained network would find, and how many survive, say
-    nothing about its cost.
+    The proposals are the same for every system: how many proposals an untrained network finds says nothing about its
+    cost.
 
     Args:
         size: height and width of the image.

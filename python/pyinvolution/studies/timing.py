@@ -252,7 +252,8 @@ def device_peak(function: Function, device: torch.device | str = "cuda") -> int:
 def forked(function: Callable[..., Result], *arguments: Any) -> Result:
     """The result of ``function(*arguments)`` in a fork of this process, in which nothing else has taken memory.
 
-    torch must not have computed with several threads before: a fork has none of them, and waits for them forever.
+    torch must not have computed with several threads before: a fork has none of these threads and would wait for them
+    forever.
 
     Raises:
         ChildProcessError: the process ended without a result; its error is on stderr.

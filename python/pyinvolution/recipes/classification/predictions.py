@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from pyinvolution.recipes.callbacks import from_all_processes
 from pyinvolution.recipes.data import data_of
+from pyinvolution.recipes.distributed import from_all_processes
 
 __all__ = ["PredictionWriter"]
 

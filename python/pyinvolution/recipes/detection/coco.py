@@ -163,7 +163,7 @@ class CocoData(RecipeData):
         super().__init__(batch_size, **kwargs)
         self.save_hyperparameters(logger=False)
         if not 0 <= hflip <= 1:
-            raise RecipeError(f"data.hflip must be in [0, 1], got {hflip}")
+            raise RecipeError(f"data.hflip is {hflip}, expected a value in [0, 1]")
         self.root, self.predict_root, self.keep_empty = Path(root), predict_root, keep_empty
         self.folders = {"train": train, "val": val}
         self.annotations = {"train": train_annotations, "val": val_annotations}

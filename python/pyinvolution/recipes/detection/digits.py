@@ -30,10 +30,10 @@ def write_coco_digits(root: str | Path) -> tuple[int, int]:
     """Write ROOT/{train,val}2017/*.jpg and ROOT/annotations/instances_{train,val}2017.json.
 
     On random parts of two photographs lie up to five handwritten digits of 28 to 64 pixels, turned and coloured. The
-    digits held out by `split_digits`, and the right two fifths of the photographs, are for validation alone. Some
+    digits held out by `split_digits`, and the right two fifths of the photographs, are only for validation. Some
     images are empty, and some have a crowd (``iscrowd``): many small digits of one class under one annotation. Masks
-    are uncompressed run lengths of the visible pixels. The same files every time; those which are there already are
-    left alone.
+    are uncompressed run lengths of the visible pixels. The files are the same every time; those that are there
+    already are not written again.
 
     Returns:
         Numbers of training and validation images.

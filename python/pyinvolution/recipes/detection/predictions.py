@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from pyinvolution.recipes.callbacks import from_all_processes
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.detection import pictures
+from pyinvolution.recipes.distributed import from_all_processes
 from pyinvolution.recipes.images import output_names
 
 __all__ = ["CocoWriter"]

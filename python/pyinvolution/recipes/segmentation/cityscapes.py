@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from pyinvolution.recipes.classification.imagefolder import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.recipes.images import find_images, is_hidden, read_image
 
 __all__ = ["CLASSES", "IGNORED", "LABEL_IDS", "PALETTE", "TRAIN_IDS", "BalancedCrop", "CityscapesData", "colors"]
@@ -194,15 +194,14 @@ class CityscapesData(RecipeData):
     ) -> None:
         super().__init__(batch_size, val_batch_size, **kwargs)
         self.save_hyperparameters(logger=False)
-        for name, value, valid in (
-            ("size", size, len(size) == 2 and min(size) > 0),
-            ("scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1]),
-            ("crop", crop, len(crop) == 2 and min(crop) > 0),
-            ("max_class_share", max_class_share, 0 < max_class_share <= 1),
-            ("hflip", hflip, 0 <= hflip <= 1),
+        for name, value, valid, expected in (
+            ("size", size, len(size) == 2 and min(size) > 0, "two positive numbers"),
+            ("scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1], "two positive numbers in ascending order"),
+            ("crop", crop, len(crop) == 2 and min(crop) > 0, "two positive numbers"),
+            ("max_class_share", max_class_share, 0 < max_class_share <= 1, "a value in (0, 1]"),
+            ("hflip", hflip, 0 <= hflip <= 1, "a value in [0, 1]"),
         ):
-            if not valid:
-                raise RecipeError(f"data.{name} is out of range: got {value}")
+            require(f"data.{name}", value, valid, expected)
         self.root, self.predict_root = Path(root), predict_root
         tail = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(mean, std)]
         self.train_transform = v2.Compose(

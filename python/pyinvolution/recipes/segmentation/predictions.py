@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from pyinvolution.recipes.callbacks import from_all_processes
 from pyinvolution.recipes.data import data_of
+from pyinvolution.recipes.distributed import from_all_processes
 from pyinvolution.recipes.images import output_names
 from pyinvolution.recipes.segmentation.cityscapes import IMAGE_SUFFIX, LABEL_IDS, colors
 

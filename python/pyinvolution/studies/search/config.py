@@ -34,12 +34,12 @@ class SearchConfig:
         output: folder of the search.
         make_data: data of ``pyinvolution make-data`` that are written to the recipe's ``data.root`` first.
         data_root: instead of the recipe's ``data.root``.
-        supernet: what the training of the supernet has otherwise than the recipe.
-        ranking: likewise, the trainings for the rank correlation. A shorter one tells networks apart that all end near
-            the same accuracy.
+        supernet: values of the supernet's training that replace those of the recipe.
+        ranking: the same for the trainings for the rank correlation. Shorter trainings tell apart networks that all
+            end near the same accuracy.
         held_out: share of the training images by which networks are chosen; ``val`` is for the comparison at the end.
         recalibration_images: training images for the statistics of the norms of a candidate.
-        cost: what is to be small beside the error.
+        cost: what the search minimises together with the error.
         budget: the largest cost, as a share of the all-convolution network of full depth and width.
         trials: networks that the search looks at.
         population: networks of a generation.

@@ -1,4 +1,4 @@
-"""Data of a search: the training images alone, of which some are held out to choose networks by."""
+"""Data of a search: only the training images, some of which are held out for choosing networks."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class HeldOut(ImageFolderData):
-    """ImageFolderData which validates on a share of the training images, and leaves ``val`` alone.
+    """ImageFolderData that validates on a share of the training images and does not use ``val``.
 
     What is chosen by these can be compared on ``val``, which no choice has seen.
 

@@ -1,4 +1,4 @@
-"""Results in files, by which an interrupted search goes on."""
+"""Results in files, from which an interrupted search continues."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ __all__ = ["read_json", "write_json"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of the file, or nothing where there is none."""
+    """The content of the file; an empty dict if there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed, so that a kill leaves the old file or the new one."""
+    """Write ``content`` to a file beside ``path`` and rename it, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -95,7 +95,7 @@ class Supernet(nn.Module):
         if architecture is None:
             architecture = self.space.sample(random.Random(int(torch.randint(2**62, ()))), self.by_kind)
         path = self._skeleton(architecture).train(self.training)
-        # For good and not by functional_call, because blocks compute norms again in the backward pass.
+        # Permanently, not by functional_call, because blocks compute norms again in the backward pass.
         for name, weight in self._weights(path).items():
             module, _, own = name.rpartition(".")
             owner = path.get_submodule(module)
