@@ -135,12 +135,23 @@ def test_damaged_files_are_named(tmp_path, suffix):
         read_image(path)
 
 
+def test_damaged_exif(tmp_path):
+    """The pixels are there."""
+    PICTURE.save(tmp_path / "image.png", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff")
+    assert (np.asarray(read_image(tmp_path / "image.png"))[..., 0] == GRAY).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
+def test_exif_orientation(tmp_path, orientation, suffix):
     """The first row of the stored image is the top, bottom, left or right of what is seen, perhaps mirrored."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    PICTURE.save(tmp_path / "image.png", exif=exif)
+    PICTURE.save(tmp_path / f"image.{suffix}", exif=exif)
+    if suffix == "tif" and orientation > 4:
+        with pytest.raises(UnreadableSample, match=r"image.tif: it is TIFF with swapped sides .*, expected it upright"):
+            read_image(tmp_path / "image.tif")
+        return
     seen = {
         1: GRAY,
         2: GRAY[:, ::-1],
@@ -151,7 +162,7 @@ def test_exif_orientation(tmp_path, orientation):
         7: GRAY[::-1, ::-1].T,
         8: GRAY[:, ::-1].T,
     }[orientation]
-    assert (np.asarray(read_image(tmp_path / "image.png"))[..., 0] == seen).all()
+    assert (np.asarray(read_image(tmp_path / f"image.{suffix}"))[..., 0] == seen).all()
 
 
 def test_found_images(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pyinvolution.recipes.data import UnreadableSample
@@ -16,8 +16,24 @@ __all__ = ["find_images", "is_hidden", "output_names", "read_image", "relative_n
 
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
-_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_BITS, _PHOTOMETRIC, _ORIENTATION, _WHITE_IS_ZERO = 258, 262, 274, 0
 """Tags of TIFF, and a value of the second."""
+
+_TURNS = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        start=2,
+    )
+)
+"""By the EXIF orientation."""
 
 
 def is_hidden(path: Path) -> bool:
@@ -52,10 +68,21 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its format and tags
-            return to_rgb(image)
+            if image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) > 4:  # Pillow 13 mixes up its rows
+                raise ValueError("it is TIFF with swapped sides (EXIF orientation 5 to 8), expected it upright")
+            rgb = to_rgb(image)
+            turn = _turn(image)  # only now: Pillow turns TIFF when it decodes
+            return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # decoders raise nearly anything on broken files
         raise UnreadableSample(f"cannot read image {path}: {error}") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF data are damaged more often than the pixels, which can be seen all the same
+        return None
+    return _TURNS.get(orientation)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -115,11 +115,15 @@ class CocoFile:
         return found
 
     def _with_masks(self, annotations: list[Entry], training: bool) -> list[Entry]:
-        def wanted(entry: Entry) -> bool:
+        masked, bare, partly = [], [], []
+        for entry in annotations:
+            polygons = _polygons(entry)
+            whole = has_mask(entry)
             # Checked in any case; evaluation, as COCO's, counts masks without a pixel as objects that nobody finds.
-            return has_mask(entry) and (_has_pixels(entry, self.images[entry["image_id"]]) or not training)
-
-        masked, bare = _split(annotations, wanted)
+            visible = whole and _has_pixels(entry, polygons, self.images[entry["image_id"]])
+            (masked if visible or (whole and not training) else bare).append(entry)
+            if whole and polygons and len(polygons) < len(entry["segmentation"]):
+                partly.append(entry)
         if bare and not masked:
             raise Fault(
                 f"none of its {len(bare)} annotations has a mask, expected polygons or run lengths as their "
@@ -128,7 +132,7 @@ class CocoFile:
         if bare:
             end = "are not trained on" if training else "count as crowds, for boxes and masks"
             self._warn(f"no mask: {_some(bare, annotations)} {end}")
-        if partly := [entry for entry in masked if _lost_polygons(entry)]:
+        if partly:
             self._warn(f"polygons of fewer than three points are left out of {_some(partly, annotations)}")
         return masked if training else annotations
 
@@ -192,16 +196,37 @@ def _in_image(box: list[float], image: Entry) -> bool:
 def has_mask(annotation: Entry) -> bool:
     """Whether the annotation has run lengths or a polygon of at least three points."""
     shape = annotation.get("segmentation")
-    return bool(shape) and (isinstance(shape, Mapping) or bool(_polygons(annotation)))
+    return bool(shape) and (isinstance(shape, Mapping) or any(map(_is_polygon, shape)))
 
 
-def _has_pixels(annotation: Entry, image: Entry) -> bool:
+def _is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0
+
+
+def _polygons(annotation: Entry) -> list[list[float]]:
+    """Those with at least three points."""
+    shape = annotation.get("segmentation") or []
+    if isinstance(shape, Mapping):
+        return []
+    try:
+        valid = isinstance(shape, list) and all(isinstance(part, list) and all(map(isfinite, part)) for part in shape)
+    except TypeError:
+        valid = False
+    if not valid:
+        raise Fault(
+            f"the segmentation of annotation {annotation['id']!r} is neither a list of polygons (lists of finite x, y, "
+            "x, y, ...) nor run lengths (size and counts)"
+        )
+    return [part for part in shape if _is_polygon(part)]
+
+
+def _has_pixels(annotation: Entry, polygons: list[list[float]], image: Entry) -> bool:
     """Whether its mask may have a pixel within the image."""
     shape = annotation["segmentation"]
     if isinstance(shape, Mapping):
         return sum(_run_lengths(annotation, _listed_size(image, shape))[1::2]) > 0
     right, bottom = image.get("width") or inf, image.get("height") or inf
-    return any(_has_area(polygon[::2], right) and _has_area(polygon[1::2], bottom) for polygon in _polygons(annotation))
+    return any(_has_area(polygon[::2], right) and _has_area(polygon[1::2], bottom) for polygon in polygons)
 
 
 def _listed_size(image: Entry, shape: Entry) -> Size:
@@ -212,22 +237,6 @@ def _listed_size(image: Entry, shape: Entry) -> Size:
 def _has_area(coordinates: list[float], end: float) -> bool:
     least, most = min(coordinates), max(coordinates)
     return least < most and least < end and most > 0
-
-
-def _polygons(annotation: Entry) -> list[list[float]]:
-    """Those with at least three points."""
-    shape = annotation["segmentation"]
-    if not isinstance(shape, list) or not all(isinstance(part, list) and all(map(_is_number, part)) for part in shape):
-        raise Fault(
-            f"the segmentation of annotation {annotation['id']!r} is neither a list of polygons (lists of finite x, y, "
-            "x, y, ...) nor run lengths (size and counts)"
-        )
-    return [polygon for polygon in shape if len(polygon) >= 6 and len(polygon) % 2 == 0]
-
-
-def _lost_polygons(annotation: Entry) -> bool:
-    shape = annotation["segmentation"]
-    return isinstance(shape, list) and len(_polygons(annotation)) < len(shape)
 
 
 def _run_lengths(annotation: Entry, size: Size) -> list[int]:
