@@ -488,7 +488,10 @@ def test_figure(tree, trained, tmp_path, capsys):
             ["--images", "paris_000000_000000"],
             "has no validation image paris_000000_000000; there are bonn_000001_000019",
         ),
-        (["--images", "ulm_000000_000019", "--layers", "layer9"], "there is no involution layer9; there are backbone."),
+        (
+            ["--images", "ulm_000000_000019", "--layers", "layer9"],
+            "--layers has layer9, expected involutions of the model: backbone.",
+        ),
         (["--ours", __file__], "is not a checkpoint of the segmentation recipe"),
         (["--root", "/nowhere"], "data.root=/nowhere has no split 'val'"),
     ):

@@ -1,58 +1,19 @@
 """Images in a folder for each class, as ImageNet is commonly unpacked: ROOT/{train,val}/CLASS/IMAGE."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 
 from pyinvolution.recipes.data import RecipeData
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.images import find_images, is_hidden, read_image, relative_names
+from pyinvolution.recipes.images import find_images, is_hidden
+from pyinvolution.recipes.samples import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, Transforms, compose
 
-__all__ = ["IGNORED", "ImageFiles", "ImageFolderData", "Transforms", "compose"]
-
-IGNORED = -1
-"""Target of an image that loss and metrics leave out."""
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-Transforms = list[dict[str, dict[str, Any]]]
-"""Transforms of torchvision.transforms.v2 by name, e.g. ``[{"RandomCrop": {"size": 32, "padding": 2}}]``."""
-
-
-class ImageFiles:
-    """Pairs of image and target; the image is read by `read_image` and transformed.
-
-    Args:
-        files: (path, target) of each.
-        transform: from a PIL image to what a batch is made of.
-    """
-
-    @classmethod
-    def to_predict(cls, paths: Sequence[Path], root: Path, transform: Callable[[Any], Tensor]) -> "ImageFiles":
-        """Pairs of image and index, with ``names``: the paths relative to ``root``."""
-        samples = cls([(str(path), index) for index, path in enumerate(paths)], transform)
-        samples.names = relative_names(paths, root)
-        return samples
-
-    def __init__(self, files: list[tuple[str, int]], transform: Callable[[Any], Tensor]) -> None:
-        self.files, self.transform = files, transform
-        self.names: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, target = self.files[index]
-        return self.transform(read_image(path)), target
-
-    def ignored(self, sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
-        return sample[0], IGNORED
+__all__ = ["ImageFolderData"]
 
 
 class VisibleFolder(ImageFolder):
@@ -187,18 +148,3 @@ class ImageFolderData(RecipeData):
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
-
-
-def compose(field: str, transforms: Transforms) -> v2.Compose:
-    """The ``transforms``, or a RecipeError that names ``field`` of the data."""
-    built = []
-    for transform in transforms:
-        for name, arguments in transform.items():
-            factory = getattr(v2, name, None)
-            if factory is None:
-                raise RecipeError(f"data.{field}: torchvision.transforms.v2 has no {name!r}")
-            try:
-                built.append(factory(**arguments))
-            except (TypeError, ValueError) as error:
-                raise RecipeError(f"data.{field}: {name}: {error}") from error
-    return v2.Compose(built)

@@ -8,11 +8,11 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.classification.predictions import PredictionWriter
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.recipes.recipe import Recipe, build_net
+from pyinvolution.recipes.samples import IGNORED
 
 __all__ = ["Classification"]
 

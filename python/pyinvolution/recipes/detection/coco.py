@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from pyinvolution.recipes.classification.imagefolder import ImageFiles, Transforms, compose
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.detection.annotations import CocoFile, Entry, Fault, draw_mask, has_mask
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.images import find_images, read_image
+from pyinvolution.recipes.samples import ImageFiles, Transforms, compose
 
 __all__ = ["CocoData", "CocoImages", "Target"]
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from pyinvolution.models.checkpoint import load_backbone
-from pyinvolution.recipes.classification.imagefolder import IGNORED
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target
 from pyinvolution.recipes.detection.predictions import CocoWriter
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.recipe import Recipe, build_net
+from pyinvolution.recipes.samples import IGNORED
 
 __all__ = ["Detection"]
 

@@ -12,10 +12,10 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
-from pyinvolution.recipes.classification.imagefolder import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.recipes.images import find_images, is_hidden, read_image
+from pyinvolution.recipes.samples import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 
 __all__ = ["CLASSES", "IGNORED", "LABEL_IDS", "PALETTE", "TRAIN_IDS", "BalancedCrop", "CityscapesData", "colors"]
 

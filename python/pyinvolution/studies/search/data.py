@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyinvolution.recipes.classification.imagefolder import ImageFiles, ImageFolderData
+from pyinvolution.recipes.classification.imagefolder import ImageFolderData
 from pyinvolution.recipes.data import SeededDataset
 from pyinvolution.recipes.errors import RecipeError, require
+from pyinvolution.recipes.samples import ImageFiles
 
 __all__ = ["HeldOut", "held_out_batches", "training_batches"]
 
