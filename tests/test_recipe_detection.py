@@ -368,6 +368,17 @@ def test_objects_without_a_mask(data, tmp_path, shape):
     assert sample_of(module.val_samples, 2021)["iscrowd"].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("box", "pixels"), [([-30, 5, 20, 16], 0), ([5, -30, 20, 16], 0), ([-5, -6, 20, 16], 150), ([60, 40, 20, 16], 32)]
+)
+def test_crowds_instead_of_masks_at_the_border(data, tmp_path, box, pixels):
+    """They cover what is within the image."""
+    module = changed_in_both(data, tmp_path, lambda content, objects: objects[0].update(bbox=box, segmentation=[]))
+    target = sample_of(module.val_samples, 2021)
+    assert target["iscrowd"].tolist() == [1, 0]
+    assert target["masks"][0].sum() == pixels
+
+
 def test_images_without_a_mask_are_empty(data, tmp_path):
     def change(content, objects):
         for entry in objects:
@@ -535,7 +546,7 @@ def test_exif_orientation(data, tmp_path, orientation):
 
         samples = changed_in_both(tmp_path / "data", tmp_path, as_stored).train_samples
         with pytest.raises(
-            UnreadableSample, match="64 x 48 pixels, its annotations say 48 x 64; its EXIF orientation, wh"
+            UnreadableSample, match="64 x 48 pixels, its annotations say 48 x 64; its EXIF orientation, "
         ):
             samples[samples.dataset.ids.index(1021)]
 

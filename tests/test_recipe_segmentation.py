@@ -409,6 +409,21 @@ def test_predictions_of_equal_names(trained, tmp_path, caplog):
     assert "predictions of 2 images" in caplog.text
 
 
+def test_images_of_several_sizes(tree, trained, tmp_path, capsys):
+    """One after the other they can be predicted; a batch of them is refused in one line."""
+    (tmp_path / "photos").mkdir()
+    for index, size in enumerate(((32, 32), (64, 32))):
+        Image.new("RGB", size).save(tmp_path / f"photos/{index}.png")
+    common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    common += [f"--ckpt_path={trained / 'last.ckpt'}", f"--data.predict_root={tmp_path / 'photos'}"]
+    cli.main(["predict", *common])
+    assert [Image.open(tmp_path / f"predictions/colors/{index}.png").size for index in (0, 1)] == [(32, 32), (64, 32)]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["predict", *common, "--data.val_batch_size=2"])
+    assert exit.value.code == 2
+    assert "images of (32, 32) and (32, 64) pixels (height, width) are in one batch" in capsys.readouterr().err
+
+
 def test_missing_labels(tmp_path):
     root = write_tree(tmp_path, 2, 2)
     (root / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png").unlink()

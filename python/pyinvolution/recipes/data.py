@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from pyinvolution.recipes.errors import RecipeError, require
@@ -153,8 +153,21 @@ class RecipeData(pl.LightningDataModule):
     """Names of the classes, as far as they are known."""
     # Lightning sets it before it asks for anything.
     trainer: pl.Trainer  # type: ignore[assignment]
-    # Makes a batch of a list of samples; None stacks their tensors.
-    collate: Callable[[list[Any]], Any] | None = None
+
+    @staticmethod
+    def collate(batch: list[Any]) -> Any:
+        """A batch of a list of samples; here their tensors are stacked.
+
+        Raises:
+            RecipeError: images differ in size.
+        """
+        sizes = sorted({tuple(image.shape[-2:]) for image, *_ in batch})
+        if len(sizes) > 1:
+            raise RecipeError(
+                f"images of {sizes[0]} and {sizes[1]} pixels (height, width) are in one batch, expected one size: "
+                "resize them in data.val_transform, or set data.val_batch_size=1"
+            )
+        return default_collate(batch)
 
     def __init__(
         self,

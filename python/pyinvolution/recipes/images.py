@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.errors import RecipeError
 
-__all__ = ["find_images", "is_hidden", "output_names", "read_image", "relative_names", "to_rgb"]
+__all__ = ["exif_orientation", "find_images", "is_hidden", "output_names", "read_image", "relative_names", "to_rgb"]
 
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
@@ -68,21 +69,24 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.format == "TIFF" and image.tag_v2.get(_ORIENTATION, 1) > 4:  # Pillow 13 mixes up its rows
+            if (
+                image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_ORIENTATION, 1) > 4
+            ):  # Pillow 13 mixes up its rows
                 raise ValueError("it is TIFF with swapped sides (EXIF orientation 5 to 8), expected it upright")
             rgb = to_rgb(image)
-            turn = _turn(image)  # only now: Pillow turns TIFF when it decodes
+            turn = _TURNS.get(exif_orientation(image))  # only now: Pillow turns TIFF when it decodes
             return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # decoders raise nearly anything on broken files
         raise UnreadableSample(f"cannot read image {path}: {error}") from error
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def exif_orientation(image: Image.Image) -> int:
+    """From 1 (upright) to 8; 1 where there is none, or it is damaged: the pixels can be seen all the same."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # EXIF data are damaged more often than the pixels, which can be seen all the same
-        return None
-    return _TURNS.get(orientation)
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1
+    return orientation if orientation in _TURNS else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -115,7 +115,9 @@ class CocoFile:
         return found
 
     def _with_masks(self, annotations: list[Entry], training: bool) -> list[Entry]:
-        masked, bare, partly = [], [], []
+        masked: list[Entry] = []
+        bare: list[Entry] = []
+        partly: list[Any] = []
         for entry in annotations:
             polygons = _polygons(entry)
             whole = has_mask(entry)
@@ -195,7 +197,7 @@ def _in_image(box: list[float], image: Entry) -> bool:
 
 def has_mask(annotation: Entry) -> bool:
     """Whether the annotation has run lengths or a polygon of at least three points."""
-    shape = annotation.get("segmentation")
+    shape: Any = annotation.get("segmentation")
     return bool(shape) and (isinstance(shape, Mapping) or any(map(_is_polygon, shape)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.detection.annotations import CocoFile, Entry, Fault, draw_mask, has_mask
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.images import find_images, read_image
+from pyinvolution.recipes.images import exif_orientation, find_images, read_image
 from pyinvolution.recipes.samples import ImageFiles, Transforms, compose
 
 __all__ = ["CocoData", "CocoImages", "Target"]
@@ -99,11 +99,11 @@ def _check_size(path: Path, entry: Entry, size: tuple[int, int]) -> None:
         reason = ""
         if listed == (width, height):
             with Image.open(path) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                turned = exif_orientation(image) > 4
             reason = (
-                "; its EXIF orientation, which is applied here, swaps them"
+                "; its EXIF orientation, which is applied here, swaps the sides"
                 if turned
-                else ("; the sides are swapped, probably by an EXIF rotation that only one of the two has seen")
+                else "; the sides are swapped, probably by an EXIF rotation that only one of the two has seen"
             )
         raise UnreadableSample(
             f"image {path} has {width} x {height} pixels, its annotations say {listed[1]} x {listed[0]}{reason}"
@@ -114,7 +114,7 @@ def _cover(target: Target, indices: list[int]) -> None:
     """Make objects crowds as large as their boxes."""
     for index in indices:
         left, top, right, bottom = target["boxes"][index].tolist()
-        rows, columns = slice(max(floor(top), 0), ceil(bottom)), slice(max(floor(left), 0), ceil(right))
+        rows, columns = (slice(max(floor(a), 0), max(ceil(b), 0)) for a, b in ((top, bottom), (left, right)))
         target["masks"][index, rows, columns] = 1
         target["iscrowd"][index] = 1
 
