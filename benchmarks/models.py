@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.harness import check_alike, ratios_text
 from benchmarks.operators import Bench, spread
 from pyinvolution import force_variant, optimize_for_inference
-from pyinvolution.introspection import variants
+from pyinvolution.explain import variants
 from pyinvolution.models import create_model
 from pyinvolution.studies.timing import Function, Ratio
 

@@ -42,7 +42,7 @@ from benchmarks.harness import (
 )
 from benchmarks.roofline import Limits, Work, design_ms
 from pyinvolution import explain, explain_span, force_variant, functional, ops, reference
-from pyinvolution.introspection import PASSES, SPAN_PASSES, Explanation, variants
+from pyinvolution.explain import PASSES, SPAN_PASSES, Explanation, variants
 from pyinvolution.studies.timing import Clock, Function, Ratio, Spread, device_peak, interleaved
 
 LAYOUTS = {"channels_last": "channels_last", "NCHW": "contiguous"}

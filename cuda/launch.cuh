@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "primitives.cuh"
-#include "pyinvolution/problem.h"
+#include "pyinvolution/dispatch.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "build.h"
+#include "variants.h"
 #endif
 
 namespace pyinvolution::cuda {
@@ -32,7 +32,7 @@ inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that the next launch does not report it again
   std::string text = std::string(what) + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice) text += std::string(" (this build has ") + cuda_build() + ")";
+  if (error == cudaErrorNoKernelImageForDevice) text += std::string(" (this build has ") + build() + ")";
   throw std::runtime_error(text);
 }
 
@@ -114,16 +114,17 @@ int vector_of(int most, const void* data, std::initializer_list<int64_t> sizes) 
   return most;
 }
 
-// Why kernels for square taps and dense rows cannot run a problem, or nullptr.
-inline const char* usual_refusal(const Problem& p) {
+// What kernels for square windows and dense rows require.
+inline Refusal common_refusal(const Problem& p) {
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
-    return "it has square kernels of 3, 5 and 7";
-  if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
-  if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
-  if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return "neither channels nor columns of the input are dense";
-  if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return "neither channels nor columns of the output are dense";
-  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return "the input or the output has no pixels";
-  return nullptr;
+    return needs("a 3 x 3, 5 x 5 or 7 x 7 kernel", p.kernel_h, p.kernel_w);
+  if (p.dilation_h != 1 || p.dilation_w != 1) return needs("a dilation of 1", p.dilation_h, p.dilation_w);
+  if (p.stride_h != p.stride_w || p.stride_h > 2)
+    return needs("a stride of 1 or 2, equal in both directions", p.stride_h, p.stride_w);
+  if (p.x_stride[1] != 1 && p.x_stride[3] != 1) return needs("an input with dense channels or dense columns");
+  if (p.y_stride[1] != 1 && p.y_stride[3] != 1) return needs("an output with dense channels or dense columns");
+  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return needs("an input and an output with pixels");
+  return {};
 }
 
 // What kernels in tiles are told of the images: q.x is the one with a halo, q.y the tiled one, which are X and Y and in

@@ -13,8 +13,8 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from pyinvolution import ops
+from pyinvolution.explain import explain_span, force_variant, variants
 from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.introspection import explain_span, force_variant, variants
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pyinvolution import Involution2d, inference, optimize_for_inference
-from pyinvolution.introspection import force_variant
+from pyinvolution.explain import force_variant
 from pyinvolution.models import create_model
 
 

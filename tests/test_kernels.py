@@ -8,7 +8,7 @@ from cases import CASES, DTYPES, EMPTY_CASES, LAYOUTS, Case, oracle_passes, refe
 from tolerance import assert_accurate
 
 from pyinvolution import explain, ops, override_isa
-from pyinvolution.introspection import PASSES, available_isas, force_variant, variants
+from pyinvolution.explain import PASSES, available_isas, force_variant, variants
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

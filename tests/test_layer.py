@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d, conv2d, pad
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution import force_variant, ops, optimize_for_inference, override_isa, reference
-from pyinvolution.introspection import available_isas
+from pyinvolution.explain import available_isas
 from pyinvolution.modules import Involution2d
 
 

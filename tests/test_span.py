@@ -16,8 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution import ops, override_isa, reference
+from pyinvolution.explain import SPAN_PASSES, available_isas, explain_span, force_variant, variants
 from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.introspection import SPAN_PASSES, available_isas, explain_span, force_variant, variants
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu.h"
+#include "cpu/variants.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -44,12 +44,14 @@ double strip_input_bytes(const Problem& p, int64_t height) {
   return double(blocks_of(p)) * double(packed_rows(p, height)) * double(packed_columns(p)) * (4 * block_channels);
 }
 
-const char* refusal(const Problem& p) {
-  if (p.dtype == DType::f64) return "float64 has its own sums; these are in float32";
-  if (p.group_channels() < least_group_channels) return "fewer than 8 channels in a group fill less than half a block";
-  if (strip_input_bytes(p, 1) > most_bytes || p.taps() > 1024)
-    return "what one output row reads does not fit the cache";
-  return nullptr;
+Refusal refusal(const Problem& p) {
+  if (p.dtype == DType::f64)
+    return needs("float32, float16 or bfloat16 (it accumulates in float32)", to_string(p.dtype));
+  if (p.group_channels() < least_group_channels) return needs("at least 8 channels per group", p.group_channels());
+  if (p.taps() > 1024) return needs("at most 1024 taps", p.kernel_h, p.kernel_w);
+  if (strip_input_bytes(p, 1) > most_bytes)
+    return needs("an input of which one output row reads at most 4 MB (bytes)", int64_t(strip_input_bytes(p, 1)));
+  return {};
 }
 
 struct Vectors {
@@ -159,8 +161,9 @@ double backward_bytes(const SpanProblem& problem, int64_t height) {
               (problem.reduced == 0 ? 0 : rows * double(p.out_w + 16) * double(problem.reduced + 16)));
 }
 
-const char* backward_refusal(const SpanProblem& problem) {
-  return backward_bytes(problem, 1) > most_backward_bytes ? "a thread would need more than 64 MB for a row" : nullptr;
+Refusal backward_refusal(const SpanProblem& problem) {
+  const double bytes = backward_bytes(problem, 1);
+  return bytes > most_backward_bytes ? needs("at most 64 MB for an output row (bytes)", int64_t(bytes)) : Refusal{};
 }
 
 std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
@@ -275,10 +278,10 @@ void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const 
 
 }  // namespace
 
-const char* channels_refusal(const Problem& p, Pass pass) {
-  if (const char* reason = refusal(p)) return reason;
-  if (pass == Pass::forward) return nullptr;
-  if (p.out_h == 0 || p.out_w == 0) return "there is no output pixel";
+Refusal channels_refusal(const Problem& p, Pass pass) {
+  if (const Refusal reason = refusal(p)) return reason;
+  if (pass == Pass::forward) return {};
+  if (p.out_h == 0 || p.out_w == 0) return needs("an output with pixels", p.out_h, p.out_w);
   SpanProblem span{};
   span.involution = p;
   return backward_refusal(span);
@@ -297,17 +300,17 @@ void channels_run(const Problem& problem, Pass pass, const Buffers& buffers, con
   }
 }
 
-const char* fused_refusal(const SpanProblem& problem, SpanPass pass) {
-  if (const char* reason = refusal(problem.involution)) return reason;
-  if (problem.reduced < 1) return "there is no reduced channel";
-  if (problem.reduced > 4096) return "more than 4096 reduced channels do not fit the cache";
-  if (pass == SpanPass::layer && problem.involution.channels > 8192)
-    return "more than 8192 channels do not fit the cache";
-  return pass == SpanPass::backward ? backward_refusal(problem) : nullptr;
+Refusal fused_refusal(const SpanProblem& problem, SpanOp pass) {
+  if (const Refusal reason = refusal(problem.involution)) return reason;
+  if (problem.reduced < 1) return needs("at least 1 reduced channel", problem.reduced);
+  if (problem.reduced > 4096) return needs("at most 4096 reduced channels", problem.reduced);
+  if (pass == SpanOp::layer && problem.involution.channels > 8192)
+    return needs("at most 8192 channels", problem.involution.channels);
+  return pass == SpanOp::backward ? backward_refusal(problem) : Refusal{};
 }
 
-void fused_run(const SpanProblem& problem, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
-  if (pass != SpanPass::backward) return run_forward(problem, buffers, nullptr, execution);
+void fused_run(const SpanProblem& problem, SpanOp pass, const SpanBuffers& buffers, const Execution& execution) {
+  if (pass != SpanOp::backward) return run_forward(problem, buffers, nullptr, execution);
   run_backward(problem, buffers, nullptr, nullptr, execution);
 }
 

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "cpu.h"
+#include "cpu/variants.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -137,7 +137,7 @@ Columns plan_columns(const Problem& p, Pass pass, const Buffers& buffers, int64_
   return plan;
 }
 
-const char* columns_refusal(const Problem&, Pass) { return nullptr; }
+Refusal columns_refusal(const Problem&, Pass) { return {}; }
 
 void columns_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   ColumnsTask task = columns_task_baseline;

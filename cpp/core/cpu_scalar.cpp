@@ -1,5 +1,5 @@
 // The equation as loops: the oracle of the CPU variants, for every shape, stride and dtype.
-#include "cpu.h"
+#include "cpu/variants.h"
 #include "parallel.h"
 #include "storage.h"
 
@@ -84,7 +84,7 @@ struct Scalar {
 
 }  // namespace
 
-const char* scalar_refusal(const Problem&, Pass) { return nullptr; }
+Refusal scalar_refusal(const Problem&, Pass) { return {}; }
 
 void scalar_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   dispatch(problem.dtype, [&](auto element) {

@@ -1,6 +1,6 @@
 #include "arguments.h"
 
-#include <torch/headeronly/core/ScalarType.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <limits>
@@ -10,10 +10,20 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1, and 0 where the kernel does not fit.
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
+constexpr const char* involution_op = "involution2d";
+constexpr const char* span_op = "span_involution2d";
+constexpr const char* layer_op = "involution_layer2d";
+
+DType dtype_of(const char* op, const Tensor& input) {
+  switch (input.scalar_type()) {
+#define RETURN(name, text, storage, sum, scalar) \
+  case ScalarType::scalar: return DType::name;
+    PYINVOLUTION_DTYPES(RETURN)
+#undef RETURN
+    default: break;
+  }
+  fail(op, "input has dtype ", torch::headeronly::toString(input.scalar_type()),
+       ", expected float32, float64, float16 or bfloat16");
 }
 
 std::string device_of(const Tensor& tensor) {
@@ -21,52 +31,18 @@ std::string device_of(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(tensor.get_device_index());
 }
 
-}  // namespace
-
-DType dtype_of(const char* op, const Tensor& input) {
-  switch (input.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: break;
-  }
-  check(op, false, "input has dtype ", torch::headeronly::toString(input.scalar_type()),
-        ", expected float32, float64, float16 or bfloat16");
-  return DType::f32;
-}
-
-void check_pair(const char* op, const char* name, const std::vector<int64_t>& pair, int64_t least) {
-  check(op, pair.size() == 2, name, " has ", pair.size(), " values, expected 2");
+void check_pair(const char* op, const char* name, const Sizes& pair, int64_t min) {
+  PYINVOLUTION_CHECK(op, pair.size() == 2, name, " has ", pair.size(), " values, expected 2");
   for (const int64_t value : pair)
-    check(op, value >= least && value <= std::numeric_limits<int32_t>::max(), name, " is ", text(pair),
-          ", expected values of at least ", least, " and below 2^31");
+    PYINVOLUTION_CHECK(op, value >= min && value <= std::numeric_limits<int32_t>::max(), name, " is ", text(pair),
+                       ", expected values of at least ", min, " and below 2^31");
 }
 
-void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, const char* what) {
-  check(op, tensor.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-        ", expected ", what, torch::headeronly::toString(dtype));
-}
-
-void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  check(op, device_of(tensor) == device_of(input), name, " is on ", device_of(tensor), ", expected input's device ",
-        device_of(input));
-}
-
-void check_alike(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  check_dtype(op, name, tensor, input.scalar_type(), "input's dtype ");
-  check_device(op, name, tensor, input);
-}
-
-void check_shape(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  const auto sizes = tensor.sizes();
-  check(op, sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name, " has shape ",
-        text(sizes), ", expected ", text(shape));
-}
-
-Problem geometry_of(const char* op, const Tensor& input, const std::vector<int64_t>& stride,
-                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  check(op, input.dim() == 4, "input has shape ", text(input.sizes()), ", expected 4 dimensions (N, C, H, W)");
+// What input and the window's arguments say: the problem without its kernel and output.
+Problem window_of(const char* op, const Tensor& input, const Sizes& stride, const Sizes& padding,
+                  const Sizes& dilation) {
+  PYINVOLUTION_CHECK(op, input.dim() == 4, "input has shape ", text(input.sizes()),
+                     ", expected 4 dimensions (N, C, H, W)");
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);
@@ -77,27 +53,159 @@ Problem geometry_of(const char* op, const Tensor& input, const std::vector<int64
   p.stride_h = stride[0], p.stride_w = stride[1];
   p.padding_h = padding[0], p.padding_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  std::copy_n(input.strides().data(), 4, p.x_stride);
   return p;
 }
 
+// The kernel, given by the argument `holder`, and the size of the output.
 void set_kernel(const char* op, const char* holder, Problem& p, int64_t groups, int64_t kernel_h, int64_t kernel_w) {
-  check(op, groups >= 1 && p.channels % groups == 0, holder, " has ", groups, " groups, expected a divisor of input's ",
-        p.channels, " channels");
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  check(op, kernel_h >= 1 && kernel_w >= 1 && kernel_h <= most && kernel_w <= most, holder, " has a kernel of ",
-        kernel_h, " x ", kernel_w, " taps, expected at least 1 x 1");
+  PYINVOLUTION_CHECK(op, groups >= 1 && p.channels % groups == 0, holder, " has ", groups,
+                     " groups, expected a divisor of input's ", p.channels, " channels");
+  constexpr int64_t max = std::numeric_limits<int32_t>::max();
+  PYINVOLUTION_CHECK(op, kernel_h >= 1 && kernel_w >= 1 && kernel_h <= max && kernel_w <= max, holder,
+                     " has a kernel of ", kernel_h, " x ", kernel_w, " taps, expected at least 1 x 1");
   p.groups = groups, p.kernel_h = kernel_h, p.kernel_w = kernel_w;
   p.out_h = output_size(p.in_h, kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   p.out_w = output_size(p.in_w, kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 }
 
+// The strides of a dense tensor (N, C, H, W) in a memory format.
+void set_dense(int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width, MemoryFormat format) {
+  const bool last = format == MemoryFormat::ChannelsLast;
+  channels = std::max<int64_t>(channels, 1), height = std::max<int64_t>(height, 1), width = std::max<int64_t>(width, 1);
+  strides[0] = channels * height * width;
+  strides[1] = last ? 1 : height * width;
+  strides[2] = last ? channels * width : width;
+  strides[3] = last ? channels : 1;
+}
+
+void set_output(const Tensor& input, Problem& p) {
+  set_dense(p.y_stride, p.channels, p.out_h, p.out_w, memory_format_of(input));
+}
+
 void check_pixels(const char* op, const char* holder, const Problem& p, int64_t out_h, int64_t out_w) {
-  const auto pair = [](int64_t one, int64_t two) { return text(std::vector<int64_t>{one, two}); };
-  check(op, out_h == p.out_h && out_w == p.out_w, holder, " has kernels for ", out_h, " x ", out_w,
-        " output pixels, expected ", p.out_h, " x ", p.out_w, " for an input of ", p.in_h, " x ", p.in_w,
-        ", a kernel of ", p.kernel_h, " x ", p.kernel_w, ", stride ", pair(p.stride_h, p.stride_w), ", padding ",
-        pair(p.padding_h, p.padding_w), " and dilation ", pair(p.dilation_h, p.dilation_w),
-        p.out_h > 0 && p.out_w > 0 ? "" : ": the kernel is larger than the padded input");
+  const auto pair = [](int64_t one, int64_t two) { return text(Sizes{one, two}); };
+  PYINVOLUTION_CHECK(op, out_h == p.out_h && out_w == p.out_w, holder, " has kernels for ", out_h, " x ", out_w,
+                     " output pixels, expected ", p.out_h, " x ", p.out_w, " for an input of ", p.in_h, " x ", p.in_w,
+                     ", a kernel of ", p.kernel_h, " x ", p.kernel_w, ", stride ", pair(p.stride_h, p.stride_w),
+                     ", padding ", pair(p.padding_h, p.padding_w), " and dilation ", pair(p.dilation_h, p.dilation_w),
+                     p.out_h > 0 && p.out_w > 0 ? "" : ": the kernel is larger than the padded input");
+}
+
+// The weight of a 1x1 convolution, with or without its last two dimensions, of `columns` input channels.
+bool is_pointwise(const Tensor& weight, int64_t columns) {
+  return (weight.dim() == 2 || (weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1)) &&
+         weight.size(1) == columns;
+}
+
+// What does not depend on where R comes from; `holder` names what has `reduced` channels.
+SpanProblem span_of(const char* op, const Tensor& input, int64_t reduced, const char* holder, const Tensor& span_weight,
+                    const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
+                    const Sizes& padding, const Sizes& dilation) {
+  SpanProblem span{};
+  Problem& p = span.involution;
+  p = window_of(op, input, stride, padding, dilation);
+  check_pair(op, "kernel_size", kernel_size, 1);
+  check_alike(op, "span_weight", span_weight, input);
+  span.reduced = reduced;
+  PYINVOLUTION_CHECK(op, is_pointwise(span_weight, reduced), "span_weight has shape ", text(span_weight.sizes()),
+                     ", expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with R = ", reduced, ", ", holder);
+  const int64_t rows = span_weight.size(0), taps = kernel_size[0] * kernel_size[1];
+  PYINVOLUTION_CHECK(op, rows % taps == 0, "span_weight has ", rows, " rows, expected a multiple of the ", taps,
+                     " taps of kernel_size ", text(kernel_size));
+  set_kernel(op, "span_weight", p, rows / taps, kernel_size[0], kernel_size[1]);
+  if (span_bias) {
+    check_alike(op, "span_bias", *span_bias, input);
+    check_shape(op, "span_bias", *span_bias, {rows});
+  }
+  std::copy_n(span_weight.strides().data(), 2, span.span_stride);
+  std::copy_n(p.x_stride, 4, span.grad_x_stride);
+  return span;
+}
+
+}  // namespace
+
+void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, const char* what) {
+  PYINVOLUTION_CHECK(op, tensor.scalar_type() == dtype, name, " has dtype ",
+                     torch::headeronly::toString(tensor.scalar_type()), ", expected ", what,
+                     torch::headeronly::toString(dtype));
+}
+
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  PYINVOLUTION_CHECK(op, tensor.device() == input.device(), name, " is on ", device_of(tensor),
+                     ", expected input's device ", device_of(input));
+}
+
+void check_alike(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  check_dtype(op, name, tensor, input.scalar_type(), "input's dtype ");
+  check_device(op, name, tensor, input);
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& shape) {
+  const auto sizes = tensor.sizes();
+  PYINVOLUTION_CHECK(op, sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
+                     " has shape ", text(sizes), ", expected ", text(shape));
+}
+
+Problem involution_problem(const Tensor& input, const Tensor& weight, const Sizes& stride, const Sizes& padding,
+                           const Sizes& dilation) {
+  const char* const op = involution_op;
+  Problem p = window_of(op, input, stride, padding, dilation);
+  PYINVOLUTION_CHECK(op, weight.dim() == 6, "weight has shape ", text(weight.sizes()),
+                     ", expected 6 dimensions (N, G, Kh, Kw, Ho, Wo)");
+  check_alike(op, "weight", weight, input);
+  PYINVOLUTION_CHECK(op, weight.size(0) == p.batch, "weight has batch size ", weight.size(0), ", expected input's, ",
+                     p.batch);
+  set_kernel(op, "weight", p, weight.size(1), weight.size(2), weight.size(3));
+  check_pixels(op, "weight", p, weight.size(4), weight.size(5));
+  std::copy_n(weight.strides().data(), 6, p.w_stride);
+  set_output(input, p);
+  return p;
+}
+
+SpanProblem span_problem(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                         const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
+                         const Sizes& padding, const Sizes& dilation) {
+  const char* const op = span_op;
+  PYINVOLUTION_CHECK(op, input.dim() == 4, "input has shape ", text(input.sizes()),
+                     ", expected 4 dimensions (N, C, H, W)");
+  PYINVOLUTION_CHECK(op, reduced.dim() == 4, "reduced has shape ", text(reduced.sizes()),
+                     ", expected 4 dimensions (N, R, Ho, Wo)");
+  check_alike(op, "reduced", reduced, input);
+  PYINVOLUTION_CHECK(op, reduced.size(0) == input.size(0), "reduced has batch size ", reduced.size(0),
+                     ", expected input's, ", input.size(0));
+  SpanProblem span = span_of(op, input, reduced.size(1), "reduced's channels", span_weight, span_bias, kernel_size,
+                             stride, padding, dilation);
+  check_pixels(op, "reduced", span.involution, reduced.size(2), reduced.size(3));
+  std::copy_n(reduced.strides().data(), 4, span.reduced_stride);
+  std::copy_n(span.reduced_stride, 4, span.grad_reduced_stride);
+  set_output(input, span.involution);
+  return span;
+}
+
+SpanProblem layer_problem(const Tensor& input, const Tensor& reduce_weight, const std::optional<Tensor>& reduce_bias,
+                          const Tensor& span_weight, const std::optional<Tensor>& span_bias, const Sizes& kernel_size,
+                          const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  const char* const op = layer_op;
+  PYINVOLUTION_CHECK(op, input.dim() == 4, "input has shape ", text(input.sizes()),
+                     ", expected 4 dimensions (N, C, H, W)");
+  check_alike(op, "reduce_weight", reduce_weight, input);
+  PYINVOLUTION_CHECK(op, is_pointwise(reduce_weight, input.size(1)), "reduce_weight has shape ",
+                     text(reduce_weight.sizes()), ", expected (R, C) or (R, C, 1, 1) with C = ", input.size(1),
+                     ", input's channels");
+  const int64_t reduced = reduce_weight.size(0);
+  if (reduce_bias) {
+    check_alike(op, "reduce_bias", *reduce_bias, input);
+    check_shape(op, "reduce_bias", *reduce_bias, {reduced});
+  }
+  SpanProblem span = span_of(op, input, reduced, "reduce_weight's rows", span_weight, span_bias, kernel_size, stride,
+                             padding, dilation);
+  Problem& p = span.involution;
+  p.out_h = layer_output_size(p.in_h, p.stride_h), p.out_w = layer_output_size(p.in_w, p.stride_w);
+  std::copy_n(reduce_weight.strides().data(), 2, span.reduce_stride);
+  set_dense(span.reduced_stride, reduced, p.out_h, p.out_w, memory_format_of(input));
+  set_output(input, p);
+  return span;
 }
 
 MemoryFormat memory_format_of(const Tensor& input) {
@@ -111,6 +219,14 @@ MemoryFormat memory_format_of(const Tensor& input) {
     least = sizes[dim] > 1 ? strides[dim] * sizes[dim] : strides[dim];
   }
   return MemoryFormat::ChannelsLast;
+}
+
+Tensor new_output(const Tensor& input, Problem& p) {
+  const int64_t shape[] = {p.batch, p.channels, p.out_h, p.out_w};
+  const Tensor output = torch::stable::empty({shape, 4}, input.scalar_type(), std::nullopt, input.device(),
+                                             std::nullopt, memory_format_of(input));
+  std::copy_n(output.strides().data(), 4, p.y_stride);
+  return output;
 }
 
 void* address(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }

@@ -1,4 +1,4 @@
-// Checks of an operator's tensors, and the plain data that they become. Each throws std::runtime_error that names the
+// Checks of an operator's tensors, and the problems that they become. Each throws std::runtime_error that names the
 // operator, the argument, its value and what was expected.
 #pragma once
 
@@ -7,26 +7,34 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "pyinvolution/problem.h"
+#include "pyinvolution/involution.h"
 
 namespace pyinvolution::ops {
 
 using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
 
 template <class... Parts>
-void check(const char* op, bool holds, const Parts&... parts) {
-  if (holds) return;
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
   std::ostringstream message;
   message << op << ": ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// A macro, so that the parts of the message are only computed for a check that fails: they would take as long as the
+// rest of a small call.
+#define PYINVOLUTION_CHECK(op, holds, ...) \
+  do {                                     \
+    if (!(holds)) fail(op, __VA_ARGS__);   \
+  } while (false)
 
 template <class List>
 std::string text(const List& list) {
@@ -37,23 +45,29 @@ std::string text(const List& list) {
   return out.str();
 }
 
-DType dtype_of(const char* op, const Tensor& input);
-void check_pair(const char* op, const char* name, const std::vector<int64_t>& pair, int64_t least);
 void check_dtype(const char* op, const char* name, const Tensor&, torch::headeronly::ScalarType, const char* what);
 void check_device(const char* op, const char* name, const Tensor&, const Tensor& input);
+// The dtype and device of input.
 void check_alike(const char* op, const char* name, const Tensor&, const Tensor& input);
-void check_shape(const char* op, const char* name, const Tensor&, const std::vector<int64_t>& shape);
+void check_shape(const char* op, const char* name, const Tensor&, const Sizes& shape);
 
-// The problem without its kernel and output.
-Problem geometry_of(const char* op, const Tensor& input, const std::vector<int64_t>& stride,
-                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
-// Its kernel, given by the argument `holder`, and the size of its output; then the check that `holder` has that size.
-void set_kernel(const char* op, const char* holder, Problem&, int64_t groups, int64_t kernel_h, int64_t kernel_w);
-void check_pixels(const char* op, const char* holder, const Problem&, int64_t out_h, int64_t out_w);
+// The problems of the operators (cpp/ops/schema.cpp), with the strides of the tensors that are given and, for the
+// output and what `layer_problem` computes, those of dense tensors in input's memory format.
+Problem involution_problem(const Tensor& input, const Tensor& weight, const Sizes& stride, const Sizes& padding,
+                           const Sizes& dilation);
+SpanProblem span_problem(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                         const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
+                         const Sizes& padding, const Sizes& dilation);
+SpanProblem layer_problem(const Tensor& input, const Tensor& reduce_weight, const std::optional<Tensor>& reduce_bias,
+                          const Tensor& span_weight, const std::optional<Tensor>& span_bias, const Sizes& kernel_size,
+                          const Sizes& stride, const Sizes& padding, const Sizes& dilation);
 
 // torch's rule for what an operator's output takes over from its input (c10::is_channels_last_strides_2d): strides
 // ascend in the order C, W, H, N, and where a single channel or pixel leaves that open it is contiguous.
 MemoryFormat memory_format_of(const Tensor& input);
+
+// A new tensor for the result: (N, C, Ho, Wo) in input's dtype, device and memory format. Sets problem.y_stride.
+Tensor new_output(const Tensor& input, Problem& problem);
 
 void* address(const Tensor&);
 

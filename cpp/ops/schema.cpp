@@ -2,6 +2,7 @@
 // (pyinvolution/ops.py); autograd lives in pyinvolution/functional.py and, for C++, in pyinvolution/torch.h.
 #include <torch/csrc/stable/library.h>
 
+#include "explain.h"
 #include "involution2d.h"
 #include "span_involution2d.h"
 
@@ -21,20 +22,35 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "span_involution2d_backward(Tensor grad_output, Tensor input, Tensor reduced, Tensor span_weight, "
       "Tensor? span_bias, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool[4] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+
+  // What the dispatch tables decide for these arguments.
+  m.def(
+      "explain_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, str pass_) -> "
+      "str");
+  m.def(
+      "explain_span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, str pass_) -> str");
+  m.def(
+      "explain_involution_layer2d(Tensor input, Tensor reduce_weight, Tensor span_weight, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> str");
+  m.def(
+      "fuses_span(Tensor input, Tensor reduced, Tensor span_weight, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool differentiable) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CPU, m) {
-  m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));
-  m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));
-  m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));
-  m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));
-  m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward));
-}
+// The same functions for both devices: the problem says where it lives.
+#define PYINVOLUTION_IMPLEMENT(key)                                                                  \
+  STABLE_TORCH_LIBRARY_IMPL(pyinvolution, key, m) {                                                  \
+    m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                             \
+    m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));           \
+    m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));                   \
+    m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));                 \
+    m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward)); \
+    m.impl("explain_involution2d", TORCH_BOX(&pyinvolution::ops::explain_involution2d));             \
+    m.impl("explain_span_involution2d", TORCH_BOX(&pyinvolution::ops::explain_span_involution2d));   \
+    m.impl("explain_involution_layer2d", TORCH_BOX(&pyinvolution::ops::explain_involution_layer2d)); \
+    m.impl("fuses_span", TORCH_BOX(&pyinvolution::ops::fuses_span));                                 \
+  }
 
-STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CUDA, m) {
-  m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));
-  m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));
-  m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));
-  m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));
-  m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward));
-}
+PYINVOLUTION_IMPLEMENT(CPU)
+PYINVOLUTION_IMPLEMENT(CUDA)

@@ -6,68 +6,21 @@
 #include <array>
 
 #include "arguments.h"
-#include "execution.h"
 #include "involution2d.h"
+#include "runtime.h"
 
 namespace pyinvolution::ops {
 namespace {
 
 using torch::headeronly::ScalarType;
-using Sizes = std::vector<int64_t>;
 
 constexpr const char* op = "span_involution2d";
 constexpr const char* layer_op = "involution_layer2d";
 
-// The weight of a 1x1 convolution, with or without its last two dimensions, of `columns` input channels.
-bool is_pointwise(const Tensor& weight, int64_t columns) {
-  return (weight.dim() == 2 || (weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1)) &&
-         weight.size(1) == columns;
-}
-
-// What does not depend on where R comes from; `reduced` names it.
-SpanProblem span_of(const char* op, const Tensor& input, int64_t channels, const char* reduced,
-                    const Tensor& span_weight, const std::optional<Tensor>& span_bias, const Sizes& kernel_size,
-                    const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  SpanProblem span{};
-  Problem& p = span.involution;
-  p = geometry_of(op, input, stride, padding, dilation);
-  check_pair(op, "kernel_size", kernel_size, 1);
-  check_alike(op, "span_weight", span_weight, input);
-  span.reduced = channels;
-  check(op, is_pointwise(span_weight, channels), "span_weight has shape ", text(span_weight.sizes()),
-        ", expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with R = ", channels, ", ", reduced);
-  const int64_t rows = span_weight.size(0), taps = kernel_size[0] * kernel_size[1];
-  check(op, rows % taps == 0, "span_weight has ", rows, " rows, expected a multiple of the ", taps,
-        " taps of kernel_size ", text(kernel_size));
-  set_kernel(op, "span_weight", p, rows / taps, kernel_size[0], kernel_size[1]);
-  if (span_bias) {
-    check_alike(op, "span_bias", *span_bias, input);
-    check_shape(op, "span_bias", *span_bias, {rows});
-  }
-  std::copy_n(input.strides().data(), 4, p.x_stride);
-  std::copy_n(span_weight.strides().data(), 2, span.span_stride);
-  return span;
-}
-
-SpanProblem problem_of(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
-                       const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
-                       const Sizes& padding, const Sizes& dilation) {
-  check(op, input.dim() == 4, "input has shape ", text(input.sizes()), ", expected 4 dimensions (N, C, H, W)");
-  check(op, reduced.dim() == 4, "reduced has shape ", text(reduced.sizes()), ", expected 4 dimensions (N, R, Ho, Wo)");
-  check_alike(op, "reduced", reduced, input);
-  check(op, reduced.size(0) == input.size(0), "reduced has batch size ", reduced.size(0), ", expected input's, ",
-        input.size(0));
-  SpanProblem span = span_of(op, input, reduced.size(1), "reduced's channels", span_weight, span_bias, kernel_size,
-                             stride, padding, dilation);
-  check_pixels(op, "reduced", span.involution, reduced.size(2), reduced.size(3));
-  std::copy_n(reduced.strides().data(), 4, span.reduced_stride);
-  return span;
-}
-
 void check_epilogue(const char* op, const Tensor& input, const std::optional<Tensor>& scale,
                     const std::optional<Tensor>& shift) {
-  check(op, scale.has_value() == shift.has_value(), scale ? "shift" : "scale", " is None, expected it with ",
-        scale ? "scale" : "shift");
+  PYINVOLUTION_CHECK(op, scale.has_value() == shift.has_value(), scale ? "shift" : "scale",
+                     " is None, expected it with ", scale ? "scale" : "shift");
   if (!scale) return;
   const ScalarType dtype = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   for (const auto& [name, tensor] : {std::pair{"scale", &*scale}, std::pair{"shift", &*shift}}) {
@@ -147,10 +100,6 @@ void compose_backward(const Gradients& gradients, const Tensor& grad_output, con
   if (mask[2]) assign(gradients.span_bias, grads[2]);
 }
 
-}  // namespace
-
-namespace {
-
 // Where R comes from: a tensor, or a reduction of the input.
 struct Reduction {
   std::optional<Tensor> reduced;
@@ -169,29 +118,23 @@ Tensor reduce(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return call("aten::relu", "", reduced);
 }
 
-Tensor apply(SpanProblem span, SpanPass pass, const Tensor& input, Reduction reduction, const Tensor& span_weight,
+Tensor apply(SpanProblem span, SpanOp op, const Tensor& input, Reduction reduction, const Tensor& span_weight,
              const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
              const std::optional<Tensor>& shift, bool relu) {
   span.epilogue = scale.has_value();
   span.relu = relu;
   Problem& p = span.involution;
-  const Sizes shape{p.batch, p.channels, p.out_h, p.out_w};
-  const Tensor output = torch::stable::empty(shape, input.scalar_type(), std::nullopt, input.device(), std::nullopt,
-                                             memory_format_of(input));
+  const Tensor output = new_output(input, p);
   if (output.numel() == 0) return output;
-  std::copy_n(output.strides().data(), 4, p.y_stride);
-  const SpanVariant* variant = &choose(span, pass);
-  if (variant->run == nullptr && pass == SpanPass::layer) {
+  if (op == SpanOp::layer && route(span, op) != Route::layer) {
     reduction.reduced = reduce(input, *reduction.weight, reduction.bias, p);
     std::copy_n(reduction.reduced->strides().data(), 4, span.reduced_stride);
-    pass = SpanPass::forward;
-    variant = &choose(span, pass);
+    op = SpanOp::forward;
   }
-  if (variant->run == nullptr) {
+  if (route(span, op) == Route::unfused) {
     const Tensor weight = compose_weight(*reduction.reduced, span_weight, span_bias, p);
     std::copy_n(weight.strides().data(), 6, p.w_stride);
-    // A layer's output has a size of its own, which `run` would refuse.
-    run_on(input, choose(p, Pass::forward), p, Pass::forward,
+    launch(input, choose(p, Pass::forward), p, Pass::forward,
            {address(input), address(weight), output.mutable_data_ptr()});
     return finish(output, input, scale, shift, relu);
   }
@@ -203,13 +146,13 @@ Tensor apply(SpanProblem span, SpanPass pass, const Tensor& input, Reduction red
   };
   SpanBuffers buffers{};
   buffers.x = address(input), buffers.span = address(span_weight), buffers.y = output.mutable_data_ptr();
-  if (pass == SpanPass::layer) {
+  if (op == SpanOp::layer) {
     buffers.reduce = address(*reduction.weight), buffers.reduce_bias = dense(reduction.bias);
   } else {
     buffers.reduced = address(*reduction.reduced);
   }
   buffers.bias = dense(span_bias), buffers.scale = dense(scale), buffers.shift = dense(shift);
-  run_on(input, *variant, span, pass, buffers);
+  launch(input, choose(span, op), span, op, buffers);
   return output;
 }
 
@@ -219,9 +162,9 @@ Tensor span_involution2d(const Tensor& input, const Tensor& reduced, const Tenso
                          const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
                          const std::optional<Tensor>& shift, bool relu, const Sizes& kernel_size, const Sizes& stride,
                          const Sizes& padding, const Sizes& dilation) {
-  const SpanProblem span = problem_of(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
+  const SpanProblem span = span_problem(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
   check_epilogue(op, input, scale, shift);
-  return apply(span, SpanPass::forward, input, {reduced, std::nullopt, std::nullopt}, span_weight, span_bias, scale,
+  return apply(span, SpanOp::forward, input, {reduced, std::nullopt, std::nullopt}, span_weight, span_bias, scale,
                shift, relu);
 }
 
@@ -229,23 +172,10 @@ Tensor involution_layer2d(const Tensor& input, const Tensor& reduce_weight, cons
                           const Tensor& span_weight, const std::optional<Tensor>& span_bias,
                           const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, bool relu,
                           const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-  const char* const op = layer_op;
-  check(op, input.dim() == 4, "input has shape ", text(input.sizes()), ", expected 4 dimensions (N, C, H, W)");
-  check_alike(op, "reduce_weight", reduce_weight, input);
-  check(op, is_pointwise(reduce_weight, input.size(1)), "reduce_weight has shape ", text(reduce_weight.sizes()),
-        ", expected (R, C) or (R, C, 1, 1) with C = ", input.size(1), ", input's channels");
-  const int64_t reduced = reduce_weight.size(0);
-  if (reduce_bias) {
-    check_alike(op, "reduce_bias", *reduce_bias, input);
-    check_shape(op, "reduce_bias", *reduce_bias, {reduced});
-  }
-  SpanProblem span = span_of(op, input, reduced, "reduce_weight's rows", span_weight, span_bias, kernel_size, stride,
-                             padding, dilation);
-  check_epilogue(op, input, scale, shift);
-  Problem& p = span.involution;
-  p.out_h = (p.in_h + p.stride_h - 1) / p.stride_h, p.out_w = (p.in_w + p.stride_w - 1) / p.stride_w;
-  std::copy_n(reduce_weight.strides().data(), 2, span.reduce_stride);
-  return apply(span, SpanPass::layer, input, {std::nullopt, reduce_weight, reduce_bias}, span_weight, span_bias, scale,
+  const SpanProblem span =
+      layer_problem(input, reduce_weight, reduce_bias, span_weight, span_bias, kernel_size, stride, padding, dilation);
+  check_epilogue(layer_op, input, scale, shift);
+  return apply(span, SpanOp::layer, input, {std::nullopt, reduce_weight, reduce_bias}, span_weight, span_bias, scale,
                shift, relu);
 }
 
@@ -255,11 +185,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
                                                                       const Sizes& kernel_size, const Sizes& stride,
                                                                       const Sizes& padding, const Sizes& dilation,
                                                                       const std::vector<bool>& output_mask) {
-  SpanProblem span = problem_of(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
+  SpanProblem span = span_problem(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
   Problem& p = span.involution;
   check_shape(op, "grad_output", grad_output, {p.batch, p.channels, p.out_h, p.out_w});
   check_alike(op, "grad_output", grad_output, input);
-  check(op, output_mask.size() == 4, "output_mask has ", output_mask.size(), " values, expected 4");
+  PYINVOLUTION_CHECK(op, output_mask.size() == 4, "output_mask has ", output_mask.size(), " values, expected 4");
 
   const auto like = [&](bool wanted, const Tensor& tensor) {
     return wanted ? torch::stable::empty_like(tensor) : torch::stable::new_empty(input, Sizes{0});
@@ -285,8 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
   std::copy_n(gradient.strides().data(), 4, p.y_stride);
   if (output_mask[0]) std::copy_n(gradients.input.strides().data(), 4, span.grad_x_stride);
   if (output_mask[1]) std::copy_n(gradients.reduced.strides().data(), 4, span.grad_reduced_stride);
-  const SpanVariant& variant = choose(span, SpanPass::backward);
-  if (variant.run == nullptr) {
+  const SpanVariant& variant = choose(span, SpanOp::backward);
+  if (variant.composed()) {
     compose_backward(gradients, gradient, input, reduced, span_weight, span_bias, p, stride, padding, dilation,
                      output_mask);
     return done();
@@ -302,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
   buffers.y = address(gradient);
   buffers.grad_x = wanted(0, gradients.input), buffers.grad_reduced = wanted(1, gradients.reduced);
   buffers.grad_span = wanted(2, gradients.span_weight), buffers.grad_bias = wanted(3, gradients.span_bias);
-  run_on(input, variant, span, SpanPass::backward, buffers);
+  launch(input, variant, span, SpanOp::backward, buffers);
   return done();
 }
 

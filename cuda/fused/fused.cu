@@ -1,5 +1,4 @@
-#include "fused.h"
-
+#include "../variants.h"
 #include "launch.cuh"
 
 namespace pyinvolution::cuda {
@@ -30,29 +29,35 @@ void run_type(const SpanProblem& p, const SpanBuffers& buffers, const Execution&
 
 }  // namespace
 
-const char* fused_refusal(const SpanProblem& span, SpanPass pass) {
+Refusal fused_refusal(const SpanProblem& span, SpanOp pass) {
   const Problem& p = span.involution;
-  if (pass == SpanPass::layer) return "it takes reduced from a convolution";
-  if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "it multiplies half and bfloat16";
-  if (p.kernel_h != K || p.kernel_w != K) return "it has kernels of 7 x 7";
-  if (p.dilation_h != 1 || p.dilation_w != 1) return "it has no dilation";
-  if (p.stride_h != p.stride_w || p.stride_h > 2) return "it has strides of 1 and 2, the same in both directions";
-  if (p.groups < 1 || p.group_channels() != group_channels) return "it has 16 channels a group";
+  if (pass == SpanOp::layer) return needs("reduced channels that are computed before");
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16) return needs("float16 or bfloat16", to_string(p.dtype));
+  if (p.kernel_h != K || p.kernel_w != K) return needs("a 7 x 7 kernel", p.kernel_h, p.kernel_w);
+  if (p.dilation_h != 1 || p.dilation_w != 1) return needs("a dilation of 1", p.dilation_h, p.dilation_w);
+  if (p.stride_h != p.stride_w || p.stride_h > 2)
+    return needs("a stride of 1 or 2, equal in both directions", p.stride_h, p.stride_w);
+  if (p.group_channels() != group_channels) return needs("16 channels per group", p.group_channels());
   if (span.reduced % 16 != 0 || span.reduced < 16 || span.reduced > 128)
-    return "it has 16 to 128 reduced channels, a multiple of 16";
-  if (p.x_stride[1] != 1 || p.y_stride[1] != 1) return "the channels of the input or the output are not dense";
-  if (span.reduced_stride[1] != 1) return "the reduced channels are not dense";
+    return needs("16 to 128 reduced channels, a multiple of 16", span.reduced);
+  if (p.x_stride[1] != 1) return needs("an input with a channel stride of 1 (channels_last)", p.x_stride[1]);
+  if (p.y_stride[1] != 1) return needs("an output with a channel stride of 1 (channels_last)", p.y_stride[1]);
+  if (span.reduced_stride[1] != 1)
+    return needs("reduced with a channel stride of 1 (channels_last)", span.reduced_stride[1]);
   const auto dense = [](const int64_t (&stride)[4]) { return stride[1] == 1 || stride[1] == 0; };
-  if (pass == SpanPass::backward && (!dense(span.grad_x_stride) || !dense(span.grad_reduced_stride)))
-    return "the channels of a gradient are not dense";
-  if (span.span_stride[1] != 1) return "the reduced channels of the span weight are not dense";
-  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return "the input or the output has no pixels";
+  if (pass == SpanOp::backward && (!dense(span.grad_x_stride) || !dense(span.grad_reduced_stride)))
+    return needs("gradients with a channel stride of 1 (channels_last)");
+  if (span.span_stride[1] != 1) return needs("a span weight with dense rows");
+  if (p.in_h < 1 || p.in_w < 1 || p.out_h < 1 || p.out_w < 1) return needs("an input and an output with pixels");
   // By estimate: the weights of these stay in the L2 cache, and making them here reads S for every 64 pixels.
   if (span.reduced > 64 && p.out_h * p.out_w <= 64)
-    return "so many reduced channels for so few pixels: a convolution makes the weights faster";
+    return needs(
+        "at most 64 reduced channels where the output has at most 64 pixels (a separate span convolution is estimated "
+        "to be faster)",
+        span.reduced);
   const int shared_bytes =
       p.stride_h == 2 ? Shared<Strided>::bytes(int(span.reduced)) : Shared<Narrow<K, 1>>::bytes(int(span.reduced));
-  if (shared_bytes > max_shared_bytes) return "its tiles do not fit into shared memory";
+  if (shared_bytes > max_shared_bytes) return needs("tiles of at most 101376 bytes of shared memory", shared_bytes);
 
   // As in `mma`.
   Problem image = p;
@@ -65,19 +70,19 @@ const char* fused_refusal(const SpanProblem& span, SpanPass pass) {
   const int64_t input[] = {1, p.channels, image.in_h, image.in_w};
   if (!within(image, limit) || reach(reduced, span.reduced_stride) >= limit || reach(rows, span.span_stride) >= limit ||
       reach(input, span.grad_x_stride) >= limit || reach(reduced, span.grad_reduced_stride) >= limit)
-    return "an image, its reduced channels or their strides are too large for 32-bit offsets";
-  if (p.batch * p.groups * (p.out_h / 4 + 1) * (p.out_w / 8 + 1) >= limit) return "it has too many tiles for one grid";
-  return nullptr;
+    return needs("an image whose offsets fit in 32 bits");
+  if (p.batch * p.groups * (p.out_h / 4 + 1) * (p.out_w / 8 + 1) >= limit) return needs("fewer than 2^30 tiles");
+  return {};
 }
 
-int64_t fused_scratch(const SpanProblem& problem, SpanPass pass) {
-  return pass == SpanPass::backward ? backward_scratch(problem) : 0;
+int64_t fused_scratch(const SpanProblem& problem, SpanOp pass) {
+  return pass == SpanOp::backward ? backward_scratch(problem) : 0;
 }
 
-void fused_run(const SpanProblem& problem, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
+void fused_run(const SpanProblem& problem, SpanOp pass, const SpanBuffers& buffers, const Execution& execution) {
   if (problem.involution.batch == 0) return;
   const bool half = problem.involution.dtype == DType::f16;
-  if (pass == SpanPass::backward) return (half ? backward_f16 : backward_bf16)(problem, buffers, execution);
+  if (pass == SpanOp::backward) return (half ? backward_f16 : backward_bf16)(problem, buffers, execution);
   if (half) return run_type<Half>(problem, buffers, execution);
   run_type<BFloat16>(problem, buffers, execution);
 }

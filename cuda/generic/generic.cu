@@ -1,4 +1,4 @@
-#include "generic.h"
+#include "../variants.h"
 
 #include <algorithm>
 
@@ -67,7 +67,7 @@ void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execut
 
 }  // namespace
 
-const char* generic_refusal(const Problem&, Pass) { return nullptr; }
+Refusal generic_refusal(const Problem&, Pass) { return {}; }
 
 void generic_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   dispatch(problem.dtype, [&](auto element) {

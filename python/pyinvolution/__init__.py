@@ -7,9 +7,9 @@ __version__ = version("pyinvolution")
 from pyinvolution import functional, models
 from pyinvolution._library import cmake_prefix_path
 from pyinvolution.conversion import convert
+from pyinvolution.explain import build_info, explain, explain_layer, explain_span, force_variant, override_isa
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
-from pyinvolution.introspection import build_info, explain, explain_span, force_variant, override_isa
 from pyinvolution.modules import Involution2d
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "cmake_prefix_path",
     "convert",
     "explain",
+    "explain_layer",
     "explain_span",
     "force_variant",
     "functional",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pyinvolution.modules import Involution2d
+from pyinvolution.stock import is_stock
 
 __all__ = ["convert"]
 
@@ -49,7 +50,7 @@ def convert(model: nn.Module, match: Match | None = None, **options: Any) -> nn.
     for name, module in model.named_modules():
         if isinstance(module, Involution2d):
             done = done or callable(match) or _picks(match, name, module)
-        # Subclasses do something else with the same weights.
+        # Subclasses, and what a user has put around a convolution, do something else with the same weights.
         if type(module) is not nn.Conv2d:
             continue
         obstacle = _obstacle(module, group_channels)
@@ -87,6 +88,8 @@ def _picks(match: Match | None, name: str, module: Any) -> bool:
 
 def _obstacle(convolution: nn.Conv2d, group_channels: int) -> str:
     """Why no involution can stand in for ``convolution``, or an empty string."""
+    if not is_stock(convolution, nn.Conv2d):
+        return "it has hooks, a forward of its own or weights that are not plain tensors, which would be lost"
     for name, value, expected in (
         ("kernel_size", convolution.kernel_size, (3, 3)),
         ("padding_mode", convolution.padding_mode, "zeros"),

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
-from pyinvolution import ops
+from pyinvolution import ops, reference
 from pyinvolution.ops import Pair
 
 __all__ = ["involution2d", "span_involution2d"]
@@ -27,7 +29,8 @@ def involution2d(
         Y_{n,c,p} = b_c + \sum_k W_{n,g(c),k,p} \, X_{n,c,\,s p + d k - P}, \qquad g(c) = \lfloor c \, G / C \rfloor
 
     with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
-    in float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype.
+    in float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype. Forward mode
+    (`torch.func.jvp`, dual numbers) works too, outside torch.compile.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.
@@ -40,18 +43,18 @@ def involution2d(
         (N, C, Ho, Wo) or (C, Ho, Wo), in input's memory format.
 
     Raises:
-        TypeError: an argument is no tensor or int, or dtypes are not supported or differ.
+        TypeError: an argument is not a tensor (or int), or its dtype is unsupported or differs from input's.
         ValueError: shapes, devices, layouts or values do not fit. The message names the argument, its value and
             what was expected.
     """
     op = "involution2d"
-    _check_tensors(op, input=input, weight=weight)
-    geometry = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    _check_types(op, ("input", "weight"), (input, weight))
     unbatched = input.dim() == 3 and weight.dim() == 5
     if unbatched:
         input, weight = input.unsqueeze(0), weight.unsqueeze(0)
     input, weight = ops.autocast_tensors(input, weight)
-    output = _explained(_apply, ops.check, input, weight, *geometry)
+    output = _explained(_apply, ops.check, input, weight, *window)
     if bias is not None:
         output = output + _column(bias, input)
     return output.squeeze(0) if unbatched else output
@@ -93,19 +96,20 @@ def span_involution2d(
         TypeError, ValueError: as `involution2d` does.
     """
     op = "span_involution2d"
-    given = {"input": input, "reduced": reduced, "span_weight": span_weight}
-    _check_tensors(op, **given if span_bias is None else {**given, "span_bias": span_bias})
-    geometry = tuple(
-        _pair(op, name, value)
-        for name, value in (
-            ("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)
-        )
-    )  # fmt: skip
+    window = (
+        _pair(op, "kernel_size", kernel_size),
+        _pair(op, "stride", stride),
+        _pair(op, "padding", padding),
+        _pair(op, "dilation", dilation),
+    )
+    _check_types(op, ("input", "reduced", "span_weight"), (input, reduced, span_weight))
+    if span_bias is not None:
+        _check_types(op, ("span_bias",), (span_bias,))
     unbatched = input.dim() == 3 and reduced.dim() == 3
     if unbatched:
         input, reduced = input.unsqueeze(0), reduced.unsqueeze(0)
     tensors = ops.autocast_tensors(input, reduced, span_weight, span_bias)
-    output = _explained(_apply_span, ops.check_span, *tensors, *geometry)
+    output = _explained(_apply_span, ops.check_span, *tensors, *window)
     return output.squeeze(0) if unbatched else output
 
 
@@ -120,29 +124,47 @@ def _explained(function: Callable[..., Tensor], check: Callable[..., None], *arg
         raise
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+def _check_types(op: str, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a Tensor")
 
 
-def _apply(input: Tensor, weight: Tensor, *geometry: Pair) -> Tensor:
-    # The operator alone costs half of what it does through a Function.
+def forward_mode() -> bool:
+    """Whether tensors may have tangents: torch.func.jvp or dual numbers are at work."""
+    return forward_ad._current_level >= 0
+
+
+def _nested_forward_mode() -> bool:
+    """Whether forward mode is applied twice, where PyTorch loses the tangents that the `jvp` of a Function makes."""
+    return eager_transforms.JVP_NESTING > 1
+
+
+def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
+    if forward_mode():
+        if _nested_forward_mode():
+            return reference.involution2d(input, weight, None, *window)
+        return _Involution2dForwardMode.apply(input, weight, *window)
+    # The operator by itself costs half of what it does through a Function.
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _Involution2d.apply(input, weight, *geometry)
-    return ops.involution2d(input, weight, *geometry)
+        return _Involution2d.apply(input, weight, *window)
+    return ops.involution2d(input, weight, *window)
 
 
-def _apply_span(
-    input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *geometry: Pair
-) -> Tensor:
+def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
     tensors = (input, reduced, span_weight, span_bias)
+    if forward_mode():
+        return _compose_span(*tensors, window)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _SpanInvolution2d.apply(*tensors, *geometry)
-    return ops.span_involution2d(*tensors, None, None, False, *geometry)
+        if not ops.fuses_span(input, reduced, span_weight, *window, differentiable=True):
+            return _compose_span(*tensors, window)
+        return _SpanInvolution2d.apply(*tensors, *window)
+    return ops.span_involution2d(*tensors, None, None, False, *window)
 
 
 def _pair(op: str, name: str, value: int | Pair) -> Pair:
+    if type(value) is int:
+        return value, value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value, value
     if not isinstance(value, (tuple, list)) or any(
@@ -180,24 +202,54 @@ class _Involution2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, weight, *ctx.geometry = inputs
+        input, weight, *ctx.window = inputs
         ctx.save_for_backward(input, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            grads = _Involution2dBackward.apply(grad_output, input, weight, *ctx.geometry, needed)
-        else:
-            grads = ops.involution2d_backward(grad_output, input, weight, *ctx.geometry, needed)
+        grads = _gradients(grad_output, input, weight, *ctx.window, needed)
         return *(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *geometry: Pair) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *window: Pair) -> tuple[Tensor, int]:
         size = info.batch_size
         merged = ops.to_batch(input, in_dims[0], size), ops.to_batch(weight, in_dims[1], size)
-        return _apply(*merged, *geometry).unflatten(0, (size, -1)), 0
+        return _apply(*merged, *window).unflatten(0, (size, -1)), 0
+
+
+class _Involution2dForwardMode(_Involution2d):
+    """The same with tangents. A class of its own, since Dynamo refuses Functions that have a `jvp`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _Involution2d.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, *window: None) -> Tensor:
+        input, weight = ctx.saved_tensors
+        terms = [
+            _apply(x, w, *ctx.window)
+            for x, w in ((input_tangent, weight), (input, weight_tangent))
+            if x is not None and w is not None
+        ]
+        return sum(terms[1:], terms[0])
+
+
+def _gradients(grad_output: Tensor, input: Tensor, weight: Tensor, *window_and_needed: Any) -> tuple[Tensor, Tensor]:
+    arguments = (grad_output, input, weight, *window_and_needed)
+    if forward_mode():
+        if _nested_forward_mode():
+            *window, needed = window_and_needed
+            _, pullback = torch.func.vjp(lambda x, w: reference.involution2d(x, w, None, *window), input, weight)
+            grads = pullback(grad_output)
+            return tuple(g if want else input.new_empty(0) for g, want in zip(grads, needed, strict=True))
+        return _Involution2dBackwardForwardMode.apply(*arguments)
+    if torch.is_grad_enabled():
+        return _Involution2dBackward.apply(*arguments)
+    return ops.involution2d_backward(*arguments)
 
 
 class _Involution2dBackward(torch.autograd.Function):
@@ -217,7 +269,7 @@ class _Involution2dBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_output, input, weight, *ctx.geometry, ctx.computed = inputs
+        grad_output, input, weight, *ctx.window, ctx.computed = inputs
         ctx.save_for_backward(grad_output, input, weight)
 
     @staticmethod
@@ -232,7 +284,7 @@ class _Involution2dBackward(torch.autograd.Function):
             grads[place] = grad if known is None else known + grad
 
         def backward_of(x: Tensor, w: Tensor, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-            return _Involution2dBackward.apply(grad_output, x, w, *ctx.geometry, needed)
+            return _gradients(grad_output, x, w, *ctx.window, needed)
 
         for computed, x, w, other in (
             (ctx.computed[0], grad_grad_input, weight, 2),
@@ -241,7 +293,7 @@ class _Involution2dBackward(torch.autograd.Function):
             if not computed:
                 continue
             if ctx.needs_input_grad[0]:
-                add(0, _apply(x, w, *ctx.geometry))
+                add(0, _apply(x, w, *ctx.window))
             if ctx.needs_input_grad[other]:
                 add(other, backward_of(x, w, (other == 1, other == 2))[other - 1])
         return *grads, None, None, None, None
@@ -252,7 +304,7 @@ class _Involution2dBackward(torch.autograd.Function):
     ) -> tuple[tuple, tuple]:
         size = info.batch_size
         merged = (ops.to_batch(t, d, size) for t, d in zip((grad_output, input, weight), in_dims[:3], strict=True))
-        grads = _Involution2dBackward.apply(*merged, *rest)
+        grads = _gradients(*merged, *rest)
         needed = rest[-1]
         return (
             tuple(g.unflatten(0, (size, -1)) if want else g for g, want in zip(grads, needed, strict=True)),
@@ -260,14 +312,45 @@ class _Involution2dBackward(torch.autograd.Function):
         )
 
 
+class _Involution2dBackwardForwardMode(_Involution2dBackward):
+    """The same with tangents: both gradients are bilinear."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _Involution2dBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(
+        ctx: Any, grad_tangent: Tensor | None, input_tangent: Tensor | None, weight_tangent: Tensor | None, *rest: None
+    ) -> tuple[Tensor | None, ...]:
+        grad_output, input, weight = ctx.saved_tensors
+        tangents: list[Tensor | None] = [None, None]
+        for gy, x, w, computed in (
+            (grad_tangent, input, weight, ctx.computed),
+            (grad_output, input_tangent, weight, (False, ctx.computed[1])),
+            (grad_output, input, weight_tangent, (ctx.computed[0], False)),
+        ):
+            if gy is None or x is None or w is None or not any(computed):
+                continue
+            for place, term in enumerate(_gradients(gy, x, w, *ctx.window, computed)):
+                known = tangents[place]
+                if computed[place]:
+                    tangents[place] = term if known is None else known + term
+        # What is not computed is an empty tensor, and so is its tangent.
+        zeros = [
+            torch.zeros_like(tensor) if wanted else tensor.new_zeros(0)
+            for tensor, wanted in zip((input, weight), ctx.computed, strict=True)
+        ]
+        return tuple(zero if term is None else term for zero, term in zip(zeros, tangents, strict=True))
+
+
 class _SpanInvolution2d(torch.autograd.Function):
     """Y from X, R and the span's parameters, with all gradients; W is not saved."""
 
     @staticmethod
-    def forward(
-        input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *geometry: Pair
-    ) -> Tensor:
-        return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *geometry)
+    def forward(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
+        return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -277,32 +360,32 @@ class _SpanInvolution2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        geometry = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
+        window = (ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation)
         needed = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            grads = _composed_gradients(geometry, needed, grad_output, *tensors)
+        if torch.is_grad_enabled() or forward_mode():
+            grads = _composed_gradients(window, needed, grad_output, *tensors)
         else:
-            grads = ops.span_involution2d_backward(grad_output, *tensors, *geometry, needed)
+            grads = ops.span_involution2d_backward(grad_output, *tensors, *window, needed)
         return *(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
-        tensors, geometry = arguments[:4], arguments[4:]
+        tensors, window = arguments[:4], arguments[4:]
         if in_dims[2] is None and in_dims[3] is None:
             size = info.batch_size
             input, reduced = (ops.to_batch(t, d, size) for t, d in zip(tensors[:2], in_dims[:2], strict=True))
-            return _apply_span(input, reduced, *tensors[2:], *geometry).unflatten(0, (size, -1)), 0
-        return torch.vmap(partial(_compose_span, geometry=geometry), in_dims[:4])(*tensors), 0
+            return _apply_span(input, reduced, *tensors[2:], *window).unflatten(0, (size, -1)), 0
+        return torch.vmap(partial(_compose_span, window=window), in_dims[:4])(*tensors), 0
 
 
 def _compose_span(
-    input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, geometry: tuple[Pair, ...]
+    input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, window: tuple[Pair, ...]
 ) -> Tensor:
-    return _apply(input, ops.span(reduced, span_weight, span_bias, geometry[0]), *geometry[1:])
+    return _apply(input, ops.span(reduced, span_weight, span_bias, window[0]), *window[1:])
 
 
 def _composed_gradients(
-    geometry: tuple[Pair, ...],
+    window: tuple[Pair, ...],
     needed: tuple[bool, ...],
     grad_output: Tensor,
     input: Tensor,
@@ -311,9 +394,9 @@ def _composed_gradients(
     span_bias: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """All gradients in operators that autograd can differentiate again."""
-    weight = ops.span(reduced, span_weight, span_bias, geometry[0])
+    weight = ops.span(reduced, span_weight, span_bias, window[0])
     mask = (needed[0], any(needed[1:]))
-    grad_input, grad_weight = _Involution2dBackward.apply(grad_output, input, weight, *geometry[1:], mask)
+    grad_input, grad_weight = _gradients(grad_output, input, weight, *window[1:], mask)
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if mask[1]:
         grads = ops.span_gradients(grad_weight, reduced, span_weight, span_bias, needed[1:])

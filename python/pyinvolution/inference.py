@@ -13,8 +13,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyinvolution import ops
-from pyinvolution.functional import span_involution2d
+from pyinvolution.functional import forward_mode, involution2d, span_involution2d
 from pyinvolution.modules import Involution2d, _drop_batch, check_input
+from pyinvolution.stock import has_hooks, is_pointwise, is_stock
 
 __all__ = ["optimize_for_inference"]
 
@@ -89,13 +90,11 @@ class _FoldedInvolution2d(nn.Module):
         super().__init__()
         self.channels, self.pool = layer.channels, layer.pool
         reduce: Any = layer.reduce
-        if _foldable(getattr(reduce, "norm", None)) and type(reduce.conv) is nn.Conv2d:
+        if _foldable(getattr(reduce, "norm", None)) and is_stock(reduce.conv, nn.Conv2d):
             reduce.conv = fuse_conv_bn_eval(reduce.conv, reduce.norm)
             del reduce.norm
         self.reduce = reduce
         self.span, self.project = layer.span, layer.project
-        # reduce.conv, then ReLU alone: what the operator for a whole layer computes.
-        self.whole = [type(m) for m in reduce] == [nn.Conv2d, nn.ReLU]
         self.geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         self.extra_padding = layer._extra_padding
         self.relu = relu
@@ -111,39 +110,54 @@ class _FoldedInvolution2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
-        # The operators with an epilogue have no gradient; without it is for those who explain a prediction by one.
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or self.span.weight.requires_grad)
+        # The epilogue operators have no derivative. Where one is wanted (saliency maps, forward mode), the
+        # differentiable operator runs, and the epilogue after it.
+        differentiable = forward_mode() or (
+            torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        )
         # In the arithmetic type, also where the whole model was converted to 16 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         scale = None if self.scale is None else self.scale.to(dtype)
         shift = None if self.shift is None else self.shift.to(dtype)
-        if self.whole and x.device.type == "cpu" and not differentiable:
+        span: Any = self.span
+        pointwise = is_pointwise(span)
+        if pointwise and not differentiable and self._reduces_by_convolution():
             conv: Any = self.reduce.conv
             output = ops.involution_layer2d(
-                x, conv.weight, conv.bias, self.span.weight, self.span.bias, scale, shift, self.relu, *self.geometry
+                x, conv.weight, conv.bias, span.weight, span.bias, scale, shift, self.relu, *self.geometry
             )
+            return _drop_batch(output if self.project is None else self.project(output), input)
+        reduced = self.reduce(x if self.pool is None else self.pool(x))
+        if any(self.extra_padding):
+            x = pad(x, self.extra_padding)
+        if pointwise and not differentiable:
+            output = ops.span_involution2d(x, reduced, span.weight, span.bias, scale, shift, self.relu, *self.geometry)
         else:
-            reduced = self.reduce(x if self.pool is None else self.pool(x))
-            if any(self.extra_padding):
-                x = pad(x, self.extra_padding)
-            tensors = (x, reduced, self.span.weight, self.span.bias)
-            if differentiable:
-                output = span_involution2d(*tensors, *self.geometry)
-                if scale is not None and shift is not None:
-                    output = (output * scale[:, None, None] + shift[:, None, None]).to(output.dtype)
-                output = output.relu() if self.relu else output
+            kernel_size, *window = self.geometry
+            if pointwise:
+                output = span_involution2d(x, reduced, span.weight, span.bias, *self.geometry)
             else:
-                output = ops.span_involution2d(*tensors, scale, shift, self.relu, *self.geometry)
+                output = involution2d(x, span(reduced).unflatten(1, (-1, *kernel_size)), None, *window)
+            if scale is not None and shift is not None:
+                output = (output * scale[:, None, None] + shift[:, None, None]).to(output.dtype)
+            output = output.relu() if self.relu else output
         return _drop_batch(output if self.project is None else self.project(output), input)
+
+    def _reduces_by_convolution(self) -> bool:
+        """Whether calling ``pool`` and ``reduce`` is what the operator for a whole layer computes: conv, then ReLU."""
+        reduce: Any = self.reduce
+        return (
+            is_stock(reduce, nn.Sequential)
+            and [type(module) for module in reduce] == [nn.Conv2d, nn.ReLU]
+            and is_pointwise(reduce[0])
+            and is_stock(reduce[1], nn.ReLU)
+            and (self.pool is None or not has_hooks(self.pool))
+        )
 
 
 def _foldable(module: object) -> bool:
-    """A batch norm that is an affine map in evaluation mode; a subclass may do more than its base."""
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None  # type: ignore[attr-defined]
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    """Whether a module is a batch norm that is an affine map in evaluation mode."""
+    return is_stock(module, nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None  # type: ignore[attr-defined]
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -165,7 +179,7 @@ def _fold(model: fx.GraphModule) -> None:
     def module_of(node: fx.Node, kinds: tuple[type, ...]) -> Any:
         """What a node calls, if nothing else calls, reads or watches it."""
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if module is None or type(module) not in kinds or _hooked(module):
+        if not is_stock(module, *kinds) or any(has_hooks(m) for m in module.modules()):  # type: ignore[union-attr]
             return None
         return module if sum(f"{n.target}.".startswith(f"{node.target}.") for n in model.graph.nodes) == 1 else None
 
@@ -181,7 +195,7 @@ def _fold(model: fx.GraphModule) -> None:
         if node.op == "call_function":
             return node.target in (torch.relu, functional_relu)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        return (node.op == "call_method" and node.target == "relu") or (type(module) is nn.ReLU and not _hooked(module))
+        return (node.op == "call_method" and node.target == "relu") or is_stock(module, nn.ReLU)
 
     def drop(node: fx.Node, into: fx.Node) -> None:
         node.replace_all_uses_with(into)
@@ -201,7 +215,7 @@ def _fold(model: fx.GraphModule) -> None:
         if layer.project is None:
             if norm_node is not None:
                 drop(norm_node, node)
-        elif norm is not None and type(layer.project) is nn.Conv2d:
+        elif norm is not None and is_stock(layer.project, nn.Conv2d):
             layer.project, norm = fuse_conv_bn_eval(layer.project, norm), None
             drop(norm_node, node)
         else:
@@ -217,7 +231,9 @@ def _fold(model: fx.GraphModule) -> None:
 
 @fx.wrap
 def _channels_last(input: Any) -> Any:
-    if isinstance(input, Tensor) and input.dim() == 4:
+    # vmap has no memory formats.
+    plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    if isinstance(input, Tensor) and input.dim() == 4 and plain:
         return input.contiguous(memory_format=torch.channels_last)
     return input
 

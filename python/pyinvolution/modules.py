@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
 from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.introspection import span_fuses
-from pyinvolution.ops import Pair, span
+from pyinvolution.stock import is_pointwise
 
 __all__ = ["Involution2d"]
 
 # Opaque to torch.fx, which cannot follow their branches.
 torch.fx.wrap("involution2d")
-torch.fx.wrap("generate_and_apply")
+torch.fx.wrap("span_involution2d")
 torch.fx.wrap("check_input")
 torch.fx.wrap("_drop_batch")
 
@@ -24,7 +23,7 @@ torch.fx.wrap("_drop_batch")
 class Involution2d(nn.Module):
     r"""Involution with kernels generated from the input (Li et al., CVPR 2021, section 3, equations 4 to 6).
 
-    The kernel of an output pixel p and group g is a function of the input at that pixel alone, shared by the
+    The kernel of an output pixel p and group g is a function of the input at that pixel only, shared by the
     ``group_channels`` channels of the group; k runs over the taps of the window::
 
         H[p]    = span(act(norm(reduce(P[p]))))      P = X, or its average over each stride x stride cell
@@ -60,8 +59,9 @@ class Involution2d(nn.Module):
             (``reduce.conv`` then has a bias).
         activation: called without arguments, returns the non-linearity after the norm.
         fused: compute the kernels inside the involution (`functional.span_involution2d`), so that they are never in
-            memory. None does so where the library has a fused kernel for the layer; False always keeps the two apart,
-            as does a hook on ``span``.
+            memory. None and True do so where the library has a kernel for the layer and ``span`` is the convolution
+            that the layer made; False never does. A ``span`` that was replaced, wrapped, parametrized or hooked is
+            called: it returns the kernels, (N, G * Kh * Kw, Ho, Wo).
         device, dtype: of the parameters.
 
     Shape:
@@ -146,15 +146,15 @@ class Involution2d(nn.Module):
         reduced = self.reduce(x if self.pool is None else self.pool(x))
         if any(self._extra_padding):
             x = pad(x, self._extra_padding)
-        geometry = (self.stride, self.padding, self.dilation)
-        if self.fused is False or self.span._forward_hooks or self.span._forward_pre_hooks:
-            kernels = self.span(reduced).unflatten(1, (self.groups, *self.kernel_size))
-            output = involution2d(x, kernels, self.bias, *geometry)
+        window = (self.stride, self.padding, self.dilation)
+        if self.fused is not False and is_pointwise(self.span):
+            span: Any = self.span
+            output = span_involution2d(x, reduced, span.weight, span.bias, self.kernel_size, *window)
+            if self.bias is not None:
+                output = output + self.bias.view(-1, 1, 1)
         else:
-            output = generate_and_apply(
-                x, reduced, self.span.weight, self.span.bias, self.bias, self.channels, self.kernel_size, *geometry,
-                self.fused,
-            )  # fmt: skip
+            kernels = self.span(reduced).unflatten(1, (self.groups, *self.kernel_size))
+            output = involution2d(x, kernels, self.bias, *window)
         if self.project is not None:
             output = self.project(output)
         return _drop_batch(output, input)
@@ -165,28 +165,6 @@ class Involution2d(nn.Module):
             text += f", dilation={self.dilation}"
         text += f", group_channels={self.group_channels}, reduction={self.reduction}"
         return text if self.bias is None else text + ", bias=True"
-
-
-def generate_and_apply(
-    input: Tensor,
-    reduced: Tensor,
-    span_weight: Tensor,
-    span_bias: Tensor | None,
-    bias: Tensor | None,
-    channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    fused: bool | None,
-) -> Tensor:
-    """The span and the involution, in one operator where ``fused`` is True, or None and the library has a kernel."""
-    if fused is None:
-        fused = span_fuses(input, channels, span_weight, kernel_size, stride, dilation)
-    if not fused:
-        return involution2d(input, span(reduced, span_weight, span_bias, kernel_size), bias, stride, padding, dilation)
-    output = span_involution2d(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
-    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 class _CellMean(nn.AvgPool2d):

@@ -2,17 +2,20 @@
 
 The kernels and schemas come from the native library (cpp/ops/schema.cpp). Registered here: shape functions for fake
 tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP formulas. Autograd is in ``functional``.
+Every check of arguments that Python makes is here, too; the kernels make the same ones.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils.flop_counter import register_flop_formula
 
-from pyinvolution import _library  # noqa: F401
+from pyinvolution._library import _C
 
 involution2d = torch.ops.pyinvolution.involution2d.default
 involution2d_backward = torch.ops.pyinvolution.involution2d_backward.default
@@ -29,13 +32,18 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return torch.sym_max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
 
 
+def layer_output_size(size: int, stride: int) -> int | torch.SymInt:
+    """Pixels of a layer's output along one axis, one for each cell of the stride."""
+    return (size + stride - 1) // stride
+
+
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
-    """Layout and dtype of all; the dtype and device of the first, the input, are those of the others."""
-    input = tensors["input"]
+def _check_tensors(op: str, input: Tensor, **others: Tensor | None) -> None:
+    """Layout and dtype of all that are given; the dtype and device of the others must be those of the input."""
+    tensors = {"input": input, **{name: tensor for name, tensor in others.items() if tensor is not None}}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
             raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
@@ -115,10 +123,7 @@ def check_span(
 ) -> None:
     """The same for a span involution."""
     op = "span_involution2d"
-    tensors = {"input": input, "reduced": reduced, "span_weight": span_weight}
-    if span_bias is not None:
-        tensors["span_bias"] = span_bias
-    _check_tensors(op, **tensors)
+    _check_tensors(op, input=input, reduced=reduced, span_weight=span_weight, span_bias=span_bias)
     if input.dim() != 4:
         raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W) or (C, H, W)")
     if reduced.dim() != 4:
@@ -128,24 +133,132 @@ def check_span(
     _check_pairs(op, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
     if reduced.shape[0] != input.shape[0]:
         raise ValueError(f"{op}: reduced has batch size {reduced.shape[0]}, expected input's, {input.shape[0]}")
-    shape = tuple(span_weight.shape)
-    if len(shape) not in (2, 4) or shape[1] != reduced.shape[1] or shape[2:] not in ((), (1, 1)):
+    groups = _check_span_weight(op, span_weight, span_bias, reduced.shape[1], "reduced's channels", kernel_size)
+    holder = "reduced" if groups >= 1 and input.shape[1] % groups == 0 else "span_weight"
+    _check_kernel(op, holder, input, groups, kernel_size, reduced.shape[2:], stride, padding, dilation)
+
+
+def check_layer(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """The same for a whole layer, ``torch.ops.pyinvolution.involution_layer2d``."""
+    op = "involution_layer2d"
+    parameters = {"reduce_bias": reduce_bias, "span_weight": span_weight, "span_bias": span_bias}
+    _check_tensors(op, input=input, reduce_weight=reduce_weight, **parameters)
+    if input.dim() != 4:
+        raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W)")
+    _check_pairs(op, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+    channels = input.shape[1]
+    if not _is_pointwise(reduce_weight, channels):
         raise ValueError(
-            f"{op}: span_weight has shape {shape}, expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) with "
-            f"R = {reduced.shape[1]}, reduced's channels"
+            f"{op}: reduce_weight has shape {_shape(reduce_weight)}, expected (R, C) or (R, C, 1, 1) with C = "
+            f"{channels}, input's channels"
         )
-    taps = kernel_size[0] * kernel_size[1]
-    if shape[0] % taps != 0:
+    reduced = reduce_weight.shape[0]
+    if reduce_bias is not None and tuple(reduce_bias.shape) != (reduced,):
+        raise ValueError(f"{op}: reduce_bias has shape {_shape(reduce_bias)}, expected ({reduced},)")
+    groups = _check_span_weight(op, span_weight, span_bias, reduced, "reduce_weight's rows", kernel_size)
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"{op}: span_weight has {groups} groups, expected a divisor of input's {channels} channels")
+
+
+def _is_pointwise(weight: Tensor, columns: int) -> bool:
+    """Whether ``weight`` is that of a 1x1 convolution, with or without its last two dimensions."""
+    shape = tuple(weight.shape)
+    return len(shape) in (2, 4) and shape[1] == columns and shape[2:] in ((), (1, 1))
+
+
+def _check_span_weight(
+    op: str, span_weight: Tensor, span_bias: Tensor | None, reduced: int, holder: str, kernel_size: Sequence[int]
+) -> int:
+    """Returns the number of groups."""
+    if not _is_pointwise(span_weight, reduced):
         raise ValueError(
-            f"{op}: span_weight has {shape[0]} rows, expected a multiple of the {taps} taps of kernel_size "
+            f"{op}: span_weight has shape {_shape(span_weight)}, expected (G * Kh * Kw, R) or (G * Kh * Kw, R, 1, 1) "
+            f"with R = {reduced}, {holder}"
+        )
+    rows, taps = span_weight.shape[0], kernel_size[0] * kernel_size[1]
+    if rows % taps != 0:
+        raise ValueError(
+            f"{op}: span_weight has {rows} rows, expected a multiple of the {taps} taps of kernel_size "
             f"{tuple(kernel_size)}"
         )
-    _check_kernel(
-        op, "reduced" if shape[0] and input.shape[1] % (shape[0] // taps) == 0 else "span_weight",
-        input, shape[0] // taps, kernel_size, tuple(reduced.shape[2:]), stride, padding, dilation,
+    if span_bias is not None and tuple(span_bias.shape) != (rows,):
+        raise ValueError(f"{op}: span_bias has shape {_shape(span_bias)}, expected ({rows},)")
+    return rows // taps
+
+
+# --- how a span involution runs ---------------------------------------------------------------------------------------
+
+
+def fuses_span(
+    input: Tensor,
+    reduced: Tensor,
+    span_weight: Tensor,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    differentiable: bool,
+) -> bool:
+    """Whether a kernel computes W inside the involution (``route`` in cpp/core/dispatch.cpp decides).
+
+    ``differentiable``: a backward pass will follow. Where that has no kernel, W is better kept than computed twice.
+    """
+    window = (kernel_size, stride, padding, dilation)
+    if input.device.type not in ("cpu", "cuda"):
+        return False
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and type(input) in PLAIN_TENSORS:
+        return torch.ops.pyinvolution.fuses_span(input, reduced, span_weight, *window, differentiable)
+    # There are no addresses, and sizes may be symbols: dense tensors of these sizes, or where a size is a symbol of the
+    # size that gives 14 output pixels.
+    sizes = [
+        operator.index(size) if has_static_value(size) else 13 * s + d * (k - 1) + 1 - 2 * p
+        for size, k, s, p, d in zip(input.shape[2:], *window, strict=True)
+    ]
+    # A number of channels is specialised, as it is by every convolution.
+    channels = operator.index(input.shape[1])
+    rows, width = map(operator.index, span_weight.shape[:2])
+    return _fuses_dense_span(
+        str(input.dtype).removeprefix("torch."),
+        input.device.type,
+        (1, channels, *sizes),
+        rows // (kernel_size[0] * kernel_size[1]),
+        width,
+        window,
+        input.is_contiguous(memory_format=torch.channels_last),
+        differentiable,
+    )
+
+
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+@torch.compiler.assume_constant_result
+def _fuses_dense_span(
+    dtype: str,
+    device: str,
+    input: tuple[int, ...],
+    groups: int,
+    reduced: int,
+    window: tuple[Pair, Pair, Pair, Pair],
+    channels_last: bool,
+    differentiable: bool,
+) -> bool:
+    kernel_size, stride, padding, dilation = window
+    return _C.fuses_span(
+        dtype=dtype, device=device, input=input, groups=groups, reduced=reduced, kernel_size=kernel_size,
+        stride=stride, padding=padding, dilation=dilation, channels_last=channels_last, differentiable=differentiable,
     )  # fmt: skip
-    if span_bias is not None and tuple(span_bias.shape) != shape[:1]:
-        raise ValueError(f"{op}: span_bias has shape {_shape(span_bias)}, expected ({shape[0]},)")
 
 
 # --- shape functions --------------------------------------------------------------------------------------------------
@@ -179,13 +292,9 @@ def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, s
 
 @torch.library.register_fake("pyinvolution::involution_layer2d")
 def _(input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, *rest):
-    if input.dim() != 4 or reduce_weight.dim() not in (2, 4) or reduce_weight.shape[1] != input.shape[1]:
-        raise ValueError(
-            f"involution_layer2d: input has shape {_shape(input)} and reduce_weight {_shape(reduce_weight)}, expected "
-            "(N, C, H, W) and (R, C) or (R, C, 1, 1)"
-        )
-    height, width = ((size + s - 1) // s for size, s in zip(input.shape[2:], stride, strict=True))
-    return input.new_empty((*input.shape[:2], height, width)).to(memory_format=suggest_memory_format(input))
+    check_layer(input, reduce_weight, reduce_bias, span_weight, span_bias, kernel_size, stride, *rest)
+    pixels = map(layer_output_size, input.shape[2:], stride)
+    return input.new_empty((*input.shape[:2], *pixels)).to(memory_format=suggest_memory_format(input))
 
 
 @torch.library.register_fake("pyinvolution::span_involution2d_backward")
@@ -397,7 +506,7 @@ def _(
     input_shape, reduce_shape, reduce_bias, span_shape, span_bias, scale, shift, relu, kernel_size, stride, *args,
     **kwargs,
 ) -> int:  # fmt: skip
-    cells = [(size + s - 1) // s for size, s in zip(input_shape[2:], stride, strict=True)]
+    cells = map(layer_output_size, input_shape[2:], stride)
     reduced_shape = (input_shape[0], reduce_shape[0], *cells)
     return (
         2 * math.prod(reduced_shape) * input_shape[1]

@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "oracle.h"
-#include "pyinvolution/plan.h"
+#include "pyinvolution/dispatch.h"
 
 namespace {
 
@@ -100,16 +100,16 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
   SpanBuffers buffers{};
   buffers.x = x.data(), buffers.reduced = r.data(), buffers.span = s.data(), buffers.y = y.data();
   buffers.bias = with_bias ? b.data() : nullptr;
-  const auto run_fused = [&](SpanPass pass) { choose(span, pass).run(span, pass, buffers, execution); };
-  if (choose(span, SpanPass::forward).run == nullptr) return;
+  const auto run_fused = [&](SpanOp pass) { choose(span, pass).run(span, pass, buffers, execution); };
+  if (choose(span, SpanOp::forward).run == nullptr) return;
   y.poison();
-  run_fused(SpanPass::forward);
+  run_fused(SpanOp::forward);
   check("y", y, y_want);
 
   span.epilogue = span.relu = true;
   buffers.scale = scale.data(), buffers.shift = shift.data();
   y.poison();
-  run_fused(SpanPass::forward);
+  run_fused(SpanOp::forward);
   std::vector<double> z_want(y_want);
   for (size_t i = 0; i < z_want.size(); ++i) {
     const int64_t c = int64_t(i) / pixels % shape.c;
@@ -126,9 +126,9 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
   buffers.y = gy.data();
   buffers.grad_x = gx.data(), buffers.grad_reduced = gr.data(), buffers.grad_span = gs.data(),
   buffers.grad_bias = gb.data();
-  if (choose(span, SpanPass::backward).run == nullptr) return;
+  if (choose(span, SpanOp::backward).run == nullptr) return;
   for (Tensor* tensor : {&gx, &gr, &gs, &gb}) tensor->poison();
-  run_fused(SpanPass::backward);
+  run_fused(SpanOp::backward);
   check("grad_x", gx, gx_want);
   check("grad_reduced", gr, gr_want);
   check("grad_span", gs, gs_want);

@@ -1,8 +1,8 @@
 // The CPU variants with every instruction set of this machine: each pass, dtype and layout, odd shapes, special values,
 // and the span involution against the composition in double.
-#include "../../cpp/core/cpu.h"
+#include "cpp/cpu/variants.h"
 
-#include "../../cpp/core/isa.h"
+#include "cpp/core/isa.h"
 
 #include "span_oracle.h"
 
@@ -21,7 +21,7 @@ constexpr Named variants_here[] = {
 
 int run_and_check(const Trial& trial, const Named& variant, uint64_t seed = 1) {
   Setting setting(trial, Device::cpu, seed);
-  if (variant.refusal(setting.problem, trial.pass) != nullptr || setting.written().count() == 0) return 0;
+  if (variant.refusal(setting.problem, trial.pass) || setting.written().count() == 0) return 0;
   variant.run(setting.problem, trial.pass, setting.buffers(), seed % 2 == 0 ? two_threads : Execution{});
   setting.check();
   return 1;
@@ -117,13 +117,13 @@ void layer_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, 
   SpanBuffers buffers{};
   buffers.x = x32.data(), buffers.reduced = r.data(), buffers.span = s32.data(), buffers.y = want.data();
   p.dtype = DType::f32;
-  if (cpu::fused_refusal(span, SpanPass::forward) != nullptr) return;
-  cpu::fused_run(span, SpanPass::forward, buffers, {});
+  if (cpu::fused_refusal(span, SpanOp::forward)) return;
+  cpu::fused_run(span, SpanOp::forward, buffers, {});
   p.dtype = dtype;
   buffers.x = x.data(), buffers.reduced = nullptr, buffers.span = s.data(), buffers.y = y.data();
   buffers.reduce = a.data(), buffers.reduce_bias = a_bias.data();
   y.poison();
-  cpu::fused_run(span, SpanPass::layer, buffers, execution);
+  cpu::fused_run(span, SpanOp::layer, buffers, execution);
   std::vector<double> wanted(size_t(want.count()));
   for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = want.get(int64_t(i));
   double largest = 0;

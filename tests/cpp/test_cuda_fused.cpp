@@ -1,7 +1,7 @@
 // The CUDA variant `fused` in the emulator: strides, tiles, numbers of reduced channels, layouts, bias and epilogue;
 // numbers that are not finite stay where they belong; every schedule gives the same bits; each removed synchronisation
 // is noticed.
-#include "../../cuda/fused/fused.h"
+#include "cuda/variants.h"
 
 #include <array>
 
@@ -67,7 +67,7 @@ class SpanSetting {
     buffers.x = x.data(), buffers.reduced = reduced.data(), buffers.span = span.data(), buffers.y = y.data();
     if (trial.bias) buffers.bias = bias.data();
     if (trial.epilogue) buffers.scale = scale.data(), buffers.shift = shift.data();
-    const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanPass::forward, buffers, {}); });
+    const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanOp::forward, buffers, {}); });
     CHECK(error.empty(), trial.text() + ": " + error);
   }
 
@@ -152,7 +152,7 @@ class GradientSetting : public SpanSetting {
 
   // Those that `wanted` has a bit for.
   void run(unsigned wanted = 15) {
-    const Guarded scratch(size_t(cuda::fused_scratch(problem, SpanPass::backward)));
+    const Guarded scratch(size_t(cuda::fused_scratch(problem, SpanOp::backward)));
     SpanBuffers buffers{};
     buffers.x = x.data(), buffers.reduced = reduced.data(), buffers.span = span.data(), buffers.y = y.data();
     if (trial.bias) buffers.bias = bias.data();
@@ -160,7 +160,7 @@ class GradientSetting : public SpanSetting {
     for (int i = 0; i < 4; ++i)
       if (wanted >> i & 1) *gradients[i] = written()[size_t(i)]->data();
     buffers.scratch = scratch.data();
-    const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanPass::backward, buffers, {}); });
+    const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanOp::backward, buffers, {}); });
     CHECK(error.empty(), trial.text() + ": " + error);
   }
 
@@ -236,8 +236,8 @@ class GradientSetting : public SpanSetting {
 
 std::vector<char> differentiate_and_check(const SpanCase& trial, uint64_t seed = 1) {
   GradientSetting setting(trial, seed);
-  const char* refusal = cuda::fused_refusal(setting.problem, SpanPass::backward);
-  if (!CHECK(refusal == nullptr, trial.text() + ": refused, " + (refusal ? refusal : ""))) return {};
+  const std::string refusal = cuda::fused_refusal(setting.problem, SpanOp::backward).text();
+  if (!CHECK(refusal.empty(), trial.text() + ": refused, " + refusal)) return {};
   setting.run();
   setting.check();
   return setting.bytes();
@@ -245,8 +245,8 @@ std::vector<char> differentiate_and_check(const SpanCase& trial, uint64_t seed =
 
 std::vector<char> run_and_check(const SpanCase& trial, uint64_t seed = 1) {
   SpanSetting setting(trial, seed);
-  const char* refusal = cuda::fused_refusal(setting.problem, SpanPass::forward);
-  if (!CHECK(refusal == nullptr, trial.text() + ": refused, " + (refusal ? refusal : ""))) return {};
+  const std::string refusal = cuda::fused_refusal(setting.problem, SpanOp::forward).text();
+  if (!CHECK(refusal.empty(), trial.text() + ": refused, " + refusal)) return {};
   setting.run();
   setting.check();
   return setting.y.bytes();
@@ -361,29 +361,30 @@ void schedules_and_races() {
 
 void refusals() {
   const auto refused = [](const std::function<void(SpanProblem&)>& change, const char* part,
-                          SpanPass pass = SpanPass::forward) {
+                          SpanOp pass = SpanOp::forward) {
     SpanSetting setting(SpanCase{{1, 32, 2, 8, 8, 7, 7, 1, 1, 3, 3}, 16});
     change(setting.problem);
-    const char* refusal = cuda::fused_refusal(setting.problem, pass);
-    CHECK(refusal != nullptr && std::string(refusal).find(part) != std::string::npos,
-          std::string("expected a refusal with \"") + part + "\", got " + (refusal ? refusal : "none"));
+    const std::string refusal = cuda::fused_refusal(setting.problem, pass).text();
+    CHECK(refusal.find(part) != std::string::npos,
+          std::string("expected a refusal with \"") + part + "\", got " + refusal);
   };
-  refused([](SpanProblem& p) { p.grad_x_stride[1] = 64; }, "of a gradient", SpanPass::backward);
-  refused([](SpanProblem& p) { p.grad_reduced_stride[1] = 64; }, "of a gradient", SpanPass::backward);
-  refused([](SpanProblem& p) { p.grad_x_stride[2] = int64_t{1} << 29; }, "32-bit", SpanPass::backward);
-  refused([](SpanProblem& p) { p.involution.dtype = DType::f32; }, "half and bfloat16");
+  refused([](SpanProblem& p) { p.grad_x_stride[1] = 64; }, "gradients with a channel stride", SpanOp::backward);
+  refused([](SpanProblem& p) { p.grad_reduced_stride[1] = 64; }, "gradients with a channel stride", SpanOp::backward);
+  refused([](SpanProblem& p) { p.grad_x_stride[2] = int64_t{1} << 29; }, "32 bits", SpanOp::backward);
+  refused([](SpanProblem& p) { p.involution.dtype = DType::f32; }, "float16 or bfloat16, got float32");
   refused([](SpanProblem& p) { p.involution.kernel_w = 5; }, "7 x 7");
   refused([](SpanProblem& p) { p.involution.dilation_h = 2; }, "dilation");
-  refused([](SpanProblem& p) { p.involution.stride_h = 3; }, "strides");
-  refused([](SpanProblem& p) { p.involution.groups = 4; }, "channels a group");
+  refused([](SpanProblem& p) { p.involution.stride_h = 3; }, "stride of 1 or 2");
+  refused([](SpanProblem& p) { p.involution.groups = 4; }, "channels per group, got");
   refused([](SpanProblem& p) { p.reduced = 24; }, "multiple of 16");
   refused([](SpanProblem& p) { p.reduced = 144; }, "16 to 128");
   refused([](SpanProblem& p) { p.involution.x_stride[1] = 64; }, "input");
-  refused([](SpanProblem& p) { p.reduced_stride[1] = 64; }, "reduced channels are not dense");
+  refused([](SpanProblem& p) { p.reduced_stride[1] = 64; },
+          "reduced with a channel stride of 1 (channels_last), got 64");
   refused([](SpanProblem& p) { p.span_stride[1] = 2; }, "span weight");
-  refused([](SpanProblem& p) { p.involution.out_h = 0; }, "no pixels");
-  refused([](SpanProblem& p) { p.reduced = 128; }, "few pixels");
-  refused([](SpanProblem& p) { p.reduced_stride[2] = int64_t{1} << 29; }, "32-bit");
+  refused([](SpanProblem& p) { p.involution.out_h = 0; }, "with pixels");
+  refused([](SpanProblem& p) { p.reduced = 128; }, "at most 64 pixels");
+  refused([](SpanProblem& p) { p.reduced_stride[2] = int64_t{1} << 29; }, "32 bits");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The CUDA variant `generic` in the emulator: every parameter class, dtype and layout, both index widths.
-#include "../../cuda/generic/generic.h"
+#include "cuda/variants.h"
 
 #include "cuda_emulator/emulator.h"
 #include "oracle.h"

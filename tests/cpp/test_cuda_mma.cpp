@@ -1,6 +1,6 @@
 // The CUDA variant `mma` in the emulator: kernels, strides, layouts of all alignments and dtypes; numbers that are not
 // finite stay where they belong; every schedule gives the same bits; each removed synchronisation is noticed.
-#include "../../cuda/mma/mma.h"
+#include "cuda/variants.h"
 
 #include "variant.h"
 
@@ -113,10 +113,10 @@ void schedules_and_races() {
 void refusals() {
   const Case good{1, 32, 2, 8, 8, 3, 3, 1, 1, 1, 1};
   check_usual_refusals(mma, good, DType::bf16, 4);
-  check_refused(mma, good, DType::f32, Layout::contiguous, Pass::forward, "half and bfloat16");
+  check_refused(mma, good, DType::f32, Layout::contiguous, Pass::forward, "float16 or bfloat16, got float32");
   for (const Pass pass : passes) {
     const Problem problem = problem_of(good, DType::bf16, Device::cuda, mixed_strides(good, 2));
-    CHECK(cuda::mma_refusal(problem, pass) != nullptr, "dense taps beside dense columns are refused");
+    CHECK(cuda::bool(cuda::mma_refusal(problem, pass)), "dense taps beside dense columns are refused");
   }
 }
 

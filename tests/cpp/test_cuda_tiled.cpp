@@ -1,6 +1,6 @@
 // The CUDA variant `tiled` in the emulator: kernels, strides, group widths, layouts and dtypes; every schedule gives
 // the same bits; each removed synchronisation is noticed.
-#include "../../cuda/tiled/tiled.h"
+#include "cuda/variants.h"
 
 #include "variant.h"
 
@@ -81,7 +81,7 @@ void schedules_and_races() {
 void refusals() {
   const Case good{1, 32, 2, 8, 8, 3, 3, 1, 1, 1, 1};
   check_usual_refusals(tiled, good, DType::f32, 8);
-  check_refused(tiled, good, DType::f64, Layout::contiguous, Pass::forward, "double");
+  check_refused(tiled, good, DType::f64, Layout::contiguous, Pass::forward, "float64");
 }
 
 }  // namespace

@@ -134,7 +134,7 @@ void involution(Engine& engine) {
   for (const Verdict& verdict : explain(p, trial.pass)) {
     current.variant = std::string("cpu/") + verdict.variant;
     force_variant(current.variant);
-    if (verdict.refusal != nullptr) {
+    if (!verdict.refusal.empty()) {
       const std::string message = checks::message_of([&] { choose(p, trial.pass); });
       CHECK(message.find(verdict.refusal) != std::string::npos, "a forced variant that refuses says why: " + message);
       continue;
@@ -170,7 +170,7 @@ void hostile(Engine& engine) {
   };
   const auto two = [&] { return std::array<int64_t, 2>{any(), any()}; };
   const std::array<int64_t, 4> input{any(), any(), any(), any()};
-  const Geometry geometry{two(), two(), two(), two()};
+  const WindowParams geometry{two(), two(), two(), two()};
   const int64_t groups = any(), reduced = any();
   const DType dtype = choice(engine, dtypes);
   const auto layout = one_in(engine, 2) ? pyinvolution::Layout::nchw : pyinvolution::Layout::nhwc;
@@ -181,7 +181,7 @@ void hostile(Engine& engine) {
                               geometry.dilation[0], geometry.dilation[1], groups, reduced, channels})
     current.text += std::to_string(value) + " ";
   try {
-    fuses(dtype, Device::cpu, channels, groups, reduced, geometry);
+    route(make_layer_problem(dtype, Device::cpu, input, groups, reduced, geometry), SpanOp::layer, true);
   } catch (const std::invalid_argument& error) {
     CHECK(std::string(error.what()).find("expected") != std::string::npos, error.what());
   }
@@ -195,8 +195,7 @@ void hostile(Engine& engine) {
       const std::string message = checks::message_of([&] { run(p, pass, {}, {}); });
       CHECK(message.empty() || message.find("is null, expected the address of") != std::string::npos, message);
     }
-    for (const SpanPass pass : {SpanPass::forward, SpanPass::backward})
-      CHECK(!explain(span, pass).empty(), "a verdict");
+    for (const SpanOp pass : {SpanOp::forward, SpanOp::backward}) CHECK(!explain(span, pass).empty(), "a verdict");
   } catch (const std::invalid_argument& error) {
     CHECK(std::string(error.what()).find("expected") != std::string::npos, error.what());
   }

@@ -11,7 +11,7 @@
 namespace {
 
 struct CudaVariant {
-  const char* (*refusal)(const Problem&, Pass);
+  Refusal (*refusal)(const Problem&, Pass);
   void (*run)(const Problem&, Pass, const Buffers&, const Execution&);
 };
 
@@ -19,8 +19,8 @@ struct CudaVariant {
 inline std::vector<char> run_and_check(const CudaVariant& variant, const Trial& trial, const Strides& strides,
                                        uint64_t seed = 1) {
   Setting setting(trial, Device::cuda, seed, strides);
-  const char* refusal = variant.refusal(setting.problem, trial.pass);
-  if (!CHECK(refusal == nullptr, trial.text() + ": refused, " + (refusal ? refusal : ""))) return {};
+  const std::string refusal = variant.refusal(setting.problem, trial.pass).text();
+  if (!CHECK(refusal.empty(), trial.text() + ": refused, " + refusal)) return {};
   const std::string error =
       checks::message_of([&] { variant.run(setting.problem, trial.pass, setting.buffers(), {}); });
   if (CHECK(error.empty(), trial.text() + ": " + error)) setting.check();
@@ -58,9 +58,9 @@ inline void check_schedules(const CudaVariant& variant, const Trial& trial, cons
 inline void check_refused(const CudaVariant& variant, const Case& shape, DType dtype, Layout layout, Pass pass,
                           const char* part) {
   const Problem problem = problem_of(shape, dtype, Device::cuda, strides_of(shape, layout, pass));
-  const char* refusal = variant.refusal(problem, pass);
-  CHECK(refusal != nullptr && std::string(refusal).find(part) != std::string::npos,
-        std::string("expected a refusal with \"") + part + "\", got " + (refusal ? refusal : "none"));
+  const std::string refusal = variant.refusal(problem, pass).text();
+  CHECK(refusal.find(part) != std::string::npos,
+        std::string("expected a refusal with \"") + part + "\", got " + refusal);
 }
 
 // What variants for square kernels and dense rows refuse. `good` is what they take, `groups` a number they do not.
@@ -72,13 +72,13 @@ inline void check_usual_refusals(const CudaVariant& variant, const Case& good, D
     check_refused(variant, shape, dtype, layout, pass, part);
   };
   refused([](Case&) {}, "dense", Pass::forward, Layout::gapped);
-  refused([](Case& k) { k.kw += 2; }, "square");
-  refused([](Case& k) { k.kh = k.kw = 2; }, "3, 5 and 7");
+  refused([](Case& k) { k.kw += 2; }, "got 3 x 5");
+  refused([](Case& k) { k.kh = k.kw = 2; }, "7 x 7 kernel, got 2 x 2");
   refused([](Case& k) { k.dh = 2; }, "dilation");
-  refused([](Case& k) { k.sh = k.sw = 3; }, "strides");
-  refused([&](Case& k) { k.g = groups; }, "channels a group");
-  refused([](Case& k) { k.h = 2, k.ph = 0; }, "no pixels", Pass::grad_input);
-  refused([](Case& k) { k.h = k.w = 40000; }, "32-bit");
+  refused([](Case& k) { k.sh = k.sw = 3; }, "stride of 1 or 2");
+  refused([&](Case& k) { k.g = groups; }, "channels per group, got");
+  refused([](Case& k) { k.h = 2, k.ph = 0; }, "with pixels", Pass::grad_input);
+  refused([](Case& k) { k.h = k.w = 40000; }, "32 bits");
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ void run(const char* in, const char* out) {
 
   for (const Verdict& verdict : explain(problem, Pass::forward))
     std::printf("%s %s: %s\n", verdict.chosen ? "->" : "  ", verdict.variant,
-                verdict.refusal != nullptr ? verdict.refusal : "can run");
+                verdict.refusal.empty() ? "can run" : verdict.refusal.c_str());
   std::printf("pyinvolution %s: y has %ld x %ld pixels, the middle one is %g\n", version(), long(problem.out_h),
               long(problem.out_w), double(y[(28 * 56 + 28) * 64]));
   if (out != nullptr)

@@ -10,7 +10,19 @@
 
 namespace pyinvolution {
 
-enum class DType : int32_t { f32, f64, f16, bf16 };
+// Every dtype: name, name in text (PyTorch's), storage type and type of its sums in the kernels, PyTorch's ScalarType.
+// The one list that every switch over dtypes is made from.
+#define PYINVOLUTION_DTYPES(_)              \
+  _(f32, "float32", float, float, Float)    \
+  _(f64, "float64", double, double, Double) \
+  _(f16, "float16", Half, float, Half)      \
+  _(bf16, "bfloat16", BFloat16, float, BFloat16)
+
+enum class DType : int32_t {
+#define PYINVOLUTION_DTYPE(name, text, storage, sum, scalar_type) name,
+  PYINVOLUTION_DTYPES(PYINVOLUTION_DTYPE)
+#undef PYINVOLUTION_DTYPE
+};
 enum class Device : int32_t { cpu, cuda };
 
 // Which of the three tensors is computed from the other two. `y` holds grad_output, and `x` or `w` receives the
@@ -40,7 +52,7 @@ struct Problem {
   int64_t w_stride[6];  // n g kh kw h w
   int64_t y_stride[4];  // n c h w
 
-  int64_t group_channels() const { return channels / groups; }
+  int64_t group_channels() const { return groups > 0 ? channels / groups : 0; }
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
@@ -65,11 +77,13 @@ struct Buffers {
 //
 // There is a cell for each output pixel: Ho = ceil(H / stride). Where the window needs more padding than there is on
 // the left and top, it is to the right and bottom.
-enum class SpanPass : int32_t {
+// Which of the operators on a span problem.
+enum class SpanOp : int32_t {
   forward,   // y from x, reduced, span
   backward,  // the gradients from x, reduced, span and y, which holds grad_output; no epilogue
   layer,     // y from x, reduce, span
 };
+using SpanPass [[deprecated("SpanPass is now called SpanOp")]] = SpanOp;
 
 struct SpanProblem {
   Problem involution;  // w_stride has no meaning

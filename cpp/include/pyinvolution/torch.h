@@ -231,6 +231,21 @@ inline Bias autocast(const Bias& tensor, const Tensor& input) {
   return tensor && tensor->defined() ? Bias(autocast(*tensor, input)) : std::nullopt;
 }
 
+// Whether a kernel computes W inside the involution, forward and backward (`route` in dispatch.h).
+inline bool fuses_span(const Tensor& input, const Tensor& reduced, const Tensor& span_weight, const Window& window) {
+  static const auto op = find_operator<bool(const Tensor&, const Tensor&, const Tensor&, Ints, Ints, Ints, Ints, bool)>(
+      "pyinvolution::fuses_span");
+  const BelowAutograd guard;
+  return op.call(input, reduced, span_weight, pair_of(window, 0), pair_of(window, 1), pair_of(window, 2),
+                 pair_of(window, 3), /*differentiable=*/true);
+}
+
+// W, (N, G, Kh, Kw, Ho, Wo), by the 1x1 convolution that it is.
+inline Tensor span(const Tensor& reduced, const Tensor& span_weight, const Bias& span_bias, const Window& window) {
+  const Tensor filter = span_weight.reshape({span_weight.size(0), span_weight.size(1), 1, 1});
+  return torch::conv2d(reduced, filter, span_bias.value_or(Tensor())).unflatten(1, {-1, window[0], window[1]});
+}
+
 }  // namespace detail
 
 // Applies to each pixel the kernel that `weight` holds for it, and adds `bias`. `input` is (N, C, H, W) or (C, H, W),
@@ -258,7 +273,7 @@ inline torch::Tensor involution2d(torch::Tensor input, torch::Tensor weight,
 
 // involution2d(input, span(reduced)) in one operator: `reduced` is (N, R, Ho, Wo), `span_weight` (G Kh Kw, R) or
 // (G Kh Kw, R, 1, 1), `span_bias` (G Kh Kw). Where the device has a fused kernel, W is never in memory, neither forward
-// nor backward.
+// nor backward; elsewhere it is, and is kept for the backward pass.
 inline torch::Tensor span_involution2d(torch::Tensor input, torch::Tensor reduced, torch::Tensor span_weight,
                                        const std::optional<torch::Tensor>& span_bias = std::nullopt,
                                        IntPair kernel_size = 7, IntPair stride = 1, IntPair padding = 0,
@@ -269,10 +284,16 @@ inline torch::Tensor span_involution2d(torch::Tensor input, torch::Tensor reduce
   const detail::Bias bias = detail::autocast(span_bias, input);
   input = detail::autocast(input, input);
   const detail::Window window = detail::window_of({kernel_size, stride, padding, dilation});
-  const torch::Tensor output =
-      detail::any_requires_grad(input, reduced, span_weight) || (bias && detail::any_requires_grad(*bias))
-          ? detail::SpanInvolution::apply(input, reduced, span_weight, bias, window)
-          : detail::span_involution2d(input, reduced, span_weight, bias, window);
+  torch::Tensor output;
+  if (!detail::any_requires_grad(input, reduced, span_weight) && !(bias && detail::any_requires_grad(*bias))) {
+    output = detail::span_involution2d(input, reduced, span_weight, bias, window);
+  } else if (detail::fuses_span(input, reduced, span_weight, window)) {
+    output = detail::SpanInvolution::apply(input, reduced, span_weight, bias, window);
+  } else {
+    // W is kept for the backward pass.
+    output =
+        involution2d(input, detail::span(reduced, span_weight, bias, window), std::nullopt, stride, padding, dilation);
+  }
   return unbatched ? output.squeeze(0) : output;
 }
 
@@ -350,7 +371,8 @@ struct Involution2dOptions {
     return torch::nn::AnyModule(torch::nn::BatchNorm2d(channels));
   };
   TORCH_ARG(std::function<torch::nn::AnyModule()>, activation) = [] { return torch::nn::AnyModule(torch::nn::ReLU()); };
-  // Kernels inside the involution. nullopt: where the library has a fused kernel for the layer.
+  // false: the kernels always lie in memory; otherwise only where the library has no kernel that computes them inside
+  // the involution.
   TORCH_ARG(std::optional<bool>, fused) = std::nullopt;
 };
 
@@ -433,7 +455,7 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
     if (halo_h % 2 != 0 || halo_w % 2 != 0) x = torch::constant_pad_nd(x, {0, halo_w % 2, 0, halo_h % 2});
     const IntPair padding({halo_h / 2, halo_w / 2});
     torch::Tensor output;
-    if (options.fused().value_or(fuses_for(x))) {
+    if (options.fused().value_or(true)) {
       output = span_involution2d(x, reduced, span->weight, span->bias, options.kernel_size(), options.stride(), padding,
                                  options.dilation());
       if (bias.defined()) output = output + bias.view({-1, 1, 1});
@@ -450,27 +472,6 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
   torch::nn::Sequential reduce{nullptr};
   torch::nn::Conv2d span{nullptr}, project{nullptr};
   torch::Tensor bias;
-
- private:
-  bool fuses_for(const torch::Tensor& input) const {
-    if (!input.is_cpu() && !input.is_cuda()) return false;
-    torch::ScalarType type = input.scalar_type();
-    if (type != torch::kDouble && detail::autocasts(input))
-      type = at::autocast::get_autocast_dtype(input.device().type());
-    DType dtype = DType::f32;
-    switch (type) {
-      case torch::kFloat: break;
-      case torch::kDouble: dtype = DType::f64; break;
-      case torch::kHalf: dtype = DType::f16; break;
-      case torch::kBFloat16: dtype = DType::bf16; break;
-      default: return false;
-    }
-    Geometry geometry;
-    geometry.kernel = *options.kernel_size(), geometry.stride = *options.stride();
-    geometry.dilation = *options.dilation();
-    return fuses(dtype, input.is_cuda() ? Device::cuda : Device::cpu, options.channels(),
-                 options.channels() / options.group_channels(), options.channels() / options.reduction(), geometry);
-  }
 };
 TORCH_MODULE(Involution2d);
 

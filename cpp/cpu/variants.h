@@ -1,25 +1,25 @@
-// The CPU variants of the plan table.
+// The CPU variants of the dispatch tables.
 #pragma once
 
-#include "pyinvolution/problem.h"
+#include "pyinvolution/dispatch.h"
 
 namespace pyinvolution::cpu {
 
 // Loops as in the equation: every problem.
-const char* scalar_refusal(const Problem&, Pass);
+Refusal scalar_refusal(const Problem&, Pass);
 void scalar_run(const Problem&, Pass, const Buffers&, const Execution&);
 
 // Vectors along the output columns: every problem.
-const char* columns_refusal(const Problem&, Pass);
+Refusal columns_refusal(const Problem&, Pass);
 void columns_run(const Problem&, Pass, const Buffers&, const Execution&);
 
 // Vectors along the channels of a group, weights from memory.
-const char* channels_refusal(const Problem&, Pass);
+Refusal channels_refusal(const Problem&, Pass);
 void channels_run(const Problem&, Pass, const Buffers&, const Execution&);
 
 // The same with weights computed tile by tile.
-const char* fused_refusal(const SpanProblem&, SpanPass);
-void fused_run(const SpanProblem&, SpanPass, const SpanBuffers&, const Execution&);
+Refusal fused_refusal(const SpanProblem&, SpanOp);
+void fused_run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
 
 // A thread's scratch memory of at least `bytes`, aligned to 64 bytes; the next call of the same thread reuses it.
 // `task` is what tasks use, `call` what lives as long as an operator's call.

@@ -24,15 +24,10 @@ void expect_memory(const char* name, const void* address, int64_t elements) {
                                 " elements");
 }
 
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
 // What makes the size of the output computable.
 void validate_window(const Problem& p) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  expect(p.dtype >= DType::f32 && p.dtype <= DType::bf16, "dtype", int64_t(p.dtype), "f32, f64, f16 or bf16");
+  expect(std::string(to_string(p.dtype)) != "unknown", "dtype", int64_t(p.dtype), "f32, f64, f16 or bf16");
   expect(p.device == Device::cpu || p.device == Device::cuda, "device", int64_t(p.device), "cpu or cuda");
   expect(p.batch >= 0, "batch", p.batch, "at least 0");
   for (const auto& [name, value] : {std::pair{"in_h", p.in_h}, {"in_w", p.in_w}})
@@ -49,6 +44,11 @@ void validate_window(const Problem& p) {
   expect(p.channels >= 0, "channels", p.channels, "at least 0");
   if (p.groups < 1 || p.channels % p.groups != 0)
     expect(false, "groups", p.groups, ("a divisor of channels, " + std::to_string(p.channels)).c_str());
+}
+
+void expect_sizes(const Problem& p, int64_t out_h, int64_t out_w) {
+  if (p.out_h != out_h) expect(false, "out_h", p.out_h, std::to_string(out_h).c_str());
+  if (p.out_w != out_w) expect(false, "out_w", p.out_w, std::to_string(out_w).c_str());
 }
 
 // Strides of dense tensors: sizes by significance, given as (axis, size), last fastest.
@@ -82,8 +82,15 @@ SpanProblem with_span(const Problem& p, int64_t reduced, Layout layout, bool epi
 
 const char* version() { return PYINVOLUTION_VERSION; }
 
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+int64_t layer_output_size(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
+
 Problem make_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
-                     const Geometry& geometry, Layout layout) {
+                     const WindowParams& geometry, Layout layout) {
   expect(layout == Layout::nchw || layout == Layout::nhwc, "layout", int64_t(layout), "nchw or nhwc");
   Problem p{};
   p.dtype = dtype, p.device = device;
@@ -105,24 +112,22 @@ Problem make_problem(DType dtype, Device device, const std::array<int64_t, 4>& i
 }
 
 SpanProblem make_span_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
-                              int64_t reduced, const Geometry& geometry, Layout layout, bool epilogue, bool relu) {
+                              int64_t reduced, const WindowParams& geometry, Layout layout, bool epilogue, bool relu) {
   return with_span(make_problem(dtype, device, input, groups, geometry, layout), reduced, layout, epilogue, relu);
 }
 
 SpanProblem make_layer_problem(DType dtype, Device device, const std::array<int64_t, 4>& input, int64_t groups,
-                               int64_t reduced, const Geometry& geometry, Layout layout, bool epilogue, bool relu) {
+                               int64_t reduced, const WindowParams& geometry, Layout layout, bool epilogue, bool relu) {
   Problem p = make_problem(dtype, device, input, groups, geometry, layout);
-  p.out_h = (p.in_h + p.stride_h - 1) / p.stride_h, p.out_w = (p.in_w + p.stride_w - 1) / p.stride_w;
+  p.out_h = layer_output_size(p.in_h, p.stride_h), p.out_w = layer_output_size(p.in_w, p.stride_w);
   dense<4>(p.y_stride, {p.batch, p.channels, p.out_h, p.out_w}, layout == Layout::nchw ? nchw : nhwc);
   return with_span(p, reduced, layout, epilogue, relu);
 }
 
 void validate(const Problem& p) {
   validate_window(p);
-  const int64_t h = output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-  const int64_t w = output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
-  if (p.out_h != h) expect(false, "out_h", p.out_h, std::to_string(h).c_str());
-  if (p.out_w != w) expect(false, "out_w", p.out_w, std::to_string(w).c_str());
+  expect_sizes(p, output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h),
+               output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w));
 }
 
 void validate(const Problem& p, const Buffers& buffers) {
@@ -132,51 +137,37 @@ void validate(const Problem& p, const Buffers& buffers) {
   expect_memory("y", buffers.y, p.batch * p.channels * p.out_h * p.out_w);
 }
 
-int64_t scratch_bytes(const SpanProblem& span, SpanPass pass) {
-  const SpanVariant& variant = choose(span, pass);
-  return variant.scratch == nullptr ? 0 : variant.scratch(span, pass);
+void validate(const SpanProblem& span, SpanOp op) {
+  // A layer's window may need more zeros on the right and bottom than its padding, hence its output is of another size.
+  const Problem& p = span.involution;
+  if (op == SpanOp::layer) {
+    validate_window(p);
+    expect_sizes(p, layer_output_size(p.in_h, p.stride_h), layer_output_size(p.in_w, p.stride_w));
+  } else {
+    validate(p);
+  }
+  expect(span.reduced >= 1, "reduced", span.reduced, "at least 1");
 }
 
-void run(const SpanProblem& span, SpanPass pass, const SpanBuffers& buffers, const Execution& execution) {
+void validate(const SpanProblem& span, SpanOp op, const SpanBuffers& buffers) {
+  validate(span, op);
   const Problem& p = span.involution;
-  if (p.batch * p.channels * p.out_h * p.out_w == 0) return;
-  const bool layer = pass == SpanPass::layer;
-  layer ? validate_window(p) : validate(p);
-  expect(span.reduced >= 1, "reduced", span.reduced, "at least 1");
   expect_memory("x", buffers.x, p.batch * p.channels * p.in_h * p.in_w);
   expect_memory("y", buffers.y, p.batch * p.channels * p.out_h * p.out_w);
   expect_memory("span", buffers.span, span.span_rows() * span.reduced);
-  if (layer)
+  if (op == SpanOp::layer)
     expect_memory("reduce", buffers.reduce, span.reduced * p.channels);
   else
     expect_memory("reduced", buffers.reduced, p.batch * span.reduced * p.out_h * p.out_w);
-  const SpanVariant& variant = choose(span, pass);
-  if (variant.run != nullptr) {
-    if (buffers.scratch == nullptr && scratch_bytes(span, pass) > 0)
-      throw std::invalid_argument("scratch is null, expected " + std::to_string(scratch_bytes(span, pass)) + " bytes");
-    return variant.run(span, pass, buffers, execution);
-  }
-  std::string reasons;
-  for (const Verdict& verdict : explain(span, pass))
-    if (verdict.refusal != nullptr) reasons += std::string("; ") + verdict.variant + ": " + verdict.refusal;
-  throw std::invalid_argument(std::string("no fused ") + to_string(p.device) + " kernel runs this " + to_string(pass) +
-                              reasons);
 }
 
-bool fuses(DType dtype, Device device, int64_t channels, int64_t groups, int64_t reduced, const Geometry& geometry) {
-  make_problem(dtype, device, {1, channels, 1, 1}, groups, geometry);  // whether the sizes below can be computed
-  // An image of 14 x 14 output pixels without padding.
+bool fuses(DType dtype, Device device, int64_t channels, int64_t groups, int64_t reduced, const WindowParams& params) {
+  make_problem(dtype, device, {1, channels, 1, 1}, groups, params);  // whether the sizes below can be computed
   std::array<int64_t, 4> input{1, channels, 0, 0};
-  for (size_t i : {0, 1}) input[2 + i] = 13 * geometry.stride[i] + geometry.dilation[i] * (geometry.kernel[i] - 1) + 1;
-  Geometry window = geometry;
+  for (size_t i : {0, 1}) input[2 + i] = 13 * params.stride[i] + params.dilation[i] * (params.kernel[i] - 1) + 1;
+  WindowParams window = params;
   window.padding = {0, 0};
-  const SpanProblem span = make_span_problem(dtype, device, input, groups, reduced, window);
-  const auto fused = [&](SpanPass pass) {
-    const std::vector<Verdict> verdicts = explain(span, pass);
-    return std::any_of(verdicts.begin(), verdicts.end(),
-                       [](const Verdict& v) { return v.chosen && std::string(v.variant) != "composed"; });
-  };
-  return fused(SpanPass::forward) && fused(SpanPass::backward);
+  return route(make_span_problem(dtype, device, input, groups, reduced, window), SpanOp::forward, true) == Route::span;
 }
 
 }  // namespace pyinvolution

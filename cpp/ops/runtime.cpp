@@ -1,4 +1,4 @@
-#include "execution.h"
+#include "runtime.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -46,25 +46,21 @@ void execute(const torch::stable::Tensor& where, Device device, const Body& body
 
 }  // namespace
 
-void run_on(const torch::stable::Tensor& where, const Problem& problem, Pass pass, const Buffers& buffers) {
-  execute(where, problem.device, [&](const Execution& execution) { run(problem, pass, buffers, execution); });
-}
-
-void run_on(const torch::stable::Tensor& where, const Variant& variant, const Problem& problem, Pass pass,
+void launch(const torch::stable::Tensor& where, const Variant& variant, const Problem& problem, Pass pass,
             const Buffers& buffers) {
   execute(where, problem.device, [&](const Execution& execution) { variant.run(problem, pass, buffers, execution); });
 }
 
-void run_on(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& problem, SpanPass pass,
+void launch(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& problem, SpanOp op,
             const SpanBuffers& buffers) {
   execute(where, problem.involution.device, [&](const Execution& execution) {
-    const int64_t bytes = variant.scratch != nullptr ? variant.scratch(problem, pass) : 0;
-    if (bytes == 0) return variant.run(problem, pass, buffers, execution);
+    const int64_t bytes = variant.scratch != nullptr ? variant.scratch(problem, op) : 0;
+    if (bytes == 0) return variant.run(problem, op, buffers, execution);
     // The caching allocator gives it to nobody else on this stream before the kernels are done.
     const torch::stable::Tensor scratch = torch::stable::new_empty(where, {bytes}, torch::headeronly::ScalarType::Byte);
     SpanBuffers all = buffers;
     all.scratch = scratch.mutable_data_ptr();
-    variant.run(problem, pass, all, execution);
+    variant.run(problem, op, all, execution);
   });
 }
 

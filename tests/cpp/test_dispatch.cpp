@@ -1,7 +1,10 @@
-// The plan table: which CUDA variant it takes, refusals, forced variants, and that each computes the same.
-#include "pyinvolution/plan.h"
+// The dispatch tables: which CUDA variant it takes, refusals, forced variants, and that each computes the same.
+#include "pyinvolution/dispatch.h"
 
+#include "cuda/variants.h"
 #include "oracle.h"
+
+const char* pyinvolution::cuda::build() { return "emulated"; }
 
 namespace {
 
@@ -35,13 +38,13 @@ void verdicts() {
     if (name.rfind("cuda/", 0) == 0) known.push_back(name);
   for (const Verdict& verdict : verdicts) {
     chosen += verdict.chosen;
-    refused += verdict.refusal != nullptr;
-    CHECK(!(verdict.chosen && verdict.refusal != nullptr), "what refuses is not chosen");
+    refused += !verdict.refusal.empty();
+    CHECK(!(verdict.chosen && !verdict.refusal.empty()), "what refuses is not chosen");
     names.emplace_back(std::string("cuda/") + verdict.variant);
   }
   CHECK(names == known, "the variants of the problem's device, in order");
   CHECK(chosen == 1 && refused > 0, "one is chosen, others say why not");
-  CHECK(std::string(verdicts.back().variant) == "generic" && verdicts.back().refusal == nullptr,
+  CHECK(std::string(verdicts.back().variant) == "generic" && verdicts.back().refusal.empty(),
         "the last one takes everything");
 }
 
@@ -51,14 +54,14 @@ void spans() {
   span.reduced = 16;
   std::copy_n(strides_in_order({2, 16, 10, 17}, {0, 2, 3, 1}).begin(), 4, span.reduced_stride);
   span.span_stride[0] = 16, span.span_stride[1] = 1;
-  const auto chosen = [&](SpanPass pass) { return std::string(choose(span, pass).name); };
-  CHECK(chosen(SpanPass::forward) == "fused", "a layer of RedNet is fused");
-  CHECK(chosen(SpanPass::backward) == "fused", "and so are its gradients");
-  const SpanVariant& fused = choose(span, SpanPass::backward);
-  CHECK(fused.scratch != nullptr && fused.scratch(span, SpanPass::backward) > 0, "which need scratch memory");
-  CHECK(fused.scratch(span, SpanPass::forward) == 0, "the result does not");
+  const auto chosen = [&](SpanOp pass) { return std::string(choose(span, pass).name); };
+  CHECK(chosen(SpanOp::forward) == "fused", "a layer of RedNet is fused");
+  CHECK(chosen(SpanOp::backward) == "fused", "and so are its gradients");
+  const SpanVariant& fused = choose(span, SpanOp::backward);
+  CHECK(fused.scratch != nullptr && fused.scratch(span, SpanOp::backward) > 0, "which need scratch memory");
+  CHECK(fused.scratch(span, SpanOp::forward) == 0, "the result does not");
   span.involution.dtype = DType::f32;
-  CHECK(chosen(SpanPass::forward) == "composed", "float is not");
+  CHECK(chosen(SpanOp::forward) == "composed", "float is not");
 }
 
 void forced() {
@@ -98,5 +101,5 @@ int main() {
   spans();
   forced();
   empty();
-  return checks::report("plan");
+  return checks::report("dispatch");
 }

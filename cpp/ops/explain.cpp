@@ -1,0 +1,58 @@
+#include "explain.h"
+
+#include "arguments.h"
+
+namespace pyinvolution::ops {
+namespace {
+
+std::string lines(const std::vector<Verdict>& verdicts) {
+  std::string text;
+  for (const Verdict& verdict : verdicts)
+    text += std::string(verdict.variant) + (verdict.chosen ? "\t1\t" : "\t0\t") + verdict.refusal + "\n";
+  return text;
+}
+
+template <class Enum>
+Enum parse(const char* op, const std::string& name, std::initializer_list<Enum> values) {
+  std::string known;
+  for (const Enum value : values) {
+    if (name == to_string(value)) return value;
+    known += std::string(known.empty() ? "" : ", ") + to_string(value);
+  }
+  fail(op, "pass is \"", name, "\", expected one of ", known);
+}
+
+}  // namespace
+
+std::string explain_involution2d(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                 const std::string& pass) {
+  return lines(explain(involution_problem(input, weight, stride, padding, dilation),
+                       parse("explain", pass, {Pass::forward, Pass::grad_input, Pass::grad_weight})));
+}
+
+std::string explain_span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                                      const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                      const std::string& pass) {
+  return lines(explain(span_problem(input, reduced, span_weight, std::nullopt, kernel_size, stride, padding, dilation),
+                       parse("explain", pass, {SpanOp::forward, SpanOp::backward})));
+}
+
+std::string explain_involution_layer2d(const Tensor& input, const Tensor& reduce_weight, const Tensor& span_weight,
+                                       const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  return lines(explain(layer_problem(input, reduce_weight, std::nullopt, span_weight, std::nullopt, kernel_size, stride,
+                                     padding, dilation),
+                       SpanOp::layer));
+}
+
+bool fuses_span(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
+                const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool differentiable) {
+  const SpanProblem span =
+      span_problem(input, reduced, span_weight, std::nullopt, kernel_size, stride, padding, dilation);
+  return route(span, SpanOp::forward, differentiable) == Route::span;
+}
+
+}  // namespace pyinvolution::ops

@@ -1,0 +1,28 @@
+// The CUDA variants of the dispatch tables. A strategy's folder says how it works.
+#pragma once
+
+#include "pyinvolution/dispatch.h"
+
+namespace pyinvolution::cuda {
+
+// A thread for each element: every problem.
+Refusal generic_refusal(const Problem&, Pass);
+void generic_run(const Problem&, Pass, const Buffers&, const Execution&);
+
+// Tiles in shared memory: float32 and 16-bit types.
+Refusal tiled_refusal(const Problem&, Pass);
+void tiled_run(const Problem&, Pass, const Buffers&, const Execution&);
+
+// Tensor cores: 16-bit types with 16 channels per group.
+Refusal mma_refusal(const Problem&, Pass);
+void mma_run(const Problem&, Pass, const Buffers&, const Execution&);
+
+// The same with weights computed on the fly from the reduced channels.
+Refusal fused_refusal(const SpanProblem&, SpanOp);
+void fused_run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
+int64_t fused_scratch(const SpanProblem&, SpanOp);
+
+// "CUDA 13.0, architectures 80 86 89 90".
+const char* build();
+
+}  // namespace pyinvolution::cuda

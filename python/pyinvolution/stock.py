@@ -1,0 +1,41 @@
+"""Whether calling a module does what its class says: the condition for computing with its parameters instead.
+
+A module may be anything once a user has it: a subclass, an adapter around it, hooks on it or on all modules, a
+``forward`` of its own, parameters that are computed. Code that reads a module's parameters, or folds or fuses it, asks
+`is_stock` first, and calls the module where it is not.
+"""
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD = {cls: cls.forward for cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d)}
+
+
+def is_stock(module: object, *classes: type[nn.Module]) -> bool:
+    """Whether ``module`` is exactly of one of ``classes`` and calling it runs the ``forward`` of that class only.
+
+    A parametrized or wrapped module is of another class; parameters that are tensor subclasses (quantized, distributed)
+    compute in their own way.
+    """
+    if type(module) not in classes or has_hooks(module) or "forward" in module.__dict__:
+        return False
+    cls = type(module)
+    if cls.forward is not _FORWARD.get(cls, cls.forward):
+        return False
+    return not any(is_traceable_wrapper_subclass(p) for p in module._parameters.values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks: its own, or those registered for all modules."""
+    return _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS)
+
+
+def is_pointwise(module: object) -> bool:
+    """Whether ``module`` is a stock 1x1 convolution of all channels: a matrix product at each pixel."""
+    return is_stock(module, nn.Conv2d) and (
+        module.kernel_size == module.stride == module.dilation == (1, 1)  # type: ignore[attr-defined]
+        and module.padding in ((0, 0), "same", "valid")  # type: ignore[attr-defined]
+        and module.groups == 1  # type: ignore[attr-defined]
+    )
