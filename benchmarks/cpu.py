@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,10 @@ from torch.nn.functional import avg_pool2d, conv2d, cross_entropy
 from benchmarks import ROOT
 from benchmarks.harness import (
     RESULTS,
-    Function,
-    Ratio,
     about,
     check_involution,
     check_span,
     convolution,
-    interleaved,
     product_and_copy,
     pyplot,
     ratios_text,
@@ -45,6 +43,7 @@ from benchmarks.harness import (
 from benchmarks.roofline import Work
 from pyinvolution import ops, optimize_for_inference, reference
 from pyinvolution.models import create_model
+from pyinvolution.studies.timing import Function, Ratio, high_water, interleaved
 
 
 class Report:
@@ -57,7 +56,12 @@ class Report:
     def add(
         self, what: str, name: str, threads: int, ours: str, times: dict[str, list[float]], work: Work | None = None
     ) -> None:
-        row = {"what": what, "name": name, "threads": threads, "ms": statistics.median(times[ours]) * 1e3}
+        row: dict[str, Any] = {
+            "what": what,
+            "name": name,
+            "threads": threads,
+            "ms": statistics.median(times[ours]) * 1e3,
+        }
         if work is not None:
             limit, per_second = self.limits[str(threads)], 1e6 * row["ms"]
             row["gmac"] = work.fma / 1e9
@@ -66,7 +70,7 @@ class Report:
         for other, seconds in times.items():
             if other != ours:
                 row[f"{other}: ms"] = statistics.median(seconds) * 1e3
-                row.update(Ratio.of(times[ours], seconds).columns(other))
+                row.update(Ratio.between(times[ours], seconds).columns(other))
         self.rows.append(row)
         print(f"{what}, {name}, {threads} threads: {row['ms']:.3f} ms; {ratios_text(row)}", flush=True)
 
@@ -169,13 +173,13 @@ def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) ->
             for batch in batches:
                 x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
                 seconds = 6.0 if batch == 1 else 10.0
-                eager: dict[str, Function] = {n: lambda m=m: m(x) for n, m in models.items()}  # noqa: B023
+                eager: dict[str, Function] = {name: partial(model, x) for name, model in models.items()}
                 report.add("inference, eager", f"N={batch}", count, "RedNet-50", interleaved(eager, seconds))
                 torch._dynamo.reset()
                 compiled = {name: torch.compile(m, fullgraph=True) for name, m in models.items()}
                 for name, model in compiled.items():
                     torch.testing.assert_close(model(x), models[name](x), rtol=1e-3, atol=1e-3)
-                frozen: dict[str, Function] = {n: lambda m=m: m(x) for n, m in compiled.items()}  # noqa: B023
+                frozen: dict[str, Function] = {name: partial(model, x) for name, model in compiled.items()}
                 times = interleaved(frozen, seconds)
                 report.add("inference, compile + freezing", f"N={batch}", count, "RedNet-50", times)
 
@@ -200,12 +204,6 @@ def training(report: Report, threads: int, batch: int) -> None:
     report.add("training step, eager", f"N={batch}", threads, "RedNet-50", interleaved(steps, 20.0))
 
 
-def high_water() -> float:
-    """MB that this process had resident at its peak. (getrusage would include the parent's, up to the exec.)"""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def peak_memory(name: str, batch: int) -> None:
     """Prints how many MB a training step adds to the process at its peak. Runs in a process of its own."""
     step = training_step(MODELS[name](), 1)
@@ -214,7 +212,7 @@ def peak_memory(name: str, batch: int) -> None:
     step = training_step(MODELS[name](), batch)
     step()
     step()
-    print(high_water() - before)
+    print((high_water() - before) / 2**20)
 
 
 def memory(report: Report, batch: int) -> None:
@@ -241,7 +239,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
     head = f"{cpu}, torch {about['build']['torch_running']}, float32, {about['date']}.\n"
     head += "How many times faster: median (quartiles) of neighbouring runs."
 
-    models = []
+    models: list[tuple[object, ...]] = []
     for r in report.rows:
         if "mb" in r:
             models.append(

@@ -29,10 +29,11 @@ import torch
 from cases import same
 
 from benchmarks import ROOT, models, operators, roofline, targets
-from benchmarks.harness import RESULTS, DeviceClock, Ratio, about, host_clock, pyplot, slug, write_rows
+from benchmarks.harness import RESULTS, about, pyplot, slug, write_rows
 from benchmarks.operators import LAYOUTS, Bench, Setting
 from benchmarks.roofline import DETECTION, H200, SHAPES, batched
 from pyinvolution import build_info
+from pyinvolution.studies.timing import DeviceClock, Ratio, host_clock
 
 DRY_RUN = ROOT / "build" / "benchmarks-dry-run"
 DTYPES = ("bfloat16", "float32", "float16")

@@ -1,16 +1,14 @@
-"""What the benchmarks of every device share: random problems, checks, clocks, ratios, rows and files."""
+"""What the benchmarks of every device share: random problems, checks, limits, rows and files."""
 
 import csv
 import json
 import os
 import platform
-import statistics
 import subprocess
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,10 @@ from torch.nn.functional import conv2d
 
 from benchmarks import ROOT
 from pyinvolution import build_info, ops, reference
+from pyinvolution.studies.timing import Clock, Function, host_clock, interleaved
 
 RESULTS = ROOT / "benchmarks" / "results"
 REDUCTION = 4
-Function = Callable[[], Any]
-Clock = Callable[[Function], float]
 
 # --- problems ---------------------------------------------------------------------------------------------------------
 
@@ -122,8 +119,8 @@ def require_finite(results: Sequence[Tensor], what: str) -> None:
 def compare(names: Sequence[str], found: Sequence[Sequence[Sequence[Tensor]]], what: str) -> None:
     """For each name the pieces of the result, of the oracle and of the reference, under the one accuracy policy."""
     for name, (actual, exact, same) in zip(names, found, strict=True):
-        flat = [torch.cat([t.flatten() for t in tensors]) for tensors in (actual, exact, same)]
-        assert_accurate(*flat, f"{name} of {what}")
+        ours, oracle, reference = (torch.cat([t.flatten() for t in tensors]) for tensors in (actual, exact, same))
+        assert_accurate(ours, oracle, reference, f"{name} of {what}")
 
 
 def check_involution(case: Case, x: Tensor, w: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
@@ -218,53 +215,7 @@ def check_alike(actual: Any, expected: Any, what: str, tolerance: float | None =
         assert distance <= allowed, f"{what}, result {place}: differs by {distance:.3g} in norm, allowed {allowed:.3g}"
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-def host_clock(function: Function) -> float:
-    """Seconds of a call that computes on the CPU."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-class DeviceClock:
-    """Seconds between two events around a call on the GPU.
-
-    Writing a buffer larger than the second level of cache goes before them: it leaves no operand there, and gives the
-    host the time to enqueue the call, so that a kernel's time is not that of its launch.
-    """
-
-    def __init__(self, flush: bool = True) -> None:
-        self.buffer = None
-        if flush:
-            cache = torch.cuda.get_device_properties(0).L2_cache_size
-            self.buffer = torch.empty(max(4 * cache, 1 << 28), dtype=torch.uint8, device="cuda")
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-
-    def __call__(self, function: Function) -> float:
-        start, end = self.events
-        if self.buffer is not None:
-            self.buffer.zero_()
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
-
-def interleaved(
-    functions: dict[str, Function], seconds: float, least: int = 5, clock: Clock = host_clock
-) -> dict[str, list[float]]:
-    """Seconds of each call, all functions by turns until `seconds` have passed."""
-    for function in functions.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, function in functions.items():
-            times[name].append(clock(function))
-    return times
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def product_and_copy(
@@ -276,31 +227,6 @@ def product_and_copy(
     other = torch.empty_like(big)
     times = interleaved({"mm": lambda: torch.mm(a, b), "copy": lambda: other.copy_(big)}, seconds, clock=clock)
     return {"gmac_per_s": side**3 / min(times["mm"]) / 1e9, "copy_gb_per_s": 2 * big.nbytes / min(times["copy"]) / 1e9}
-
-
-@dataclass
-class Ratio:
-    """How many times longer the other takes: median and quartiles of neighbouring pairs."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(ours: Sequence[float], other: Sequence[float]) -> "Ratio":
-        ratios = sorted(b / a for a, b in zip(ours, other, strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4)
-        return Ratio(statistics.median(ratios), low, high)
-
-    def columns(self, other: str) -> dict[str, float]:
-        return {f"{other}: ratio": self.median, f"{other}: low": self.low, f"{other}: high": self.high}
-
-    @staticmethod
-    def from_row(row: dict[str, Any], other: str) -> "Ratio":
-        return Ratio(row[f"{other}: ratio"], row[f"{other}: low"], row[f"{other}: high"])
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
 def ratios_text(row: dict[str, Any]) -> str:

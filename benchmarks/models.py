@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import Function, Ratio, check_alike, ratios_text
+from benchmarks.harness import check_alike, ratios_text
 from benchmarks.operators import Bench, spread
 from pyinvolution import force_variant, optimize_for_inference
 from pyinvolution.explain import variants
 from pyinvolution.models import create_model
+from pyinvolution.studies.timing import Function, Ratio
 
 MODES = ("eager", "CUDA graph", "torch.compile")
 RIVALS = ("ResNet-50", "ConvNeXt-nano")
@@ -102,7 +103,7 @@ def measure(
         for rival in RIVALS:
             if rival in times and rival != name:
                 row[f"{rival}: ms"] = statistics.median(times[rival]) * 1e3
-                row.update(Ratio.of(mine, times[rival]).columns(rival))
+                row.update(Ratio.between(mine, times[rival]).columns(rival))
     for name, row in rows.items():
         bench.rows.append(row)
         memory = f", {row['peak_mb']:.0f} MB" if row.get("peak_mb") is not None else ""
@@ -170,7 +171,7 @@ def frozen() -> Iterator[None]:
 def training_step(name: str, device: str, batch: int, size: int, compiler: str | None, amp: bool = True) -> Function:
     """A step which gives its loss."""
     torch.manual_seed(0)
-    model: Any = MODELS[name]().to(device, memory_format=torch.channels_last).train()
+    model: Any = MODELS[name]().to(device=device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
     x, y = images(device, batch, size), torch.randint(0, 1000, (batch,), device=device)
     run = model if compiler is None else torch.compile(model, dynamic=False, backend=compiler)
@@ -184,6 +185,10 @@ def training_step(name: str, device: str, batch: int, size: int, compiler: str |
         return loss.detach()
 
     return step
+
+
+def _append_result(made: list[tuple[Function, float]], begin: Callable[[], tuple[Function, float]]) -> None:
+    made.append(begin())
 
 
 def first_losses(step: Function) -> float:
@@ -213,7 +218,7 @@ def training(bench: Bench, batch: int, size: int, mode: str, names: Sequence[str
                 return step, first_losses(step)
 
             made: list[tuple[Function, float]] = []
-            row["peak_mb"] = bench.peak(lambda begin=begin, made=made: made.append(begin()))
+            row["peak_mb"] = bench.peak(partial(_append_result, made, begin))
             function, loss = made.pop()
             assert abs(loss - expected) <= 5e-2 * abs(expected), (
                 f"training of {name}, {mode}: loss {loss:.4f} at step {STEPS}, in float32 {expected:.4f}"

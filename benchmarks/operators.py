@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,14 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d
 
 from benchmarks.harness import (
-    Clock,
-    Function,
-    Ratio,
     check_alike,
     check_involution,
     check_span,
     convolution,
-    interleaved,
     involution_tensors,
     ratios_text,
     span_tensors,
@@ -46,6 +43,7 @@ from benchmarks.harness import (
 from benchmarks.roofline import Limits, Work, design_ms
 from pyinvolution import explain, explain_span, force_variant, functional, ops, reference
 from pyinvolution.explain import PASSES, SPAN_PASSES, Explanation, variants
+from pyinvolution.studies.timing import Clock, Function, Ratio, Spread, device_peak, interleaved
 
 LAYOUTS = {"channels_last": "channels_last", "NCHW": "contiguous"}
 Involution = Callable[..., Tensor]
@@ -99,12 +97,7 @@ class Bench:
         if self.device != "cuda":
             function()
             return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return device_peak(function) / 2**20
 
     def release(self) -> None:
         if self.device == "cuda":
@@ -134,8 +127,8 @@ def first_line(error: Exception) -> str:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return {"ms": median * 1e3, "ms: low": low * 1e3, "ms: high": high * 1e3, "calls": len(seconds)}
+    found = Spread.of(seconds)
+    return {"ms": found.median * 1e3, "ms: low": found.low * 1e3, "ms: high": found.high * 1e3, "calls": len(seconds)}
 
 
 def measure(
@@ -178,10 +171,14 @@ def contend(bench: Bench, row: dict[str, Any], where: str, ours: Function, expec
     row[f"{name}: peak_mb"] = bench.peak(function)
     times = bench.times({"ours": ours, "other": function})
     row[f"{name}: ms"] = statistics.median(times["other"]) * 1e3
-    row.update(Ratio.of(times["ours"], times["other"]).columns(name))
+    row.update(Ratio.between(times["ours"], times["other"]).columns(name))
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def _prepared(function: Function) -> Function:
+    return function
 
 
 def forced(name: str, function: Function) -> Callable[[], Function]:
@@ -287,14 +284,16 @@ def involution(bench: Bench, setting: Setting, compiled: bool = False) -> None:
             for name in others("involution2d", setting.device, passes):
                 into.append(Contender(f"variant {name.split('/')[1]}", forced(name, call), own=True))
         if callable(bench.official) and setting.dtype == "float32" and setting.layout == "NCHW":
-            official = bench.official
-            ahead.append(Contender("official", lambda: lambda: official(x, w, None, *geometry)))
-            call = lambda x, w: official(x, w, None, *geometry)  # noqa: E731
-            back.append(Contender("official", backward_of(call, (x, w), gy)))
+            ahead.append(Contender("official", lambda: lambda: without_bias(x, w)))
+
+            def without_bias(x: Tensor, w: Tensor, official: Involution = bench.official) -> Tensor:
+                return official(x, w, None, *geometry)
+
+            back.append(Contender("official", backward_of(without_bias, (x, w), gy)))
         for title, kernel, groups in (("3x3 convolution", 3, 1), ("depthwise 7x7", 7, case.input[1])):
             one, other = convolution(case, x, gy, kernel, groups)
-            ahead.append(Contender(title, lambda one=one: one, same=False))
-            back.append(Contender(title, lambda other=other: other, same=False))
+            ahead.append(Contender(title, partial(_prepared, one), same=False))
+            back.append(Contender(title, partial(_prepared, other), same=False))
     measure(bench, setting, "involution2d", chosen(explanations[:1]), forward, y, ahead)
     measure(bench, setting, "involution2d backward", chosen(explanations[1:]), backward, grads, back)
 

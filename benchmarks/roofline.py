@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from cases import REDNET50, Case, same
 
-from benchmarks.harness import Clock, product_and_copy, reduced_channels
+from benchmarks.harness import product_and_copy, reduced_channels
+from pyinvolution.studies.timing import Clock
 
 # A batch as in detection: the levels of a feature pyramid for images of about 800 x 1344.
 DETECTION = {

@@ -93,17 +93,17 @@ def run_distributed(*runs: list[str]) -> tuple[int, str]:
 
 
 def main(mode: str, folder: str, runs: str) -> None:
-    from pyinvolution.recipes import command
+    from pyinvolution.recipes import cli
 
     for index, arguments in enumerate(json.loads(runs)):
         if mode == "here":
-            command.run(arguments)
+            cli.run(arguments)
         elif process := os.fork():
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             Path(folder, f"{index}.status").write_text(str(status))
         else:
             os.dup2(os.open(Path(folder, f"{index}.stderr"), os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-            command.run(arguments)
+            cli.run(arguments)
             sys.exit()
 
 

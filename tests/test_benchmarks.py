@@ -12,6 +12,7 @@ from cases import REDNET50, same
 from benchmarks import cpu, gpu, harness, roofline, targets
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
+from pyinvolution.studies import timing
 
 pytest.importorskip("matplotlib")
 
@@ -29,7 +30,7 @@ def test_layers_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     case = same(32, 14, 7, 2)
     monkeypatch.setattr(cpu, "REDNET50", {"32@14 s2": case})
     monkeypatch.setattr(cpu, "limits", lambda threads: rates)
-    monkeypatch.setattr(cpu, "interleaved", lambda functions, seconds, *rest: harness.interleaved(functions, 0.01))
+    monkeypatch.setattr(cpu, "interleaved", lambda functions, seconds, *rest: timing.interleaved(functions, 0.01))
     monkeypatch.setattr("sys.argv", ["cpu", "--only", "layers", "--threads", "1", "--output", str(tmp_path)])
     cpu.main()
     files = {path.suffix: path for path in tmp_path.iterdir()}

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 import yaml
-from recipe_support import environment, fit_arguments, one_thread, write_images  # noqa: F401
+from recipe_support import OPTIONS, environment, fit_arguments, one_thread, write_images  # noqa: F401
 
 from pyinvolution import cli
-from pyinvolution.models import list_models
+from pyinvolution.models import create_model, list_models
 
 pytest.importorskip("lightning")
 from pyinvolution.recipes import RecipeError
-from pyinvolution.recipes.classification import comparison
+from pyinvolution.studies import compare_operator
 
 
 def run(capsys, *arguments):
@@ -97,11 +97,14 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "imagenet/rednet51.yaml"], "no such file, nor one of cityscapes/fpn_rednet50.yaml"),
-        (["--config"], "--config needs a file"),
+        (
+            ["--config", "imagenet/rednet51.yaml"],
+            "--config is imagenet/rednet51.yaml, expected a file or one of cityscapes/",
+        ),
+        (["--config"], "--config is empty, expected a file"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs"),
         (["--modell.lr=1"], "modell.lr"),
-        (["--model.lr=-1"], "model.lr is out of range: got -1.0"),
+        (["--model.lr=-1"], "model.lr is -1.0, expected a positive number"),
         (["--model.name=rednet51"], "did you mean 'rednet50'"),
         (["--data.root=/nowhere"], "data.root=/nowhere has no folder 'val'"),
         (["--trainer.precision=12"], "12"),
@@ -112,9 +115,8 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_input_is_one_line(capsys, tmp_path, arguments, message):
-    status, _, err = run(
-        capsys, "fit", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", *arguments
-    )
+    common = ("--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1")
+    status, _, err = run(capsys, "fit", *common, *arguments)
     assert status == 2
     (line,) = [line for line in err.splitlines() if "error" in line]
     assert line.startswith("pyinvolution fit: error: ")
@@ -197,7 +199,7 @@ def test_resume_refuses_what_does_not_fit(capsys, trained, tmp_path):
 
     assert "made with steps_per_epoch=6, this run has 3" in resume("--data.batch_size=8")
     assert "made with seed=0, this run has 1" in resume("--seed_everything=1")
-    assert "of another model: " in resume("--model.options.kernel_size=5")
+    assert "the checkpoint is of another model: " in resume("--model.options.kernel_size=5")
     other = write_images(tmp_path / "other")
     (other / "train" / "class0").rename(other / "train" / "klass0")
     (other / "val" / "class0").rename(other / "val" / "klass0")
@@ -213,7 +215,7 @@ def test_make_data(capsys, tmp_path):
 
 def test_demo(capsys, tmp_path, monkeypatch):
     """A miss of the target fails, and everything is written and printed all the same."""
-    monkeypatch.setattr(comparison, "SHAPES", [(1, 16, 9, 10)])
+    monkeypatch.setattr(compare_operator, "SHAPES", [(1, 16, 9, 10)])
     arguments = ["demo", f"--output={tmp_path}", "--max-epochs=1", "--target=100"]
     status, out, _ = run(capsys, *arguments)
     assert status == 1
@@ -243,3 +245,23 @@ def test_without_the_training_extra():
     assert done.returncode == 2
     assert 'pip install "pyinvolution[train]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_fit_without_a_configuration(capsys, tmp_path):
+    """It asks for one, and does not begin 1000 epochs of a default."""
+    status, _, err = run(capsys, "fit", f"--data.root={write_images(tmp_path)}", "--model.num_classes=2")
+    assert status == 2
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert "fit needs a configuration, such as --config imagenet/rednet50.yaml" in line
+    assert "--trainer.max_epochs" in line
+
+
+def test_table_of_the_model(capsys, tmp_path):
+    """Parameters by part, and no count of operations, which nobody has counted."""
+    arguments = [a for a in fit_arguments(write_images(tmp_path / "data"), tmp_path) if "model_summary" not in a]
+    status, out, err = run(capsys, *arguments, "--trainer.max_epochs=1", "--trainer.limit_train_batches=1")
+    assert status == 0
+    assert "RedNet" in out
+    count = sum(p.numel() for p in create_model("rednet", 2, **yaml.safe_load(OPTIONS)).parameters())
+    assert f"{count / 1000:.1f} K trained of {count / 1000:.1f} K parameters" in out
+    assert "flops" not in (out + err).lower()

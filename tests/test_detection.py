@@ -1,5 +1,6 @@
 """Detectors: published sizes, features and heads from official checkpoints, and what differs from torchvision's."""
 
+import math
 import warnings
 
 import pytest
@@ -350,14 +351,14 @@ def test_retinanet_labels():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"neck": "fpn"}, ValueError, "neck must be 'conv' or 'involution', got 'fpn'"),
-        ({"head": "mlp"}, ValueError, "head must be 'conv' or 'involution', got 'mlp'"),
-        ({"family": "retinanet", "head": "involution"}, ValueError, "head must be 'conv', got 'involution'"),
+        ({"neck": "fpn"}, ValueError, "neck is 'fpn', expected 'conv' or 'involution'"),
+        ({"head": "mlp"}, ValueError, "head is 'mlp', expected 'conv' or 'involution'"),
+        ({"family": "retinanet", "head": "involution"}, ValueError, "head is 'involution', expected 'conv'"),
         ({"num_classes": 1}, ValueError, "num_classes"),
-        ({"levels": [4]}, ValueError, r"levels must be stages from 0 to 3, got \[4\]"),
+        ({"levels": [4]}, ValueError, r"levels is \[4\], expected stages from 0 to 3"),
         ({"channels": 0}, ValueError, "channels"),
         ({"box_nms_tresh": 0.3}, TypeError, "MaskRCNN has no argument 'box_nms_tresh'"),
-        ({"backbone": nn.Identity()}, ValueError, "backbone_options need a backbone by name"),
+        ({"backbone": nn.Identity()}, ValueError, "expected None with a module as backbone"),
     ],
 )
 def test_wrong_arguments(arguments, error, match):
@@ -365,3 +366,24 @@ def test_wrong_arguments(arguments, error, match):
     family = arguments.pop("family", "mask_rcnn")
     with pytest.raises(error, match=match):
         create_model(family, **{"backbone": "rednet26", "backbone_options": {"stem_kernel_size": 3}, **arguments})
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn", "retinanet"])
+def test_sides_of_boxes_are_limited_both_ways(name):
+    """As DeltaXYWHBBoxCoder of mmdet 2: the logarithms of the ratios are clamped to +-log(1000 / 16)."""
+    net = create_model(name, num_classes=3, backbone="rednet", backbone_options={"layers": [1, 1, 1, 1]})
+    coders = [net.box_coder] if name == "retinanet" else [net.rpn.box_coder, net.roi_heads.box_coder]
+    boxes = torch.tensor([[10.0, 20, 60, 100], [0, 0, 30, 10]])
+    for coder in coders:
+        draw = torch.Generator().manual_seed(0)
+        deltas = torch.randn(2, 12, generator=draw) * 8
+        deltas[0, 2:4], deltas[1, 6:8] = torch.tensor([-20.0, 20]), torch.tensor([20.0, -20])
+        found = coder.decode(deltas * torch.tensor(coder.weights).repeat(3), [boxes])
+        assert found.shape == (2, 3, 4)
+        limit = math.log(1000 / 16)
+        for box, row, results in zip(boxes, deltas.unflatten(1, (3, 4)), found, strict=True):
+            size, centre = box[2:] - box[:2], (box[2:] + box[:2]) / 2
+            for (*shift, width, height), result in zip(row, results, strict=True):
+                sides = size * torch.stack([width, height]).clamp(-limit, limit).exp()
+                middle = centre + size * torch.stack(shift)
+                torch.testing.assert_close(result, torch.cat([middle - sides / 2, middle + sides / 2]))

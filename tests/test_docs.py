@@ -144,7 +144,7 @@ def test_options_in_the_text(span: str, monkeypatch, capsys) -> None:
 def test_configurations_in_the_text(span: str) -> None:
     from pyinvolution.recipes import configs
 
-    assert configs.resolve(f"{span.removesuffix('.yaml')}.yaml")
+    assert configs.load(f"{span.removesuffix('.yaml')}.yaml")
 
 
 def test_options_of_programs_in_the_text() -> None:

@@ -124,7 +124,7 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         path.write_text("wrong")
         return lambda image: [torch.zeros(len(image), 10)]
 
-    monkeypatch.setitem(module.FORMATS, "pt2", write)
+    monkeypatch.setitem(module.FORMATS, "pt2", module.Format(".pt2", write))
     (tmp_path / "m.pt2").write_text("before")
     with pytest.raises(RuntimeError, match="outputs differ from the model's by"):
         export(small_rednet(), tmp_path / "m.pt2", example_input=torch.rand(2, 3, 64, 64), dynamic=False)
@@ -134,24 +134,24 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"format": "tflite"}, "format must be one of pt2, aoti, onnx, got 'tflite'"),
-        ({"opset": 17}, "opset must be at least 18, got 17"),
-        ({"example_input": torch.rand(3, 64, 64)}, r"must have shape \(N, C, H, W\), got \(3, 64, 64\)"),
+        ({"format": "tflite"}, "format is 'tflite', expected one of pt2, aoti, onnx"),
+        ({"opset": 17}, "opset is 17, expected at least 18"),
+        ({"example_input": torch.rand(3, 64, 64)}, r"has shape \(3, 64, 64\), expected \(N, C, H, W\)"),
         (
             {"example_input": torch.rand(2, 3, 64, 32)},
-            "at least 33 x 33 where the size is left free, got 64 x 32",
+            "is 64 x 32, expected at least 33 x 33; only a fixed size",
         ),
-        ({"format": "aoti", "path": "m.so"}, r"must end in \.pt2, got m\.so"),
+        ({"format": "aoti", "path": "m.so"}, r"path is m\.so, expected one that ends in \.pt2"),
         (
             {"format": "onnx", "example_input": torch.rand(2, 3, 64, 64).bfloat16()},
-            r"takes torch\.float32 or torch\.float16, got a model in torch\.bfloat16",
+            r"the model is in torch\.bfloat16, expected torch\.float32 or torch\.float16 for format onnx",
         ),
     ],
 )
 def test_wrong_arguments(arguments: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         export(small_rednet(), **({"path": tmp_path / "m.pt2"} | arguments))
-    with pytest.raises(TypeError, match="example_input must be a tensor, got tuple"):
+    with pytest.raises(TypeError, match="example_input is a tuple, expected a tensor"):
         export(small_rednet(), tmp_path / "m.pt2", example_input=(2, 3, 64, 64))
 
 
@@ -247,17 +247,17 @@ def test_command_and_checkpoints(
     torch.save({"x": torch.ones(1)}, tmp_path / "other.ckpt")
     torch.save({**checkpoint, "hyper_parameters": {"name": "rednet", "options": {"x": 1}}}, tmp_path / "wrong.ckpt")
     for wrong, words in (
-        (["rednet500"], "neither a file, nor a folder, nor a model"),
-        ([""], "neither a file, nor a folder, nor a model"),
-        ([str(tmp_path)], "is no folder of save_pretrained: there is no"),
-        ([str(tmp_path / "saved"), "--num-classes", "3"], "has its own num_classes"),
-        ([str(tmp_path / "best.ckpt"), "--num-classes", "3"], "has its own num_classes"),
-        ([str(tmp_path / "wrong.ckpt")], "is of no model of this library"),
-        ([str(tmp_path / "noise.ckpt")], "is not a checkpoint of weights: it is damaged, or holds more than tensors"),
-        ([str(tmp_path / "other.ckpt")], "does not say of which model it is"),
-        (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "does not fit the model"),
+        (["rednet500"], "expected a file, a folder or the name of a model"),
+        ([""], "expected a file, a folder or the name of a model"),
+        ([str(tmp_path)], "is not a folder of save_pretrained: there is no"),
+        ([str(tmp_path / "saved"), "--num-classes", "3"], "num_classes is 3, expected None"),
+        ([str(tmp_path / "best.ckpt"), "--num-classes", "3"], "num_classes is 3, expected None"),
+        ([str(tmp_path / "wrong.ckpt")], "was not saved from a model of this library"),
+        ([str(tmp_path / "noise.ckpt")], "is not a checkpoint: it is damaged or holds more than tensors"),
+        ([str(tmp_path / "other.ckpt")], "does not say which model it is of"),
+        (["rednet26", "--weights", str(tmp_path / "other.ckpt")], "other.ckpt is of another model"),
         (["rednet26", "--weights", str(tmp_path / "none")], "there is no file"),
-        (["rednet26", "--format", "aoti", "--output", "m.so"], "--output must end in .pt2"),
+        (["rednet26", "--format", "aoti", "--output", "m.so"], "path is m.so, expected one that ends in .pt2"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["export", *wrong])

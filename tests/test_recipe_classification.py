@@ -7,7 +7,8 @@ from recipe_support import fit_arguments, one_thread, write_images  # noqa: F401
 from torch.nn.functional import cross_entropy
 
 from pyinvolution.models import create_model, official_state_dict
-from pyinvolution.recipes import Classification, RecipeError, TrainingDiverged, command
+from pyinvolution.recipes import Classification, RecipeError, TrainingDiverged
+from pyinvolution.recipes import cli as recipe_cli
 
 SMALL = {"layers": [1, 1], "stem": "small", "stem_channels": 32, "base_channels": 16, "kernel_size": 3}
 
@@ -42,7 +43,7 @@ class Poison(pl.Callback):
 )
 def test_divergence_names_step_rate_and_checkpoint(data, tmp_path, poison, message, saved_step):
     with pytest.raises(TrainingDiverged) as error:
-        command.run(
+        recipe_cli.run(
             fit_arguments(
                 data,
                 tmp_path,
@@ -60,7 +61,7 @@ def test_divergence_names_step_rate_and_checkpoint(data, tmp_path, poison, messa
 
 def test_all_switches_together(data, tmp_path):
     """bf16, channels_last, torch.compile, clipping, EMA: it trains, and the names of the weights stay the same."""
-    cli = command.run(
+    cli = recipe_cli.run(
         fit_arguments(
             data,
             tmp_path,
@@ -83,7 +84,7 @@ def test_all_switches_together(data, tmp_path):
 
 def test_validation_metrics(data, tmp_path):
     """Top-1, top-5 and loss of all 10 images in batches of 4, against one forward pass in eval mode."""
-    cli = command.run(fit_arguments(data, tmp_path, "--trainer.max_epochs=1", "--model.ema_decay=0"))
+    cli = recipe_cli.run(fit_arguments(data, tmp_path, "--trainer.max_epochs=1", "--model.ema_decay=0"))
     samples = cli.datamodule.val_samples
     images, targets = zip(*(samples[index] for index in range(10)), strict=True)
     targets = torch.tensor(targets)

@@ -13,7 +13,7 @@ from recipe_support import write_images
 
 from pyinvolution.recipes import ImageFolderData, RecipeError
 from pyinvolution.recipes.classification.digits import write_digits
-from pyinvolution.recipes.loading import EvalSampler, ResumableSampler, SeededDataset, UnreadableSample
+from pyinvolution.recipes.data import EvalSampler, ResumableSampler, SeededDataset, UnreadableSample
 
 
 def trainer(**changed):
@@ -132,7 +132,10 @@ def test_broken_image(root, kind):
 def test_nothing_readable(root):
     data = loaded(root)
     data.train_samples.files = [(str(root), 0)] * 2
-    with pytest.raises(RecipeError, match="none of the 2 samples"), pytest.warns(UserWarning, match="skipped"):
+    with (
+        pytest.raises(RecipeError, match=f"none of the 2 samples .* cannot read image {root}"),
+        pytest.warns(UserWarning, match="skipped"),
+    ):
         SeededDataset(data.train_samples, 0, "skip", training=True)[0, 0]
 
 
@@ -142,7 +145,7 @@ def test_wrong_trees_and_values(root, tmp_path):
     with pytest.raises(RecipeError, match="no image to predict"):
         loaded(root, "predict", predict_root=str(tmp_path / "none"))
     (root / "val" / "extra").mkdir()
-    with pytest.raises(RecipeError, match="extra"):
+    with pytest.raises(RecipeError, match=f"1 of 3 class folders in {root / 'val'} hold no image .*: extra$"):
         loaded(root)
     (root / "val" / "extra" / "image.png").write_bytes((root / "val" / "class0" / "000.png").read_bytes())
     with pytest.raises(RecipeError, match="train has 2 classes and val 3; only in train: none; only in val: extra"):
@@ -151,12 +154,63 @@ def test_wrong_trees_and_values(root, tmp_path):
         ImageFolderData(train_transform=[{"RandomCorp": {"size": 32}}])
     with pytest.raises(RecipeError, match=r"data.val_transform: CenterCrop: .*sice"):
         ImageFolderData(val_transform=[{"CenterCrop": {"sice": 32}}])
-    with pytest.raises(RecipeError, match=r"data.batch_size must be at least 1, got 0"):
+    with pytest.raises(RecipeError, match=r"data.batch_size is 0, expected at least 1"):
         ImageFolderData(batch_size=0)
     small = ImageFolderData(root=str(root), batch_size=64)
     small.train_samples, small.trainer = range(24), trainer(world_size=2)
     with pytest.raises(RecipeError, match="24 training samples do not fill one step of 128"):
         small.train_dataloader()
+
+
+HIDDEN = [".ipynb_checkpoints", "__MACOSX", "@eaDir"]
+
+
+def test_hidden_folders_and_files_are_no_data(root):
+    """Neither as classes nor within one; a name that only contains a dot is a class."""
+    for split in ("train", "val"):
+        (root / split / "class1").rename(root / split / "v1.0")
+    before = loaded(root)
+    image = (root / "train/class0/000.png").read_bytes()
+    for split in ("train", "val"):
+        for name in HIDDEN:
+            for folder in (root / split / name, root / split / "class0" / name / "more"):
+                folder.mkdir(parents=True)
+                (folder / "0-checkpoint.png").write_bytes(image)
+        (root / split / "class0" / "._000.png").write_bytes(image)
+        (root / split / ".DS_Store").touch()
+    after = loaded(root)
+    assert after.classes == before.classes == ["class0", "v1.0"]
+    for name in ("train_samples", "val_samples"):
+        assert getattr(after, name).files == getattr(before, name).files
+        assert {target for _, target in getattr(after, name).files} == {0, 1}
+
+
+def test_folders_of_classes(root, tmp_path):
+    """What is missing is told by split and class."""
+    for path in (root / "train/class1").iterdir():
+        path.rename(path.with_name(f".{path.name}"))
+    with pytest.raises(RecipeError, match=r"data.root=.*: 1 of 2 class folders in .*/train hold no image .*: class1$"):
+        loaded(root)
+    (root / "val/class1").rename(root / "val/klass1")
+    (root / "train/class1").rename(root / "train/.class1")
+    with pytest.raises(RecipeError, match=r"only in train: none; only in val: klass1$"):
+        loaded(root)
+    (root / "val/class0").rename(root / "val/.class0")
+    (root / "val/klass1").rename(root / "val/.klass1")
+    with pytest.raises(RecipeError, match=r"data.root=.*: val: there is no class folder in .*/val"):
+        loaded(root)
+
+
+def test_images_of_16_bits(tmp_path):
+    """The network sees the gray values, not white."""
+    gray = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    for split in ("train", "val"):
+        for name in ("class0", "class1"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(gray).save(tmp_path / split / name / "1.png")
+    data = loaded(tmp_path, mean=(0, 0, 0), std=(1, 1, 1))
+    expected = torch.from_numpy(gray.astype(np.float32) / 65535).expand(3, 16, 16)
+    torch.testing.assert_close(data.val_samples[0][0], expected)
 
 
 def test_digits(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from recipe_support import assert_same_state, fit_arguments, interruption, run_distributed, training_state, write_images
 
 pytest.importorskip("lightning")
-from pyinvolution.recipes import command
+from pyinvolution.recipes import cli as recipe_cli
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_two_processes(data, tmp_path):
     assert_same_state(*states)
     assert states[0]["['global_step']"] == 9
 
-    command.run(first_gradients(data, tmp_path, "one", 8))
+    recipe_cli.run(first_gradients(data, tmp_path, "one", 8))
     two, one = (torch.load(tmp_path / f"{name}.pt") for name in ("two", "one"))
     assert any(gradient.abs().max() > 0.01 for gradient in one.values())
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-13)

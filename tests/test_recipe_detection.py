@@ -5,13 +5,14 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
-from pathlib import Path
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from recipe_support import (
     assert_same_state,
@@ -29,12 +30,16 @@ from pyinvolution.models import create_model, official_state_dict
 pytest.importorskip("lightning")
 pytest.importorskip("pycocotools")
 import lightning.pytorch as pl
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pyinvolution.recipes import CocoData, Detection, RecipeError, command, configs
+from pyinvolution.recipes import CocoData, Detection, RecipeError, configs
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.detection import digits
-from pyinvolution.recipes.loading import UnreadableSample
+from pyinvolution.recipes.detection.annotations import draw_mask
+from pyinvolution.recipes.images import output_names
 
 IDS = [3, 7, 90]
 BACKBONE = {"layers": [1, 1], "stem_channels": 32, "base_channels": 16, "stem_kernel_size": 3}
@@ -205,20 +210,84 @@ def edited(data, folder, change):
     return str(path)
 
 
+def first(**values):
+    return lambda content: content["annotations"][0].update(values)
+
+
+def every(kind, **values):
+    return lambda content: [entry.update(values) for entry in content[kind]]
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c.pop("images"), "is not in COCO's format"),
-        (lambda c: c.pop("categories"), "lists no images or no categories"),
+        (lambda c: c.pop("images"), "lists no images"),
+        (lambda c: c.pop("categories"), "lists no categories"),
         (lambda c: c.pop("annotations"), "has no annotations"),
-        (lambda c: c["categories"].pop(), r"categories that are not listed: \[3\]"),
         (lambda c: c["annotations"][0].pop("bbox"), "an entry lacks 'bbox'"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"the bbox of annotation 1 is \[1, 2, 3\]"),
+        (lambda c: c["annotations"][0].pop("id"), "an entry lacks 'id'"),
+        (every("annotations", id=7), r"annotation 7 is used 8 times \(images 2007, 2007, 2007, 2014, 2021, ...\), exp"),
+        (every("annotations", id=None), "annotation None is used 8 times"),
+        (
+            lambda c: (c["annotations"][7].update(id=3), c["annotations"][6].update(id=3)),
+            r"changed.json: annotation 3 is used 3 times \(images 2007, 2028, 2028\), expected unique ids$",
+        ),
+        (
+            lambda c: c["images"][1].update(id=2000),
+            r"image 2000 is used 2 times \(000000002000.png, 000000002007.png\), expected unique ids$",
+        ),
+        (
+            lambda c: c["categories"][0].update(id=3),
+            r"category 3 is used 2 times \(class90, class3\), expected unique ids$",
+        ),
+        (
+            lambda c: c["images"][2].update(id="2014"),
+            "the id of image '000000002014.png' is '2014', expected an integer",
+        ),
+        (
+            lambda c: c["images"][2].update(id=-1),
+            "the id of image '000000002014.png' is -1, expected an integer of at l",
+        ),
+        (lambda c: c["images"][2].update(file_name=5), "the file_name of image 2014 is 5, expected text"),
+        (lambda c: c["images"][2].update(width="64"), "the width of image 2014 is '64', expected a positive number"),
+        (lambda c: c["images"][2].update(height=0), "the height of image 2014 is 0, expected a positive number"),
+        (lambda c: c["categories"][0].update(id="90"), "the id of category 'class90' is '90', expected an integer"),
+        (lambda c: c["categories"][0].update(name=90), "the name of category 90 is 90, expected text"),
+        (first(image_id="2007"), "the image_id of annotation 1 is '2007', expected an integer"),
+        (first(category_id=77), "annotation 1 has category_id 77, expected one of those listed: 3, 7, 90"),
+        (first(category_id="7"), "annotation 1 has category_id '7', expected one of those listed"),
+        (first(bbox=[1, 2, 3]), r"the bbox of annotation 1 is \[1, 2, 3\], expected x, y, width and height"),
+        (first(bbox=[1, 2, 3, float("nan")]), r"the bbox of annotation 1 is \[1, 2, 3, nan\]"),
+        (first(bbox=[1, 2, float("inf"), 3]), r"the bbox of annotation 1 is \[1, 2, inf, 3\]"),
+        (first(bbox=[9, 9, -3, 4]), r"the bbox of annotation 1 is \[9, 9, -3, 4\], .* the sizes at least 0"),
+        (first(bbox=None), "the bbox of annotation 1 is None"),
+        (first(iscrowd="0"), "the iscrowd of annotation 1 is '0', expected 0 or 1"),
+        (first(area=float("nan")), "the area of annotation 1 is nan, expected a number of at least 0"),
+        (first(area="900"), "the area of annotation 1 is '900', expected a number"),
+        (first(segmentation="round"), "the segmentation of annotation 1 is neither a list of polygons"),
+        (first(segmentation=[1, 2, 3, 4, 5, 6]), "the segmentation of annotation 1 is neither a list of polygons"),
+        (first(segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "the segmentation of annotation 1 is neither"),
+        (first(segmentation=runs(1, 1, 5, 5) | {"size": [64, 48]}), r"is of \[64, 48\] pixels .*expected .*\[48, 64\]"),
+        (
+            first(segmentation={"size": [48, 64], "counts": [9, 4]}),
+            r"segmentation of annotation 1 has run lengths of 13 pixels together, expected 48 \* 64",
+        ),
+        (first(segmentation={"size": [48, 64], "counts": [3073, -1]}), "has counts that are not run lengths"),
+        (first(segmentation={"size": [48, 64], "counts": "53"}), "has run lengths of 8 pixels together"),
+        (first(segmentation={"size": [48, 64]}), "an entry lacks 'counts'"),
+        (
+            every("annotations", segmentation=[]),
+            "none of its 8 annotations has a mask, expected polygons or run lengths",
+        ),
+        (lambda c: [a.pop("segmentation") for a in c["annotations"]], "none of its 8 annotations has a mask"),
+        (every("annotations", segmentation=[[1, 2, 3, 4]]), "none of its 8 annotations has a mask"),
     ],
 )
 def test_broken_annotations(data, tmp_path, change, match):
+    path = edited(data, tmp_path, change)
     with pytest.raises(RecipeError, match=match) as error:
-        prepared(data, val_annotations=edited(data, tmp_path, change))
+        prepared(data, val_annotations=path)
+    assert str(error.value).startswith(path)
     assert "\n" not in str(error.value)
 
 
@@ -234,12 +303,265 @@ def test_missing_files(data, tmp_path):
     samples.dataset.root = str(tmp_path)
     with pytest.raises(UnreadableSample, match=f"cannot read image {tmp_path}/000000002000.png"):
         samples[0]
-    wrong = edited(data, tmp_path, lambda c: c["annotations"][-1].update(segmentation=[[1, 2]]))
-    with pytest.raises(UnreadableSample, match=r"cannot read image .*2028.png or its masks"):
-        prepared(data, val_annotations=wrong).val_samples[4]
+
+
+def test_categories_of_both_splits(data, tmp_path):
+    """They must have the same ids and names."""
     other = edited(data, tmp_path, lambda c: c["categories"].append({"id": 91, "name": "more"}))
-    with pytest.raises(RecipeError, match=r"3 categories in .* and 4 others in"):
+    with pytest.raises(
+        RecipeError, match=r"3 categories in .* and 4 in .*, 1 of which differ; first 91: missing and mo"
+    ):
         prepared(data, val_annotations=other)
+    other = edited(data, tmp_path, lambda c: c["categories"][0].update(name="class91"))
+    with pytest.raises(RecipeError, match=r"1 of which differ; first 90: class90 and class91"):
+        prepared(data, val_annotations=other)
+
+
+def changed_in_both(data, tmp_path, change):
+    """The data with a change of the image of two objects that is in both splits: 1021 and 2021."""
+    paths = {}
+    for split in ("train", "val"):
+        content = json.loads((data / f"annotations/instances_{split}2017.json").read_text())
+        number = {"train": 1021, "val": 2021}[split]
+        change(content, [a for a in content["annotations"] if a["image_id"] == number])
+        path = tmp_path / f"{split}.json"
+        path.write_text(json.dumps(content))
+        paths[f"{split}_annotations"] = str(path)
+    return prepared(data, hflip=0.0, **paths)
+
+
+def sample_of(samples, image_id):
+    return samples[samples.dataset.ids.index(image_id)][1]
+
+
+@pytest.mark.parametrize("shape", [[], None, {}, [[3, 3, 9, 9]], [[3, 3, 9, 9, 4]], "missing"])
+def test_objects_without_a_mask(data, tmp_path, shape):
+    """They are not learned, and no detection of them counts; the others stay."""
+
+    def change(content, objects):
+        objects[0].pop("segmentation")
+        if shape != "missing":
+            objects[0]["segmentation"] = shape
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = changed_in_both(data, tmp_path, change)
+    texts = [str(warning.message) for warning in caught]
+    assert (
+        f"{tmp_path}/train.json: no mask: 1 of 11 annotations (first: annotation 5 of image 1021) are not t" in texts[2]
+    )
+    assert (
+        f"{tmp_path}/val.json: no mask: 1 of 8 annotations (first: annotation 5 of image 2021) count as cr" in texts[0]
+    )
+    trained = sample_of(module.train_samples, 1021)
+    assert trained["labels"].tolist() == [3]
+    assert trained["masks"].flatten(1).sum(1).tolist() == [24 * 24]
+    evaluated = sample_of(module.val_samples, 2021)
+    assert evaluated["labels"].tolist() == [1, 3]
+    assert evaluated["iscrowd"].tolist() == [1, 0]
+    x1, y1, x2, y2 = evaluated["boxes"][0].int().tolist()
+    assert evaluated["masks"][0, y1:y2, x1:x2].all()
+    assert evaluated["masks"].flatten(1).sum(1).tolist() == [20 * 16, 24 * 24]
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(masks=False))
+    module.setup("fit")
+    assert sample_of(module.train_samples, 1021)["labels"].tolist() == [1, 3], "boxes need no mask"
+    assert sample_of(module.val_samples, 2021)["iscrowd"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("box", "pixels"), [([-30, 5, 20, 16], 0), ([5, -30, 20, 16], 0), ([-5, -6, 20, 16], 150), ([60, 40, 20, 16], 32)]
+)
+def test_crowds_instead_of_masks_at_the_border(data, tmp_path, box, pixels):
+    """They cover what is within the image."""
+    module = changed_in_both(data, tmp_path, lambda content, objects: objects[0].update(bbox=box, segmentation=[]))
+    target = sample_of(module.val_samples, 2021)
+    assert target["iscrowd"].tolist() == [1, 0]
+    assert target["masks"][0].sum() == pixels
+
+
+def test_images_without_a_mask_are_empty(data, tmp_path):
+    def change(content, objects):
+        for entry in objects:
+            entry["segmentation"] = []
+
+    module = changed_in_both(data, tmp_path, change)
+    assert 1021 not in module.train_samples.dataset.ids
+
+
+@pytest.mark.parametrize("short", [[3, 3, 9, 9], [3, 3], [3, 3, 9, 9, 4], [1, 2, 3, 4, 5, 6, 7], []])
+def test_short_polygons_are_left_out(data, tmp_path, short):
+    """Not the object, nor its other polygons; four numbers are no box either."""
+    with pytest.warns(
+        UserWarning, match=r"fewer than three points are left out of 1 of \d+ annotations .first: annot.* 5"
+    ):
+        module = changed_in_both(data, tmp_path, lambda content, objects: objects[0]["segmentation"].insert(0, short))
+    for samples, number in ((module.train_samples, 1021), (module.val_samples, 2021)):
+        target = sample_of(samples, number)
+        assert target["masks"].flatten(1).sum(1).tolist() == [20 * 16, 24 * 24]
+        assert target["iscrowd"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [[70, 5, 90, 5, 90, 20]],
+        [[5, 5, 5, 20, 5, 10]],
+        [[3, 3, 5, 5, 7, 7, 9, 9]],
+        {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
+        {"size": [HEIGHT, WIDTH], "counts": rle.encode(np.zeros((HEIGHT, WIDTH), np.uint8, "F"))["counts"].decode()},
+    ],
+)
+def test_masks_without_a_pixel(data, tmp_path, shape):
+    """Outside, without area, or empty: not learned; evaluation has an object that nobody finds, as COCO's."""
+    module = changed_in_both(data, tmp_path, lambda content, objects: objects[0].update(segmentation=shape))
+    assert sample_of(module.train_samples, 1021)["labels"].tolist() == [3]
+    evaluated = sample_of(module.val_samples, 2021)
+    assert evaluated["iscrowd"].tolist() == [0, 0]
+    assert evaluated["masks"].flatten(1).sum(1).tolist() == [0, 24 * 24]
+
+
+@pytest.mark.parametrize("form", ["polygon", "runs", "compressed"])
+def test_forms_of_a_mask(data, tmp_path, form):
+    """All give the same pixels as pycocotools."""
+    drawn = np.zeros((HEIGHT, WIDTH), np.uint8)
+    drawn[5:20, 7:30], drawn[10:12, 0], drawn[-1, -1] = 1, 1, 1
+    shapes = {
+        "polygon": rectangle(7, 5, 23, 15) + rectangle(0, 10, 1, 2) + rectangle(63, 47, 1, 1),
+        "compressed": rle.encode(np.asfortranarray(drawn)),
+    }
+    shapes["compressed"]["counts"] = shapes["compressed"]["counts"].decode()
+    flat = drawn.T.flatten()
+    edges = [0, *(np.flatnonzero(np.diff(flat)) + 1), flat.size]
+    shapes["runs"] = {"size": [HEIGHT, WIDTH], "counts": np.diff(edges).tolist()}
+    module = changed_in_both(data, tmp_path, lambda content, objects: objects[0].update(segmentation=shapes[form]))
+    assert (sample_of(module.train_samples, 1021)["masks"][0].numpy() == drawn).all()
+    assert (sample_of(module.val_samples, 2021)["masks"][0].numpy() == drawn).all()
+
+
+def test_compressed_masks():
+    draw = np.random.default_rng(0)
+    for share in (0.02, 0.5, 0.98):
+        for size in ((1, 1), (7, 300), (61, 40)):
+            drawn = (draw.random(size) < share).astype(np.uint8)
+            encoded = rle.encode(np.asfortranarray(drawn))
+            shape = {"size": list(size), "counts": encoded["counts"].decode()}
+            assert (draw_mask({"id": 1, "segmentation": shape}, size) == drawn).all()
+
+
+@pytest.mark.parametrize("box", [[70, 5, 20, 16], [-30, 5, 30, 16], [5, 5, 0, 16], [5, 5, 20, 0.5], [63.5, 5, 20, 16]])
+def test_boxes_that_cannot_be_seen(data, tmp_path, box):
+    """Outside or without area: not learned, counted once; evaluation has them as COCO does."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = changed_in_both(data, tmp_path, lambda content, objects: objects[0].update(bbox=box))
+    (text,) = [str(warning.message) for warning in caught if "than a pixel" in str(warning.message)]
+    assert text.endswith("2 of 14 annotations (first: annotation 2 of image 1007) are not trained on")
+    assert sample_of(module.train_samples, 1021)["labels"].tolist() == [3]
+    evaluated = sample_of(module.val_samples, 2021)
+    x, y, w, h = box
+    assert evaluated["boxes"][0].tolist() == [x, y, x + w, y + h]
+
+
+def test_annotations_of_other_images(data, tmp_path):
+    """An excerpt of a file may keep the annotations of all images."""
+    with pytest.warns(
+        UserWarning, match=r"not listed: 2 of 14 annotations \(first: annotation 5 of image 1021\) are left"
+    ):
+        module = changed_in_both(
+            data, tmp_path, lambda c, objects: c["images"].remove(next(i for i in c["images"] if i["id"] % 1000 == 21))
+        )
+    assert module.train_samples.dataset.ids == [1007, 1028, 1035, 1042, 1049]
+
+
+def test_files_that_are_listed_twice(data, tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"1 files are listed as several images \(first: 000000001000.png, images 1000, 10"
+    ):
+        changed_in_both(data, tmp_path, lambda c, objects: c["images"][1].update(file_name=c["images"][0]["file_name"]))
+
+
+def test_size_of_the_image(data, tmp_path):
+    """Images whose size is not the listed one are reported with both sizes."""
+
+    def swap(content, objects):
+        for image in content["images"]:
+            image["width"], image["height"] = image["height"], image["width"]
+        for entry in content["annotations"]:
+            entry["segmentation"] = rectangle(*entry["bbox"])
+
+    module = changed_in_both(data, tmp_path, swap)
+    with pytest.raises(
+        UnreadableSample, match=r"000.png has 64 x 48 pixels, its annotations say 48 x 64; .*EXIF rotation"
+    ):
+        module.val_samples[0]
+    module = changed_in_both(data, tmp_path, lambda c, objects: c["images"][0].update(width=65))
+    with pytest.raises(UnreadableSample, match=r"000.png has 64 x 48 pixels, its annotations say 65 x 48$"):
+        module.val_samples[0]
+
+    def unlisted(content, objects):
+        for image in content["images"]:
+            del image["width"], image["height"]
+
+    targets = [prepared(data).val_samples[1][1], changed_in_both(data, tmp_path, unlisted).val_samples[1][1]]
+    for name in ("boxes", "masks"):
+        assert torch.equal(targets[0][name], targets[1][name])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation(data, tmp_path, orientation):
+    """Images are turned as a viewer does, and annotations are of the turned image: a bright corner stays in its box."""
+    upright = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    upright[:16, :20] = 255
+    turn = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    stored = Image.fromarray(upright)
+    if turn[orientation] is not None:
+        stored = stored.transpose(turn[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shutil.copytree(data, tmp_path / "data")
+    stored.save(tmp_path / "data/train2017/000000001021.png", exif=exif)
+    paths = {}
+
+    def change(content, objects):
+        objects[0].update(bbox=[0, 0, 20, 16], segmentation=rectangle(0, 0, 20, 16))
+        image = next(image for image in content["images"] if image["id"] in (1021, 2021))
+        paths[image["id"]] = image
+
+    samples = changed_in_both(tmp_path / "data", tmp_path, change).train_samples
+    image, target = samples[samples.dataset.ids.index(1021)]
+    assert image.shape == (3, HEIGHT, WIDTH)
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert (image[:, y1:y2, x1:x2] == 1).all()
+    assert image.sum() == 3 * 20 * 16
+    assert (target["masks"][0] == (image[0] == 1)).all()
+
+    if orientation > 4:
+
+        def as_stored(content, objects):
+            for image in content["images"]:
+                if image["id"] == 1021:
+                    image["width"], image["height"] = stored.size
+            for entry in objects:
+                entry["segmentation"] = rectangle(*entry["bbox"])
+
+        samples = changed_in_both(tmp_path / "data", tmp_path, as_stored).train_samples
+        with pytest.raises(
+            UnreadableSample, match="64 x 48 pixels, its annotations say 48 x 64; its EXIF orientation, "
+        ):
+            samples[samples.dataset.ids.index(1021)]
+
+
+def test_cropped_away_masks(data):
+    """A crop may hold the corner of a box and nothing of the object in it."""
+    samples = prepared(data, train_transform=[{"RandomCrop": {"size": [12, 12]}}]).train_samples
+    counts = []
+    for index in range(60):
+        torch.manual_seed(index)
+        target = samples[index % len(samples)][1]
+        counts.append(len(target["masks"]))
+        assert len({len(target[name]) for name in ("boxes", "labels", "iscrowd", "area", "masks")}) == 1
+        assert target["masks"].flatten(1).any(1).all()
+    assert sum(counts) > 0
 
 
 # --- The whole recipe -------------------------------------------------------------------------------------------------
@@ -276,7 +598,7 @@ def test_two_processes_evaluate_as_one(data, tmp_path):
     (together,) = (row for row in rows if row["val/box_ap"])
     checkpoint = f"--ckpt_path={tmp_path}/last.ckpt"
     quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-    alone = command.run(["validate", checkpoint, *quiet, f"--trainer.default_root_dir={tmp_path}"]).trainer
+    alone = recipe_cli.run(["validate", checkpoint, *quiet, f"--trainer.default_root_dir={tmp_path}"]).trainer
     metrics = {name: value.item() for name, value in alone.callback_metrics.items()}
     assert metrics["val/box_ap50"] > 0
     assert {name: float(together[name]) for name in metrics} == pytest.approx(metrics, abs=1e-6)
@@ -360,6 +682,51 @@ def test_validate_and_predict_from_a_checkpoint(data, trained, tmp_path, capsys)
     assert {r["category_id"] for r in results} <= set(IDS), "the checkpoint knows the categories"
 
 
+def ids_to_predict(folder, *names, **arguments):
+    """Ids and relative names, and the names of pictures, of a folder with these images."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    module = CocoData(num_workers=0, **{"root": "nowhere", "predict_root": str(folder)} | arguments)
+    module.classes = ["something"]
+    module.setup("predict")
+    found = dict(zip(module.predict_samples.names, module.image_ids, strict=True))
+    return found, output_names(module.predict_samples.names)
+
+
+def test_ids_of_images_to_predict(data, tmp_path):
+    """Numbers as names are ids where they differ; a listed image is known by its path, not by its name."""
+    found, pictures = ids_to_predict(tmp_path / "1", "a/1.jpg", "b/1.jpg", ".cache/2.jpg", "__MACOSX/a/._1.jpg")
+    assert found == {"a/1.jpg": 0, "b/1.jpg": 1}
+    assert pictures == ["a/1", "b/1"]
+    assert ids_to_predict(tmp_path / "2", "a/7.jpg", "b/9.jpg") == ({"a/7.jpg": 7, "b/9.jpg": 9}, ["7", "9"])
+    found, pictures = ids_to_predict(tmp_path / "3", "1.jpg", "01.jpg", "1.png")
+    assert sorted(found.values()) == [0, 1, 2]
+    assert pictures == ["01.jpg", "1.jpg", "1.png"]
+    listed = {"root": str(data)}
+    assert ids_to_predict(data / "val2017", **listed)[0]["000000002007.png"] == 2007
+    assert ids_to_predict(data / "val2017/000000002014.png", **listed)[0] == {"000000002014.png": 2014}
+    found, _ = ids_to_predict(tmp_path / "4", "other/000000002007.png", "000000002014.png", **listed)
+    assert found == {"000000002014.png": 2014, "other/000000002007.png": 2007}, "the numbers in their names"
+    found, _ = ids_to_predict(tmp_path / "5", "a/000000002007.png", "b/000000002007.png", **listed)
+    assert found == {"a/000000002007.png": 0, "b/000000002007.png": 1}
+
+
+def test_predictions_of_equal_names(trained, tmp_path):
+    """Each image has its own id, name and picture."""
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "photos" / name)
+    more = [f"--ckpt_path={trained}/last.ckpt", f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    cli.main(["predict", *more, f"--data.predict_root={tmp_path / 'photos'}", "--data.root=nowhere"])
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert [(r["image_id"], r["file_name"]) for r in results[::5]] == [(0, "a/1.png"), (1, "b/1.png")]
+    pictures = {
+        path.relative_to(tmp_path / "predictions").as_posix() for path in (tmp_path / "predictions").rglob("*.*")
+    }
+    assert pictures == {"a/1.png", "b/1.png"}
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
@@ -367,11 +734,11 @@ def test_validate_and_predict_from_a_checkpoint(data, trained, tmp_path, capsys)
             ["--model.num_classes=3"],
             r"the data has 3 classes \(class3, class7, class90, ...\) and background: set .* 4",
         ),
-        (["--model.name=rednet26", "--model.options={}"], "model.name must be a detector"),
-        (["--model.name=mask_rcnn_resnet9"], "no model is named"),
+        (["--model.name=rednet26", "--model.options={}"], "model.name is 'rednet26', expected a detector"),
+        (["--model.name=mask_rcnn_resnet9"], "name is 'mask_rcnn_resnet9'"),
         (["--model.backbone_weights=nowhere.pth"], "backbone_weights: there is no file nowhere.pth"),
-        (["--model.mask_threshold=1"], "mask_threshold is out of range"),
-        (["--data.hflip=2"], "data.hflip must be in"),
+        (["--model.mask_threshold=1"], "mask_threshold is 1.0, expected a value in"),
+        (["--data.hflip=2"], "data.hflip is 2.0, expected a value in"),
         (["--data.train_transform=[{Flip: {}}]"], "data.train_transform: torchvision.transforms.v2 has no 'Flip'"),
         (["--data.val=val2014"], "there is no .*instances_val2014.json"),
     ],
@@ -403,7 +770,7 @@ def test_backbone_weights(form, tmp_path):
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in body.items())
     if "classifier" in form:
         options = OPTIONS | {"backbone_options": BACKBONE | {"stem_kernel_size": 7}}
-        with pytest.raises(RecipeError, match=r"does not fit this model: .*3x3|is of another model: .*stem.involution"):
+        with pytest.raises(RecipeError, match=r"does not fit the model, .*3x3|is of another model: .*stem.involution"):
             Detection("mask_rcnn", 4, options, str(tmp_path / "weights.pth"))
 
 
@@ -419,20 +786,14 @@ def test_whole_detector_by_init_from(tmp_path):
 def test_random_frozen_weights_are_warned_of(data, tmp_path):
     options = OPTIONS | {"backbone_options": BACKBONE}
     with pytest.warns(UserWarning, match="stay at their random values.*--model.backbone_weights"):
-        command.run(arguments(data, tmp_path, f"--model.options={json.dumps(options)}", "--trainer.fast_dev_run=1"))
+        recipe_cli.run(arguments(data, tmp_path, f"--model.options={json.dumps(options)}", "--trainer.fast_dev_run=1"))
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
 def config(name):
-    merged: dict = {}
-    for path in configs.resolve(name):
-        for section, values in yaml.safe_load(Path(path).read_text()).items():
-            if isinstance(values, dict):
-                held = merged.setdefault(section, {})
-                held |= values | {"init_args": held.get("init_args", {}) | values.get("init_args", {})}
-    return merged
+    return configs.load(name)
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "retinanet"])

@@ -8,7 +8,8 @@ pytest.importorskip("lightning")
 import torch
 from recipe_support import fit_arguments, one_thread, write_images  # noqa: F401
 
-from pyinvolution.recipes import RecipeError, command, plots
+from pyinvolution.recipes import RecipeError, plots
+from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
 
 
@@ -51,7 +52,7 @@ def test_total_steps():
 
 def test_optimizer_follows(tmp_path):
     """3 epochs of 24 // (2 * 3) = 4 steps: two accumulated batches of 3 make a global batch of 6."""
-    cli = command.run(
+    cli = recipe_cli.run(
         fit_arguments(
             write_images(tmp_path / "data"),
             tmp_path,
@@ -88,7 +89,7 @@ def test_optimizer_follows(tmp_path):
 def test_optimizer_follows_other_decays(tmp_path, options, expected):
     """2 epochs of 24 // 12 = 2 steps."""
     arguments = ["--model.optimizer=adamw", "--model.warmup_steps=0", "--data.batch_size=12", "--trainer.max_epochs=2"]
-    cli = command.run(fit_arguments(write_images(tmp_path / "data"), tmp_path, *arguments, *options))
+    cli = recipe_cli.run(fit_arguments(write_images(tmp_path / "data"), tmp_path, *arguments, *options))
     _, rates = plots.read_metrics(tmp_path)["lr"]
     assert rates == pytest.approx(expected)
     assert isinstance(cli.trainer.optimizers[0], torch.optim.AdamW)

@@ -1,6 +1,7 @@
 """The segmentation recipe: the tree of Cityscapes, crops, inference, metrics and what predict writes."""
 
 import csv
+import shutil
 from fnmatch import fnmatch
 
 import numpy as np
@@ -14,10 +15,21 @@ from torchvision import tv_tensors
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.models import create_model, official_state_dict
-from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation, command
-from pyinvolution.recipes.segmentation import digits, figure
-from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, LABEL_IDS, PALETTE, TRAIN_IDS, BalancedCrop
+from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes.data import UnreadableSample
+from pyinvolution.recipes.segmentation import digits
+from pyinvolution.recipes.segmentation.cityscapes import (
+    CLASSES,
+    IGNORED,
+    IMAGE_SUFFIX,
+    LABEL_IDS,
+    PALETTE,
+    TRAIN_IDS,
+    BalancedCrop,
+)
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
+from pyinvolution.studies import figure
 
 BACKBONE = "{layers: [1, 1], base_channels: 16, stem_channels: 32, stem_kernel_size: 3}"
 OPTIONS = f"{{backbone: rednet, neck_channels: 16, head_channels: 8, neck: involution, backbone_options: {BACKBONE}}}"
@@ -89,7 +101,7 @@ def test_ids_and_colors():
 def test_recipe_is_the_papers(capsys):
     for name in ("fpn_rednet50", "fpn_rednet50_inv", "fpn_resnet50", "upernet_rednet50"):
         with pytest.raises(SystemExit):
-            command.run(["fit", "--config", f"cityscapes/{name}.yaml", "--print_config"])
+            recipe_cli.run(["fit", "--config", f"cityscapes/{name}.yaml", "--print_config"])
         config = yaml.safe_load(capsys.readouterr().out)
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         assert (
@@ -177,7 +189,7 @@ def test_sliding_window_averages_overlaps():
     torch.testing.assert_close(logits[0, 1], images[0, 0])
     logits = sliding_window(net, images, (8, 20), (4, 10))  # rows 0-7, 2-9; wider than the image
     assert logits[0, 0, :, 3].tolist() == [0, 1, 1, 2, 3, 4, 5, 6, 6, 7]
-    with pytest.raises(ValueError, match=r"stride must be in 1 to window=\(4, 4\), got \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"stride is \(5, 1\), expected a value from 1 to window=\(4, 4\)"):
         sliding_window(net, images, (4, 4), (5, 1))
 
 
@@ -253,7 +265,7 @@ def test_options_of_evaluation(tree, trained, tmp_path, capsys):
 
     def miou(*more):
         common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", f"--data.root={tree}"]
-        cli = command.run(["validate", f"--ckpt_path={trained / 'last.ckpt'}", *common, *more])
+        cli = recipe_cli.run(["validate", f"--ckpt_path={trained / 'last.ckpt'}", *common, *more])
         return cli.trainer.callback_metrics["val/loss"].item()
 
     whole = miou()
@@ -284,14 +296,14 @@ def test_weights_to_begin_with(trained, tmp_path):
     [
         (
             ["--data.root=/nowhere"],
-            "data.root=/nowhere has no split 'train' of Cityscapes; expected /nowhere/leftImg8bit/",
+            "data.root=/nowhere has no split 'train' of Cityscapes: /nowhere/leftImg8bit/train is not a folder; ",
         ),
-        (["--data.crop=[0, 8]"], "data.crop is out of range"),
-        (["--data.scale=[2.0, 1.0]"], "data.scale is out of range"),
-        (["--model.inference=slide", "--model.window_stride=[600, 8]"], "model.window_stride must be in 1 to window"),
+        (["--data.crop=[0, 8]"], "data.crop is (0, 8), expected two positive numbers"),
+        (["--data.scale=[2.0, 1.0]"], "data.scale is (2.0, 1.0), expected two positive"),
+        (["--model.inference=slide", "--model.window_stride=[600, 8]"], "model.window_stride is"),
         (["--model.num_classes=7"], "model.num_classes is 7, but the data has 19 classes (road, sidewalk, building"),
-        (["--model.name=rednet26", "--model.options={}"], "model.name must be a segmentation model"),
-        (["--model.options.neck=other"], "neck must be 'conv' or 'involution', got 'other'"),
+        (["--model.name=rednet26", "--model.options={}"], "model.name is 'rednet26', expected a segmentation model"),
+        (["--model.options.neck=other"], "neck is 'other', expected 'conv' or 'involution'"),
         (["--model.backbone_weights=/nowhere"], "model.backbone_weights: there is no file /nowhere"),
     ],
 )
@@ -306,10 +318,110 @@ def test_wrong_input_is_one_line(tree, tmp_path, capsys, more, message):
 def test_a_file_among_the_cities(tmp_path):
     root = write_tree(tmp_path, 1, 1)
     (root / "leftImg8bit/val/README").touch()
-    with pytest.raises(RecipeError, match=r"no split 'val' of Cityscapes; expected .*Not a directory.*val/README"):
-        CityscapesData(str(root), num_workers=0).setup("validate")
-    with pytest.raises(RecipeError, match=r"data.crop is out of range: got \(16,\)"):
+    (root / "leftImg8bit/val/.DS_Store").touch()
+    for folder in ("ulm/.ipynb_checkpoints", ".ipynb_checkpoints", "__MACOSX"):
+        (root / "leftImg8bit/val" / folder).mkdir()
+        shutil.copy(
+            next(root.glob("leftImg8bit/val/ulm/*.png")), root / "leftImg8bit/val" / folder / f"a{IMAGE_SUFFIX}"
+        )
+    shutil.copy(next(root.glob("leftImg8bit/val/ulm/*.png")), root / f"leftImg8bit/val/ulm/._a{IMAGE_SUFFIX}")
+    data = CityscapesData(str(root), num_workers=0)
+    data.setup("validate")
+    assert [path for path, _ in data.val_samples.files] == [
+        str(root / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")
+    ]
+    with pytest.raises(RecipeError, match=r"data.crop is \(16,\), expected two positive numbers"):
         CityscapesData(str(root), crop=(16,))
+
+
+def saved(mode, size=(64, 32), value=7):
+    return lambda path: Image.new(mode, size, value).save(path, "png")
+
+
+def with_value(value):
+    def save(path):
+        ids = np.full((32, 64), 7, np.uint8)
+        ids[5, 6] = value
+        Image.fromarray(ids).save(path)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (saved("L", (63, 32)), "have 63 x 32 pixels, expected 64 x 32 as in .*ulm_000000_000019_leftImg8bit.png"),
+        (saved("L", (32, 64)), "have 32 x 64 pixels, expected 64 x 32"),
+        (saved("RGB", value=(7, 7, 7)), r"are of mode RGB, expected one byte for each pixel \(mode L or P\)"),
+        (saved("RGBA", value=(7, 7, 7, 255)), "are of mode RGBA, expected"),
+        (saved("LA", value=(7, 255)), "are of mode LA, expected"),
+        (saved("1", value=1), "are of mode 1, expected"),
+        (saved("I;16"), "are of mode I;16, expected"),
+        (with_value(34), "have the value 34, expected the ids of Cityscapes, 0 to 33 and 255"),
+        (with_value(254), "have the value 254, expected"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "cannot read labels .*gtFine_labelIds.png: "),
+    ],
+)
+def test_wrong_labels(tmp_path, save, message):
+    """Each is reported by name, and nothing is learned from it."""
+    root = write_tree(tmp_path, 1, 1)
+    (path,) = root.glob("gtFine/val/ulm/*_gtFine_labelIds.png")
+    save(path)
+    data = CityscapesData(str(root), num_workers=0)
+    data.setup("validate")
+    with pytest.raises(UnreadableSample, match=message) as error:
+        data.val_samples[0]
+    assert str(path) in str(error.value)
+
+
+def test_labels_with_a_palette(tmp_path):
+    """The indices are the ids, whatever their colours are; 255 is the id -1."""
+    root = write_tree(tmp_path, 1, 1)
+    (path,) = root.glob("gtFine/val/ulm/*_gtFine_labelIds.png")
+    ids = np.array(Image.open(path))
+    ids[0] = 255
+    picture = Image.fromarray(ids)
+    picture.putpalette(bytes(255 - index // 3 for index in range(768)))
+    picture.save(path)
+    assert Image.open(path).mode == "P"
+    data = CityscapesData(str(root), num_workers=0)
+    data.setup("validate")
+    target = data.val_samples[0][1]
+    assert (target[0] == IGNORED).all()
+    assert (target[1:].numpy() == TRAIN_IDS[ids[1:]]).all()
+    assert set(target[1:].unique().tolist()) == {ROAD, CAR, IGNORED}
+
+
+def test_predictions_of_equal_names(trained, tmp_path, caplog):
+    """Each image has its own files; one that cannot be read has none, and does not count."""
+    for name in ("a/1.png", "b/1.png", "b/2.jpg", ".hidden/3.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos/b/2.jpg").write_bytes(b"no image")
+    common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", "--data.val_batch_size=2"]
+    common += [f"--ckpt_path={trained / 'last.ckpt'}", f"--data.predict_root={tmp_path / 'photos'}"]
+    with pytest.warns(UserWarning, match=r"skipped: cannot read image .*photos/b/2.jpg"), caplog.at_level("INFO"):
+        cli.main(["predict", *common])
+    found = {
+        path.relative_to(tmp_path / "predictions").as_posix() for path in (tmp_path / "predictions").rglob("*.png")
+    }
+    assert found == {"labelIds/a/1_labelIds.png", "labelIds/b/1_labelIds.png", "colors/a/1.png", "colors/b/1.png"}
+    assert "predictions of 2 images" in caplog.text
+
+
+def test_images_of_several_sizes(tree, trained, tmp_path, capsys):
+    """One after the other they can be predicted; a batch of them is refused in one line."""
+    (tmp_path / "photos").mkdir()
+    for index, size in enumerate(((32, 32), (64, 32))):
+        Image.new("RGB", size).save(tmp_path / f"photos/{index}.png")
+    common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    common += [f"--ckpt_path={trained / 'last.ckpt'}", f"--data.predict_root={tmp_path / 'photos'}"]
+    cli.main(["predict", *common])
+    assert [Image.open(tmp_path / f"predictions/colors/{index}.png").size for index in (0, 1)] == [(32, 32), (64, 32)]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["predict", *common, "--data.val_batch_size=2"])
+    assert exit.value.code == 2
+    assert "images of (32, 32) and (32, 64) pixels (height, width) are in one batch" in capsys.readouterr().err
 
 
 def test_missing_labels(tmp_path):
@@ -344,7 +456,7 @@ def test_two_processes_see_every_image_once(tree, trained, tmp_path):
     """Three images on two processes: the confusion is summed, and padding ignored."""
     common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", f"--data.root={tree}"]
     common += [f"--ckpt_path={trained / 'last.ckpt'}", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]
-    one = command.run(["validate", *common, f"--trainer.logger.save_dir={tmp_path / 'one'}"])
+    one = recipe_cli.run(["validate", *common, f"--trainer.logger.save_dir={tmp_path / 'one'}"])
     status, error = run_distributed(["validate", *common, f"--trainer.logger.save_dir={tmp_path / 'two'}"])
     assert status == 0, error
     (path,) = (tmp_path / "two").rglob("metrics.csv")
@@ -391,8 +503,11 @@ def test_figure(tree, trained, tmp_path, capsys):
             ["--images", "paris_000000_000000"],
             "has no validation image paris_000000_000000; there are bonn_000001_000019",
         ),
-        (["--images", "ulm_000000_000019", "--layers", "layer9"], "there is no involution layer9; there are backbone."),
-        (["--ours", __file__], "is no checkpoint of the segmentation recipe"),
+        (
+            ["--images", "ulm_000000_000019", "--layers", "layer9"],
+            "--layers has layer9, expected involutions of the model: backbone.",
+        ),
+        (["--ours", __file__], "is not a checkpoint of the segmentation recipe"),
         (["--root", "/nowhere"], "data.root=/nowhere has no split 'val'"),
     ):
         with pytest.raises(SystemExit) as exit:

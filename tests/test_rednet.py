@@ -48,7 +48,7 @@ def scramble(model):
 def test_names():
     assert list_models("rednet*") == list(PARAMETERS)
     assert list_models("rednet*5*") == ["rednet50", "rednet152"]
-    with pytest.raises(ValueError, match="no model is named 'redent50': did you mean 'rednet50'"):
+    with pytest.raises(ValueError, match="name is 'redent50': did you mean 'rednet50'"):
         create_model("redent50")
     with pytest.raises(TypeError, match="layers"):
         create_model("rednet")
@@ -268,7 +268,7 @@ def test_head():
     assert model(x).shape == (2, 128)
     model.reset_classifier(0, "")
     assert model(x).shape == (2, 128, 4, 4)
-    with pytest.raises(ValueError, match="num_classes must be 0 with global_pool=''"):
+    with pytest.raises(ValueError, match="num_classes is 5, expected 0 with global_pool=''"):
         model.reset_classifier(5)
     assert small(num_classes=0, in_channels=1, dtype=torch.bfloat16)(x[:, :1].bfloat16()).dtype == torch.bfloat16
 
@@ -294,23 +294,23 @@ def test_copies():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layers": 50}, TypeError, "layers must be a sequence of ints, got 50"),
-        ({"layers": []}, ValueError, "layers must not be empty"),
+        ({"layers": 50}, TypeError, "layers is 50, expected a sequence of ints"),
+        ({"layers": []}, ValueError, r"layers is \[\], expected at least one entry"),
         ({"layers": [1, 0]}, ValueError, r"layers\[1\] must be at least 1, got 0"),
-        ({"stem": "tiny"}, ValueError, "stem must be 'imagenet' or 'small', got 'tiny'"),
-        ({"stem_channels": 33}, ValueError, "stem_channels must be even, got 33"),
+        ({"stem": "tiny"}, ValueError, "stem is 'tiny', expected 'imagenet' or 'small'"),
+        ({"stem_channels": 33}, ValueError, "stem_channels is 33, expected an even number"),
         ({"stem_channels": 24}, ValueError, "group_channels must divide channels=12, got 16"),
         ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
         ({"num_classes": 2.5}, TypeError, r"num_classes must be an int, got 2\.5"),
         ({"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
-        ({"strides": [1, 2, 2]}, ValueError, r"strides must have 2 entries, one a stage, got \[1, 2, 2\]"),
+        ({"strides": [1, 2, 2]}, ValueError, r"strides is \[1, 2, 2\], expected 2 entries, one for each stage"),
         ({"dilations": [1, 0]}, ValueError, r"dilations\[1\] must be at least 1, got 0"),
-        ({"output_stride": 3}, ValueError, r"output_stride must be one of \[4, 8\], got 3"),
-        ({"output_stride": 4, "strides": [1, 1]}, ValueError, "output_stride cannot be combined"),
-        ({"frozen_stages": 3}, ValueError, "frozen_stages must be at most the number of stages, 2, got 3"),
+        ({"output_stride": 3}, ValueError, r"output_stride is 3, expected one of \[4, 8\]"),
+        ({"output_stride": 4, "strides": [1, 1]}, ValueError, "expected None with output_stride"),
+        ({"frozen_stages": 3}, ValueError, "frozen_stages is 3, expected at most the number of stages, 2"),
         ({"frozen_stages": -2}, ValueError, "frozen_stages must be at least -1, got -2"),
-        ({"drop_rate": 1.0}, ValueError, r"drop_rate must be in \[0, 1\), got 1\.0"),
-        ({"global_pool": "max"}, ValueError, "global_pool must be 'avg' or '', got 'max'"),
+        ({"drop_rate": 1.0}, ValueError, r"drop_rate is 1\.0, expected a value in \[0, 1\)"),
+        ({"global_pool": "max"}, ValueError, "global_pool is 'max', expected 'avg' or ''"),
         ({"depth": 50}, TypeError, "depth"),
     ],
 )
@@ -326,7 +326,7 @@ def test_bad_input():
             model(image)
     with pytest.raises(TypeError, match=r"RedNet: input must be floating point, got torch\.uint8"):
         model.features(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"indices must be in -3 to 2 and not empty, got \[3\]"):
+    with pytest.raises(ValueError, match=r"indices is \[3\], expected one or more of -3 to 2"):
         model.forward_intermediates(torch.zeros(2, 1, 16, 16), [3])
 
 

@@ -18,11 +18,12 @@ from torch import nn
 pytest.importorskip("optuna")
 from pyinvolution import Involution2d, cli
 from pyinvolution.models import create_model
-from pyinvolution.recipes import command
-from pyinvolution.recipes.search import OPERATORS, HeldOut, SearchSpace, StageChoice, Supernet, config, pipeline
-from pyinvolution.recipes.search.costs import CostTable, Timing, multiply_adds
-from pyinvolution.recipes.search.evaluation import Evaluator
-from pyinvolution.recipes.search.study import Candidate, Study, front
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.recipes import configs
+from pyinvolution.studies.search import OPERATORS, HeldOut, SearchSpace, StageChoice, Supernet, config, pipeline
+from pyinvolution.studies.search.costs import CostTable, Timing, multiply_adds
+from pyinvolution.studies.search.evaluation import Evaluator
+from pyinvolution.studies.search.study import Candidate, Study, front
 
 SPACE = {
     "stem": "small",
@@ -56,10 +57,10 @@ def test_code_round_trip(code):
 def test_wrong_codes_are_refused():
     code = space.encode(space.sample(random.Random(0)))
     for wrong, error, message in (
-        (code[1:], ValueError, f"a code must have {len(code)} entries, got {len(code) - 1}"),
-        ((2, *code[1:]), ValueError, "depth1 of a code must be in 0 to 1, got 2"),
-        ((-1, *code[1:]), ValueError, "depth1 of a code must be in 0 to 1, got -1"),
-        ((0.5, *code[1:]), TypeError, "depth1 of a code must be an int, got 0.5"),
+        (code[1:], ValueError, f"the code has {len(code) - 1} entries, expected {len(code)}"),
+        ((2, *code[1:]), ValueError, "depth1 of the code is 2, expected 0 to 1"),
+        ((-1, *code[1:]), ValueError, "depth1 of the code is -1, expected 0 to 1"),
+        ((0.5, *code[1:]), TypeError, "depth1 of the code is 0.5, expected an int"),
     ):
         with pytest.raises(error, match=message):
             space.decode(wrong)
@@ -126,11 +127,17 @@ def test_model_is_as_described():
     ("change", "message"),
     [
         ({"stages": []}, "at least one stage"),
-        ({"stages": [{"channels": 8, "widths": [16], "depths": [2, 1]}]}, r"depths .* ascending, got \[2, 1\]"),
-        ({"stages": [{"channels": 8, "widths": [12], "depths": [1]}], "operators": ["inv3x8"]}, r"widths \[12\]"),
-        ({"operators": ["inv7"]}, "'inv7x16' .* got 'inv7'"),
-        ({"operators": ["conv3", "conv3"]}, "repeated"),
-        ({"stem": "big"}, "stem must be .* got 'big'"),
+        (
+            {"stages": [{"channels": 8, "widths": [16], "depths": [2, 1]}]},
+            r"depths of a stage is \[2, 1\], expected positive numbers in ascending",
+        ),
+        (
+            {"stages": [{"channels": 8, "widths": [12], "depths": [1]}], "operators": ["inv3x8"]},
+            r"widths of stages\[0\] are \[12\], expected multiples",
+        ),
+        ({"operators": ["inv7"]}, "operator is 'inv7', expected"),
+        ({"operators": ["conv3", "conv3"]}, "operators are conv3, conv3, expected each only once"),
+        ({"stem": "big"}, "stem is 'big', expected"),
         ({"depth": 3}, "unexpected keyword argument 'depth'"),
     ],
 )
@@ -142,9 +149,13 @@ def test_wrong_space_is_refused(change, message):
 @pytest.mark.parametrize(
     ("stage", "error", "message"),
     [
-        ({"width": 12, "channels": 8, "operators": ["inv3x8"]}, ValueError, "inv3x8 must divide the width .* got 12"),
+        (
+            {"width": 12, "channels": 8, "operators": ["inv3x8"]},
+            ValueError,
+            "width of a stage is 12, expected a multiple of the 8",
+        ),
         ({"width": 16, "channels": 8, "operators": "conv3"}, ValueError, "a list with an operator for each block"),
-        ({"width": 16, "operators": ["conv3"]}, ValueError, r"stages\[0\] must have channels"),
+        ({"width": 16, "operators": ["conv3"]}, ValueError, r"stages\[0\] has the keys .*, expected channels"),
         ({"width": "16", "channels": 8, "operators": ["conv3"]}, TypeError, r"stages\[0\].width must be an int"),
     ],
 )
@@ -223,7 +234,7 @@ def test_paths_are_drawn_uniformly_or_by_kind(monkeypatch):
             net(images)
         share = sum(architecture[0].operators[0] == "conv3" for architecture in drawn) / 1000
         assert abs(share - expected) < 0.07
-    with pytest.raises(ValueError, match="sampling must be 'operators' or 'kinds', got 'paths'"):
+    with pytest.raises(ValueError, match="sampling is 'paths', expected 'operators' or 'kinds'"):
         Supernet(space, num_classes=4, sampling="paths")
 
 
@@ -417,8 +428,8 @@ def test_search_goes_on_from_what_is_there(searched, search_config, tmp_path, mo
     before, result = searched
     folder = shutil.copytree(before, tmp_path / "copy")
     trained = []
-    run = command.run
-    monkeypatch.setattr(command, "run", lambda arguments: trained.append(arguments) or run(arguments))
+    fit = recipe_cli.fit
+    monkeypatch.setattr(recipe_cli, "fit", lambda *arguments: trained.append(arguments) or fit(*arguments))
     overrides = {"output": str(folder)}
     again = pipeline.run(config.read(str(search_config), overrides))
     assert not trained
@@ -435,7 +446,7 @@ def test_interrupted_supernet_ends_like_another(searched, search_config, tmp_pat
     training = config.read(str(search_config), {}).supernet_training()
     stop = {"class_path": "recipe_support.Interrupt", "init_args": {"signum": int(signal.SIGTERM), "step": 0}}
     with pytest.raises(SystemExit):
-        pipeline.fit(config.merged(training, {"trainer": {"callbacks": [stop]}}), tmp_path)
+        pipeline.fit(configs.merge(training, {"trainer": {"callbacks": [stop]}}), tmp_path)
     paths = [tmp_path / "last.ckpt", folder / "supernet" / "last.ckpt"]
     parts, whole = (torch.load(path, weights_only=True) for path in paths)
     assert parts["global_step"] == 1 < whole["global_step"]
@@ -445,7 +456,7 @@ def test_interrupted_supernet_ends_like_another(searched, search_config, tmp_pat
 
 def test_exported_network_trains_by_the_ordinary_recipe(searched, tmp_path):
     folder, result = searched
-    run = command.run(
+    run = recipe_cli.run(
         [
             "fit",
             "--config",
@@ -473,12 +484,12 @@ def space_of_found(result):
     ("change", "message"),
     [
         ("trails: 3", "Option 'trails' is not accepted"),
-        ("trials: 0", "trials must be at least 1, got 0"),
+        ("trials: 0", "trials is 0, expected at least 1"),
         ("cost: watts", 'key "cost"'),
-        ("timing: {batch: 0}", "timing needs batch and threads of at least 1"),
+        ("timing: {batch: 0}", "expected batch and threads of at least 1"),
         ("budget: 0.001", "budget=0.001 is out of reach: the cheapest of 1000 random networks costs 0."),
-        ("held_out: 1.5", r"held_out must be in (0, 1), got 1.5"),
-        ("space: {stages: 3}", "stages must be a list of mappings, got 3"),
+        ("held_out: 1.5", r"held_out is 1.5, expected a value in (0, 1)"),
+        ("space: {stages: 3}", "stages is 3, expected a list of mappings"),
         ("recipe: {model: {class_path: Other}}", "trains image classification"),
         ("data_root: /nowhere", "data.root=/nowhere has no folder"),
         ("[", "is not YAML"),
@@ -487,7 +498,7 @@ def space_of_found(result):
 def test_wrong_configuration_is_one_line(capsys, search_config, tmp_path, change, message):
     path = tmp_path / "wrong.yaml"
     values = yaml.safe_load(search_config.read_text())
-    path.write_text(change if change == "[" else yaml.safe_dump(config.merged(values, yaml.safe_load(change))))
+    path.write_text(change if change == "[" else yaml.safe_dump(configs.merge(values, yaml.safe_load(change))))
     status, error = search(capsys, "--config", path, "--output", tmp_path / "run")
     assert status == 2
     assert message in error
@@ -500,7 +511,7 @@ def test_another_search_does_not_mix_with_one_that_is_there(capsys, searched, se
     assert status == 2
     assert f"{folder} holds a search with another seed" in error
     status, error = search(capsys, "--config", "nothing.yaml")
-    assert (status, "nor one of digits.yaml" in error) == (2, True)
+    assert (status, "expected a file or one of digits.yaml" in error) == (2, True)
 
 
 def test_search_says_what_it_needs(capsys, monkeypatch):

@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         if arguments and arguments[0] in TRAINING:
-            from pyinvolution.recipes import command
+            from pyinvolution.recipes import cli
 
-            command.run(arguments)
+            cli.run(arguments)
         else:
             sys.exit(_run(arguments))
     except (RecipeError, TrainingDiverged, OSError) as error:
@@ -66,7 +66,13 @@ def _run(arguments: list[str]) -> int | None:
         epilog="COMMAND --help tells more; --debug adds a traceback to an error.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--cmake-dir", action=_CMakeDir, nargs=0, help="print what CMAKE_PREFIX_PATH needs, and exit")
+    parser.add_argument(
+        "--cmake-dir",
+        action=_CMakeDir,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print what CMAKE_PREFIX_PATH needs, and exit",
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINING.items():
         subparsers.add_parser(name, help=text)

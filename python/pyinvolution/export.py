@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from pyinvolution.inference import TOLERANCE, optimize_for_inference
-from pyinvolution.models import create_model, from_pretrained, list_models, load_official
-from pyinvolution.models.pretrained import CONFIG, reason_of
+from pyinvolution.models import create_model, from_pretrained, list_models
+from pyinvolution.models.checkpoint import load, read, reason_of
+from pyinvolution.models.pretrained import CONFIG
 
 __all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]
 
@@ -79,52 +79,34 @@ def load_model(
         try:
             net = create_model(model, num_classes, **(options or {}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{model} is neither a file, nor a folder, nor a model: {error}") from error
-        return net if weights is None else _load(net, weights, _read(weights))
+            raise ValueError(f"model is {model}, expected a file, a folder or the name of a model: {error}") from error
+        return net if weights is None else _with_weights(net, weights, weights)
     for name, value in (("weights", weights), ("num_classes", num_classes), ("options", options)):
         if value is not None:
-            raise ValueError(f"{model} has its own {name}: {name} must be None, got {value!r}")
+            raise ValueError(f"{name} is {value!r}, expected None, because {model} has its own")
     if folder:
         try:
             return from_pretrained(model)
         except FileNotFoundError as error:
-            raise ValueError(f"{model} is no folder of save_pretrained: {error}") from None
-    checkpoint = _read(model)
+            raise ValueError(f"{model} is not a folder of save_pretrained: {error}") from None
+    checkpoint = read(model)
     arguments = checkpoint.get("hyper_parameters")
     if not isinstance(arguments, dict) or "name" not in arguments:
-        raise ValueError(f"{model} does not say of which model it is: give the model's name, and the file as weights")
+        raise ValueError(
+            f"{model} does not say which model it is of: give the name of the model, and the file as weights"
+        )
     try:
         net = create_model(arguments["name"], arguments.get("num_classes"), **(arguments.get("options") or {}))
     except Exception as error:
-        raise ValueError(f"{model} is of no model of this library: {reason_of(error)}") from error
-    return _load(net, model, checkpoint)
+        raise ValueError(f"{model} was not saved from a model of this library: {reason_of(error)}") from error
+    return _with_weights(net, checkpoint, model)
 
 
-def _read(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
+def _with_weights(net: nn.Module, source: str | dict[str, Any], path: str) -> nn.Module:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"it holds a {type(checkpoint).__name__}, not a dict")
-    except Exception as error:
-        # torch's own text advises to load the file without this safety.
-        code = isinstance(error, UnpicklingError)
-        reason = "it is damaged, or holds more than tensors and plain data" if code else reason_of(error)
-        raise ValueError(f"{path} is not a checkpoint of weights: {reason}") from error
-    return checkpoint
-
-
-def _load(net: nn.Module, path: str, checkpoint: dict[str, Any]) -> nn.Module:
-    state = checkpoint.get("state_dict", checkpoint)
-    try:
-        if any(key.startswith(("backbone.stem.0.", "module.backbone.")) for key in state):
-            load_official(net, state)
-        else:
-            net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit the model: {reason_of(error)}") from error
-    return net
+        return load(net, source)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded into the model: {reason_of(error)}") from error
 
 
 def export(
@@ -145,9 +127,9 @@ def export(
     Args:
         model: from images (N, C, H, W) to tensors, in any structure, or a torchvision detector; exported in evaluation
             mode, not changed. Or what `load_model` takes: a name, a folder of `save_pretrained`, a checkpoint.
-        path: of the file: .pt2 for "pt2" and "aoti", .onnx for "onnx".
+        path: of the file, which ends in .pt2 for "pt2" and "aoti".
         format: "pt2", an archive for `torch.export.load` (after ``import pyinvolution``); "aoti", code compiled by
-            AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations alone, so
+            AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations only, so
             that every runtime takes it.
         example_input: images (of a detector one); device and type are the model's. Default: 2 random ones of
             224 x 224.
@@ -157,14 +139,14 @@ def export(
 
     Raises:
         TypeError: ``example_input`` is not a tensor.
-        ValueError: ``format`` or ``opset`` is none of these, ``example_input`` holds no images or too small ones, or
+        ValueError: ``format`` or ``opset`` is not one of these, ``example_input`` holds no images or too small ones, or
             torch cannot export the model.
         RuntimeError: the file's outputs differ from the model's by more than rounding; ``path`` is left as it was.
     """
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     if opset < 18:
-        raise ValueError(f"opset must be at least 18, got {opset}")
+        raise ValueError(f"opset is {opset}, expected at least 18")
     model = copy.deepcopy(model) if isinstance(model, nn.Module) else load_model(model)
     model.eval().requires_grad_(False)
     parameter = next(model.parameters(), torch.empty(0))
@@ -178,18 +160,18 @@ def export(
     if dynamic and len(example_input) == 1:  # which torch.export would take for a constant
         example_input = example_input.repeat(2, 1, 1, 1)
     path = Path(path)
-    if format == "aoti" and path.suffix != ".pt2":
-        raise ValueError(f"the path of an AOTInductor package must end in .pt2, got {path}")
+    if FORMATS[format].suffix.endswith(".pt2") and path.suffix != ".pt2":
+        raise ValueError(f"path is {path}, expected one that ends in .pt2 for format {format}")
     if format == "onnx" and example_input.dtype not in ONNX_DTYPES:
         raise ValueError(
-            f"format onnx takes {' or '.join(map(str, ONNX_DTYPES))}, got a model in {example_input.dtype}"
+            f"the model is in {example_input.dtype}, expected {' or '.join(map(str, ONNX_DTYPES))} for format onnx"
         )
     with _traceable_nms() if detector else nullcontext():
         program, names = _program(model, example_input, dynamic, optimize)
-    # Renamed once its outputs are known to be right.
+    # The file gets its name once its outputs are known to be right.
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
-        run = FORMATS[format](program, part, opset)
+        run = FORMATS[format].write(program, part, opset)
         difference, scale = _compare(model, run, _check_inputs(example_input, bool(names)), detector)
         part.replace(path)
     finally:
@@ -240,13 +222,13 @@ def _program(
 
 def _check_example(example: Tensor, dynamic: bool) -> None:
     if not isinstance(example, Tensor):
-        raise TypeError(f"example_input must be a tensor, got {type(example).__name__}")
+        raise TypeError(f"example_input is a {type(example).__name__}, expected a tensor")
     if example.dim() != 4 or not example.numel():
-        raise ValueError(f"example_input must have shape (N, C, H, W), got {tuple(example.shape)}")
+        raise ValueError(f"example_input has shape {tuple(example.shape)}, expected (N, C, H, W)")
     if dynamic and min(example.shape[2:]) < SMALLEST:
         raise ValueError(
-            f"example_input must be at least {SMALLEST} x {SMALLEST} where the size is left free, got "
-            f"{example.shape[2]} x {example.shape[3]}; a fixed size may be smaller"
+            f"example_input is {example.shape[2]} x {example.shape[3]}, expected at least {SMALLEST} x {SMALLEST}; "
+            "only a fixed size (dynamic=False) may be smaller"
         )
 
 
@@ -280,7 +262,7 @@ class _Detector(nn.Module):
 
 
 def _settled(scores: Tensor) -> Tensor:
-    """The detections whose place in the order no rounding changes: those of equal scores may come in any order."""
+    """Which detections have the same place in the order whatever the rounding: equal scores may come in any order."""
     apart = -scores.diff() > 1e-5
     return pad(apart, (1, 0), value=True) & pad(apart, (0, 1), value=True) if len(scores) else apart.new_empty(0)
 
@@ -332,10 +314,22 @@ def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> Runner:
     return lambda image: [torch.from_numpy(array) for array in session.run(None, {name: image.cpu().numpy()})]
 
 
-FORMATS: dict[str, Callable[[ExportedProgram, Path, int], Runner]] = {
-    "pt2": _write_pt2,
-    "aoti": _write_aoti,
-    "onnx": _write_onnx,
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        suffix: what the names of such files end in by default.
+        write: writes a program to a path (with a version of ONNX's operations) and returns what runs the file.
+    """
+
+    suffix: str
+    write: Callable[[ExportedProgram, Path, int], Runner]
+
+
+FORMATS = {
+    "pt2": Format(".pt2", _write_pt2),
+    "aoti": Format(".aoti.pt2", _write_aoti),
+    "onnx": Format(".onnx", _write_onnx),
 }
 
 
@@ -446,7 +440,7 @@ def onnx_translations() -> dict[Callable, Callable]:
         if max(stride) > 1:
             cells = op.AveragePool(x, kernel_shape=stride, strides=stride, ceil_mode=1)
         reduced = op.Relu(conv1x1(cells, reduce_weight, reduce_bias))
-        # So much that there is an output pixel for every cell.
+        # As much end padding as gives an output pixel for every cell.
         rest = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
         geometry = (kernel_size, stride, padding, dilation, rest)
         output = apply_span(x, input.shape[1], reduced, span_weight, span_bias, scale, shift, relu, *geometry)

@@ -56,7 +56,7 @@ def create_block(name: str, channels: int, stride: int = 1) -> nn.Module:
     if block.place == "instead_of_conv2":
         return block.cls(channels, stride=stride)
     if stride != 1:
-        raise ValueError(f"stride must be 1 for the block {name!r}, which keeps the size, got {stride}")
+        raise ValueError(f"stride is {stride}, expected 1 for the block {name!r}, which keeps the size")
     return block.cls(channels)
 
 
@@ -90,5 +90,5 @@ def insert_block(resnet: nn.Module, name: str) -> nn.Module:
 
 def _find(name: str) -> Block:
     if name not in BLOCKS:
-        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {name!r}")
+        raise ValueError(f"block is {name!r}, expected one of {', '.join(BLOCKS)}")
     return BLOCKS[name]

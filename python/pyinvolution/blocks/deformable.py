@@ -1,11 +1,10 @@
 """Modulated deformable convolution."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torchvision.ops import DeformConv2d
+
+from pyinvolution.blocks._flops import count_deformable_convolutions
 
 __all__ = ["DeformableConv2d"]
 
@@ -38,12 +37,4 @@ class DeformableConv2d(nn.Module):
         return self.conv(input, rows_and_columns.contiguous(), torch.sigmoid(modulation))
 
 
-def _flops(input_shape: Sequence[int], weight_shape: Sequence[int], offset_shape: Sequence[int], *_, **__) -> int:
-    """As of the convolution; the interpolation between pixels is not counted."""
-    outputs, *taps = weight_shape
-    rows, columns = offset_shape[2:]
-    return 2 * input_shape[0] * outputs * taps[0] * taps[1] * taps[2] * rows * columns
-
-
-if torch.ops.torchvision.deform_conv2d not in flop_registry:
-    register_flop_formula(torch.ops.torchvision.deform_conv2d)(_flops)
+count_deformable_convolutions()

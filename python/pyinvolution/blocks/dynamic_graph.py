@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-import pyinvolution.blocks.deformable  # noqa: F401  the FLOP formula of a deformable convolution
+from pyinvolution.blocks._flops import count_deformable_convolutions
 
 __all__ = ["DynamicGraph2d"]
 
@@ -35,7 +35,7 @@ class DynamicGraph2d(nn.Module):
     def __init__(self, channels: int, groups: int = 4, rates: tuple[int, ...] = (1, 4, 8, 12)) -> None:
         super().__init__()
         if channels % groups:
-            raise ValueError(f"groups must divide channels={channels}, got {groups}")
+            raise ValueError(f"groups is {groups}, expected a divisor of channels={channels}")
         self.groups, self.rates = groups, rates
         self.walk = nn.ModuleList(nn.Conv2d(channels, 18, 3, 1, rate, rate) for rate in rates)
         self.filter = nn.ModuleList(
@@ -65,3 +65,6 @@ class DynamicGraph2d(nn.Module):
             dilation=rate,
             mask=filters.flatten(1, 2),
         )
+
+
+count_deformable_convolutions()

@@ -1,4 +1,4 @@
-"""Measure the systems of Table 1 on one input: Mask R-CNN, its peers, and RedNet with involution."""
+"""Measure the systems of Table 1 on one input: Mask R-CNN, the same with other blocks, and RedNet with involution."""
 
 import argparse
 from pathlib import Path
@@ -16,6 +16,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    from pyinvolution.recipes import peers
+    from pyinvolution.studies import compare_systems
 
-    peers.run(options.output, tuple(options.size), options.repeats, options.device)
+    compare_systems.run(options.output, tuple(options.size), options.repeats, options.device)

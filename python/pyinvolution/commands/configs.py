@@ -1,4 +1,4 @@
-"""List the configurations that --config knows by a short name."""
+"""List the configurations that --config knows by a short name, or print one with all that it takes from its base."""
 
 import argparse
 
@@ -6,11 +6,18 @@ __all__ = ["configure", "main"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "--print",
+        metavar="NAME",
+        help="write this configuration, packaged or a file, as one file to stdout: the start of a file of your own",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     from pyinvolution.recipes import configs
 
+    if options.print is not None:
+        print(configs.dump(configs.load(options.print)), end="")
+        return
     for name, text in configs.listing():
         print(f"{name:40}{text}")

@@ -12,6 +12,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from pyinvolution.recipes.classification import demo
+    from pyinvolution.studies import demo
 
     return demo.run(options.output, options.target, options.max_epochs)

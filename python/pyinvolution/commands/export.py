@@ -2,17 +2,18 @@
 
 import argparse
 
+from pyinvolution.export import FORMATS, export, load_model
+
 __all__ = ["configure", "main"]
 
 DTYPES = ("float32", "float16", "bfloat16")
-SUFFIXES = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="name (rednet50), checkpoint of a recipe, or folder of save_pretrained"
     )
-    parser.add_argument("--format", choices=[*SUFFIXES], default="pt2", help="default: pt2")
+    parser.add_argument("--format", choices=[*FORMATS], default="pt2", help="default: pt2")
     parser.add_argument("--output", metavar="FILE", help="default: the model's name in the working directory")
     parser.add_argument("--weights", metavar="FILE", help="for a name: a checkpoint, ours or of the authors' code")
     parser.add_argument("--num-classes", type=int, help="for a name; default: the model's own")
@@ -24,9 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="cpu or cuda; an AOTInductor package runs on this kind of device"
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--opset", type=int, default=20, help="of ONNX, at least 18; default: 20")
 
 
@@ -36,13 +35,10 @@ def main(options: argparse.Namespace) -> None:
 
     import torch
 
-    from pyinvolution.export import export, load_model
     from pyinvolution.recipes.errors import RecipeError
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    output = options.output or Path(options.model).stem + SUFFIXES[options.format]
-    if options.format != "onnx" and not output.endswith(".pt2"):
-        raise RecipeError(f"--output must end in .pt2 for --format {options.format}, got {output}")
+    output = options.output or Path(options.model).stem + FORMATS[options.format].suffix
     try:
         model = load_model(options.model, options.weights, options.num_classes)
         model = model.to(options.device, getattr(torch, options.dtype))

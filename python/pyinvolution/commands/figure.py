@@ -1,4 +1,4 @@
-"""Draw what two segmentation models make of images (figure 1 of the paper), and the kernels that one has learned."""
+"""Draw the predictions of two segmentation models (figure 1 of the paper), and the kernels that one has learned."""
 
 import argparse
 
@@ -21,12 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"is {value}, expected at least 1")
     return value
 
 
 def main(options: argparse.Namespace) -> None:
-    from pyinvolution.recipes.segmentation import figure
+    from pyinvolution.studies import figure
 
-    names = ("ours", "baseline", "output", "root", "images", "count", "boxes", "layers", "groups", "device")
-    figure.run(**{name: getattr(options, name) for name in names})
+    figure.run(**{name: value for name, value in vars(options).items() if name != "command"})

@@ -2,11 +2,11 @@
 
 `create_model` and `list_models` find them by name, `RedNet` is their class, `load_official` reads checkpoints of the
 authors' code, `save_pretrained` and `from_pretrained` keep models on disk. `SearchableNet` has an operator of its own
-in every block. Where timm is installed, they are in its registry too.
+in every block. ``import pyinvolution.timm`` adds RedNet to timm's registry.
 """
 
+from pyinvolution._moved import alias_modules
 from pyinvolution.models._registry import create_model, list_models, register_model
-from pyinvolution.models._timm import register_when_imported
 from pyinvolution.models.official import load_official, official_state_dict
 from pyinvolution.models.pretrained import from_pretrained, save_pretrained
 from pyinvolution.models.rednet import RedNet
@@ -23,5 +23,4 @@ __all__ = [
     "register_model",
     "save_pretrained",
 ]
-
-register_when_imported()
+alias_modules({"models.peers": "models.resnet_blocks"})

@@ -13,7 +13,7 @@ from torch import nn
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 # Modules of this package whose models need torchvision; imported when a name is looked for.
-WITH_TORCHVISION: tuple[str, ...] = ("detection", "peers", "segmentation")
+WITH_TORCHVISION: tuple[str, ...] = ("detection", "resnet_blocks", "segmentation")
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
 _listed: set[str] = set()
@@ -24,7 +24,7 @@ def register_model(builder: Builder, *, listed: bool = True) -> Builder:
     """Decorator: offer ``builder`` (keyword arguments -> module) to `create_model` under its own name.
 
     A builder that has required arguments is registered with ``listed=False``, so that everything in
-    `list_models` can be created by its name alone.
+    `list_models` can be created from only its name.
     """
     name = builder.__name__
     if name in _builders:
@@ -56,7 +56,7 @@ def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Modu
         close = get_close_matches(str(name), _builders)
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join(sorted(_builders))
-        raise ValueError(f"no model is named {name!r}: {hint}known names are {known}{_missing()}")
+        raise ValueError(f"name is {name!r}: {hint}expected one of {known}{_missing()}")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     model = _builders[name](**kwargs)
@@ -65,7 +65,7 @@ def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Modu
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that match a shell-style ``pattern``, in natural order; all can be created by name alone."""
+    """Names that match a shell-style ``pattern``, in natural order; each can be created from only its name."""
     _import_all()
     names = (name for name in _listed if fnmatch(name, pattern))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in _digits.split(name)])

@@ -2,7 +2,7 @@
 
 Where torchvision differs from the code behind the paper's figures (mmdet 2), these models follow the latter, so that
 its checkpoints give the same detections: anchors and RoIAlign are not rounded to pixels, RoIAlign samples every pixel,
-and a RetinaNet has no output for a background.
+a RetinaNet has no output for a background, and the change of a box's sides is limited both ways.
 """
 
 import inspect
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.models import detection
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -93,8 +94,20 @@ class RoIAlign(MultiScaleRoIAlign):
         return result
 
 
+class TwoSidedBoxCoder(BoxCoder):
+    """torchvision's, but as in mmdet a box is also not made narrower or lower than 16/1000 of its anchor or proposal:
+    the logarithms of both ratios are clamped to [-``bbox_xform_clip``, ``bbox_xform_clip``], where torchvision has the
+    upper limit only."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        x, y, width, height = rel_codes.unflatten(1, (-1, 4)).unbind(2)
+        least = [-self.bbox_xform_clip * weight for weight in self.weights[2:]]
+        codes = torch.stack([x, y, width.clamp(min=least[0]), height.clamp(min=least[1])], 2)
+        return super().decode_single(codes.flatten(1), boxes)
+
+
 class RetinaNet(detection.RetinaNet):
-    """torchvision's, with labels from 1 as in the other detectors, but no output for a background that it never has."""
+    """torchvision's RetinaNet with labels from 1, as in the other detectors, and no output for the background."""
 
     def compute_loss(self, targets, head_outputs, anchors) -> dict[str, Tensor]:
         targets = [{**target, "labels": target["labels"] - 1} for target in targets]
@@ -130,17 +143,19 @@ def _backbone(
     if isinstance(backbone, str):
         backbone = create_model(backbone, **{"num_classes": 0, "global_pool": "", **BACKBONE, **(options or {})})
     elif options:
-        raise ValueError(f"backbone_options need a backbone by name, got {type(backbone).__name__} and {options!r}")
+        raise ValueError(
+            f"backbone_options is {options!r}, expected None with a module as backbone, {type(backbone).__name__}"
+        )
     return FPNBackbone(backbone, levels, channels, neck, extra)
 
 
 def _check_head(head: str, allowed: Sequence[str] = ("conv", "involution")) -> None:
     if head not in allowed:
-        raise ValueError(f"head must be {' or '.join(map(repr, allowed))}, got {head!r}")
+        raise ValueError(f"head is {head!r}, expected {' or '.join(map(repr, allowed))}")
 
 
 def _check_options(model: type[nn.Module], options: Mapping[str, Any]) -> None:
-    # torchvision drops what it does not know.
+    # torchvision silently ignores arguments that it does not know.
     known = {"size_divisible", "fixed_size"}
     for base in model.__mro__:
         if base.__module__.startswith("torchvision"):
@@ -190,7 +205,10 @@ def _rcnn(
     for name in ("rpn_head", "box_predictor", "mask_predictor"):
         if name in parts:
             parts[name].register_forward_hook(_in_single_precision)
-    return model(body, **{"rpn_post_nms_top_n_train": 1000, **parts, **kwargs})
+    net = model(body, **{"rpn_post_nms_top_n_train": 1000, **parts, **kwargs})
+    for part in (net.rpn, net.roi_heads):
+        part.box_coder = TwoSidedBoxCoder(part.box_coder.weights)
+    return net
 
 
 @partial(register_model, listed=False)
@@ -277,12 +295,14 @@ def retinanet(
     body = _backbone(backbone, backbone_options, channels, neck, levels, ExtraLevels)
     strides = [*body.strides, 2 * body.strides[-1], 4 * body.strides[-1]]
     anchors = Anchors(strides, anchor_scales, anchor_ratios)
-    # Classes alone: num_classes counts the background, which a sigmoid for each class needs no output for.
+    # num_classes counts the background, for which a classifier with a sigmoid for each class needs no output.
     classes = num_classes - 1
     retina_head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], classes)
     retina_head.register_forward_hook(_in_single_precision)
     kwargs = {"detections_per_img": 100, **kwargs}
-    return RetinaNet(body, classes, anchor_generator=anchors, head=retina_head, **kwargs)
+    net = RetinaNet(body, classes, anchor_generator=anchors, head=retina_head, **kwargs)
+    net.box_coder = TwoSidedBoxCoder(net.box_coder.weights)
+    return net
 
 
 def _register(family: Any, title: str, depth: int) -> None:
@@ -344,7 +364,9 @@ def _drop_background(rows: int, value: Tensor) -> Tensor:
 def _(model: detection.FasterRCNN | detection.RetinaNet) -> dict[str, Entry]:
     backbone = model.backbone
     if not isinstance(backbone, FPNBackbone) or not isinstance(backbone.body, RedNet):
-        raise TypeError(f"official checkpoints are of detectors on a RedNet, the model's backbone is {type(backbone)}")
+        raise TypeError(
+            f"the model's backbone is {type(backbone).__name__}, expected a RedNet, which official checkpoints are of"
+        )
     entries = prefixed("backbone.body.", official_entries(backbone.body))
     entries |= prefixed("backbone.fpn.", fpn_entries(backbone.fpn))
     for key in model.state_dict():

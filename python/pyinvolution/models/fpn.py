@@ -44,7 +44,7 @@ class FPN(FeaturePyramidNetwork):
         extra_blocks: ExtraFPNBlock | None = None,
     ) -> None:
         if neck not in ("conv", "involution"):
-            raise ValueError(f"neck must be 'conv' or 'involution', got {neck!r}")
+            raise ValueError(f"neck is {neck!r}, expected 'conv' or 'involution'")
         super().__init__(list(in_channels), out_channels, extra_blocks)
         if neck == "involution":
             self.layer_blocks = nn.ModuleList(Involution2d(out_channels, 7) for _ in in_channels)
@@ -100,7 +100,7 @@ class FPNBackbone(nn.Module):
         super().__init__()
         stages = [info for info in body.feature_info if info["module"] != "stem"]  # type: ignore[union-attr]
         if not levels or not all(0 <= level < len(stages) for level in levels):
-            raise ValueError(f"levels must be stages from 0 to {len(stages) - 1}, got {levels!r}")
+            raise ValueError(f"levels is {levels!r}, expected stages from 0 to {len(stages) - 1}")
         channels = [stages[level]["num_chs"] for level in levels]
         self.body, self.levels, self.out_channels = body, list(levels), out_channels
         self.strides: list[int] = [stages[level]["reduction"] for level in levels]

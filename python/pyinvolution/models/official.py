@@ -1,9 +1,7 @@
 """Checkpoints of the authors' code (mmcls, mmdet, mmseg), in both directions."""
 
-import datetime
 import math
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,9 +9,9 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from pyinvolution.models.checkpoint import read
 from pyinvolution.models.rednet import LAYERS, RedNet
 
 __all__ = [
@@ -151,9 +149,10 @@ def load_official(model: Model, source: str | os.PathLike[str] | Mapping[str, ob
             to have and the offending keys.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(source, (str, os.PathLike)):
-        where, content = f"checkpoint {os.fspath(source)!r}", _read(source)
+        where = f"checkpoint {os.fspath(source)!r}"
+        content: object = read(source)
     else:
         where, content = "state dict", source
     entries = official_entries(model)
@@ -210,39 +209,15 @@ def _stem_hint(given: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ..
     )
 
 
-def _read(path: str | os.PathLike[str]) -> object:
-    try:
-        with torch.serialization.safe_globals(_plain_types()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = f"checkpoint {os.fspath(path)!r} is damaged or holds more than tensors and plain data"
-        remedy = "where you trust it, save its state dict alone: torch.save(checkpoint['state_dict'], path)"
-        raise ValueError(f"{reason}, and will not be executed ({remedy}). {error}") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"checkpoint {os.fspath(path)!r} is no readable torch file. {error}") from error
-
-
-def _plain_types() -> list:
-    # Metadata beside the weights may hold times and numpy scalars, which run no code of the file's choice.
-    types: list = [datetime.datetime, datetime.date, datetime.timedelta]
-    try:
-        import numpy
-    except ImportError:
-        return types
-    scalar = numpy.float64(0).__reduce__()[0]
-    types += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in "?bhilqBHILQefdUS")]
-    return [*types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-
-
 def _entries(content: object, where: str, parts: Iterable[str]) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         expected = "a dict of tensors, or a dict with one as 'state_dict'"
-        raise TypeError(f"{where} must be {expected}, got {type(content).__name__}")
+        raise TypeError(f"{where} is a {type(content).__name__}, expected {expected}")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise TypeError(f"{where} must map names to tensors, got {type(value).__name__} at {key!r}")
+            raise TypeError(f"{where} has a {type(value).__name__} at {key!r}, expected a tensor")
     entries = dict(content)
     if entries and all(key.startswith("module.") for key in entries):
         entries = {key.removeprefix("module."): value for key, value in entries.items()}
@@ -250,7 +225,7 @@ def _entries(content: object, where: str, parts: Iterable[str]) -> dict[str, Ten
         bare = re.compile(r"(stem\.\d|layer\d+\.)")
         entries = {f"backbone.{key}" if bare.match(key) else key: value for key, value in entries.items()}
     if not any(_of(entries, part) for part in parts if part != "head"):
-        raise ValueError(f"{where} has no entry 'backbone.*' of the authors' format, got {_shorten(entries)}")
+        raise ValueError(f"{where} has {_shorten(entries)}, expected entries 'backbone.*' of the authors' format")
     return entries
 
 

@@ -3,13 +3,12 @@
 import json
 import os
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
-import torch
 from torch import nn
 
 from pyinvolution.models._registry import create_model
+from pyinvolution.models.checkpoint import check_fit, reason_of
 
 __all__ = ["from_pretrained", "save_pretrained"]
 
@@ -37,7 +36,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     config = getattr(model, "model_config", None)
     if not isinstance(config, dict):
         raise TypeError(
-            f"model must come from create_model, which knows how to build it again; got {type(model).__name__}"
+            f"model is a {type(model).__name__} of unknown arguments, expected one that create_model has built"
         )
     try:
         text = json.dumps(config, indent=2) + "\n"
@@ -74,8 +73,8 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is damaged, the configuration is none of this version of the library, or the weights are not
-            those of the model.
+        ValueError: a file is damaged, the configuration is not one of this version of the library, or the weights are
+            not those of the model.
         ModuleNotFoundError, TypeError: safetensors is not installed; an override is unknown.
     """
     from safetensors import SafetensorError
@@ -99,24 +98,8 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
     except Exception as error:
         if overrides:
             raise
-        raise ValueError(f"{folder / CONFIG} describes no model of this library: {reason_of(error)}") from error
-    expected = {key: value.shape for key, value in model.state_dict().items()}
-    different = sorted(key for key in expected.keys() | state.keys() if _shape(state, key) != expected.get(key))
-    if different:
-        key = different[0]
-        raise ValueError(
-            f"{folder / WEIGHTS} is of another model than {name!r} of {CONFIG}: {len(different)} entries differ, first "
-            f"{key}: {_shape(state, key)} there and {expected.get(key)} here"
-        )
+        raise ValueError(f"{folder / CONFIG} does not describe a model of this library: {reason_of(error)}") from error
+    check_fit(state, model, f"{folder / WEIGHTS}, of {name!r} by {CONFIG},")
     # The file's tensors become the parameters, and keep their dtype.
     model.load_state_dict(state, assign=True)
     return model
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, on one line and no longer than that."""
-    return shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-
-
-def _shape(state: dict[str, torch.Tensor], key: str) -> torch.Size | None:
-    return state[key].shape if key in state else None

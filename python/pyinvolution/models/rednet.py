@@ -66,6 +66,21 @@ class Stage(nn.Sequential):
         return input
 
 
+def fix_stages(parts: Sequence[Stage], frozen_stages: int, norm_eval: bool) -> None:
+    """Freeze the stem and stages 1 to ``frozen_stages`` (-1: nothing) of ``parts``, stem and stages; with ``norm_eval``
+    let batch norms keep their running statistics in training.
+
+    Raises:
+        ValueError: there are fewer stages.
+    """
+    if positive_int("frozen_stages", frozen_stages, -1) >= len(parts):
+        raise ValueError(f"frozen_stages is {frozen_stages}, expected at most the number of stages, {len(parts) - 1}")
+    for part in parts[: frozen_stages + 1]:
+        part.freeze()
+    for part in parts:
+        part.norm_eval = norm_eval
+
+
 class Stem(Stage):
     """Convolution, involution and convolution, each with a norm and ReLU."""
 
@@ -205,22 +220,19 @@ class RedNet(nn.Module):
         self.in_channels = positive_int("in_channels", in_channels)
         stages = len(self.layers)
         if stem not in ("imagenet", "small"):
-            raise ValueError(f"stem must be 'imagenet' or 'small', got {stem!r}")
+            raise ValueError(f"stem is {stem!r}, expected 'imagenet' or 'small'")
         if positive_int("stem_channels", stem_channels) % 2:
-            raise ValueError(f"stem_channels must be even, got {stem_channels}")
+            raise ValueError(f"stem_channels is {stem_channels}, expected an even number")
         positive_int("base_channels", base_channels)
         positive_int("expansion", expansion)
-        positive_int("frozen_stages", frozen_stages, -1)
-        if frozen_stages > stages:
-            raise ValueError(f"frozen_stages must be at most the number of stages, {stages}, got {frozen_stages}")
         if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+            raise ValueError(f"drop_rate is {drop_rate}, expected a value in [0, 1)")
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         stride = 4 if stem == "imagenet" else 2
         if output_stride is not None:
             if strides is not None or dilations is not None:
-                raise ValueError("output_stride cannot be combined with strides or dilations")
+                raise ValueError("strides and dilations are given, expected None with output_stride")
             strides, dilations = _trade_stride(stages, stride, output_stride)
         strides = _int_tuple("strides", (1,) + (2,) * (stages - 1) if strides is None else strides, stages)
         dilations = _int_tuple("dilations", (1,) * stages if dilations is None else dilations, stages)
@@ -275,10 +287,7 @@ class RedNet(nn.Module):
         self.zero_init_residual = zero_init_residual
         self.init_weights()
 
-        for part in [self.stem, *self.stages][: frozen_stages + 1]:
-            part.freeze()
-        for part in [self.stem, *self.stages]:
-            part.norm_eval = norm_eval
+        fix_stages([self.stem, *self.stages], frozen_stages, norm_eval)
         self.set_grad_checkpointing(grad_checkpointing)
         self.train()
 
@@ -314,10 +323,10 @@ class RedNet(nn.Module):
         """Replace the classifier by a fresh one, or none (0); ``global_pool`` None keeps the pooling."""
         positive_int("num_classes", num_classes, 0)
         if global_pool not in ("avg", "", None):
-            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+            raise ValueError(f"global_pool is {global_pool!r}, expected 'avg' or ''")
         pooled = not isinstance(self.global_pool, nn.Identity) if global_pool is None else bool(global_pool)
         if num_classes and not pooled:
-            raise ValueError(f"num_classes must be 0 with global_pool='' (feature maps), got {num_classes}")
+            raise ValueError(f"num_classes is {num_classes}, expected 0 with global_pool='' (feature maps)")
         self.num_classes = num_classes
         self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1)) if pooled else nn.Identity()
         weight = next(self.parameters())
@@ -367,7 +376,7 @@ class RedNet(nn.Module):
             The last feature map and the list of chosen ones in order of depth, or only the list.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW'")
         taken = self._take(indices)
         x = self.stem(check_input(input, self.in_channels, "RedNet"))
         chosen = [x] if 0 in taken else []
@@ -405,10 +414,10 @@ class RedNet(nn.Module):
             return list(range(count))
         if isinstance(indices, int):
             if not 0 < indices <= count:
-                raise ValueError(f"indices, as a number of features, must be in 1 to {count}, got {indices}")
+                raise ValueError(f"indices is {indices}, expected a number of features from 1 to {count}")
             return list(range(count - indices, count))
         if not indices or not all(-count <= index < count for index in indices):
-            raise ValueError(f"indices must be in {-count} to {count - 1} and not empty, got {indices!r}")
+            raise ValueError(f"indices is {indices!r}, expected one or more of {-count} to {count - 1}")
         return [index % count for index in indices]
 
     def forward_features(self, input: Tensor) -> Tensor:
@@ -429,18 +438,18 @@ class RedNet(nn.Module):
 
 def _int_tuple(name: str, values: Sequence[int], length: int | None = None) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
+        raise TypeError(f"{name} is {values!r}, expected a sequence of ints")
     if not values:
-        raise ValueError(f"{name} must not be empty, got {values!r}")
+        raise ValueError(f"{name} is {values!r}, expected at least one entry")
     if length not in (None, len(values)):
-        raise ValueError(f"{name} must have {length} entries, one a stage, got {values!r}")
+        raise ValueError(f"{name} is {values!r}, expected {length} entries, one for each stage")
     return tuple(positive_int(f"{name}[{index}]", value) for index, value in enumerate(values))
 
 
 def _trade_stride(stages: int, stem_stride: int, output_stride: int) -> tuple[list[int], list[int]]:
     allowed = [stem_stride * 2**index for index in range(stages)]
     if output_stride not in allowed:
-        raise ValueError(f"output_stride must be one of {allowed}, got {output_stride!r}")
+        raise ValueError(f"output_stride is {output_stride!r}, expected one of {allowed}")
     strides = [1] + [2 if stride <= output_stride else 1 for stride in allowed[1:]]
     return strides, [max(1, stride // output_stride) for stride in allowed]
 

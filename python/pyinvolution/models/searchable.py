@@ -30,7 +30,7 @@ def parse_operator(name: str) -> tuple[int, int] | None:
         return None
     match = _INVOLUTION.fullmatch(str(name))
     if match is None:
-        raise ValueError(f"an operator must be 'conv3' or e.g. 'inv7x16' (7 x 7, 16 channels a group), got {name!r}")
+        raise ValueError(f"operator is {name!r}, expected 'conv3' or e.g. 'inv7x16' (7 x 7, 16 channels a group)")
     return int(match[1]), int(match[2])
 
 
@@ -79,11 +79,11 @@ class SearchableNet(nn.Module):
     ) -> None:
         super().__init__()
         if stem not in ("imagenet", "small"):
-            raise ValueError(f"stem must be 'imagenet' or 'small', got {stem!r}")
+            raise ValueError(f"stem is {stem!r}, expected 'imagenet' or 'small'")
         if not stages:
-            raise ValueError("stages must not be empty")
+            raise ValueError("stages is empty, expected at least one stage")
         if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+            raise ValueError(f"drop_rate is {drop_rate}, expected a value in [0, 1)")
         self.in_channels = positive_int("in_channels", in_channels)
         conv = nn.Conv2d(in_channels, positive_int("stem_channels", stem_channels), 3, 2, 1, bias=False)
         relu = partial(nn.ReLU, inplace=True)
@@ -123,13 +123,15 @@ class SearchableNet(nn.Module):
 
 def _check_stage(index: int, stage: Mapping[str, Any]) -> tuple[list[str], int, int, int]:
     if not isinstance(stage, Mapping):
-        raise TypeError(f"stages[{index}] must be a mapping with {', '.join(sorted(_STAGE))}, got {stage!r}")
+        raise TypeError(f"stages[{index}] is {stage!r}, expected a mapping with {', '.join(sorted(_STAGE))}")
     stage = {"stride": 1 if index == 0 else 2, **stage}
     if stage.keys() != _STAGE:
-        raise ValueError(f"stages[{index}] must have {', '.join(sorted(_STAGE))}, got {', '.join(sorted(stage))}")
+        raise ValueError(
+            f"stages[{index}] has the keys {', '.join(sorted(stage))}, expected {', '.join(sorted(_STAGE))}"
+        )
     operators = stage["operators"]
     if isinstance(operators, str) or not isinstance(operators, Sequence) or not operators:
-        raise ValueError(f"stages[{index}].operators must be a list with an operator for each block, got {operators!r}")
+        raise ValueError(f"stages[{index}].operators is {operators!r}, expected a list with an operator for each block")
     width, out, stride = (
         positive_int(f"stages[{index}].{name}", stage[name]) for name in ("width", "channels", "stride")
     )
@@ -144,7 +146,9 @@ def _operator(
         return partial(nn.Conv2d, out_channels=width, kernel_size=3, padding=1, bias=False)
     kernel_size, group_channels = involution
     if width % group_channels:
-        raise ValueError(f"the groups of {name} must divide the width of its stage, got {width}")
+        raise ValueError(
+            f"width of a stage is {width}, expected a multiple of the {group_channels} channels in a group of {name}"
+        )
     return partial(
         Involution2d,
         kernel_size=kernel_size,

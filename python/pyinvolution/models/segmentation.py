@@ -77,7 +77,7 @@ class _Classifier(nn.Module):
         super().__init__()
         self.num_classes = positive_int("num_classes", num_classes)
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+            raise ValueError(f"dropout is {dropout}, expected a value in [0, 1)")
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
@@ -295,7 +295,9 @@ def _backbone(backbone: str | nn.Module, options: Mapping[str, Any] | None) -> t
     given: dict[str, Any] = dict(options or {})
     if not isinstance(backbone, str):
         if options:
-            raise ValueError(f"backbone_options need a backbone by name, got {type(backbone).__name__} and {options!r}")
+            raise ValueError(
+                f"backbone_options is {options!r}, expected None with a module as backbone, {type(backbone).__name__}"
+            )
     elif backbone == "rednet" or backbone in list_models("rednet*"):
         defaults: dict[str, Any] = {"num_classes": 0, "global_pool": "", "stem_kernel_size": 7}
         net = create_model(backbone, **(defaults | given))
@@ -303,7 +305,7 @@ def _backbone(backbone: str | nn.Module, options: Mapping[str, Any] | None) -> t
         import timm
 
         if not timm.is_model(backbone):
-            raise ValueError(f"backbone must be a RedNet or a model of timm, got {backbone!r}")
+            raise ValueError(f"backbone is {backbone!r}, expected a RedNet or a model of timm")
         net = timm.create_model(backbone, features_only=True, **({"out_indices": (1, 2, 3, 4)} | given))
     if isinstance(net, RedNet):
         info = net.feature_info[1:]

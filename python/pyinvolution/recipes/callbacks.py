@@ -6,20 +6,24 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
+from rich import get_console
+from rich.table import Table
 from torch import Tensor
 
+from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import plots
-from pyinvolution.recipes.errors import RecipeError, TrainingDiverged
-from pyinvolution.recipes.loading import seed_from
-from pyinvolution.recipes.module import read_checkpoint
+from pyinvolution.recipes._lightning import SaveLast, cluster_environment, validate_again
+from pyinvolution.recipes.data import data_of, seed_from
+from pyinvolution.recipes.errors import RecipeError, TrainingDiverged, naming
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -29,23 +33,16 @@ __all__ = [
     "SeedEveryBatch",
     "StopOnDivergence",
     "StopOnSignal",
+    "Summary",
 ]
-
-
-def from_all_processes(trainer: pl.Trainer, items: list[Any]) -> list[Any]:
-    """``items`` of every process, in the order of processes."""
-    if trainer.world_size == 1:
-        return items
-    shares: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(shares, items)
-    return [item for share in shares for item in share]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its final name and renames it, so that a kill, a full disk or Ctrl-C leaves the old
     one or the new one; reads tensors and plain data only.
 
-    Lightning's own goes through the system's folder for temporary files; between file systems, moving a file copies it.
+    Lightning's own class writes to the system's folder for temporary files; moving a file from there to another file
+    system copies it, which can be interrupted.
 
     Raises:
         RecipeError: a checkpoint cannot be written, e.g. because the disk is full, or is not one of a training run.
@@ -65,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, RuntimeError) as error:
-            # torch says that it cannot complete a file, and not why the writing of it ended.
+            # torch only says that it cannot complete the file; the cause is in the context.
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
@@ -81,19 +78,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
-        checkpoint = read_checkpoint(path, "--ckpt_path")
+        with naming("--ckpt_path"):
+            checkpoint = read(path)
         if "pytorch-lightning_version" not in checkpoint:
             raise RecipeError(
-                f"--ckpt_path: {path} is not a checkpoint of a run; to begin with weights alone: model.init_from"
+                f"--ckpt_path: {path} is not a checkpoint of a run; to begin with its weights only, use model.init_from"
             )
         return checkpoint
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt`` in ``dirpath``: every ``every_n_train_steps`` optimizer steps, and before and after a validation.
+class LastCheckpoint(SaveLast):
+    """Writes ``last.ckpt`` to ``dirpath`` every ``every_n_train_steps`` optimizer steps, and before and after a
+    validation.
 
-    Only between optimizer steps: gradients that are being accumulated are in no checkpoint. One that was saved before a
-    validation begins with it when it is resumed.
+    It is written only between optimizer steps, because gradients that are being accumulated are not saved. A run that
+    is resumed from a checkpoint of before a validation begins with that validation.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int) -> None:
@@ -105,20 +104,17 @@ class LastCheckpoint(ModelCheckpoint):
         return type(self).__name__  # not with the interval, which a resumed run may change
 
     def save(self, trainer: pl.Trainer) -> None:
-        if not trainer.fast_dev_run:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by name
+            self.save_last_now(trainer)
 
-    # Overrides of ModelCheckpoint.
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+    def before_save(self, trainer: pl.Trainer) -> None:
         state = trainer.lightning_module.state_dict()
         if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
             raise _diverged(trainer, "the weights are not finite")
-        super()._save_checkpoint(trainer, filepath)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not trainer.ckpt_path and (earlier := self._find_last_checkpoints(trainer)):
+        if not trainer.ckpt_path and (earlier := self.last_checkpoints(trainer)):
             rank_zero_warn(f"{max(earlier)} of an earlier run stays; to go on with it: --ckpt_path last")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -144,9 +140,7 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._before_validation:
-            # What Lightning's counters say in the middle of a validation; else it would take it as done.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validate_again(checkpoint)
 
 
 def between_steps(trainer: pl.Trainer) -> bool:
@@ -157,11 +151,12 @@ def between_steps(trainer: pl.Trainer) -> bool:
 class StopOnSignal(Checkpoint):
     """On SIGTERM in training: save after the optimizer step in progress, and exit with 143 (128 + 15).
 
-    In a validation it exits at once, for `LastCheckpoint` has saved before. The processes of a distributed run agree on
-    the step. Under SLURM with requeueing, Lightning's own answer to the requeue signal (save, requeue) waits for the
-    end of the step too.
+    During a validation it exits at once, because `LastCheckpoint` has saved before it. The processes of a distributed
+    run agree on the step. Under SLURM with requeueing, Lightning's response to the requeue signal (save, requeue) also
+    waits for the end of the step.
 
-    A `Checkpoint` to Lightning, so that it comes after all other callbacks: the averaged weights belong to the step.
+    It is a `Checkpoint`, so that Lightning calls it after all other callbacks: the average of the weights must have
+    been updated by the step.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM
@@ -177,7 +172,7 @@ class StopOnSignal(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         signals = [signal.SIGTERM]
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             signals.append(environment.requeue_signal or signal.SIGUSR1)
         self._original = {signum: signal.signal(signum, self._note) for signum in signals}
@@ -210,7 +205,7 @@ class StopOnSignal(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for signum, original in self._original.items():
-            # The trainer, whose handlers these are, may have put back by now what was there before it.
+            # The trainer may already have restored the handlers of before the run.
             if signal.getsignal(signum) == self._note:
                 signal.signal(signum, original)
         self._original = {}
@@ -219,7 +214,7 @@ class StopOnSignal(Checkpoint):
 class StopOnDivergence(Callback):
     """Raises `TrainingDiverged` before a loss that is NaN or infinite reaches the weights.
 
-    `LastCheckpoint` looks at the weights themselves, so that no checkpoint holds what a finite loss did to them.
+    `LastCheckpoint` checks the weights themselves, which a finite loss can also make infinite.
     """
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -251,13 +246,13 @@ class SeedEveryBatch(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(seed_from(trainer.datamodule.seed, trainer.global_rank, trainer.global_step, batch_idx))
+        torch.manual_seed(seed_from(data_of(trainer).seed, trainer.global_rank, trainer.global_step, batch_idx))
 
 
 class ImagesPerSecond(Callback):
     """Logs ``train/images_per_s`` over all devices, without the time of validations.
 
-    Lightning's ThroughputMonitor waits for the GPU after every batch; this looks at the clock only when it logs.
+    Lightning's ThroughputMonitor waits for the GPU after every batch; this callback reads the clock only when it logs.
     """
 
     def __init__(self) -> None:
@@ -277,11 +272,37 @@ class ImagesPerSecond(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0 and between_steps(trainer):
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by name
+        if trainer.global_step % every == 0 and between_steps(trainer):
             now = time.perf_counter()
-            images = self._batches * trainer.datamodule.batch_size * trainer.world_size
+            images = self._batches * data_of(trainer).batch_size * trainer.world_size
             pl_module.log("train/images_per_s", images / (now - self._since), prog_bar=True)
             self._since, self._batches = now, 0
+
+
+class Summary(ModelSummary):
+    """Lightning's table of the model, without its counts of operations: they are 0 unless a model has an example of its
+    input, and the size of images depends on the data."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        columns = [(name, values) for name, values in summary_data if name != "FLOPs"]
+        table = Table()
+        for name, _ in columns:
+            table.add_column(name, justify="right" if name == "Params" else "left")
+        for row in zip(*(values for _, values in columns), strict=True):
+            table.add_row(*row)
+        console = get_console()
+        console.print(table)
+        trained, total = (get_human_readable_count(n).strip() for n in (trainable_parameters, total_parameters))
+        console.print(f"{trained} trained of {total} parameters, {model_size:.1f} MB")
 
 
 class Curves(Callback):
@@ -289,12 +310,12 @@ class Curves(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by name
             return
         for logger in trainer.loggers:
             logger.save()
-        metrics = plots.read_metrics(folder)
+        metrics, recipe = plots.read_metrics(folder), cast(Any, pl_module)
         if metrics:
             rank_zero_info(
-                f"curves: {plots.curves(metrics, folder / 'curves.png', pl_module.monitor, pl_module.monitor_title)}"
+                f"curves: {plots.curves(metrics, folder / 'curves.png', recipe.monitor, recipe.monitor_title)}"
             )

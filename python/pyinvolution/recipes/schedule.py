@@ -22,7 +22,7 @@ def cosine(progress: float) -> float:
 
 
 def poly(progress: float, power: float) -> float:
-    """Likewise (1 - progress) to a power."""
+    """Factor of the learning rate when the share ``progress`` of the run is over: (1 - progress)^``power``."""
     return (1 - min(progress, 1)) ** power
 
 
@@ -34,7 +34,7 @@ def multistep(epoch: float, milestones: Sequence[int], gamma: float) -> float:
 def warmup(step: int, steps: int, ratio: float) -> float:
     """Factor at optimizer step ``step``: a line from ``ratio`` to 1 over the first ``steps``.
 
-    It multiplies the decay, which does not wait for it, as in the authors' code.
+    The decay is multiplied by it and does not wait for its end, as in the authors' code.
     """
     return 1.0 if step >= steps else 1 - (1 - step / steps) * (1 - ratio)
 

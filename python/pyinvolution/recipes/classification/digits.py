@@ -24,8 +24,8 @@ def split_digits() -> dict[str, np.ndarray]:
 def write_digits(root: str | Path) -> tuple[int, int]:
     """Write ROOT/{train,val}/{0..9}/NNNN.png: 1,797 real digits (UCI, 8 x 8 pixels), enlarged to 32 x 32 grey levels.
 
-    One fifth (360) is held out, with every class in proportion. The same files every time; those which are there
-    already are left alone.
+    One fifth (360) is held out, with every class in proportion. The files are the same every time; those that are
+    there already are not written again.
 
     Returns:
         Numbers of training and validation images.

@@ -1,57 +1,39 @@
 """Images in a folder for each class, as ImageNet is commonly unpacked: ROOT/{train,val}/CLASS/IMAGE."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode
 
+from pyinvolution.recipes.data import RecipeData
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData, UnreadableSample
+from pyinvolution.recipes.images import find_images, is_hidden
+from pyinvolution.recipes.samples import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, Transforms, compose
 
-__all__ = ["IGNORED", "ImageFiles", "ImageFolderData", "Transforms", "compose", "find_images"]
-
-IGNORED = -1
-"""Target of an image that loss and metrics leave out."""
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-Transforms = list[dict[str, dict[str, Any]]]
-"""Transforms of torchvision.transforms.v2 by name, e.g. ``[{"RandomCrop": {"size": 32, "padding": 2}}]``."""
+__all__ = ["ImageFolderData"]
 
 
-class ImageFiles:
-    """Pairs of image and target; the image is RGB, transformed.
+class VisibleFolder(ImageFolder):
+    """torchvision's, without hidden folders and files; classes may be empty."""
 
-    Args:
-        files: (path, target) of each.
-        transform: from a PIL image to what a batch is made of.
-    """
+    def __init__(self, root: str) -> None:
+        super().__init__(root, is_valid_file=self._visible, allow_empty=True)
 
-    def __init__(self, files: list[tuple[str, int]], transform: Callable[[Any], Tensor]) -> None:
-        self.files, self.transform = files, transform
+    def _visible(self, path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden(Path(path).relative_to(self.root))
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, target = self.files[index]
-        try:
-            image = pil_loader(path)
-        except Exception as error:  # decoders raise nearly anything on broken files
-            raise UnreadableSample(f"cannot read image {path}: {error}") from error
-        return self.transform(image), target
-
-    def ignored(self, sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
-        return sample[0], IGNORED
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not is_hidden(Path(name))]
+        if not names:
+            raise FileNotFoundError(f"there is no class folder in {directory}")
+        return names, {name: index for index, name in enumerate(names)}
 
 
 class ImageFolderData(RecipeData):
-    """An ImageFolder tree. Classes are the sorted names of the folders in ``train``.
+    """An ImageFolder tree. Classes are the sorted names of the folders in ``train``, but for hidden ones (`is_hidden`).
 
     Args:
         root: folder with ``train`` and ``val``.
@@ -95,7 +77,7 @@ class ImageFolderData(RecipeData):
             train_transform = [{"RandomResizedCrop": crop}, {"RandomHorizontalFlip": {"p": hflip}}]
         if val_transform is None:
             val_transform = [{"Resize": {"size": resize, "interpolation": mode}}, {"CenterCrop": {"size": size}}]
-        tail = [
+        tail: Transforms = [
             {"ToImage": {}},
             {"ToDtype": {"dtype": torch.float32, "scale": True}},
             {"Normalize": {"mean": mean, "std": std}},
@@ -129,10 +111,10 @@ class ImageFolderData(RecipeData):
         self.val_samples = ImageFiles(val.samples, self.val_transform)
 
     def _setup_predict(self) -> None:
-        paths = find_images(Path(self.predict_root or self.root / "val"))
-        self.predict_samples = ImageFiles([(str(path), index) for index, path in enumerate(paths)], self.val_transform)
+        root = Path(self.predict_root or self.root / "val")
+        self.predict_samples = ImageFiles.to_predict(find_images(root), root, self.val_transform)
 
-    def _folder(self, split: str) -> ImageFolder:
+    def _folder(self, split: str) -> "VisibleFolder":
         folder = self.root / split
         if not folder.is_dir():
             raise RecipeError(
@@ -140,9 +122,16 @@ class ImageFolderData(RecipeData):
                 f"{self.root}/val/CLASS/IMAGE"
             )
         try:
-            return ImageFolder(str(folder))
+            found = VisibleFolder(str(folder))
         except FileNotFoundError as error:
-            raise RecipeError(f"data.root={self.root}: {str(error).splitlines()[0]}") from error
+            raise RecipeError(f"data.root={self.root}: {split}: {str(error).splitlines()[0]}") from error
+        if empty := sorted(set(found.class_to_idx.values()) - set(found.targets)):
+            names = _some([found.classes[index] for index in empty])
+            raise RecipeError(
+                f"data.root={self.root}: {len(empty)} of {len(found.classes)} class folders in {folder} hold no image "
+                f"({', '.join(IMG_EXTENSIONS)}): {names}"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"classes": self.classes}
@@ -159,30 +148,3 @@ class ImageFolderData(RecipeData):
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
-
-
-def find_images(root: Path) -> list[Path]:
-    """The images to predict: those in a folder, in any depth, or ``root`` itself.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    if not paths:
-        raise RecipeError(f"there is no image to predict in {root}: set --data.predict_root to an image or a folder")
-    return paths
-
-
-def compose(field: str, transforms: Transforms) -> v2.Compose:
-    """The ``transforms``, or a RecipeError that names ``field`` of the data."""
-    built = []
-    for transform in transforms:
-        for name, arguments in transform.items():
-            factory = getattr(v2, name, None)
-            if factory is None:
-                raise RecipeError(f"data.{field}: torchvision.transforms.v2 has no {name!r}")
-            try:
-                built.append(factory(**arguments))
-            except (TypeError, ValueError) as error:
-                raise RecipeError(f"data.{field}: {name}: {error}") from error
-    return v2.Compose(built)

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from pyinvolution.recipes.callbacks import from_all_processes
+from pyinvolution.recipes.data import data_of
+from pyinvolution.recipes.distributed import from_all_processes
 
 __all__ = ["PredictionWriter"]
 
@@ -35,7 +36,8 @@ class PredictionWriter(BasePredictionWriter):
         rows = from_all_processes(trainer, self._rows)
         if not trainer.is_global_zero:
             return
-        files, names = trainer.datamodule.predict_samples.files, trainer.datamodule.classes
+        data: Any = data_of(trainer)
+        files, names = data.predict_samples.files, data.classes
         count = len(rows[0][1]) if rows else 0
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with self.output.open("w", newline="") as file:

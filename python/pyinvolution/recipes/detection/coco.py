@@ -1,20 +1,23 @@
 """COCO (Lin et al., ECCV 2014) and data in its layout: ROOT/annotations/instances_SPLIT.json and ROOT/SPLIT/IMAGE."""
 
 import contextlib
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
 
-from pyinvolution.recipes.classification.imagefolder import ImageFiles, Transforms, compose, find_images
+from pyinvolution.recipes.data import RecipeData, UnreadableSample
+from pyinvolution.recipes.detection.annotations import CocoFile, Entry, Fault, draw_mask, has_mask
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData, UnreadableSample
+from pyinvolution.recipes.images import exif_orientation, find_images, read_image
+from pyinvolution.recipes.samples import ImageFiles, Transforms, compose
 
 __all__ = ["CocoData", "CocoImages", "Target"]
 
@@ -27,17 +30,26 @@ class CocoImages:
     """Pairs of image (3, H, W) in [0, 1] and `Target`.
 
     Args:
-        dataset: whose images and annotations are read.
+        dataset: whose images are read.
+        annotations: of each image, by its id.
         category_ids: of the labels 1, 2, ...
         transform: of image and target together.
-        masks: whether targets have them.
-        crowd: whether targets have the annotations of crowds, which an evaluation needs and training does not.
+        masks: whether targets have them. Then an object without a pixel is left out in training; in evaluation one
+            without a mask is a crowd as large as its box, since nothing can tell what a detection of it is worth.
+        training: whether these are samples of training.
     """
 
     def __init__(
-        self, dataset: CocoDetection, category_ids: list[int], transform: Callable, masks: bool, crowd: bool
+        self,
+        dataset: CocoFile,
+        annotations: Mapping[int, list[Entry]],
+        category_ids: list[int],
+        transform: Callable,
+        masks: bool,
+        training: bool,
     ) -> None:
-        self.dataset, self.transform, self.masks, self.crowd = dataset, transform, masks, crowd
+        self.dataset, self.annotations, self.transform = dataset, annotations, transform
+        self.masks, self.training = masks, training
         self.labels = {category: label for label, category in enumerate(category_ids, 1)}
 
     def __len__(self) -> int:
@@ -45,39 +57,66 @@ class CocoImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image_id = self.dataset.ids[index]
-        try:
-            image, annotations = self.dataset[index]
-            annotations = [a for a in annotations if self.crowd or not a.get("iscrowd", 0)]
-            masks = self._masks(annotations, image.size[::-1]) if self.masks else None
-        except Exception as error:  # decoders raise nearly anything on broken files
-            path = Path(self.dataset.root, self.dataset.coco.imgs[image_id]["file_name"])
-            raise UnreadableSample(f"cannot read image {path} or its masks: {error}") from error
+        entry, annotations = self.dataset.images[image_id], self.annotations[image_id]
+        path = Path(self.dataset.root, entry["file_name"])
+        image = read_image(path)
+        size = image.height, image.width
+        _check_size(path, entry, size)
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         target: Target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.size[::-1]),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([self.labels[a["category_id"]] for a in annotations], dtype=torch.int64),
-            "iscrowd": torch.tensor([a.get("iscrowd", 0) for a in annotations], dtype=torch.int64),
+            "iscrowd": torch.tensor([int(a.get("iscrowd", 0)) for a in annotations], dtype=torch.int64),
             "area": torch.tensor([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations]).float(),
             "image_id": image_id,
         }
-        if masks is not None:
-            target["masks"] = tv_tensors.Mask(masks)
+        if self.masks:
+            try:
+                masks = [torch.from_numpy(np.ascontiguousarray(draw_mask(a, size))) for a in annotations]
+            except Fault as error:
+                raise UnreadableSample(f"cannot read the masks of image {path}: {error}") from error
+            target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
+            if not self.training:
+                _cover(target, [i for i, a in enumerate(annotations) if not has_mask(a)])
         image, target = self.transform(tv_tensors.Image(image), target)
         plain = {
             key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in target.items()
         }
+        if self.masks and self.training:
+            visible = (plain["masks"] != 0).flatten(1).any(1)
+            plain = {key: value[visible] if isinstance(value, Tensor) else value for key, value in plain.items()}
         return image.as_subclass(Tensor), plain
-
-    def _masks(self, annotations: list[dict[str, Any]], size: tuple[int, int]) -> Tensor:
-        masks = torch.zeros(len(annotations), *size, dtype=torch.uint8)
-        for mask, annotation in zip(masks, annotations, strict=True):
-            if annotation.get("segmentation"):
-                mask.copy_(torch.from_numpy(self.dataset.coco.annToMask(annotation)))
-        return masks
 
     def ignored(self, sample: tuple[Tensor, Target]) -> tuple[Tensor, Target]:
         return sample[0], sample[1] | {"image_id": -1}
+
+
+def _check_size(path: Path, entry: Entry, size: tuple[int, int]) -> None:
+    height, width = size
+    listed = entry.get("height") or height, entry.get("width") or width
+    if listed != size:
+        reason = ""
+        if listed == (width, height):
+            with Image.open(path) as image:
+                turned = exif_orientation(image) > 4
+            reason = (
+                "; its EXIF orientation, which is applied here, swaps the sides"
+                if turned
+                else "; the sides are swapped, probably by an EXIF rotation that only one of the two has seen"
+            )
+        raise UnreadableSample(
+            f"image {path} has {width} x {height} pixels, its annotations say {listed[1]} x {listed[0]}{reason}"
+        )
+
+
+def _cover(target: Target, indices: list[int]) -> None:
+    """Make objects crowds as large as their boxes."""
+    for index in indices:
+        left, top, right, bottom = target["boxes"][index].tolist()
+        rows, columns = (slice(max(floor(a), 0), max(ceil(b), 0)) for a, b in ((top, bottom), (left, right)))
+        target["masks"][index, rows, columns] = 1
+        target["iscrowd"][index] = 1
 
 
 def _sanitized(target: tuple[Any, Target]) -> tuple[Tensor, ...]:
@@ -88,8 +127,9 @@ class CocoData(RecipeData):
     """Images with objects. The classes are the categories of the annotations, in the order of their ids.
 
     Images keep their size here: the detector resizes them (its options ``min_size`` and ``max_size``). Training leaves
-    out crowds, boxes of less than a pixel within the image and, unless ``keep_empty``, images without any other object;
-    evaluation looks at all images, and matches detections with crowds as COCO does.
+    out crowds, boxes of less than a pixel within the image, for a Mask R-CNN objects without a mask and, unless
+    ``keep_empty``, images without any other object; evaluation looks at all images, and matches detections with crowds
+    as COCO does. In both, polygons of less than three points are left out.
 
     Args:
         root: folder with ``annotations`` and the folders of images.
@@ -123,7 +163,7 @@ class CocoData(RecipeData):
         super().__init__(batch_size, **kwargs)
         self.save_hyperparameters(logger=False)
         if not 0 <= hflip <= 1:
-            raise RecipeError(f"data.hflip must be in [0, 1], got {hflip}")
+            raise RecipeError(f"data.hflip is {hflip}, expected a value in [0, 1]")
         self.root, self.predict_root, self.keep_empty = Path(root), predict_root, keep_empty
         self.folders = {"train": train, "val": val}
         self.annotations = {"train": train_annotations, "val": val_annotations}
@@ -154,50 +194,70 @@ class CocoData(RecipeData):
         if stage == "predict":
             self._setup_predict()
             return
-        masks = getattr(getattr(self.trainer, "lightning_module", None), "masks", True)
         val = self._read("val")
+        val_samples = self._samples(val, "val")
         if stage == "fit":
             train = self._read("train")
-            if train.coco.cats.keys() != val.coco.cats.keys():
-                raise RecipeError(
-                    f"data.root={self.root}: {len(train.coco.cats)} categories in {self._file('train')} and "
-                    f"{len(val.coco.cats)} others in {self._file('val')}"
-                )
+            self._check_categories(train, val)
+            self.train_samples = self._samples(train, "train")
             if not self.keep_empty:
-                train.ids = [image for image in train.ids if any(map(_usable, train.coco.imgToAnns[image]))]
+                train.ids = [image for image in train.ids if self.train_samples.annotations[image]]
             if not train.ids:
-                raise RecipeError(f"{self._file('train')} has no image with an object that is not a crowd")
-            self._set_categories(train)
-            self.train_samples = CocoImages(train, self.category_ids, self.train_transform, masks, crowd=False)
-        self._set_categories(val)
-        self.val_samples = CocoImages(val, self.category_ids, self.val_transform, masks, crowd=True)
+                raise RecipeError(f"{self._file('train')} has no image with an object to train on")
+        self.val_samples = val_samples
+
+    def _samples(self, dataset: CocoFile, split: str) -> CocoImages:
+        self._set_categories(dataset)
+        masks = getattr(getattr(self.trainer, "lightning_module", None), "masks", True)
+        training = split == "train"
+        with _errors_of(dataset.file):
+            annotations = dataset.by_image(masks, training)
+        transform = self.train_transform if training else self.val_transform
+        return CocoImages(dataset, annotations, self.category_ids, transform, masks, training)
+
+    def _check_categories(self, *datasets: CocoFile) -> None:
+        train, val = ({number: entry["name"] for number, entry in data.categories.items()} for data in datasets)
+        different = sorted(number for number in train.keys() | val.keys() if train.get(number) != val.get(number))
+        if different:
+            number = different[0]
+            raise RecipeError(
+                f"data.root={self.root}: {len(train)} categories in {self._file('train')} and {len(val)} in "
+                f"{self._file('val')}, {len(different)} of which differ; first {number}: "
+                f"{train.get(number, 'missing')} and {val.get(number, 'missing')}"
+            )
 
     def _setup_predict(self) -> None:
-        listed = None
+        listed: Any = None
         if self.predict_root is None or self._file("val").is_file():
             listed = self._read("val", annotated=False)
             if not self.classes:
                 self._set_categories(listed)
+        root = Path(self.predict_root or self.root / self.folders["val"])
         if self.predict_root is None:
             self.image_ids, self.ids_listed = listed.ids, True
-            paths = [Path(listed.root, listed.coco.imgs[image]["file_name"]) for image in listed.ids]
-        else:
-            paths = find_images(Path(self.predict_root))
-            known = {
-                Path(image["file_name"]).name: number for number, image in (listed.coco.imgs if listed else {}).items()
-            }
-            self.ids_listed = all(path.name in known for path in paths)
-            numbered = all(path.stem.isdecimal() for path in paths)
-            self.image_ids = [
-                known[path.name] if self.ids_listed else int(path.stem) if numbered else index
-                for index, path in enumerate(paths)
-            ]
-        self.predict_samples = ImageFiles([(str(path), i) for i, path in enumerate(paths)], self.predict_transform)
+            paths = [Path(listed.root, listed.images[image]["file_name"]) for image in listed.ids]
+            self.predict_samples = ImageFiles.to_predict(paths, root, self.predict_transform)
+            return
+        paths = find_images(root)
+        self.predict_samples = ImageFiles.to_predict(paths, root, self.predict_transform)
+        names = self.predict_samples.names
+        known: dict[str, int] = {}
+        for number, image in (listed.images if listed else {}).items():
+            known |= {image["file_name"]: number, str(Path(listed.root, image["file_name"]).resolve()): number}
+        ids: list[Any] = [
+            known.get(name, known.get(str(path.resolve()))) for name, path in zip(names, paths, strict=True)
+        ]
+        self.ids_listed = None not in ids and len(set(ids)) == len(ids)
+        if not self.ids_listed:
+            numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]
+            unique = len(set(numbers)) == len(paths)
+            ids = numbers if unique else list(range(len(paths)))
+        self.image_ids = ids
 
     def _file(self, split: str) -> Path:
         return self.root / (self.annotations[split] or f"annotations/instances_{self.folders[split]}.json")
 
-    def _read(self, split: str, annotated: bool = True) -> CocoDetection:
+    def _read(self, split: str, annotated: bool = True) -> CocoFile:
         file, folder = self._file(split), self.root / self.folders[split]
         for path, found in ((file, file.is_file()), (folder, folder.is_dir())):
             if not found:
@@ -205,34 +265,12 @@ class CocoData(RecipeData):
                     f"data.root={self.root}: there is no {path}; expected {self.root}/annotations/"
                     f"instances_{self.folders[split]}.json and {self.root}/{self.folders[split]}/IMAGE"
                 )
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
-                dataset = CocoDetection(str(folder), str(file))
-            coco = dataset.coco
-            if not coco.imgs or (annotated and not coco.cats):
-                raise ValueError("it lists no images or no categories")
-            if annotated and "annotations" not in coco.dataset:
-                raise ValueError("it has no annotations")
-            names = [image["file_name"] for image in coco.imgs.values()]
-            names += [category["name"] for category in coco.cats.values()]
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError("names of files and categories must be text")
-            unknown = {annotation["category_id"] for annotation in coco.anns.values()} - coco.cats.keys()
-            if unknown:
-                raise ValueError(f"annotations have categories that are not listed: {sorted(unknown)[:5]}")
-            for annotation in coco.anns.values():
-                box = annotation["bbox"]
-                if len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-                    raise ValueError(f"the bbox of annotation {annotation['id']} is {annotation['bbox']}")
-        except KeyError as error:
-            raise RecipeError(f"{file} is not in COCO's format: an entry lacks {error}") from error
-        except (ValueError, AssertionError, TypeError, AttributeError) as error:
-            raise RecipeError(f"{file} is not in COCO's format: {error}") from error
-        return dataset
+        with _errors_of(file):
+            return CocoFile(file, folder, annotated)
 
-    def _set_categories(self, dataset: CocoDetection) -> None:
-        self.category_ids = sorted(dataset.coco.cats)
-        self.classes = [dataset.coco.cats[category]["name"] for category in self.category_ids]
+    def _set_categories(self, dataset: CocoFile) -> None:
+        self.category_ids = sorted(dataset.categories)
+        self.classes = [dataset.categories[category]["name"] for category in self.category_ids]
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"classes": self.classes, "category_ids": self.category_ids}
@@ -247,5 +285,13 @@ class CocoData(RecipeData):
         self.classes, self.category_ids = state["classes"], state["category_ids"]
 
 
-def _usable(annotation: dict[str, Any]) -> bool:
-    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) >= 1
+@contextlib.contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Fault as fault:
+        raise RecipeError(f"{file}: {fault}") from fault
+    except KeyError as error:
+        raise RecipeError(f"{file} is not in COCO's format: an entry lacks {error}") from error
+    except (ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{file} is not in COCO's format: {error}") from error

@@ -30,10 +30,10 @@ def write_coco_digits(root: str | Path) -> tuple[int, int]:
     """Write ROOT/{train,val}2017/*.jpg and ROOT/annotations/instances_{train,val}2017.json.
 
     On random parts of two photographs lie up to five handwritten digits of 28 to 64 pixels, turned and coloured. The
-    digits held out by `split_digits`, and the right two fifths of the photographs, are for validation alone. Some
+    digits held out by `split_digits`, and the right two fifths of the photographs, are only for validation. Some
     images are empty, and some have a crowd (``iscrowd``): many small digits of one class under one annotation. Masks
-    are uncompressed run lengths of the visible pixels. The same files every time; those which are there already are
-    left alone.
+    are uncompressed run lengths of the visible pixels. The files are the same every time; those that are there
+    already are not written again.
 
     Returns:
         Numbers of training and validation images.
@@ -96,7 +96,8 @@ def _scene(
             target = digits.target[generator.choice(members)]
             same = members[digits.target[members] == target]
             side = int(generator.integers(56, 80))
-            area = (*(int(value) for value in generator.integers(0, SIZE - side + 1, 2)), side)
+            top, left = (int(value) for value in generator.integers(0, SIZE - side + 1, 2))
+            area = (top, left, side)
             small = [place(generator.choice(same), int(generator.integers(12, 19)), area, 0.3) for _ in range(12)]
             placed.append((target, True, np.any([mask for mask in small if mask is not None], axis=0)))
             taken[:] = [area]

@@ -46,10 +46,9 @@ class Scene:
 def draw(axes: Axes, scene: Scene, classes: Sequence[str]) -> None:
     """Masks and boxes in a colour of the class, true boxes dashed."""
     shown = scene.image.copy()
-    colors = colormaps["tab10"].colors
-    for index, label in enumerate(scene.labels if scene.masks is not None else ()):
-        mask = scene.masks[index]
-        shown[mask] = 0.45 * shown[mask] + 0.55 * np.array(colors[label % 10])
+    colors = [colormaps["tab10"](index) for index in range(10)]
+    for mask, label in zip(scene.masks if scene.masks is not None else (), scene.labels, strict=False):
+        shown[mask] = 0.45 * shown[mask] + 0.55 * np.array(colors[label % 10][:3])
     axes.imshow(shown.clip(0, 1), interpolation="nearest")
     for x1, y1, x2, y2 in scene.truth if scene.truth is not None else ():
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", linewidth=1, linestyle=":"))

@@ -12,9 +12,10 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
-from pyinvolution.recipes.classification.imagefolder import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, find_images
-from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.loading import RecipeData, UnreadableSample
+from pyinvolution.recipes.data import RecipeData, UnreadableSample
+from pyinvolution.recipes.errors import RecipeError, require
+from pyinvolution.recipes.images import find_images, is_hidden, read_image
+from pyinvolution.recipes.samples import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 
 __all__ = ["CLASSES", "IGNORED", "LABEL_IDS", "PALETTE", "TRAIN_IDS", "BalancedCrop", "CityscapesData", "colors"]
 
@@ -34,8 +35,11 @@ PALETTE[: len(CLASSES)] = [label.color for label in _EVALUATED]
 TRAIN_IDS: NDArray[np.uint8] = np.full(256, IGNORED, np.uint8)
 """Train ids by the ids in the files."""
 TRAIN_IDS[LABEL_IDS] = np.arange(len(CLASSES))
+_KNOWN: NDArray[np.bool_] = np.zeros(256, bool)
+"""Whether an id is one of the data set's; -1 is 255 in the files."""
+_KNOWN[[label.id for label in Cityscapes.classes]] = True
 
-IMAGE_SUFFIX = "_leftImg8bit.png"
+IMAGE_SUFFIX, LABEL_SUFFIX = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
 def colors(train_ids: NDArray[np.uint8]) -> Image.Image:
@@ -98,29 +102,51 @@ class PhotometricDistortion(v2.RandomPhotometricDistort):
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
+def read_label_ids(path: str | Path) -> NDArray[np.uint8]:
+    """The ids (H, W) in a PNG file of the data set, which are numbers: colours are not translated. A file with a
+    palette holds them as its indices.
+
+    Raises:
+        UnreadableSample: the file is missing or damaged, it is not one byte for each pixel, or an id does not exist.
+    """
+    try:
+        with Image.open(path) as image:
+            mode, ids = image.mode, np.asarray(image)
+    except Exception as error:  # decoders raise nearly anything on broken files
+        raise UnreadableSample(f"cannot read labels {path}: {error}") from error
+    if mode not in ("L", "P"):
+        raise UnreadableSample(f"labels {path} are of mode {mode}, expected one byte for each pixel (mode L or P)")
+    known = _KNOWN[ids]
+    if not known.all():
+        raise UnreadableSample(
+            f"labels {path} have the value {ids[~known].min()}, expected the ids of Cityscapes, "
+            f"0 to {np.flatnonzero(_KNOWN)[-2]} and 255"
+        )
+    return ids
+
+
 class LabelledImages:
     """Pairs of image (3, H, W) and train ids (H, W, int64).
 
     Args:
-        dataset: whose images and label ids are read.
+        files: path of each image, and of its label ids.
         transform: of image and mask together.
     """
 
-    def __init__(self, dataset: Cityscapes, transform: v2.Transform) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, files: list[tuple[str, str]], transform: v2.Transform) -> None:
+        self.files, self.transform = files, transform
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        try:
-            image, labels = self.dataset[index]
-            ids = np.asarray(labels)
-            if ids.ndim != 2 or ids.dtype != np.uint8 or labels.size != image.size:
-                raise ValueError(f"the labels must be one byte for each of {image.size} pixels, got {labels}")
-        except Exception as error:  # decoders raise nearly anything on broken files
-            (target,) = self.dataset.targets[index]
-            raise UnreadableSample(f"cannot read {self.dataset.images[index]} with {target}: {error}") from error
+        path, labels = self.files[index]
+        image, ids = read_image(path), read_label_ids(labels)
+        if ids.shape != (image.height, image.width):
+            raise UnreadableSample(
+                f"labels {labels} have {ids.shape[1]} x {ids.shape[0]} pixels, expected {image.width} x {image.height} "
+                f"as in {path}"
+            )
         mask = tv_tensors.Mask(torch.from_numpy(TRAIN_IDS[ids]))
         image, mask = self.transform(tv_tensors.Image(image), mask)
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
@@ -168,21 +194,20 @@ class CityscapesData(RecipeData):
     ) -> None:
         super().__init__(batch_size, val_batch_size, **kwargs)
         self.save_hyperparameters(logger=False)
-        for name, value, valid in (
-            ("size", size, len(size) == 2 and min(size) > 0),
-            ("scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1]),
-            ("crop", crop, len(crop) == 2 and min(crop) > 0),
-            ("max_class_share", max_class_share, 0 < max_class_share <= 1),
-            ("hflip", hflip, 0 <= hflip <= 1),
+        for name, value, valid, expected in (
+            ("size", size, len(size) == 2 and min(size) > 0, "two positive numbers"),
+            ("scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1], "two positive numbers in ascending order"),
+            ("crop", crop, len(crop) == 2 and min(crop) > 0, "two positive numbers"),
+            ("max_class_share", max_class_share, 0 < max_class_share <= 1, "a value in (0, 1]"),
+            ("hflip", hflip, 0 <= hflip <= 1, "a value in [0, 1]"),
         ):
-            if not valid:
-                raise RecipeError(f"data.{name} is out of range: got {value}")
+            require(f"data.{name}", value, valid, expected)
         self.root, self.predict_root = Path(root), predict_root
         tail = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(mean, std)]
         self.train_transform = v2.Compose(
             [
                 v2.ScaleJitter((size[1], size[0]), tuple(scale)),  # it takes width before height
-                BalancedCrop(tuple(crop), max_class_share, mean),
+                BalancedCrop((crop[0], crop[1]), max_class_share, mean),
                 v2.RandomHorizontalFlip(hflip),
                 *([PhotometricDistortion()] if distortion else []),
                 *tail,
@@ -198,29 +223,33 @@ class CityscapesData(RecipeData):
             RecipeError: a folder, or the labels of an image, are missing, or there is no image.
         """
         if stage == "predict":
-            paths = find_images(Path(self.predict_root or self.root / "leftImg8bit" / "val"))
-            files = [(str(path), index) for index, path in enumerate(paths)]
-            self.predict_samples = ImageFiles(files, self.predict_transform)
+            root = Path(self.predict_root or self.root / "leftImg8bit" / "val")
+            self.predict_samples = ImageFiles.to_predict(find_images(root), root, self.predict_transform)
             return
         if stage == "fit":
             self.train_samples = LabelledImages(self._find("train"), self.train_transform)
         self.val_samples = LabelledImages(self._find("val"), self.val_transform)
 
-    def _find(self, split: str) -> Cityscapes:
-        expected = f"expected {self.root}/leftImg8bit/{split}/CITY/NAME{IMAGE_SUFFIX} and "
-        expected += f"{self.root}/gtFine/{split}/CITY/NAME_gtFine_labelIds.png"
-        try:
-            dataset = Cityscapes(str(self.root), split, "fine", "semantic")
-        except (RuntimeError, OSError) as error:
+    def _find(self, split: str) -> list[tuple[str, str]]:
+        """Paths of the images and of their labels, in an order that is the same on every machine."""
+        images, labels = self.root / "leftImg8bit" / split, self.root / "gtFine" / split
+        expected = f"expected {images}/CITY/NAME{IMAGE_SUFFIX} and {labels}/CITY/NAME{LABEL_SUFFIX}"
+        for folder in (images, labels):
+            if not folder.is_dir():
+                raise RecipeError(
+                    f"data.root={self.root} has no split {split!r} of Cityscapes: {folder} is not a folder; {expected}"
+                )
+        found = sorted(path.relative_to(images) for path in images.glob(f"*/*{IMAGE_SUFFIX}"))
+        found = [path for path in found if not is_hidden(path)]
+        if not found:
+            raise RecipeError(f"data.root={self.root}: no images; {expected}")
+        pairs = [
+            (str(images / path), str(labels / path.parent / (path.name.removesuffix(IMAGE_SUFFIX) + LABEL_SUFFIX)))
+            for path in found
+        ]
+        missing = [label for _, label in pairs if not Path(label).is_file()]
+        if missing:
             raise RecipeError(
-                f"data.root={self.root} has no split {split!r} of Cityscapes; {expected} ({error})"
-            ) from error
-        # In an order of our own: that of the file system would differ between machines.
-        pairs = sorted(zip(dataset.images, dataset.targets, strict=True))
-        pairs = [(image, targets) for image, targets in pairs if image.endswith(IMAGE_SUFFIX)]
-        missing = [target for _, (target,) in pairs if not Path(target).is_file()]
-        if missing or not pairs:
-            reason = f"labels of {len(missing)} images are missing, first {missing[0]}" if missing else "no images"
-            raise RecipeError(f"data.root={self.root}: {reason}; {expected}")
-        dataset.images, dataset.targets = ([*column] for column in zip(*pairs, strict=True))
-        return dataset
+                f"data.root={self.root}: labels of {len(missing)} images are missing, first {missing[0]}; {expected}"
+            )
+        return pairs

@@ -34,8 +34,8 @@ def write_scenes(root: str | Path) -> tuple[int, int]:
 
     A smooth random field decides which photograph (of the two that scikit-learn ships) shows where; one to four
     handwritten digits, coloured and 32 to 64 pixels high, lie on top. Training sees the left three fifths of the
-    photographs and four fifths of the digits, validation the rest of both. The same files every time; those which are
-    there already are left alone.
+    photographs and four fifths of the digits, validation the rest of both. The files are the same every time; those
+    that are there already are not written again.
 
     Returns:
         Numbers of training and validation images.

@@ -27,14 +27,15 @@ def sliding_window(net: Network, images: Tensor, window: tuple[int, int], stride
         ValueError: ``stride`` is not in 1 to ``window``.
     """
     if not all(1 <= step <= extent for step, extent in zip(stride, window, strict=True)):
-        raise ValueError(f"stride must be in 1 to window={tuple(window)}, got {tuple(stride)}")
+        raise ValueError(f"stride is {tuple(stride)}, expected a value from 1 to window={tuple(window)}")
     size = images.shape[-2:]
     window = (min(window[0], size[0]), min(window[1], size[1]))
     tops, lefts = (
         [min(index * step, extent - length) for index in range(math.ceil((extent - length) / step) + 1)]
         for extent, length, step in zip(size, window, stride, strict=True)
     )
-    total, count = None, images.new_zeros(size, dtype=torch.float32)
+    total: Tensor | None = None
+    count = images.new_zeros(size, dtype=torch.float32)
     for top in tops:
         for left in lefts:
             rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
@@ -43,6 +44,7 @@ def sliding_window(net: Network, images: Tensor, window: tuple[int, int], stride
                 total = logits.new_zeros((*logits.shape[:2], *size))
             total[..., rows, columns] += logits
             count[rows, columns] += 1
+    assert total is not None  # at least one window
     return total / count
 
 

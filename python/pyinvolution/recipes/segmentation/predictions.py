@@ -1,7 +1,5 @@
 """What predict writes for a segmentation model."""
 
-import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
+from pyinvolution.recipes.data import data_of
+from pyinvolution.recipes.distributed import from_all_processes
+from pyinvolution.recipes.images import output_names
 from pyinvolution.recipes.segmentation.cityscapes import IMAGE_SUFFIX, LABEL_IDS, colors
 
 __all__ = ["SegmentationWriter"]
@@ -21,7 +22,7 @@ class SegmentationWriter(BasePredictionWriter):
     and ``colors/NAME.png`` in the colours of the classes.
 
     NAME is CITY_SEQUENCE_FRAME in Cityscapes, so that ``labelIds`` can be submitted, or evaluated by its scripts, as it
-    is. Elsewhere it is the name of the image's file, after its folders where the file's alone is not unique.
+    is. Elsewhere it is as `output_names` makes it of the image's path relative to ``predict_root``.
 
     Args:
         output: folder.
@@ -31,31 +32,29 @@ class SegmentationWriter(BasePredictionWriter):
         super().__init__("batch")
         self.output = Path(output)
         self._names: list[str] = []
+        self._written: list[int] = []
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._names = names([path for path, _ in trainer.datamodule.predict_samples.files])
-        for folder in ("labelIds", "colors"):
-            (self.output / folder).mkdir(parents=True, exist_ok=True)
+        data: Any = data_of(trainer)
+        self._names = output_names([_without_suffix(name) for name in data.predict_samples.names])
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: tuple[Tensor, Tensor], *args: Any
     ) -> None:
         for index, train_ids in zip(prediction[0].tolist(), prediction[1].cpu().numpy(), strict=True):
             name = self._names[index]
-            Image.fromarray(LABEL_IDS[train_ids]).save(self.output / "labelIds" / f"{name}_labelIds.png")
-            colors(train_ids).save(self.output / "colors" / f"{name}.png")
+            for picture, path in (
+                (Image.fromarray(LABEL_IDS[train_ids]), self.output / "labelIds" / f"{name}_labelIds.png"),
+                (colors(train_ids), self.output / "colors" / f"{name}.png"),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+            self._written.append(index)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rank_zero_info(f"predictions of {len(self._names)} images: {self.output}/labelIds and {self.output}/colors")
+        count = len(from_all_processes(trainer, self._written))
+        rank_zero_info(f"predictions of {count} images: {self.output}/labelIds and {self.output}/colors")
 
 
-def names(paths: list[str]) -> list[str]:
-    """A unique name for each image."""
-    short = [Path(path).name.removesuffix(IMAGE_SUFFIX) for path in paths]
-    short = [name if name != Path(path).name else Path(path).stem for name, path in zip(short, paths, strict=True)]
-    count = Counter(short)
-    if len(count) == len(paths):
-        return short
-    root = os.path.commonpath(paths)
-    long = ["_".join(Path(path).relative_to(root).parts).replace(".", "_") for path in paths]
-    return [name if count[name] == 1 else other for name, other in zip(short, long, strict=True)]
+def _without_suffix(name: str) -> str:
+    return f"{name.removesuffix(IMAGE_SUFFIX)}.png" if name.endswith(IMAGE_SUFFIX) else name

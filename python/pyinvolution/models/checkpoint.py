@@ -1,0 +1,169 @@
+"""Checkpoints: reading their files safely, telling whose they are, and loading their weights."""
+
+import datetime
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Origin", "check_fit", "load", "load_backbone", "origin", "read", "reason_of", "weights"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Origin = Literal["authors", "recipe", "library"]
+"""Whose format a checkpoint has: the one of the authors' code (mmcls, mmdet, mmseg), of a recipe's training run, or
+of a state dict of this library's models."""
+
+_AUTHORS = re.compile(
+    r"(module\.)?"
+    r"(backbone\.stem\.\d|stem\.\d\.(conv|bn)\.|neck\.(lateral|fpn)_convs\.|(rpn|roi|bbox)_head\.|head\.fc\.)"
+)
+_TO_BACKBONE = re.compile(r"^(module\.|net\.)?(backbone\.(body\.)?)?")
+
+
+def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
+    """The dict in a file that torch.save wrote, on the CPU.
+
+    Only tensors and plain data are read; no code of the file is executed.
+
+    Args:
+        path: the file.
+        mmap: map the file into memory and read a tensor when it is used; not for files of torch before 1.6.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds more than tensors and plain data, or does not hold a dict.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    try:
+        with torch.serialization.safe_globals(_plain_types()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}, expected a dict")
+    except UnpicklingError as error:
+        # torch's own text advises to switch this safety off.
+        remedy = "if you trust it, save only its state dict: torch.save(checkpoint['state_dict'], path)"
+        reason = f"it is damaged or holds more than tensors and plain data, and will not be executed ({remedy})"
+        raise ValueError(f"{os.fspath(path)} is not a checkpoint: {reason}") from error
+    except Exception as error:  # a damaged file can be wrong in any way
+        raise ValueError(f"{os.fspath(path)} is not a checkpoint, or a damaged one: {reason_of(error)}") from error
+    return checkpoint
+
+
+def _plain_types() -> list[Any]:
+    # Metadata beside the weights may hold times and numpy scalars, which run no code of the file's choice.
+    types: list[Any] = [datetime.datetime, datetime.date, datetime.timedelta]
+    try:
+        import numpy
+    except ImportError:
+        return types
+    scalar = numpy.float64(0).__reduce__()[0]
+    types += [numpy.dtype, *(type(numpy.dtype(kind)) for kind in "?bhilqBHILQefdUS")]
+    return [*types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def weights(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
+    """The state dict of a checkpoint: its entry ``state_dict``, or the checkpoint itself.
+
+    Raises:
+        ValueError: there is none; the message begins with ``where``.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{where} holds no weights, expected a dict of tensors, perhaps under 'state_dict'")
+    return dict(state)
+
+
+def origin(checkpoint: Mapping[str, Any]) -> Origin:
+    """Whose format a checkpoint has, by the names in it.
+
+    Raises:
+        ValueError: it holds no weights.
+    """
+    if "hyper_parameters" in checkpoint and "state_dict" in checkpoint:
+        return "recipe"
+    return "authors" if any(map(_AUTHORS.match, weights(checkpoint))) else "library"
+
+
+def load(model: Model, source: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
+    """Load the weights of a checkpoint, of any `Origin`, into ``model``: all of them or none.
+
+    Only a checkpoint of the authors' code may lack parts of the model (`load_official`).
+
+    Args:
+        model: of the same architecture.
+        source: path of the checkpoint, or its content.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: it is not a checkpoint, or the weights are of another model.
+    """
+    from pyinvolution.models.official import load_official  # which reads files by `read`
+
+    where, checkpoint = _open(source)
+    state = weights(checkpoint, where)
+    if state.keys() != model.state_dict().keys():
+        if origin(checkpoint) == "authors":
+            return load_official(model, source if isinstance(source, (str, os.PathLike)) else state)
+        state = {key.removeprefix("net."): value for key, value in state.items()}  # a recipe's network
+    check_fit(state, model, where)
+    model.load_state_dict(state)
+    return model
+
+
+def load_backbone(backbone: Model, source: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
+    """Likewise the weights of a network's backbone, from a classifier, detector or segmentation model."""
+    from pyinvolution.models.official import load_official
+
+    where, checkpoint = _open(source)
+    state = weights(checkpoint, where)
+    if origin(checkpoint) == "authors":
+        return load_official(backbone, state)
+    own = backbone.state_dict()
+    bare = {_TO_BACKBONE.sub("", key): value for key, value in state.items()}
+    found = {key: value for key, value in bare.items() if key in own}
+    check_fit(found, backbone, where)
+    backbone.load_state_dict(found)
+    return backbone
+
+
+def check_fit(state: Mapping[str, Any], model: nn.Module, where: str) -> None:
+    """See that ``state`` has the names and shapes of the state dict of ``model``.
+
+    Raises:
+        ValueError: it differs; the message begins with ``where``.
+    """
+    expected = {name: _kind(value) for name, value in model.state_dict().items()}
+    found = {name: _kind(value) for name, value in state.items()}
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{where} is of another model: {len(different)} of {len(expected)} entries differ in name or shape; the "
+            f"first, {name}, is {found.get(name, 'missing')}, expected {expected.get(name, 'no such entry')}"
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    return shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
+def _open(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source), read(source)
+    return "the checkpoint", source
+
+
+def _kind(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

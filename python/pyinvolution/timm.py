@@ -1,0 +1,61 @@
+"""RedNet in timm's registry: after ``import pyinvolution.timm``, ``timm.create_model`` builds it by its name.
+
+Raises:
+    ImportError: timm is not installed, or is older than 1.0.12.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from torch import Tensor, nn
+
+from pyinvolution.models._registry import create_model, list_models
+from pyinvolution.models.official import official_key
+
+__all__ = ["default_cfgs"]
+
+_NAMES = [name for name in list_models("rednet*") if not is_model(name)]
+_CFG = {
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 224 / 256,
+    "interpolation": "bilinear",
+    "first_conv": "stem.conv1",
+    "classifier": "head",
+    "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
+    "paper_ids": "arXiv:2103.06255",
+}
+default_cfgs = generate_default_cfgs(dict.fromkeys(_NAMES, _CFG))
+"""Pretrained configurations by model name; timm looks for them in the module of an entry point."""
+
+
+def _entry_point(name: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            partial(_create, name),
+            name,
+            pretrained,
+            pretrained_filter_fn=_from_official,
+            feature_cfg={"out_indices": (0, 1, 2, 3, 4)},
+            **kwargs,
+        )
+
+    build.__name__ = build.__qualname__ = name
+    return build
+
+
+def _create(name: str, in_chans: int = 3, **kwargs: Any) -> nn.Module:
+    model = create_model(name, in_channels=in_chans, **kwargs)
+    model.in_chans = in_chans  # type: ignore[assignment]
+    return model
+
+
+def _from_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    names = {official_key(key): key for key in [*model.state_dict(), "head.weight", "head.bias"]}
+    return {names.get(key, key): value for key, value in state_dict.items()}
+
+
+for _name in _NAMES:
+    register_model(_entry_point(_name))
