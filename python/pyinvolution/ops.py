@@ -208,7 +208,8 @@ def fuses_span(
 ) -> bool:
     """Whether a kernel computes W inside the involution (``route`` in cpp/core/dispatch.cpp decides).
 
-    ``window`` has kernel_size, stride, padding and dilation. ``differentiable``: a backward pass will follow. Where that has no kernel, W is better kept than computed twice.
+    ``window`` has kernel_size, stride, padding and dilation. ``differentiable``: a backward pass will follow. Where
+    that has no kernel, W is better kept than computed twice.
     """
     kernel_size = window[0]
     if input.device.type not in ("cpu", "cuda"):
