@@ -118,6 +118,8 @@ CHANGED = {
     "no state_dict": without("state_dict"),
     "no version": without("pytorch-lightning_version"),
     "no optimizer": without("optimizer_states"),
+    "no state of the optimizer": replaced(optimizer_states=[]),
+    "optimizer of a wrong type": replaced(optimizer_states=[3]),
     "loops of a wrong type": replaced(loops=3),
     "state_dict of a wrong type": replaced(state_dict=[1, 2]),
     "entries of a wrong type": lambda checkpoint: checkpoint["state_dict"].update({"net.head.fc.bias": "text"}),
@@ -148,7 +150,14 @@ def damaged(trained, tmp_path_factory):
 
 NAMES = [*RAW, *CHANGED, "a list", "code", "code in a plain pickle"]
 # What has no business with weights alone, or with evaluation.
-OF_TRAINING = {"no version", "no optimizer", "loops of a wrong type", "no data"}
+OF_TRAINING = {
+    "no version",
+    "no optimizer",
+    "no state of the optimizer",
+    "optimizer of a wrong type",
+    "loops of a wrong type",
+    "no data",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

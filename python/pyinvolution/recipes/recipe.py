@@ -163,19 +163,23 @@ class Recipe(pl.LightningModule):
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
-        groups = checkpoint["optimizer_states"][0]["param_groups"]
-        kind = "adamw" if "betas" in groups[0] else "sgd"
+        try:
+            groups = checkpoint["optimizer_states"][0]["param_groups"]
+            kind, count = "adamw" if "betas" in groups[0] else "sgd", sum(len(group["params"]) for group in groups)
+        except (IndexError, KeyError, TypeError) as error:
+            raise RecipeError("--ckpt_path: the checkpoint's optimizer_states are damaged") from error
         if kind != self.optimizer:
             raise RecipeError(
                 f"cannot resume: the checkpoint was made with model.optimizer={kind}, this run has {self.optimizer}"
             )
-        count, ours = sum(len(group["params"]) for group in groups), len(self._trained())
-        if count != ours:
+        if count != (ours := len(self._trained())):
             raise RecipeError(f"cannot resume: the checkpoint has {count} trained parameters, this run {ours}")
         if not self.ema_decay and "current_model_state" in checkpoint:
+            check_fit(checkpoint["current_model_state"], self, "--ckpt_path")
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # there, state_dict is the average
         self._before = _settings(checkpoint.get("hyper_parameters"), checkpoint.get("datamodule_hyper_parameters"))
-        self._before |= {"the run's length": checkpoint.get("total_steps")} if "total_steps" in checkpoint else {}
+        if "total_steps" in checkpoint:
+            self._before["the run's length"] = checkpoint["total_steps"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["total_steps"] = self._total_steps
