@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pyinvolution.models import create_model
@@ -195,8 +196,13 @@ def hooked(register):
 
 
 def patched(model):
+    def forward(self, x):
+        y = nn.functional.relu_(x)
+        y.data.mul_(0.5)
+        return y
+
     for block in model.layer1:
-        block.norm1.forward = lambda x, norm=block.norm1: nn.BatchNorm2d.forward(norm, x) + 0.5
+        block.act.forward = MethodType(forward, block.act)
     return model
 
 
@@ -262,6 +268,7 @@ SURGERIES = {
     "scribbling layer": replace("conv3", Scribbling, "conv2"),
     "two norms": replace("norm1", lambda norm: nn.Sequential(norm, nn.BatchNorm2d(16)), None),
     "ReLU before the layer": replace("conv3", lambda conv: nn.Sequential(nn.ReLU(), conv), "conv2"),
+    "scribbling pool": lambda model: setattr(model, "pool", Scribbling(model.pool)) or model,
     "group norm": replace("norm2", lambda norm: nn.GroupNorm(4, 16)),
     "instance norm": replace("norm2", lambda norm: nn.InstanceNorm2d(16, affine=True)),
     "sequence of layers": replace("involution", lambda layer: nn.Sequential(layer, nn.Conv2d(16, 16, 3, padding=1))),
@@ -401,17 +408,34 @@ def test_gradients_of_some_parameters():
 @contextmanager
 def global_hook():
     def hook(module, inputs, output):
-        return output * 0.9 if isinstance(module, nn.ReLU) else None
+        if isinstance(module, nn.ReLU):
+            output.data.mul_(0.5)
 
     handle = nn.modules.module.register_module_forward_hook(hook)
     yield
     handle.remove()
 
 
-class Doubling(torch.utils._python_dispatch.TorchDispatchMode):
+class Doubling(TorchDispatchMode):
+    """Replaces the kernel of batch norms."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        return result * 2 if func is torch.ops.aten.relu.default else result
+        if func is torch.ops.aten.native_batch_norm.default:
+            self.used = True
+            return 2 * result[0], *result[1:]
+        return result
+
+
+def test_other_kernels():
+    results = []
+    for model, prepare in zip(pair(), (lambda model: model, in_order), strict=True):
+        with Doubling() as mode:
+            output = prepare(model)(image())
+        assert mode.used
+        penalty(output).backward()
+        results.append(state(model, [output]))
+    assert_same(*results)
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -425,7 +449,6 @@ class Doubling(torch.utils._python_dispatch.TorchDispatchMode):
         torch.autograd.graph.allow_mutation_on_saved_tensors,
         torch.autograd.detect_anomaly,
         torch.autograd.forward_ad.dual_level,
-        Doubling,
         lambda: torch.device("cpu"),
     ],
 )
@@ -532,6 +555,21 @@ def test_grad_checkpointing(name):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("name", ["spectral_norm", "spectral_norm, parametrized", "dropout"])
+def test_grad_checkpointing_backward_twice(name):
+    """Each recomputation begins with the buffers and random numbers that the forward pass had."""
+    results = []
+    for model, prepare in zip(pair(), (lambda model: model, in_order), strict=True):
+        torch.manual_seed(3)
+        model = prepare(SURGERIES[name](model))
+        model.set_grad_checkpointing(prepare is not in_order)
+        loss = penalty(model(image()))
+        for _ in range(3):
+            loss.backward(retain_graph=True)
+        results.append(state(model))
+    assert_same(*results)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -588,6 +626,19 @@ def test_bits_of_an_activation(shape, channels_last, parameters, dtype):
         assert found.stride() == expected.stride()
         assert found.grad_fn is relu
     assert expected.any()
+
+
+def test_strided_inputs():
+    """torch normalises them by another formula, and rounds otherwise."""
+    block = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(True), nn.Conv2d(3, 2, 1))
+    nn.init.normal_(block[0].weight)
+    nn.init.normal_(block[0].bias)
+    x = 3 * image(size=32)[..., ::2]
+    activation = block[:2](x)
+    expected = activation.detach().clone()
+    output = block[2](activation)
+    forget_activations(block, x, output)
+    assert torch.equal(output.grad_fn._saved_input, expected)
 
 
 def test_changed_inputs_are_noticed():
