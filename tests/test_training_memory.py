@@ -633,7 +633,8 @@ def test_strided_inputs():
     block = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(True), nn.Conv2d(3, 2, 1))
     nn.init.normal_(block[0].weight)
     nn.init.normal_(block[0].bias)
-    x = 3 * image(size=32)[..., ::2]
+    x = (3 * image(size=32))[..., ::2]
+    assert not x.is_contiguous()
     activation = block[:2](x)
     expected = activation.detach().clone()
     output = block[2](activation)
