@@ -222,38 +222,6 @@ def test_checkpointing_changes_nothing_but_memory(compiled):
     assert not any(stage.grad_checkpointing for stage in saving.stages)
 
 
-def test_what_is_computed_again_changes_nothing_but_memory(monkeypatch):
-    """The norms and ReLUs before an involution and after it."""
-    model = scramble(small([2]))
-    plain = copy.deepcopy(model)
-    x = torch.randn(2, 3, 32, 32)
-    kept = []
-    for one, recomputes in ((model, True), (plain, False)):
-        if not recomputes:
-            monkeypatch.setattr(
-                "pyinvolution.models.rednet._through", lambda norm, act, layer, input: layer(act(norm(input)))
-            )
-        bytes_ = {}
-
-        def pack(tensor, bytes_=bytes_):
-            bytes_[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = one(x).square().sum()
-        # A gradient penalty differentiates a second time.
-        parameters = list(one.parameters())
-        grads = torch.autograd.grad(loss, parameters, create_graph=True)
-        sum(g.square().sum() for g in grads).backward()
-        kept.append(sum(bytes_.values()))
-        one.first = grads
-    assert all(torch.equal(a, b) for a, b in zip(model.first, plain.first, strict=True))
-    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, plain.get_buffer(name)), name
-    assert kept[0] < 0.8 * kept[1]
-
-
 def test_head():
     model = small(drop_rate=0.5)
     x = torch.randn(2, 3, 16, 16)

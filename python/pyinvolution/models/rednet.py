@@ -2,15 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
+from pyinvolution.models._memory import checkpoint, forget_activations
 from pyinvolution.models._registry import register_model
 from pyinvolution.modules import Involution2d, check_input, init_conv, positive_int
 
@@ -55,14 +54,10 @@ class Stage(nn.Sequential):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return super().forward(input)
         for block in self:
-            if torch.compiler.is_compiling():
-                # A compiled recomputation has no side effects, and takes no context_fn of ours.
-                input = checkpoint(block, input, use_reentrant=False)
-            else:
-                input = checkpoint(block, input, use_reentrant=False, context_fn=partial(_recompute, block))
+            output = checkpoint(block, input) if self.grad_checkpointing else block(input)
+            forget_activations(block, input, output)
+            input = output
         return input
 
 
@@ -95,8 +90,17 @@ class Stem(Stage):
     act3: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        x = _through(self.norm1, self.act1, self.involution, self.conv1(input))
-        return self.act3(self.norm3(_through(self.norm2, self.act2, self.conv2, x)))
+        x = self.conv1(input)
+        x = self.norm1(x)
+        x = self.act1(x)
+        x = self.involution(x)
+        x = self.norm2(x)
+        x = self.act2(x)
+        x = self.conv2(x)
+        x = self.norm3(x)
+        x = self.act3(x)
+        forget_activations(self, input, x)
+        return x
 
 
 class Bottleneck(nn.Module):
@@ -132,8 +136,14 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=norm_layer(out_channels)))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = _through(self.norm1, self.act, self.involution, self.conv1(input))
-        x = self.norm3(_through(self.norm2, self.act, self.conv3, x))
+        x = self.conv1(input)
+        x = self.norm1(x)
+        x = self.act(x)
+        x = self.involution(x)
+        x = self.norm2(x)
+        x = self.act(x)
+        x = self.conv3(x)
+        x = self.norm3(x)
         x += input if self.downsample is None else self.downsample(input)
         return self.act(x)
 
@@ -452,67 +462,6 @@ def _trade_stride(stages: int, stem_stride: int, output_stride: int) -> tuple[li
         raise ValueError(f"output_stride is {output_stride!r}, expected one of {allowed}")
     strides = [1] + [2 if stride <= output_stride else 1 for stride in allowed[1:]]
     return strides, [max(1, stride // output_stride) for stride in allowed]
-
-
-def _through(norm: nn.Module, act: nn.Module, layer: nn.Module, input: Tensor) -> Tensor:
-    """``layer(act(norm(input)))``, of which a training step on a CPU keeps the input alone.
-
-    RedNet has more activations than ResNet, most of them in the stem, where images are largest. What follows from a
-    norm's input is cheap to compute again; a convolution is not, and saves its input before it would run.
-    """
-    if (
-        norm.training
-        and type(norm) is nn.BatchNorm2d
-        and torch.is_grad_enabled()
-        and isinstance(input, Tensor)
-        and input.device.type == "cpu"
-        and input.requires_grad
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(m._forward_hooks or m._forward_pre_hooks for part in (norm, act, layer) for m in part.modules())
-    ):
-        parts = nn.Sequential(norm, act, layer)
-        return checkpoint(
-            parts, input, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_recompute, parts)
-        )
-    return layer(act(norm(input)))
-
-
-def _recompute(block: nn.Module):
-    return nullcontext(), _AsBefore(block)
-
-
-class _AsBefore:
-    """Recomputation with what the forward pass saw. A batch norm would count its batch a second time, and after
-    `torch.func.functional_call` the module has other parameters again. Entered once for each recomputation."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.tensors: list[tuple[dict[str, Any], str, Tensor | None]] = [
-            (tensors, name, tensor)
-            for module in block.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-        ]
-        self.norms = [
-            module
-            for module in block.modules()
-            if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
-        ]
-
-    def __enter__(self) -> None:
-        self.replaced = [(tensors, name, tensors[name]) for tensors, name, _ in self.tensors]
-        for tensors, name, tensor in self.tensors:
-            tensors[name] = tensor
-        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
-        for norm in self.norms:
-            assert norm.num_batches_tracked is not None
-            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-
-    def __exit__(self, *error: object) -> None:
-        for norm, (momentum, batches) in zip(self.norms, self.kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
-        for tensors, name, tensor in self.replaced:
-            tensors[name] = tensor
 
 
 @partial(register_model, listed=False)

@@ -1,0 +1,225 @@
+"""Less memory for training: what a block of RedNet need not keep for the backward pass."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+__all__ = ["checkpoint", "forget_activations"]
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+_STOCK = {nn.BatchNorm2d, nn.Conv2d, nn.ReLU, nn.Sequential}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
+    """Save the activations between ``input`` and ``output = block(input)`` as what they are computed from.
+
+    Of a batch norm and a ReLU autograd keeps the norm's input x, and the activation ``y = relu(batch_norm(x))``, which
+    the next layer saves too. Here y is taken out of the graph; backward computes it again when it asks for it, with the
+    kernel, the statistics and so the bits of the forward pass. No module runs a second time, and all but y is still
+    saved by autograd itself, with its checks.
+
+    Nothing is done, which costs memory only, unless the block has the stock modules, without hooks, and ran eagerly on
+    a CPU: other code may hold an activation, or change it without autograd's knowledge.
+    """
+    if torch.compiler.is_compiling() or type(output) is not Tensor or output.device.type != "cpu":
+        return
+    if output.grad_fn is None or _intercepted() or not all(map(_is_stock, block.modules())):
+        return
+    nodes = list(_graph(output, input))
+    try:
+        recipes = [
+            (node._saved_result, recipe)
+            for node in nodes
+            if node is not output.grad_fn and (recipe := _recipe(node)) is not None
+        ]
+        # Found first and replaced then: a tensor that an operator has changed since it was saved raises an error here,
+        # and is left to raise it in backward.
+        found = [
+            (raw, recipe)
+            for node in nodes
+            for tensor, raw in _saved(node)
+            for activation, recipe in recipes
+            if tensor.is_set_to(activation)
+        ]
+    except RuntimeError:
+        return
+    for raw, recipe in found:
+        raw.register_hooks(lambda _, recipe=recipe: recipe, _Recipe.activation)
+
+
+class _Recipe:
+    """``relu(batch_norm(x))`` from the norm's input, statistics and parameters in the forward pass."""
+
+    def __init__(self, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self.input, self.version = input.detach(), input._version
+        # The parameters may change before backward. All of these have a value for each channel.
+        self.mean, self.scale, self.bias = mean.detach(), (invstd * weight).detach(), bias.detach().clone()
+        self.value: Tensor | None = None
+
+    def activation(self) -> Tensor:
+        # Kept from here on: the layer behind the activation asks for it, and then the ReLU.
+        if self.value is None:
+            if self.input._version != self.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"the input of a batch norm, of shape {tuple(self.input.shape)}, is at version "
+                    f"{self.input._version}; expected version {self.version}"
+                )
+            # In training, the kernel multiplies by invstd * weight, as in evaluation: with a variance of 1 and an eps
+            # of 0, that is the scale itself.
+            value, _, _ = torch.native_batch_norm(
+                self.input, self.scale, self.bias, self.mean, torch.ones_like(self.mean), False, 0.0, 0.0
+            )
+            self.value = value.relu_()
+        return self.value
+
+
+def _recipe(node: Any) -> _Recipe | None:
+    """Of the result of an autograd node, if that is the ReLU of a batch norm that can be computed again exactly."""
+    if node.name() != "ReluBackward0":
+        return None
+    norm = node.next_functions[0][0]
+    if norm is None or norm.name() != "NativeBatchNormBackward0" or not norm._saved_training:
+        return None
+    # A frozen bias has no node and the norm does not save it.
+    bias = getattr(norm.next_functions[2][0], "variable", None)
+    input, weight = norm._saved_input, norm._saved_weight
+    if bias is None or weight is None:
+        return None
+    vectors = [weight, bias, norm._saved_running_mean, norm._saved_running_var]
+    # Else torch uses another formula, or rounds the scale.
+    exact = (
+        (input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
+        and all(vector is None or vector.is_contiguous() for vector in vectors)
+        and weight.dtype in (torch.float32, torch.float64)
+    )
+    if not exact or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (input, weight, bias)):
+        return None
+    return _Recipe(input, norm._saved_result1, norm._saved_result2, weight, bias)
+
+
+def _intercepted() -> bool:
+    """Whether something else may take part in the computation, or saves tensors in its own way."""
+    return (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_function_stack() > 0
+        or is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+        or _has_any_global_hook()
+    )
+
+
+def _is_stock(module: nn.Module) -> bool:
+    kind, state = type(module), vars(module)
+    return (
+        (kind in _STOCK or kind.__module__.startswith("pyinvolution."))
+        and "forward" not in state
+        and not any(map(state.get, _HOOKS))
+    )
+
+
+def _graph(output: Tensor, input: Tensor) -> Iterator[Any]:
+    """The autograd nodes that lead from ``input`` to ``output``."""
+    left: list[Any] = [output.grad_fn]
+    seen = {None, input.grad_fn}
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _saved(node: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Tensors that a node has saved, and the objects that hold them (`torch.autograd.graph.saved_tensors_hooks`)."""
+    for name, raw_name in _saved_names(node.__class__):
+        tensors, raws = getattr(node, name), getattr(node, raw_name)
+        if not isinstance(tensors, tuple):
+            tensors, raws = (tensors,), (raws,)
+        for tensor, raw in zip(tensors, raws, strict=True):
+            # Neither None nor a parameter.
+            if type(tensor) is Tensor:
+                yield tensor, raw
+
+
+@lru_cache
+def _saved_names(node: type) -> tuple[tuple[str, str], ...]:
+    raw = [name for name in dir(node) if name.startswith("_raw_saved_")]
+    # A Function written in Python has `saved_tensors`, others have `_saved_` and a name.
+    return tuple((name.removeprefix("_raw" if hasattr(node, name[4:]) else "_raw_"), name) for name in raw)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+# Held while a checkpointed block runs: no other thread must see it as `_AsBefore` makes it.
+_running = RLock()
+
+
+def checkpoint(block: nn.Module, input: Tensor) -> Tensor:
+    """``block(input)``, of which only ``input`` is kept: the block runs again in the backward pass.
+
+    The second time it has the parameters, buffers, mode and random numbers of the first, and leaves its buffers alone.
+    What else it remembers or does, it remembers or does twice.
+    """
+    if not torch.is_grad_enabled():
+        return block(input)
+    if torch.compiler.is_compiling():
+        # A compiled recomputation has no side effects, and takes no context_fn of ours.
+        return torch_checkpoint(block, input, use_reentrant=False)
+    return torch_checkpoint(
+        block,
+        input,
+        use_reentrant=False,
+        context_fn=lambda: (_running, _AsBefore(block)),
+        # An operator may save a tensor before it fills it, RReLU's noise for one.
+        early_stop=False,
+    )
+
+
+class _AsBefore:
+    """A context in which a block is as it was when this was made. Entered once for each recomputation.
+
+    Its parameters may be others by then (`torch.func.functional_call`), and batch norms must not count a second time.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.before = [
+            (module, module.training, {**module._parameters}, _copies(module._buffers)) for module in block.modules()
+        ]
+
+    def __enter__(self) -> None:
+        _running.acquire()
+        self.now = [
+            (module, module.training, {**module._parameters}, {**module._buffers}) for module, *_ in self.before
+        ]
+        for module, training, parameters, buffers in self.before:
+            _set(module, training, parameters, _copies(buffers))
+
+    def __exit__(self, *error: object) -> None:
+        for state in self.now:
+            _set(*state)
+        _running.release()
+
+
+def _copies(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _set(
+    module: nn.Module, training: bool, parameters: dict[str, nn.Parameter | None], buffers: dict[str, Tensor | None]
+) -> None:
+    module.training = training
+    module._parameters.update(parameters)
+    module._buffers.update(buffers)
