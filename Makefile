@@ -71,7 +71,7 @@ sanitize-gpu: $(VENV)/.installed
 
 # The documentation site, build/docs/index.html. DOCS_REPOSITORY=https://github.com/OWNER/NAME adds links to the source files.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -W --keep-going --quiet -c docs . build/docs
+	$(BIN)/python -m sphinx -E -W --keep-going --quiet -c docs . build/docs
 	@echo build/docs/index.html
 
 clean:

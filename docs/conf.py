@@ -64,12 +64,7 @@ def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
     """Append the navigation to the landing page, where GitHub would show it as code."""
     if name == root_doc:
         for caption, pages in NAVIGATION.items():
-            lines = [f":caption: {caption}", ":hidden:", "", *(page for page in pages if exists(app, page))]
-            source[0] += "\n".join(["\n```{toctree}", *lines, "```\n"])
-
-
-def exists(app: Sphinx, page: str) -> bool:
-    return page in app.project.docnames
+            source[0] += "\n".join(["\n```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```\n"])
 
 
 def mathml(translator: Any, node: nodes.Element) -> None:
