@@ -20,8 +20,17 @@ language = "en"
 
 # The navigation: captions and pages, in the order in which a new user needs them.
 NAVIGATION = {
-    "Guides": ["docs/first-steps", "docs/training", "docs/cpp", "docs/migration", "docs/when-not-to-use", "docs/faq"],
-    "Background": ["docs/operator", "docs/kernels", "cpp/cpu/README", "cuda/README", "benchmarks/README"],
+    "Guides": [
+        "docs/first-steps",
+        "docs/operator",
+        "docs/kernels",
+        "docs/training",
+        "docs/cpp",
+        "docs/migration",
+        "docs/when-not-to-use",
+        "docs/faq",
+    ],
+    "Measurements and design": ["benchmarks/README", "cpp/cpu/README", "cuda/README"],
     "Reference": ["docs/reference/python", "docs/reference/models", "docs/reference/training", "docs/reference/cpp"],
     "Project": ["CHANGELOG", "CONTRIBUTING"],
 }
@@ -44,17 +53,18 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Shape", "params_style")]
+napoleon_custom_sections = ["Shape"]
 
 # Nothing is loaded from other hosts: the theme uses the fonts of the reader's system, and formulas are MathML.
 html_theme = "furo"
 html_title = f"pyinvolution {version}"
 html_static_path = ["site"]
-html_css_files = ["tables.css"]
+html_css_files = ["width.css"]
 html_extra_path = ["site/index.html"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
 if repository := os.environ.get("DOCS_REPOSITORY"):
     html_theme_options |= {"source_repository": repository, "source_branch": "main", "source_directory": ""}
