@@ -11,9 +11,10 @@ BUILD := build/editable
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake -type f -not -name "*.pyc")
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd ';')
 export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
+COMMA := ,
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-.PHONY: demo test test-python test-cpp lint format bench bench-gpu sanitize-gpu wheel test-abi clean
+.PHONY: demo test test-python test-cpp lint format bench bench-gpu sanitize-gpu wheel test-abi docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyinvolution demo
@@ -68,6 +69,11 @@ bench-gpu: $(VENV)/.installed
 sanitize-gpu: $(VENV)/.installed
 	PYTHON=$(BIN)/python benchmarks/sanitize.sh
 
+# The documentation site, build/docs/index.html. DOCS_REPOSITORY=https://github.com/OWNER/NAME adds links to the source files.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -E -W --keep-going --quiet -c docs . build/docs
+	@echo build/docs/index.html
+
 clean:
 	rm -rf build $(VENV)
 
@@ -79,8 +85,15 @@ $(VENV)/.created:
 	touch $@
 
 # Without isolation the build uses the torch of the environment; this target rebuilds what changed, so imports need not.
+define install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+		--config-settings build-dir=$(BUILD) --config-settings editable.rebuild=false --editable ".[$(1)]"
+	touch $@
+endef
+
 $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.26" ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
-		--config-settings build-dir=$(BUILD) --config-settings editable.rebuild=false --editable ".[dev]"
-	touch $@
+	$(call install,dev)
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(call install,dev$(COMMA)docs)

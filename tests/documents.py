@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/README.md", "cuda/README.md")
+NAMES = ("*.md", "docs/**/*.md", "benchmarks/README.md", "cpp/cpu/README.md", "cuda/README.md")
 PAGES = [page for name in NAMES for page in sorted(ROOT.glob(name))]
 FENCE = re.compile(r"^(?:<!-- not executed: (\S[^\n]*) -->\n+)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

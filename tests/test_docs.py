@@ -1,4 +1,4 @@
-"""Every block of code in the documentation runs, C++ and CMake in test_consumer.py, and what the text names exists."""
+"""Every block of code in the documentation runs (C++ in test_consumer.py), what it names exists, the site builds."""
 
 import importlib.util
 import re
@@ -26,8 +26,6 @@ def of(language: str) -> list[Block]:
 
 
 def test_every_block_is_executed_or_says_why_not() -> None:
-    assert len(of("python")) >= 14
-    assert len(COMMANDS) >= 14
     for block in BLOCKS:
         # test_consumer.py builds those of the C++ guide.
         known = ("python", "bash", "cpp", "cmake") if block.name.startswith("docs/cpp.md") else ("python", "bash")
@@ -163,6 +161,43 @@ def test_paths_lead_somewhere(page: Path) -> None:
         assert "://" in link or (page.parent / link).exists(), link
     for path in re.findall(r"`((?:benchmarks|cmake|cpp|cuda|docs|python|tests)/[\w./*-]+)`", text):
         assert [*ROOT.glob(path)], path
+
+
+def rows_of(heading: str) -> dict[str, str]:
+    """The table below a heading of CONTRIBUTING.md: its first column, and the rest of each row."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("| ").split(" | ", 1) for line in section.splitlines() if line.startswith("|")]
+    return dict(rows[2:])
+
+
+def test_places_to_touch() -> None:
+    """Every path of the table is there, and every word in capitals is in one of the files of its row."""
+    rows = rows_of("I want to add ...")
+    assert {"an instruction set", "a CUDA strategy", "a parameter of the operator", "a dtype", "a block"} <= rows.keys()
+    assert {"a recipe", "an export format"} <= rows.keys()
+    missing = []
+    for name, text in rows.items():
+        spans = re.findall(r"`([^`]+)`", text)
+        paths = [ROOT / span for span in spans if "/" in span]
+        assert paths, name
+        missing += [str(path.relative_to(ROOT)) for path in paths if not path.exists()]
+        files = "".join(path.read_text() for path in paths if path.is_file())
+        missing += [f"{name}: {span}" for span in spans if re.fullmatch(r"[A-Z]\w+", span) and span not in files]
+    assert missing == []
+
+
+def test_site(tmp_path: Path) -> None:
+    """It builds without a warning, and its pages load nothing from other hosts."""
+    for package in ("sphinx", "furo", "myst_parser", "latex2mathml"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "sphinx", "-E", "-W", "--keep-going", "--quiet", "-c", "docs", ".", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pages = [*tmp_path.rglob("*.html")]
+    assert pages
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=\"([^\"]+)", page.read_text())
+        assert not [url for url in loaded if re.match(r"(https?:)?//", url)], page
 
 
 def test_every_switch_is_in_contributing() -> None:

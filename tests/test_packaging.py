@@ -23,7 +23,7 @@ def output_of(*command: str) -> str:
 
 def test_workflows_are_valid() -> None:
     pytest.importorskip("check_jsonschema")
-    assert {path.stem for path in WORKFLOWS} == {"ci", "lint", "wheels"}
+    assert {path.stem for path in WORKFLOWS} == {"ci", "docs", "lint", "wheels"}
     output_of("check_jsonschema", "--builtin-schema", "vendor.github-workflows", *map(str, WORKFLOWS))
 
 
