@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-import yaml
 from recipe_support import environment, fit_arguments, one_thread, write_images  # noqa: F401
 
 from pyinvolution import cli
 from pyinvolution.models import list_models
 
 pytest.importorskip("lightning")
+import yaml
+
 from pyinvolution.recipes import RecipeError
 from pyinvolution.recipes.classification import comparison
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 from recipe_support import (
     assert_same_state,
     interruption,
@@ -29,6 +27,8 @@ from pyinvolution.models import create_model, official_state_dict
 pytest.importorskip("lightning")
 pytest.importorskip("pycocotools")
 import lightning.pytorch as pl
+import yaml
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
