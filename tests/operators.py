@@ -6,12 +6,13 @@ in the order of preference, and the conditions are those of the headers that dec
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EMPTY_CASES, LAYER_CASES, SPAN_CASES, Case, in_layout, random_like, with_gradients
+from cases import CASES, EMPTY_CASES, LAYER_CASES, SPAN_CASES, Case, in_layout, random_like, same, with_gradients
 from tolerance import assert_accurate
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad
@@ -20,6 +21,8 @@ from pyinvolution import explain, explain_span, force_variant, functional, ops, 
 from pyinvolution._library import _C
 
 ISAS = _C.available_isas()
+WITH_VECTORS = ("cpu/columns", "cpu/channels", "cpu/fused")
+"""The variants that are compiled for each instruction set."""
 
 # --- who takes what ---------------------------------------------------------------------------------------------------
 
@@ -87,48 +90,27 @@ def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class Operator:
-    """An operator in the way of torch's OpInfo. Tensors are lists in the order of ``names``."""
+    """An operator in the way of torch's OpInfo; tensors are lists in the order of ``names``. It has
 
-    name: str
-    names: tuple[str, ...]
-    """Tensors; where there is a backward operator, the last one is grad_output."""
-    passes: dict[str, tuple[bool, ...] | None]
-    """The output_mask of the backward operator with which it runs a pass, or None for the forward operator."""
-    takes: dict[str, Takes]
-    """What each variant, "device/name", must take."""
-    cases: Sequence[Case]
-    empty: Sequence[Case]
-    small: Sequence[Case] = ()
-    """For derivatives by differences, and whatever else takes long."""
-    spoiled: Sequence[tuple[str, Sequence[tuple[int, ...]]]]
-    """Tensors, and where to put a value that is not finite."""
-    vmapped: Sequence[tuple[int | None, ...]]
-    """Dimensions that vmap takes from the tensors."""
+    - names: of the tensors; the last one is grad_output where there is a backward operator,
+    - passes: the output_mask with which the backward operator runs a pass, None for the forward operator,
+    - takes: for each variant, "device/name", the problems that it must run,
+    - cases, cuda_cases (only on a GPU), empty, small (for whatever takes long),
+    - spoiled: tensors, and where to put a value that is not finite,
+    - vmapped: dimensions that vmap takes from the tensors,
+    - roundings: how many epsilons of the sum of absolute terms a result may be off,
+    - shapes(case), explain(case, *tensors, pass_),
+    - forward(case, *tensors), backward(case, *tensors, mask): the operator to call, and its arguments,
+    - function(case, *tensors): the public function, which autograd differentiates, or None,
+    - composed(case, *tensors, store): the equation in torch's functions, keeping in ``store`` what is kept in memory.
+    """
+
+    cuda_cases: Sequence[Case] = ()
     function: Callable[..., Tensor] | None = None
-    """The public differentiable one, called with a case and tensors."""
-    roundings: int = 16
-    """How many epsilons of the sum of absolute terms a result may be off."""
+    roundings = 16
 
     def __str__(self) -> str:
         return self.name
-
-    def shapes(self, case: Case) -> tuple[tuple[int, ...], ...]:
-        raise NotImplementedError
-
-    def forward(self, case: Case, *tensors: Tensor) -> tuple[Any, tuple]:
-        """The operator and its arguments."""
-        raise NotImplementedError
-
-    def backward(self, case: Case, *tensors: Tensor, mask: Sequence[bool]) -> tuple[Any, tuple]:
-        raise NotImplementedError
-
-    def composed(self, case: Case, *tensors: Tensor, store: torch.dtype | None = None) -> Tensor:
-        """The equation in torch's functions; ``store`` is the dtype of results that the operator keeps in memory."""
-        raise NotImplementedError
-
-    def explain(self, case: Case, *tensors: Tensor, pass_: str) -> Any:
-        """The library's own account, or None where it has none."""
-        return None
 
     @property
     def differentiable(self) -> bool:
@@ -187,10 +169,24 @@ class Operator:
 
     def assert_accurate(self, case: Case, tensors: Sequence[Tensor], actual: dict[str, Tensor], variant: str) -> None:
         exact, same = self.expected(case, tensors, torch.float64), self.expected(case, tensors, variant=variant)
+        self.compare(case, actual, exact, same, f"{variant}, strides {[t.stride() for t in tensors]}")
+
+    def compare(
+        self, case: Case, actual: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], what: str
+    ) -> None:
         for name, result in actual.items():
-            strides = [t.stride() for t in tensors]
-            what = f"{self} {name} of {case}, {tensors[0].dtype}, {variant}, strides {strides}"
-            assert_accurate(result.cpu(), exact[name], same[name], what)
+            assert_accurate(result.cpu(), exact[name], same[name], f"{self} {name} of {case}, {result.dtype}, {what}")
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def problem(
+        self, case: Case, dtype: torch.dtype, layout: str, device: str, variant: str = ""
+    ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors, and what is expected in float64 and in their dtype; once for variants that are tested in turn."""
+        tensors = self.tensors(case, dtype, layout, device)
+        return tensors, self.expected(case, tensors, torch.float64), self.expected(case, tensors, variant=variant)
+
+    def cases_on(self, device: str) -> Sequence[Case]:
+        return self.cases if device == "cpu" else (*self.cases, *self.cuda_cases)
 
     def taken(self, variant: str, case: Case, dtype: torch.dtype, layout: str) -> list[str]:
         """The passes that a variant must take."""
@@ -210,6 +206,12 @@ class Involution(Operator):
         "cpu/scalar": everything,
     }
     cases = (*CASES, WIDE_ROW, MANY_TAPS, FAR_COLUMNS)
+    # Narrow and wide tiles, whole and partial chunks of groups.
+    cuda_cases = tuple(
+        Case((batch, groups * width, *size), groups, (k, k), (stride, stride), (k // 2, k // 2))
+        for batch, groups, *size in ((2, 1, 7, 7), (1, 4, 9, 20), (1, 6, 18, 34))
+        for width, k, stride in product((3, 8, 16, 24, 32), (3, 5, 7), (1, 2))
+    )
     empty = EMPTY_CASES
     small = (
         Case((2, 4, 3, 4), 2, (3, 3)),
@@ -253,6 +255,13 @@ class SpanInvolution(Operator):
         "cpu/composed": everything,
     }
     cases = (*SPAN_CASES, WIDE_ROW, MANY_TAPS, FAR_COLUMNS, MANY_REDUCED)
+    cuda_cases = (
+        replace(same(64, 14, 7, batch=2), reduced=16),
+        replace(same(64, 28, 7, 2), reduced=16),
+        replace(same(128, 28, 7), reduced=32),
+        replace(same(256, 14, 7, batch=2), reduced=64),
+        Case((1, 96, 17, 18), 6, (7, 7), padding=(2, 4), reduced=48),
+    )
     empty = tuple(replace(case, reduced=4) for case in EMPTY_CASES)
     small = (
         Case((2, 8, 4, 5), 1, (3, 3), reduced=3),
@@ -343,16 +352,17 @@ over_operators = pytest.mark.parametrize("op", OPERATORS, ids=str)
 over_functions = pytest.mark.parametrize("op", [op for op in OPERATORS if op.function], ids=str)
 
 
-def over_variants(names: Sequence[str] = (), operators: Sequence[Operator] = OPERATORS) -> pytest.MarkDecorator:
+def over_variants(
+    names: Sequence[str] = (), operators: Sequence[Operator] = OPERATORS, *, each_isa: bool = False
+) -> pytest.MarkDecorator:
     """Every variant of the operators, or those whose "device/name" begins with one of ``names``."""
+    rows = [(op, variant) for op in operators for variant in op.takes if variant.startswith(tuple(names) or "")]
+    if each_isa:
+        rows = [(*row, isa) for row in rows for isa in (ISAS if row[1] in WITH_VECTORS else ISAS[-1:])]
+    marks = [needs_cuda if row[1].startswith("cuda") else () for row in rows]
     return pytest.mark.parametrize(
-        ("op", "variant"),
-        [
-            pytest.param(op, variant, marks=needs_cuda if variant.startswith("cuda") else ())
-            for op in operators
-            for variant in op.takes
-            if variant.startswith(tuple(names) or "")
-        ],
+        ("op", "variant", "isa") if each_isa else ("op", "variant"),
+        [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)],
         ids=str,
     )
 

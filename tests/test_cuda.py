@@ -1,13 +1,12 @@
-"""The CUDA variants on a GPU: each one forced over all that it takes, and what only a real device can show."""
+"""The CUDA variants on a GPU: what only a real device can show. test_kernels.py runs each over all that it takes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, REDNET50, Case, in_layout, same
+from cases import REDNET50, Case, in_layout
 from operators import INVOLUTION, SPAN, Operator
-from tolerance import assert_accurate
 from torch import Tensor
 
 from pyinvolution import force_variant, ops
@@ -21,13 +20,6 @@ pytestmark = [
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 VARIANTS, SPAN_VARIANTS = ([name for name in op.takes if name.startswith("cuda/")] for op in (INVOLUTION, SPAN))
 
-# What a variant must not refuse: its dtypes with channels a group.
-TAKEN = [
-    *(("cuda/mma", dtype, 16) for dtype in SIXTEEN_BITS),
-    *(("cuda/tiled", torch.float32, width) for width in (8, 16, 24, 32)),
-    *(("cuda/tiled", dtype, 16) for dtype in SIXTEEN_BITS),
-    *(("cuda/generic", dtype, width) for dtype in DTYPES for width in (3, 16)),
-]
 # One that each variant takes.
 COMMON = {"cuda/mma": torch.bfloat16, "cuda/tiled": torch.float32, "cuda/generic": torch.float32}
 
@@ -38,22 +30,6 @@ def compute(case: Case, *given: Tensor) -> list[Tensor]:
 
 def check(case: Case, given: Sequence[Tensor], variant: str) -> None:
     INVOLUTION.assert_accurate(case, given, INVOLUTION.run(case, given), variant)
-
-
-def test_every_variant_is_here() -> None:
-    assert set(VARIANTS) == set(COMMON) == {variant for variant, _, _ in TAKEN}
-
-
-@pytest.mark.parametrize(("variant", "dtype", "width"), TAKEN, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_taken(variant: str, dtype: torch.dtype, width: int, layout: str, kernel: int, stride: int) -> None:
-    sizes = ((2, 1, 7, 7), (1, 4, 9, 20), (1, 6, 18, 34))  # narrow and wide tiles, whole and partial chunks of groups
-    for batch, groups, *size in sizes:
-        case = Case((batch, groups * width, *size), groups, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2)
-        with force_variant(variant):
-            check(case, INVOLUTION.tensors(case, dtype, layout, "cuda"), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -242,39 +218,10 @@ def test_an_image_beyond_two_to_the_31_elements() -> None:
         assert torch.equal(y[..., rows, :], x[..., rows, :] * w[0, :, 0, 0, rows, :])
 
 
-# --- the span and the involution in one -------------------------------------------------------------------------------
-
-FUSED_CASES = [
-    replace(same(64, 14, 7, batch=2), reduced=16),
-    replace(same(64, 28, 7, 2), reduced=16),
-    replace(same(128, 28, 7), reduced=32),
-    replace(same(256, 14, 7, batch=2), reduced=64),
-    Case((1, 96, 17, 18), 6, (7, 7), padding=(2, 4), reduced=48),
-]
-
-
-@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
-@pytest.mark.parametrize("relu", [None, False, True], ids=["plain", "scaled", "relu"])
-def test_fused_forward(dtype: torch.dtype, case: Case, relu: bool | None) -> None:
-    given = SPAN.tensors(case, dtype, "channels_last", "cuda")
-    scale, shift = (None, None) if relu is None else torch.randn(2, case.input[1], device="cuda")
-    operator, arguments = SPAN.forward(case, *given[:4], scale=scale, shift=shift, relu=bool(relu))
-    with force_variant("cuda/fused"):
-        actual = operator(*arguments).cpu()
-    exact, reference = (SPAN.expected(case, given, work)["output"] for work in (torch.float64, None))
-    if relu is not None:
-        factor, offset = scale.cpu()[:, None, None], shift.cpu()[:, None, None]
-        exact, reference = exact * factor.double() + offset.double(), (reference.float() * factor + offset).to(dtype)
-        if relu:
-            exact, reference = exact.relu(), reference.relu()
-    assert_accurate(actual, exact, reference, f"output of {case}, {dtype}")
-
-
 @pytest.mark.parametrize("variant", SPAN_VARIANTS)
 def test_span_gradients(variant: str) -> None:
     """Through autograd, whose backward may be another variant's."""
-    case = FUSED_CASES[0]
+    case = SPAN.cuda_cases[0]
     *given, gy = SPAN.tensors(case, torch.bfloat16, "channels_last", "cuda")
     leaves = [t.requires_grad_() for t in given]
     with force_variant(variant):

@@ -73,7 +73,7 @@ def test_second_gradients_of_one_tensor_are_those_of_differences(op: Operator) -
     case = op.small[0]
     for wanted in range(op.leaves):
         tensors = [t.requires_grad_(i == wanted) for i, t in enumerate(leaves(op, case))]
-        assert torch.autograd.gradgradcheck(called(op, case), tensors)
+        assert torch.autograd.gradgradcheck(called(op, case), tensors, fast_mode=True)
 
 
 @over_functions
@@ -136,7 +136,10 @@ def test_gradients_survive_a_strided_grad_output() -> None:
 # --- what PyTorch asks of an operator ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("op", "case"), [(op, case) for op in OPERATORS for case in op.cases[:9]], ids=str)
+CHECKED = [(op, case) for op, count in zip(OPERATORS, (9, 6, 4), strict=True) for case in op.cases[:count]]
+
+
+@pytest.mark.parametrize(("op", "case"), CHECKED, ids=str)
 def test_opcheck(op: Operator, case: Case) -> None:
     tensors = op.tensors(case, torch.float32)
     calls = [op.forward(case, *tensors[: op.leaves])]
@@ -230,6 +233,7 @@ def test_flops_are_counted(op: Operator, multiply_adds: int, device: str) -> Non
     tensors = [t.to(device).requires_grad_(op.differentiable) for t in op.tensors(case, torch.float32)[: op.leaves]]
     with FlopCounterMode(display=False) as counter:
         output = called(op, case)(*tensors)
+    assert output.device.type == device
     assert counter.get_total_flops() == 2 * 2 * 14 * 12 * multiply_adds
     if op.differentiable:
         with FlopCounterMode(display=False) as counter:
@@ -309,12 +313,6 @@ def test_an_optimized_layer_exports_and_compiles(size: tuple[int, int]) -> None:
             for batch in (2, 3):
                 y = torch.randn(batch, 32, *size)
                 torch.testing.assert_close(compiled(y), model(y), rtol=1e-4, atol=1e-4)
-
-
-def test_meta_tensors_give_a_meta_tensor() -> None:
-    y = involution2d(torch.empty(2, 4, 5, 6, device="meta"), torch.empty(2, 2, 3, 3, 3, 3, device="meta"), None, 2, 1)
-    assert y.device.type == "meta"
-    assert y.shape == (2, 4, 3, 3)
 
 
 def test_a_tensor_beyond_two_to_the_31_elements() -> None:

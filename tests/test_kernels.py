@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from operators import (
     LAYER,
     OPERATORS,
     SPAN,
+    WITH_VECTORS,
     Operator,
     needs_cuda,
     over_devices,
@@ -29,7 +31,6 @@ from pyinvolution._library import _C
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
-WITH_VECTORS = ("cpu/columns", "cpu/channels", "cpu/fused")
 DENSE = ("contiguous", "channels_last")
 
 
@@ -43,32 +44,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check_variant(op: Operator, variant: str, dtype: torch.dtype, layout: str) -> None:
-    for case in op.cases:
-        tensors = op.tensors(case, dtype, layout, variant.split("/")[0])
-        taken, results = run_taken(op, variant, case, tensors)
-        assert taken == op.taken(variant, case, dtype, layout), f"{variant} of {case}, {dtype}, {layout}"
-        op.assert_accurate(case, tensors, results, variant)
-
-
-@over_variants()
+@over_variants(each_isa=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_variant_takes_what_the_table_says_and_is_accurate(
-    op: Operator, variant: str, dtype: torch.dtype, layout: str
-) -> None:
-    check_variant(op, variant, dtype, layout)
-
-
-@over_variants(WITH_VECTORS)
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != _C.current_isa()])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", DENSE)
-def test_so_it_is_with_older_instructions(
     op: Operator, variant: str, isa: str, dtype: torch.dtype, layout: str
 ) -> None:
-    with override_isa(isa):
-        check_variant(op, variant, dtype, layout)
+    device, kept = variant.split("/")[0], "" if variant != "cpu/fused" else variant
+    for case in op.cases_on(device):
+        tensors, exact, same = op.problem(case, dtype, layout, device, kept)
+        with override_isa(isa):
+            taken, results = run_taken(op, variant, case, tensors)
+        assert taken == op.taken(variant, case, dtype, layout), f"{variant} of {case}, {dtype}, {layout}"
+        op.compare(case, results, exact, same, f"{variant}, {isa}, {layout}")
 
 
 @over_operators
@@ -80,18 +68,16 @@ def test_the_table_has_every_variant_in_order(op: Operator) -> None:
 @over_devices
 @pytest.mark.parametrize("op", [op for op in OPERATORS if op is not LAYER], ids=str)
 def test_explain_says_what_the_table_says(op: Operator, device: str) -> None:
-    for case in op.cases:
-        for dtype in DTYPES:
-            for layout in DENSE:
-                tensors = op.tensors(case, dtype, layout, device)
-                for pass_ in op.passes:
-                    explanation = op.explain(case, *tensors, pass_=pass_)
-                    able = [
-                        name.split("/")[1] for name, takes in op.takes.items()
-                        if name.startswith(device) and takes(pass_, case, dtype, layout)
-                    ]  # fmt: skip
-                    assert [v.variant for v in explanation.verdicts if v.refusal is None] == able, str(explanation)
-                    assert explanation.chosen == able[0]
+    for case, dtype, layout in product(op.cases_on(device), DTYPES, DENSE):
+        tensors = op.tensors(case, dtype, layout, device)
+        for pass_ in op.passes:
+            explanation = op.explain(case, *tensors, pass_=pass_)
+            able = [
+                name.split("/")[1] for name, takes in op.takes.items()
+                if name.startswith(device) and takes(pass_, case, dtype, layout)
+            ]  # fmt: skip
+            assert [v.variant for v in explanation.verdicts if v.refusal is None] == able, str(explanation)
+            assert explanation.chosen == able[0]
 
 
 @st.composite
@@ -144,13 +130,13 @@ def test_empty_batches_and_images_give_zeros(op: Operator, device: str) -> None:
 def test_threads_and_runs_give_the_same_bits(op: Operator, variant: str, layout: str) -> None:
     cases = [*op.cases, Case((3, 64, 28, 28), 4, (7, 7), padding=(3, 3), reduced=16)]
     counts = (1, 1) if variant == "cpu/composed" else (1, 2, 3, 8, 1)  # torch's convolution promises no more
-    results = []
-    for count in counts:
-        with threads(count):
-            results.append([run_taken(op, variant, c, op.tensors(c, torch.float32, layout))[1] for c in cases])
-    for other in results[1:]:
-        for case, one, two in zip(cases, results[0], other, strict=True):
-            assert all(torch.equal(one[name], two[name]) for name in one), f"{variant} of {case}"
+    for case in cases:
+        tensors, results = op.tensors(case, torch.float32, layout), []
+        for count in counts:
+            with threads(count):
+                results.append(run_taken(op, variant, case, tensors)[1])
+        for name, first in results[0].items():
+            assert all(torch.equal(first, other[name]) for other in results), f"{variant}, {name} of {case}"
 
 
 @over_variants(["cpu", "cuda/mma", "cuda/tiled", "cuda/generic", "cuda/fused"])
@@ -179,27 +165,28 @@ def test_values_that_are_not_finite_reach_what_the_equation_says(
 @over_variants(operators=(SPAN, LAYER))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", DENSE)
-@pytest.mark.parametrize("relu", [False, True])
-def test_scale_shift_and_relu_are_applied(
-    op: Operator, variant: str, dtype: torch.dtype, layout: str, relu: bool
-) -> None:
+def test_scale_shift_and_relu_are_applied(op: Operator, variant: str, dtype: torch.dtype, layout: str) -> None:
     device, wide = variant.split("/")[0], torch.promote_types(dtype, torch.float32)
-    for case in op.cases:
+    for case in op.cases_on(device):
         if "forward" not in op.taken(variant, case, dtype, layout):
             continue
         tensors = op.tensors(case, dtype, layout, device)
         tensors[0][0, 0, 0, 0] = float("nan")  # ReLU keeps it
-        scale, shift = torch.randn(2, case.input[1], 1, 1, dtype=wide, generator=torch.Generator().manual_seed(0))
-        exact = op.expected(case, tensors, torch.float64)["output"] * scale.double() + shift.double()
-        same = op.expected(case, tensors, variant=variant)["output"].to(wide) * scale + shift
-        with force_variant(variant):
-            operator, arguments = op.forward(
-                case, *tensors[: op.leaves], scale=scale.flatten().to(device), shift=shift.flatten().to(device),
-                relu=relu,
-            )  # fmt: skip
-            actual = operator(*arguments).cpu()
-        exact, same = (exact.relu(), same.relu()) if relu else (exact, same)
-        assert_accurate(actual, exact, same.to(dtype), f"{op} of {case}, {dtype}, {layout}, {variant}")
+        column = torch.randn(2, case.input[1], 1, 1, dtype=wide, generator=torch.Generator().manual_seed(0))
+        exact, same = (
+            expected["output"].to(work) * column[0].to(work) + column[1].to(work)
+            for work, expected in (
+                (torch.float64, op.expected(case, tensors, torch.float64)),
+                (wide, op.expected(case, tensors, variant=variant)),
+            )
+        )
+        scale, shift = column.flatten(1).to(device)
+        for relu in (False, True):
+            operator, arguments = op.forward(case, *tensors[: op.leaves], scale=scale, shift=shift, relu=relu)
+            with force_variant(variant):
+                actual = operator(*arguments).cpu()
+            what = f"{op} of {case}, {dtype}, {layout}, {variant}"
+            assert_accurate(actual, *((t.relu() if relu else t) for t in (exact, same.to(dtype))), what)
 
 
 @pytest.mark.parametrize("op", [SPAN, LAYER], ids=str)
