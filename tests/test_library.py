@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import pyinvolution
-from pyinvolution import build_info, explain, override_isa
+from pyinvolution import build_info, explain, force_variant, override_isa
 from pyinvolution._library import _C, _spec
-from pyinvolution.introspection import available_isas, force_variant, variants
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")
@@ -37,14 +36,14 @@ def test_build_info() -> None:
     assert info["torch_running"] == torch.__version__
     assert tuple(map(int, info["torch_built"].split(".")[:2])) >= (2, 10)
     assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
-    assert info["isa"].split()[0] in available_isas()
+    assert info["isa"].split()[0] in _C.available_isas()
     assert info["cuda"].startswith(("none: ", "CUDA "))
 
 
 def test_explain_names_the_choice_and_every_refusal() -> None:
     explanation = explain(X, W, padding=1)
     names = [verdict.variant for verdict in explanation.verdicts]
-    assert names == [name.removeprefix("cpu/") for name in variants() if name.startswith("cpu/")]
+    assert names == [name.removeprefix("cpu/") for name in _C.variants("involution2d") if name.startswith("cpu/")]
     assert sum(verdict.chosen for verdict in explanation.verdicts) == 1
     assert explanation.chosen == next(v.variant for v in explanation.verdicts if v.refusal is None)
     assert all(name in str(explanation) for name in names)
@@ -96,7 +95,9 @@ def test_cuda_variants_say_why_they_cannot_run_here() -> None:
     shapes = {"input": X.shape, "weight": W.shape, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
     strides = {"input_stride": X.stride(), "weight_stride": W.stride(), "output_stride": X.stride()}
     verdicts = _C.explain(pass_="forward", dtype="float32", device="cuda", **shapes, **strides)
-    assert [name for name, _, _ in verdicts] == [v.removeprefix("cuda/") for v in variants() if v.startswith("cuda/")]
+    assert [name for name, _, _ in verdicts] == [
+        v.removeprefix("cuda/") for v in _C.variants("involution2d") if v.startswith("cuda/")
+    ]
     if build_info()["cuda"].startswith("none: "):
         assert all(refusal.startswith("this build has no CUDA code") for _, refusal, _ in verdicts)
     else:
