@@ -1,5 +1,6 @@
 """Involution problems of every kind, shared by tests and benchmarks."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from pyinvolution.ops import output_size
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a problem; ``input`` is N, C, H, W."""
+    """Sizes of a problem; ``input`` is N, C, H, W, and ``reduced`` the channels R that a span computes kernels from."""
 
     input: tuple[int, int, int, int]
     groups: int
@@ -19,6 +20,11 @@ class Case:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
+    reduced: int = 0
+
+    @property
+    def group_channels(self) -> int:
+        return self.input[1] // self.groups
 
     @property
     def geometry(self) -> tuple[tuple[int, int], ...]:
@@ -38,6 +44,7 @@ class Case:
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.input)), f"g{self.groups}", "k" + "x".join(map(str, self.kernel))]
         parts += [f"{n}{'x'.join(map(str, v))}" for n, v in zip("spd", self.geometry, strict=True)]
+        parts += [f"r{self.reduced}"] if self.reduced else []
         return "-".join(parts)
 
 
@@ -82,6 +89,48 @@ CASES = [
     Case((1, 2, 3, 3), 1, (3, 3), (7, 9), (30, 30), (25, 25)),
     Case((1, 64, 14, 14), 4, (7, 7), padding=(3, 3)),
     Case((3, 1, 1, 1), 1, (3, 3)),
+]
+
+SPAN_CASES = [
+    Case((2, 32, 9, 11), 2, (7, 7), padding=(3, 3), reduced=8),
+    Case((1, 32, 10, 9), 2, (7, 7), (2, 2), (3, 3), reduced=5),
+    Case((2, 16, 7, 9), 1, (3, 3), reduced=4),
+    Case((1, 16, 13, 6), 1, (5, 5), (2, 1), (2, 2), reduced=16),
+    Case((1, 24, 6, 5), 2, (2, 4), padding=(0, 1), reduced=3),
+    Case((1, 40, 9, 9), 1, (3, 3), (1, 2), (2, 3), (2, 3), reduced=1),
+    Case((1, 16, 5, 130), 1, (1, 3), padding=(0, 1), reduced=20),
+    Case((1, 16, 3, 260), 1, (3, 7), (1, 2), (1, 3), reduced=2),
+    Case((1, 8, 4, 4), 1, (9, 9), padding=(4, 4), reduced=2),
+    Case((1, 64, 14, 14), 4, (7, 7), padding=(3, 3), reduced=16),
+    Case((1, 128, 7, 7), 8, (7, 7), padding=(3, 3), reduced=32),
+    Case((1, 16, 3, 3), 1, (3, 3), (7, 9), (30, 30), (25, 25), reduced=4),
+    Case((3, 32, 37, 29), 2, (3, 3), reduced=8),
+    Case((1, 6, 7, 9), 2, (3, 3), reduced=2),
+    Case((2, 80, 19, 22), 5, (7, 7), padding=(3, 3), reduced=32),
+    Case((2, 80, 19, 22), 5, (7, 7), (2, 2), (3, 3), reduced=16),
+    Case((1, 64, 12, 17), 4, (7, 7), padding=(3, 3), reduced=80),
+]
+
+
+def layer(
+    input: tuple[int, int, int, int], groups: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1), reduced: int = 0,
+) -> Case:  # fmt: skip
+    """A whole layer, whose padding gives ceil(size / stride) pixels, with one more at the end for an odd reach."""
+    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    return Case(input, groups, kernel, stride, padding, dilation, reduced)
+
+
+LAYER_CASES = [
+    layer((2, 32, 9, 11), 2, (7, 7), reduced=8),
+    layer((1, 32, 10, 9), 2, (7, 7), (2, 2), reduced=5),
+    layer((2, 16, 13, 6), 1, (3, 5), (2, 3), reduced=4),
+    layer((1, 24, 6, 5), 2, (2, 4), reduced=3),
+    layer((1, 40, 9, 9), 1, (4, 3), (3, 1), (1, 2), reduced=19),
+    layer((1, 16, 3, 130), 1, (1, 3), reduced=20),
+    layer((1, 128, 14, 15), 8, (3, 3), (2, 2), reduced=33),
+    layer((3, 6, 7, 9), 2, (3, 3), reduced=2),
+    layer((1, 64, 37, 29), 4, (3, 3), reduced=16),
 ]
 
 EMPTY_CASES = [
@@ -131,14 +180,21 @@ def tensors(
     return tuple(in_layout(random_like(shape, dtype, device, generator), layout) for shape in shapes)
 
 
+def with_gradients(function: Callable[..., Tensor], given: Sequence[Tensor], work: torch.dtype) -> list[Tensor]:
+    """A function's value and its gradients, computed in the dtype ``work``; the last of ``given`` is grad_output."""
+    *leaves, grad_output = (t.detach().to(work).clone() for t in given)
+    output = function(*(t.requires_grad_() for t in leaves))
+    return [t.detach() for t in (output, *torch.autograd.grad(output, leaves, grad_output))]
+
+
 def reference_passes(case: Case, input: Tensor, weight: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, grad_input and grad_weight by the reference, in the tensors' dtype; 16-bit ones through float32 sums."""
     dtype = input.dtype
-    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    x, w = (t.detach().to(work).clone().requires_grad_() for t in (input, weight))
-    output = reference.involution2d(x, w, None, *case.geometry)
-    grads = torch.autograd.grad(output, (x, w), grad_output.to(work))
-    return tuple(t.detach().to(dtype) for t in (output, *grads))
+    results = with_gradients(
+        lambda x, w: reference.involution2d(x, w, None, *case.geometry), (input, weight, grad_output),
+        torch.float32 if dtype.itemsize == 2 else dtype,
+    )  # fmt: skip
+    return tuple(t.to(dtype) for t in results)
 
 
 def oracle_passes(case: Case, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

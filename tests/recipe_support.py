@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("PIL")
+import lightning.pytorch as pl
 from PIL import Image
 
 OPTIONS = "{layers: [1, 1], stem: small, stem_channels: 32, base_channels: 16, kernel_size: 3, drop_rate: 0.2}"

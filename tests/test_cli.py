@@ -13,6 +13,7 @@ from pyinvolution import cli
 from pyinvolution.models import create_model, list_models
 
 pytest.importorskip("lightning")
+
 from pyinvolution.recipes import RecipeError
 from pyinvolution.studies import compare_operator
 

@@ -1,60 +1,35 @@
-"""The CUDA variants on a GPU: each one forced over all that it takes, and what only a real device can show."""
+"""The CUDA variants on a GPU: what only a real device can show. test_kernels.py runs each over all that it takes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, REDNET50, Case, in_layout, same, tensors
-from test_kernels import check_given, compute
-from test_span import NAMES, composed
-from test_span import tensors as span_tensors
-from tolerance import assert_accurate
+from cases import REDNET50, Case, in_layout
+from operators import INVOLUTION, SPAN, Operator
 from torch import Tensor
 
-from pyinvolution import ops
-from pyinvolution.explain import explain_span, force_variant, variants
+from pyinvolution import force_variant, ops
 from pyinvolution.functional import involution2d, span_involution2d
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-VARIANTS = [name for name in variants() if name.startswith("cuda/")]
-SPAN_VARIANTS = [name for name in variants("span_involution2d") if name.startswith("cuda/")]
+VARIANTS, SPAN_VARIANTS = ([name for name in op.takes if name.startswith("cuda/")] for op in (INVOLUTION, SPAN))
 
-# What a variant must not refuse: its dtypes with channels a group.
-TAKEN = [
-    *(("cuda/mma", dtype, 16) for dtype in SIXTEEN_BITS),
-    *(("cuda/tiled", torch.float32, width) for width in (8, 16, 24, 32)),
-    *(("cuda/tiled", dtype, 16) for dtype in SIXTEEN_BITS),
-    *(("cuda/generic", dtype, width) for dtype in DTYPES for width in (3, 16)),
-]
 # One that each variant takes.
 COMMON = {"cuda/mma": torch.bfloat16, "cuda/tiled": torch.float32, "cuda/generic": torch.float32}
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """torch.empty gives NaN, so that an element that a kernel forgets is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def compute(case: Case, *given: Tensor) -> list[Tensor]:
+    return list(INVOLUTION.run(case, given).values())
 
 
-def test_every_variant_is_here() -> None:
-    assert set(VARIANTS) == set(COMMON) == {variant for variant, _, _ in TAKEN}
-
-
-@pytest.mark.parametrize(("variant", "dtype", "width"), TAKEN, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_taken(variant: str, dtype: torch.dtype, width: int, layout: str, kernel: int, stride: int) -> None:
-    sizes = ((2, 1, 7, 7), (1, 4, 9, 20), (1, 6, 18, 34))  # narrow and wide tiles, whole and partial chunks of groups
-    for batch, groups, *size in sizes:
-        case = Case((batch, groups * width, *size), groups, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2)
-        with force_variant(variant):
-            check_given(case, tensors(case, dtype, layout, "cuda"), f"{variant}, {layout}")
+def check(case: Case, given: Sequence[Tensor], variant: str) -> None:
+    INVOLUTION.assert_accurate(case, given, INVOLUTION.run(case, given), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -64,12 +39,12 @@ def test_mixed_layouts(variant: str, mix: int) -> None:
     case = Case((2, 64, 12, 20), 4, (7, 7), padding=(3, 3))
     given = [
         in_layout(t, ("contiguous", "channels_last")[mix >> i & 1])
-        for i, t in enumerate(tensors(case, COMMON[variant], device="cuda"))
+        for i, t in enumerate(INVOLUTION.tensors(case, COMMON[variant], device="cuda"))
     ]
     if variant == "cuda/mma" and mix & 2 and mix & 5 != 5:
         pytest.skip("mma takes dense taps beside dense channels only")
     with force_variant(variant):
-        check_given(case, given, f"{variant}, mix {mix}")
+        check(case, given, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -82,17 +57,17 @@ def test_unaligned_storage(variant: str, layout: str, offset: int) -> None:
         storage = torch.full((t.numel() + offset,), float("nan"), dtype=t.dtype, device="cuda")
         return storage[offset:].as_strided(t.shape, t.stride()).copy_(t)
 
-    given = [moved(t) for t in tensors(case, COMMON[variant], layout, "cuda")]
+    given = [moved(t) for t in INVOLUTION.tensors(case, COMMON[variant], layout, "cuda")]
     assert all(t.data_ptr() % 16 == offset * t.itemsize % 16 for t in given)
     with force_variant(variant):
-        check_given(case, given, f"{variant}, {layout}, {offset} elements off")
+        check(case, given, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", REDNET50)
 def test_runs_give_the_same_bits(variant: str, name: str) -> None:
     case = replace(REDNET50[name], input=(8, *REDNET50[name].input[1:]))
-    given = tensors(case, COMMON[variant], "channels_last", "cuda")
+    given = INVOLUTION.tensors(case, COMMON[variant], "channels_last", "cuda")
     with force_variant(variant):
         first = compute(case, *given)
         for _ in range(3):
@@ -101,23 +76,18 @@ def test_runs_give_the_same_bits(variant: str, name: str) -> None:
 
 # --- streams, graphs, devices -----------------------------------------------------------------------------------------
 
-SMALL = Case((2, 64, 14, 14), 4, (7, 7), padding=(3, 3))
+SMALL = Case((2, 64, 14, 14), 4, (7, 7), padding=(3, 3), reduced=16)
 
 
-def subject(variant: str, operator: str) -> tuple[list[Tensor], Callable[..., list[Tensor]]]:
+def subject(variant: str, op: Operator) -> tuple[list[Tensor], Callable[..., list[Tensor]]]:
     """Tensors, and what a variant computes of them."""
-    if operator == "involution2d":
-        given = tensors(SMALL, COMMON[variant], "channels_last", "cuda")
-        return list(given), lambda x, w, gy: compute(SMALL, x, w, gy)
-    geometry = (SMALL.kernel, *SMALL.geometry)
-    x, r, w, b, _ = span_tensors(SMALL, 16, torch.bfloat16, "channels_last", "cuda")
-    return [x, r, w, b], lambda x, r, w, b: [ops.span_involution2d(x, r, w, b, None, None, False, *geometry)]
+    passes = op.passes if op is INVOLUTION else ["forward"]
+    given = op.tensors(SMALL, COMMON.get(variant, torch.bfloat16), "channels_last", "cuda")
+    return given, lambda *tensors: list(op.run(SMALL, tensors, passes).values())
 
 
-SUBJECTS = [
-    *((variant, "involution2d") for variant in VARIANTS),
-    *((variant, "span_involution2d") for variant in SPAN_VARIANTS),
-]
+SUBJECTS = [*((variant, INVOLUTION) for variant in VARIANTS), *((variant, SPAN) for variant in SPAN_VARIANTS)]
+over_subjects = pytest.mark.parametrize(("variant", "op"), SUBJECTS, ids=str)
 
 
 def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -126,9 +96,9 @@ def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
         assert torch.equal(a.cpu(), e.cpu())
 
 
-@pytest.mark.parametrize(("variant", "operator"), SUBJECTS)
-def test_current_stream(variant: str, operator: str) -> None:
-    (x, *rest), function = subject(variant, operator)
+@over_subjects
+def test_current_stream(variant: str, op: Operator) -> None:
+    (x, *rest), function = subject(variant, op)
     with force_variant(variant):
         expected = function(x, *rest)
         late = torch.full_like(x, float("nan"))
@@ -142,9 +112,9 @@ def test_current_stream(variant: str, operator: str) -> None:
     assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize(("variant", "operator"), SUBJECTS)
-def test_graph_capture(variant: str, operator: str) -> None:
-    given, function = subject(variant, operator)
+@over_subjects
+def test_graph_capture(variant: str, op: Operator) -> None:
+    given, function = subject(variant, op)
     with force_variant(variant):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -163,7 +133,7 @@ def test_graph_capture(variant: str, operator: str) -> None:
 
 
 def test_graph_capture_of_a_training_step() -> None:
-    x, w, gy = tensors(SMALL, torch.bfloat16, "channels_last", "cuda")
+    x, w, gy = INVOLUTION.tensors(SMALL, torch.bfloat16, "channels_last", "cuda")
     x.requires_grad_(), w.requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
@@ -184,9 +154,9 @@ def test_graph_capture_of_a_training_step() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
-@pytest.mark.parametrize(("variant", "operator"), SUBJECTS)
-def test_another_device(variant: str, operator: str) -> None:
-    given, function = subject(variant, operator)
+@over_subjects
+def test_another_device(variant: str, op: Operator) -> None:
+    given, function = subject(variant, op)
     with force_variant(variant), torch.cuda.device(0):
         expected = function(*given)
         actual = function(*(t.to("cuda:1") for t in given))
@@ -197,7 +167,7 @@ def test_another_device(variant: str, operator: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
 def test_two_devices_in_one_call() -> None:
-    x, w, _ = tensors(SMALL, torch.float32, device="cuda:0")
+    x, w, _ = INVOLUTION.tensors(SMALL, torch.float32, device="cuda:0")
     with pytest.raises((ValueError, RuntimeError), match="cuda:1"):
         involution2d(x, w.to("cuda:1"), None, *SMALL.geometry)
 
@@ -234,7 +204,7 @@ def test_a_batch_beyond_two_to_the_31_elements(variant: str, layout: str) -> Non
         for image in (0, batch - 3, batch - 2, batch - 1):
             alone = compute(one, *(t[image : image + 1] for t in given))
             assert_same_bits([t[image : image + 1] for t in whole], alone)
-        check_given(one, [t[-1:] for t in given], f"{variant}, {layout}, the last of {batch} images")
+        check(one, [t[-1:] for t in given], variant)
 
 
 def test_an_image_beyond_two_to_the_31_elements() -> None:
@@ -248,67 +218,17 @@ def test_an_image_beyond_two_to_the_31_elements() -> None:
         assert torch.equal(y[..., rows, :], x[..., rows, :] * w[0, :, 0, 0, rows, :])
 
 
-# --- the span and the involution in one -------------------------------------------------------------------------------
-
-FUSED_SHAPES = [
-    (same(64, 14, 7, batch=2), 16),
-    (same(64, 28, 7, 2), 16),
-    (same(128, 28, 7), 32),
-    (same(256, 14, 7, batch=2), 64),
-    (Case((1, 96, 17, 18), 6, (7, 7), padding=(2, 4)), 48),
-]
-
-
-@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-@pytest.mark.parametrize(("case", "reduced"), FUSED_SHAPES, ids=str)
-@pytest.mark.parametrize("relu", [None, False, True], ids=["plain", "scaled", "relu"])
-def test_fused_forward(dtype: torch.dtype, case: Case, reduced: int, relu: bool | None) -> None:
-    x, r, w, b, gy = span_tensors(case, reduced, dtype, "channels_last", "cuda")
-    scale, shift = (None, None) if relu is None else torch.randn(2, case.input[1], device="cuda")
-    with force_variant("cuda/fused"):
-        actual = ops.span_involution2d(x, r, w, b, scale, shift, bool(relu), case.kernel, *case.geometry).cpu()
-    given = [t.cpu() for t in (x, r, w, b, gy)]
-    exact, reference = composed(case, *given, work=torch.float64)[0], composed(case, *given)[0]
-    if relu is not None:
-        factor, offset = scale.cpu()[:, None, None], shift.cpu()[:, None, None]
-        exact, reference = exact * factor.double() + offset.double(), (reference.float() * factor + offset).to(dtype)
-        if relu:
-            exact, reference = exact.relu(), reference.relu()
-    assert_accurate(actual, exact, reference, f"{NAMES[0]} of {case}, R={reduced}, {dtype}")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_fused_non_finite_values_reach_what_the_equation_says(value: float, stride: int) -> None:
-    case = same(64, 20, 7, stride, batch=2)
-    for spoiled, place in ((0, (0, 17, 2, 9)), (1, (0, 3, 5, 5)), (2, (60, 3))):
-        given = list(span_tensors(case, 16, torch.bfloat16, "channels_last", "cuda"))
-        given[spoiled][place] = value
-        expected = composed(case, *(t.cpu() for t in given), work=torch.float64)[0]
-        x, r, w, b, _ = given
-        with force_variant("cuda/fused"):
-            actual = ops.span_involution2d(x, r, w, b, None, None, False, case.kernel, *case.geometry).cpu()
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(kind(actual), kind(expected)), f"{spoiled} spoiled"
-
-
 @pytest.mark.parametrize("variant", SPAN_VARIANTS)
 def test_span_gradients(variant: str) -> None:
     """Through autograd, whose backward may be another variant's."""
-    case, reduced = FUSED_SHAPES[0]
-    *given, gy = span_tensors(case, reduced, torch.bfloat16, "channels_last", "cuda")
-    verdicts = explain_span(*given, case.kernel, *case.geometry, pass_="backward").verdicts
-    refusal = {f"cuda/{v.variant}": v.refusal for v in verdicts}[variant]
-    if refusal:
-        pytest.skip(refusal)
+    case = SPAN.cuda_cases[0]
+    *given, gy = SPAN.tensors(case, torch.bfloat16, "channels_last", "cuda")
     leaves = [t.requires_grad_() for t in given]
     with force_variant(variant):
         y = span_involution2d(*leaves, case.kernel, *case.geometry)
         results = [y, *torch.autograd.grad(y, leaves, gy)]
-    inputs = [t.detach().cpu() for t in (*leaves, gy)]
-    exact, reference = composed(case, *inputs, work=torch.float64), composed(case, *inputs)
-    for name, a, e, s in zip(NAMES, results, exact, reference, strict=True):
-        assert_accurate(a.detach().cpu(), e, s, f"{name}, {variant}")
+    actual = dict(zip(SPAN.results, (t.detach() for t in results), strict=True))
+    SPAN.assert_accurate(case, [*(t.detach() for t in leaves), gy], actual, variant)
 
 
 # --- as PyTorch sees it -----------------------------------------------------------------------------------------------
@@ -316,14 +236,14 @@ def test_span_gradients(variant: str) -> None:
 
 def test_gradcheck() -> None:
     case = Case((1, 4, 5, 4), 2, (3, 3), (2, 1))
-    x, w, _ = tensors(case, torch.float64, device="cuda")
+    x, w, _ = INVOLUTION.tensors(case, torch.float64, device="cuda")
     leaves = (x.requires_grad_(), w.requires_grad_())
     assert torch.autograd.gradcheck(lambda x, w: involution2d(x, w, None, *case.geometry), leaves)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
-    x, w, _ = (t.requires_grad_() for t in tensors(SMALL, torch.float32, device="cuda"))
+    x, w, _ = (t.requires_grad_() for t in INVOLUTION.tensors(SMALL, torch.float32, device="cuda"))
     exact = involution2d(x, w, None, *SMALL.geometry)
     with torch.autocast("cuda", dtype):
         mixed = involution2d(x, w, None, *SMALL.geometry)
@@ -339,7 +259,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
     torch._dynamo.reset()
-    x, w, _ = (t.requires_grad_() for t in tensors(SMALL, torch.float32, "channels_last", "cuda"))
+    x, w, _ = (t.requires_grad_() for t in INVOLUTION.tensors(SMALL, torch.float32, "channels_last", "cuda"))
     function = lambda x, w: torch.tanh(involution2d(x, w, None, *SMALL.geometry))  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     expected, actual = function(x, w), compiled(x, w)

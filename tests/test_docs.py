@@ -26,6 +26,8 @@ def of(language: str) -> list[Block]:
 
 
 def test_every_block_is_executed_or_says_why_not() -> None:
+    assert of("python")
+    assert COMMANDS
     for block in BLOCKS:
         # test_consumer.py builds those of the C++ guide.
         known = ("python", "bash", "cpp", "cmake") if block.name.startswith("docs/cpp.md") else ("python", "bash")
@@ -208,6 +210,6 @@ def test_every_switch_is_in_contributing() -> None:
     text = "".join(file.read_text() for file in files if file.suffix in kinds)
     read = re.findall(r"(?:environ\S*|getenv|option|\$ENV)[\[({]\"?(PYINVOLUTION_\w+)", text)
     read += re.findall(r"set\((PYINVOLUTION_\w+)[^)]*\bCACHE\b", text)
-    assert len(set(read)) >= 9
+    assert read
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     assert {name for name in read if f"`{name}" not in contributing} == set()

@@ -43,7 +43,7 @@ def test_dev_brings_the_tools_of_the_makefile() -> None:
     tools = set(re.findall(r"\$\(BIN\)/([\w-]+)", makefile)) | set(re.findall(r"python -m (\w+)", makefile))
     ours = {"python", "pip", "pyinvolution", "benchmarks", "ctest"}  # ctest comes with cmake
     extras = project[project.index("[project.optional-dependencies]") : project.index("[project.scripts]")]
-    assert len(tools - ours) >= 7
+    assert tools - ours
     for tool in tools - ours:
         assert re.search(rf'^\s*(test = \[)?"{tool}\b', extras, re.MULTILINE), f"no extra brings {tool}"
 

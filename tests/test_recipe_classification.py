@@ -1,10 +1,12 @@
 """The classification recipe in small runs: switches, weights to begin with, metrics, divergence."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from recipe_support import fit_arguments, one_thread, write_images  # noqa: F401
 from torch.nn.functional import cross_entropy
+
+pytest.importorskip("lightning")
+import lightning.pytorch as pl
 
 from pyinvolution.models import create_model, official_state_dict
 from pyinvolution.recipes import Classification, RecipeError, TrainingDiverged

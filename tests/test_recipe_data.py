@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("lightning")
+from PIL import Image
 from recipe_support import write_images
 
 from pyinvolution.recipes import ImageFolderData, RecipeError

@@ -7,12 +7,13 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 from recipe_support import one_thread, run_distributed  # noqa: F401
 from torchvision import tv_tensors
 
 pytest.importorskip("lightning")
+import yaml
+from PIL import Image
+
 from pyinvolution import cli
 from pyinvolution.models import create_model, official_state_dict
 from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation

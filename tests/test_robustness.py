@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from recipe_support import environment, fit_arguments, one_thread, training_state, write_images  # noqa: F401
 
 import pyinvolution
 from pyinvolution import cli
 
 pytest.importorskip("lightning")
+from PIL import Image
+
 from pyinvolution.recipes import RecipeError
 from pyinvolution.recipes.callbacks import AtomicCheckpointIO
 

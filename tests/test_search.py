@@ -8,7 +8,6 @@ import signal
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_support import assert_same_state, one_thread, write_images  # noqa: F401
@@ -16,6 +15,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 pytest.importorskip("optuna")
+import yaml
+
 from pyinvolution import Involution2d, cli
 from pyinvolution.models import create_model
 from pyinvolution.recipes import cli as recipe_cli
