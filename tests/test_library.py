@@ -14,7 +14,7 @@ import torch
 import pyinvolution
 from pyinvolution import build_info, explain, override_isa
 from pyinvolution._library import _spec
-from pyinvolution.explain import available_isas, force_variant
+from pyinvolution.explain import available_isas, force_variant, variants
 
 ROOT = Path(__file__).parents[1]
 # Instruction set -> compiler flags, as the build has them.

@@ -211,27 +211,26 @@ def fuses_span(
     ``window`` has kernel_size, stride, padding and dilation. ``differentiable``: a backward pass will follow. Where
     that has no kernel, W is better kept than computed twice.
     """
-    kernel_size = window[0]
     if input.device.type not in ("cpu", "cuda"):
         return False
     transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     if not transformed and type(input) in PLAIN_TENSORS:
         return torch.ops.pyinvolution.fuses_span(input, reduced, span_weight, *window, differentiable)
     # There are no addresses, and sizes may be symbols: dense tensors of these sizes, or where a size is a symbol of the
-    # size that gives 14 output pixels.
+    # size that gives 14 output pixels. What every kernel is compiled for (channels, window) is specialised.
+    window = [(operator.index(vertical), operator.index(horizontal)) for vertical, horizontal in window]
     sizes = [
         operator.index(size) if has_static_value(size) else 13 * s + d * (k - 1) + 1 - 2 * p
         for size, k, s, p, d in zip(input.shape[2:], *window, strict=True)
     ]
-    # A number of channels is specialised, as it is by every convolution.
     channels = operator.index(input.shape[1])
-    channels_last = True if input.stride(1) == 1 and channels > 1 else False  # noqa: SIM210  (a symbol as a bool)
     rows, width = operator.index(span_weight.shape[0]), operator.index(span_weight.shape[1])
+    channels_last = True if input.stride(1) == 1 and channels > 1 else False  # noqa: SIM210  (a symbol as a bool)
     return _fuses_dense_span(
         str(input.dtype).removeprefix("torch."),
         input.device.type,
         (1, channels, *sizes),
-        rows // (kernel_size[0] * kernel_size[1]),
+        rows // (window[0][0] * window[0][1]),
         width,
         window,
         channels_last,
