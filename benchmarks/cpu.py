@@ -42,6 +42,7 @@ from benchmarks.harness import (
 )
 from benchmarks.roofline import Work
 from pyinvolution import ops, optimize_for_inference, reference
+from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.models import create_model
 from pyinvolution.studies.timing import Function, Ratio, high_water, interleaved
 
@@ -115,6 +116,33 @@ def layer(report: Report, name: str, case: Case, threads: int) -> None:
         times = interleaved({"ours": ours, against: other}, 0.3)
         work = Work.of(operator, case, "float32")
         report.add(what, f"{name} N={case.input[0]}", threads, "ours", times, work)
+
+
+def overhead(report: Report) -> None:
+    """What a call costs the host besides its arithmetic: one pixel, one thread, against conv2d."""
+    case = Case((1, 16, 1, 1), 1, (3, 3), reduced=4)
+    x, w, _ = tensors(case, torch.float32, "contiguous")
+    r, s, b = span_tensors(case)
+    kernel, bias = torch.randn(16, 16, 3, 3), torch.randn(16)
+    torch.testing.assert_close(involution2d(x, w, None, 1, 1), reference.involution2d(x, w, None, 1, 1))
+    span = (s @ r.flatten()).add(b).view(1, 1, 3, 3, 1, 1)
+    torch.testing.assert_close(
+        span_involution2d(x, r, s, b, 3, 1, 1), involution2d(x, span, None, 1, 1), rtol=1e-4, atol=1e-5
+    )
+
+    def hundred(call: Function) -> Function:
+        def run() -> None:
+            for _ in range(100):
+                call()
+
+        return run
+
+    for name, ours in (
+        ("involution2d", lambda: involution2d(x, w, None, 1, 1)),
+        ("span_involution2d", lambda: span_involution2d(x, r, s, b, 3, 1, 1)),
+    ):
+        times = interleaved({"ours": hundred(ours), "conv2d": hundred(lambda: conv2d(x, kernel, bias, 1, 1))}, 0.3)
+        report.add("host overhead of 100 calls", name, 1, "ours", times)
 
 
 def unfolding(
@@ -267,10 +295,17 @@ def summary(report: Report, about: dict[str, Any]) -> str:
                     groups.setdefault(title, []).append(value)
     unfolded = [(title, f"{min(v):.1f}", f"{statistics.median(v):.1f}") for title, v in groups.items()]
 
+    calls = [
+        (r["name"], f"{r['ms'] * 10:.2f}", f"{r['conv2d: ms'] * 10:.2f}", f"{1 / r['conv2d: ratio']:.2f}")
+        for r in report.rows
+        if r["what"].startswith("host overhead")
+    ]
+
     share = "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate."
     parts = (
         (head, ("RedNet-50 against ResNet-50", "threads", "ms", "faster"), models),
         (share, ("layer of RedNet-50", "threads", "fused ms", "share, %", "fused", "whole layer", "backward"), layers),
+        ("One pixel, one thread.", ("overhead of a call", "us", "conv2d, us", "times conv2d's"), calls),
         ("", ("involution2d against unfold + einsum", "slowest layer", "median layer"), unfolded),
     )
     texts = []
@@ -308,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=8, help="the larger batch of models and of a training step")
-    parser.add_argument("--only", nargs="+", choices=["layers", "unfold", "inference", "training"])
+    parser.add_argument("--only", nargs="+", choices=["overhead", "layers", "unfold", "inference", "training"])
     parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
     parser.add_argument("--peak-memory", choices=list(MODELS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -322,6 +357,9 @@ def main() -> None:
     measured = {str(threads): limits(threads) for threads in arguments.threads}
     report = Report(measured)
     print("limits:", measured)
+    if wanted("overhead"):
+        torch.set_num_threads(1)
+        overhead(report)
     if wanted("layers"):
         for threads in arguments.threads:
             torch.set_num_threads(threads)

@@ -141,6 +141,7 @@ Tensor apply(SpanProblem span, SpanOp op, const Tensor& input, Reduction reducti
   std::vector<Tensor> kept;
   const auto dense = [&](const std::optional<Tensor>& tensor) -> void* {
     if (!tensor) return nullptr;
+    if (tensor->is_contiguous()) return address(*tensor);
     kept.push_back(torch::stable::contiguous(*tensor));
     return address(kept.back());
   };

@@ -49,7 +49,8 @@ def involution2d(
     """
     op = "involution2d"
     window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
-    _check_types(op, ("input", "weight"), (input, weight))
+    _check_type(op, "input", input)
+    _check_type(op, "weight", weight)
     unbatched = input.dim() == 3 and weight.dim() == 5
     if unbatched:
         input, weight = input.unsqueeze(0), weight.unsqueeze(0)
@@ -102,9 +103,11 @@ def span_involution2d(
         _pair(op, "padding", padding),
         _pair(op, "dilation", dilation),
     )
-    _check_types(op, ("input", "reduced", "span_weight"), (input, reduced, span_weight))
+    _check_type(op, "input", input)
+    _check_type(op, "reduced", reduced)
+    _check_type(op, "span_weight", span_weight)
     if span_bias is not None:
-        _check_types(op, ("span_bias",), (span_bias,))
+        _check_type(op, "span_bias", span_bias)
     unbatched = input.dim() == 3 and reduced.dim() == 3
     if unbatched:
         input, reduced = input.unsqueeze(0), reduced.unsqueeze(0)
@@ -124,10 +127,9 @@ def _explained(function: Callable[..., Tensor], check: Callable[..., None], *arg
         raise
 
 
-def _check_types(op: str, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a Tensor")
+def _check_type(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a Tensor")
 
 
 def forward_mode() -> bool:
@@ -152,14 +154,16 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
 
 
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
-    tensors = (input, reduced, span_weight, span_bias)
     if forward_mode():
-        return _compose_span(*tensors, window)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _compose_span(input, reduced, span_weight, span_bias, window)
+    bias_requires_grad = span_bias is not None and span_bias.requires_grad
+    if torch.is_grad_enabled() and (
+        input.requires_grad or reduced.requires_grad or span_weight.requires_grad or bias_requires_grad
+    ):
         if not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
-            return _compose_span(*tensors, window)
-        return _SpanInvolution2d.apply(*tensors, *window)
-    return ops.span_involution2d(*tensors, None, None, False, *window)
+            return _compose_span(input, reduced, span_weight, span_bias, window)
+        return _SpanInvolution2d.apply(input, reduced, span_weight, span_bias, *window)
+    return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *window)
 
 
 def _pair(op: str, name: str, value: int | Pair) -> Pair:

@@ -317,7 +317,10 @@ def _(
 
 def autocast_tensors(input: Tensor, *others: Tensor | None) -> tuple:
     """Casts as autocast does for a convolution: to its dtype on its device, all floating dtypes but float64."""
-    tensors, device_type = (input, *others), input.device.type
+    tensors = (input, *others)
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
+    device_type = input.device.type
     # Not torch.amp.is_autocast_available, which torch 2.10 cannot compile.
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return tensors
