@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from pyinvolution.stock import has_hooks, is_stock
 
 __all__ = ["checkpoint", "forget_activations"]
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
 _STOCK = {nn.BatchNorm2d, nn.Conv2d, nn.ReLU, nn.Sequential}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
@@ -117,17 +117,13 @@ def _intercepted() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or is_in_torch_dispatch_mode()
         or torch.jit.is_tracing()
-        or _has_any_global_hook()
     )
 
 
 def _is_stock(module: nn.Module) -> bool:
-    kind, state = type(module), vars(module)
-    return (
-        (kind in _STOCK or kind.__module__.startswith("pyinvolution."))
-        and "forward" not in state
-        and not any(map(state.get, _HOOKS))
-    )
+    if type(module).__module__.startswith("pyinvolution."):
+        return "forward" not in vars(module) and not has_hooks(module)
+    return is_stock(module, *_STOCK)
 
 
 def _graph(output: Tensor, input: Tensor) -> Iterator[Any]:
