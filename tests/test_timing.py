@@ -64,6 +64,7 @@ def test_a_fork_returns_its_result_and_says_when_it_ends_without(capfd: pytest.C
 
 def _fill(mib: int, keep: bool) -> int:
     kept: list[torch.Tensor] = []
+    torch.set_num_threads(1)  # a fork waits forever for the threads that other tests have used
     torch.ones(1 << 14)  # torch's own code is read into memory by the first call
 
     def function() -> None:
