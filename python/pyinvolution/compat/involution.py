@@ -6,6 +6,7 @@ takes float16 and bfloat16. Source: https://github.com/d-li14/involution.
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,25 +92,22 @@ class involution(nn.Module):
         if channels % self.groups:
             raise ValueError(f"channels is {channels}, expected a multiple of channels // 16, here {self.groups}")
         reduced = channels // 4
-        self.conv1 = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(channels, reduced, 1, bias=False),
-                bn=nn.BatchNorm2d(reduced),
-                activate=nn.ReLU(inplace=True),
-            )
-        )
-        self.conv2 = nn.Sequential(OrderedDict(conv=nn.Conv2d(reduced, kernel_size**2 * self.groups, 1)))
+        reduce = nn.Conv2d(channels, reduced, 1, bias=False)
+        span = nn.Conv2d(reduced, kernel_size**2 * self.groups, 1)
+        for conv in (reduce, span):
+            init_conv(conv)
+        layers = OrderedDict(conv=reduce, bn=nn.BatchNorm2d(reduced), activate=nn.ReLU(inplace=True))
+        self.conv1 = nn.Sequential(layers)
+        self.conv2 = nn.Sequential(OrderedDict(conv=span))
         if stride > 1:
             self.avgpool = nn.AvgPool2d(stride, stride, ceil_mode=True)
-        for conv in (self.conv1.conv, self.conv2.conv):
-            init_conv(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_input(x, self.channels, "involution")
         reduced = self.conv1(x if self.stride == 1 else self.avgpool(x))
         window = (self.stride, (self.kernel_size - 1) // 2)
         if is_stock(self.conv2, nn.Sequential) and len(self.conv2) == 1 and is_pointwise(self.conv2[0]):
-            span = self.conv2[0]
+            span: Any = self.conv2[0]
             return span_involution2d(x, reduced, span.weight, span.bias, self.kernel_size, *window)
         weight = self.conv2(reduced).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
         return involution2d(x, weight, None, *window)
