@@ -99,7 +99,16 @@ def test_function_refuses_what_theirs_reads_wrongly():
 
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "size"),
-    [(32, 3, 1, (5, 6)), (32, 7, 2, (4, 6)), (48, 3, 3, (6, 3)), (16, 1, 1, (3, 4)), (40, 3, 1, (4, 4))],
+    [
+        (32, 3, 1, (5, 6)),
+        (32, 7, 2, (4, 6)),
+        (48, 3, 3, (6, 3)),
+        (16, 1, 1, (3, 4)),
+        (40, 3, 1, (4, 4)),
+        (32, 4, 2, (4, 6)),
+        (16, 2, 2, (5, 7)),
+        (16, 4, 3, (4, 6)),
+    ],
 )
 @pytest.mark.parametrize("training", [False, True])
 def test_layer(channels, kernel, stride, size, training):
@@ -124,6 +133,12 @@ def test_keys_and_attributes():
     # Kaiming's standard deviation for ReLU is sqrt(2 / fan out), here of the 16 reduced channels.
     assert layer.conv1.conv.weight.std().item() == pytest.approx((2 / 16) ** 0.5, rel=0.1)
     assert not layer.conv2.conv.bias.any()
+
+
+def test_a_size_for_which_theirs_has_too_few_kernels():
+    # Windows of 4 with padding 1 and stride 3 have 2 positions in 5 rows, which have 1 cell.
+    with pytest.raises(ValueError, match="expected"):
+        involution(16, 4, 3)(torch.randn(1, 16, 5, 6))
 
 
 @pytest.mark.parametrize("stride", [2, 3])
@@ -167,7 +182,7 @@ def test_conv2_is_called_where_it_is_not_theirs(change):
     [
         ((8, 3, 1), ValueError, "channels must be at least 16, got 8"),
         ((56, 3, 1), ValueError, "channels is 56, expected a multiple"),
-        ((32, 4, 1), ValueError, "kernel_size is 4, expected an odd number"),
+        ((32, 4, 1), ValueError, "kernel_size is 4, expected an odd number with stride 1"),
         ((32, (3, 3), 1), TypeError, "kernel_size"),
         ((32, 3, 0), ValueError, "stride"),
         ((32.0, 3, 1), TypeError, "channels"),

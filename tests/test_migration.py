@@ -9,6 +9,7 @@ from documents import BLOCKS, spans
 from test_official import NARROW, checkpoint
 from test_official import forward as official_forward
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 from pyinvolution import involution2d, optimize_for_inference
 from pyinvolution.models import RedNet
@@ -68,6 +69,8 @@ def test_keras(channels, groups, kernel, stride, size):
     expected = apply(x, generated, stride, before, lambda c: c % groups)
     torch.testing.assert_close(layer.eval()(x), expected)
     torch.testing.assert_close(optimize_for_inference(layer, x)(x), expected)
+    channels_last = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(channels_last), expected)
 
     # In training, the norm removes the bias of the convolution.
     mean, variance = hidden.mean((0, 2, 3)), hidden.var((0, 2, 3), correction=0)
@@ -75,14 +78,17 @@ def test_keras(channels, groups, kernel, stride, size):
     torch.testing.assert_close(layer.train().reduce(cells(x, stride)), reduced_output)
     # Keras's momentum of 0.99.
     torch.testing.assert_close(layer.reduce.norm.running_mean, 0.99 * norm[2] + 0.01 * mean - conv[1])
+    layer(x).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(
-    ("channels", "out_channels", "groups", "ratio", "kernel", "stride", "bias"),
-    [(6, 8, 2, 2, 3, 1, True), (4, 12, 3, 5, 5, 2, False), (6, 6, 1, 1, 3, 2, False), (8, 8, 4, 2, 1, 1, True),
-     (8, 4, 2, 1, 7, 2, True)],
+    ("channels", "out_channels", "groups", "ratio", "kernel", "stride", "padding", "bias"),
+    [(6, 8, 2, 2, 3, 1, 1, True), (4, 12, 3, 5, 5, 2, 2, False), (6, 6, 1, 1, 3, 2, 1, False),
+     (8, 8, 4, 2, 1, 1, 0, True), (8, 4, 2, 1, 7, 2, 3, True), (4, 8, 2, 2, 7, 3, (2, 2), False),
+     (4, 6, 2, 1, 4, 2, 1, True)],
 )  # fmt: skip
-def test_reich(channels, out_channels, groups, ratio, kernel, stride, bias):
+def test_reich(channels, out_channels, groups, ratio, kernel, stride, padding, bias):
     torch.manual_seed(0)
     reduced = out_channels // ratio
     shapes = {"reduce_mapping": (reduced, channels), "span_mapping": (kernel**2 * groups, reduced)}
@@ -94,17 +100,17 @@ def test_reich(channels, out_channels, groups, ratio, kernel, stride, bias):
     names = ("weight", "bias", "running_mean", "running_var")
     entries |= {f"sigma_mapping.0.{name}": value for name, value in zip(names, norm, strict=True)}
     entries["sigma_mapping.0.num_batches_tracked"] = torch.tensor(3)
-    layer = defined("from_reich")["from_reich"](entries, kernel, groups, stride).eval()
+    layer = defined("from_reich")["from_reich"](entries, kernel, groups, stride, padding).eval()
 
     def conv(name, x):
         y = torch.einsum("oi,nihw->nohw", entries[f"{name}.weight"][:, :, 0, 0], x)
         return y + entries[f"{name}.bias"][:, None, None] if bias else y
 
-    x = draw(2, channels, 4, 6)
+    x = draw(2, channels, 2 * stride, 3 * stride)
     hidden = normed(conv("reduce_mapping", cells(x, stride)), *norm, 1e-5).relu()
     generated = conv("span_mapping", hidden).unflatten(1, (groups, kernel, kernel))
     mapped = x if channels == out_channels else conv("initial_mapping", x)
-    expected = apply(mapped, generated, stride, [kernel // 2] * 2, lambda c: c // (out_channels // groups))
+    expected = apply(mapped, generated, stride, _pair(padding), lambda c: c // (out_channels // groups))
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(optimize_for_inference(layer, x)(x), expected)
 
@@ -165,3 +171,12 @@ def test_keras_kernels_with_groups_last():
     names = {"channel_shuffle": F.channel_shuffle, "involution2d": involution2d, "kernels": kernels, "s": stride}
     names |= {"C": channels, "G": groups, "K": k, "x": F.pad(x, (0, 1, 0, 1))}
     torch.testing.assert_close(eval(text, names), expected)
+
+
+def test_reich_with_a_padding_that_does_not_suit_the_window():
+    entries = {"reduce_mapping.weight": draw(4, 4, 1, 1), "span_mapping.weight": draw(9, 4, 1, 1)}
+    entries |= {f"sigma_mapping.0.{name}": draw(4) for name in ("weight", "bias", "running_mean")}
+    entries |= {"sigma_mapping.0.running_var": draw(4) ** 2, "sigma_mapping.0.num_batches_tracked": torch.tensor(1)}
+    layer = defined("from_reich")["from_reich"](entries, kernel_size=3).eval()
+    with pytest.raises(ValueError, match="expected"):
+        layer(draw(1, 4, 6, 6))

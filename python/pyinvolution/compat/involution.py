@@ -63,21 +63,22 @@ class involution(nn.Module):
     (N, G * K * K, Ho, Wo). Source: Li et al., CVPR 2021, section 3; https://github.com/d-li14/involution.
 
     If ``channels`` is not a multiple of 16, there are ``channels // 16`` larger groups, as in their CUDA kernel.
-    On an odd size with a stride, where their kernel reads other memory, the last row or column is averaged by
-    itself.
+    Where the size is not a multiple of the stride and the window is odd, their kernel reads other memory; here, the
+    rows and columns that remain are averaged by themselves. The result is theirs wherever theirs is defined.
 
     Args:
         channels: channels C of input and output, at least 16 and a multiple of ``channels // 16``.
-        kernel_size: window K, odd (with an even window, their kernels do not have the size of their output).
+        kernel_size: window K; odd if ``stride`` is 1, since there are not as many outputs as kernels otherwise.
         stride: of the window, which is padded by ``(K - 1) // 2``.
 
     Shape:
         - Input: (N, C, H, W), floating point.
-        - Output: (N, C, ceil(H / stride), ceil(W / stride)).
+        - Output: (N, C, ceil(H / stride), ceil(W / stride)); with an even window, the sizes are rounded down.
 
     Raises:
         TypeError: an argument is not an int, or the input is not a floating-point tensor.
-        ValueError: an argument is out of range, or the input has another rank or number of channels.
+        ValueError: an argument is out of range, or the input has another rank or number of channels, or a size for
+            which an even window has more outputs than kernels.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
@@ -87,8 +88,8 @@ class involution(nn.Module):
         self.channels = positive_int("channels", channels, minimum=16)
         self.group_channels = 16
         self.groups = channels // self.group_channels
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number")
+        if kernel_size % 2 == 0 and stride == 1:
+            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number with stride 1")
         if channels % self.groups:
             raise ValueError(f"channels is {channels}, expected a multiple of channels // 16, here {self.groups}")
         reduced = channels // 4
@@ -100,7 +101,8 @@ class involution(nn.Module):
         self.conv1 = nn.Sequential(layers)
         self.conv2 = nn.Sequential(OrderedDict(conv=span))
         if stride > 1:
-            self.avgpool = nn.AvgPool2d(stride, stride, ceil_mode=True)
+            # As many cells as the padded window has positions.
+            self.avgpool = nn.AvgPool2d(stride, stride, ceil_mode=kernel_size % 2 == 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_input(x, self.channels, "involution")
