@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyinvolution.models import checkpoint, create_model, official_state_dict
+from pyinvolution.models import checkpoint, create_model, loading, official_state_dict
 
 SMALL = {"layers": [1, 1], "stem_channels": 32, "base_channels": 16, "num_classes": 4}
 SEEN = {"hyper_parameters": {"name": "rednet"}, "pytorch-lightning_version": "2"}
@@ -50,7 +50,7 @@ def test_origin_and_load(name: str, in_file: bool, tmp_path: Path) -> None:
         read = checkpoint.read(given)
         assert read.keys() == content.keys()
     options = {**SMALL, "num_classes": 0} if name == "authors, backbone" else SMALL
-    model = checkpoint.load(create_model("rednet", **options), given)
+    model = loading.load(create_model("rednet", **options), given)
     for key, value in model.state_dict().items():
         assert torch.equal(value, source.state_dict()[key]), key
 
@@ -73,12 +73,12 @@ def test_backbone_of_every_network(name: str) -> None:
         "classifier": lambda: before,
         "authors": lambda: official_state_dict(source),
     }[name]()
-    checkpoint.load_backbone(body, content)
+    loading.load_backbone(body, content)
     for key, value in body.state_dict().items():
         assert torch.equal(value, before[key]), key
     content.pop(next(key for key in content if "layer1" in key))
     with pytest.raises(ValueError, match=r"missing.*layer1|layer1.*is missing, expected"):
-        checkpoint.load_backbone(body, content)
+        loading.load_backbone(body, content)
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
@@ -86,16 +86,16 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in other.state_dict().items()}
     first = r"2 of \d+ entries differ in name or shape; the first, head\.bias, is \(4,\), expected \(5,\)"
     with pytest.raises(ValueError, match=f"the checkpoint is of another model: {first}"):
-        checkpoint.load(other, model.state_dict())
+        loading.load(other, model.state_dict())
     with pytest.raises(ValueError, match=r"more, is \(1,\), expected no such entry"):
-        checkpoint.load(other, {**before, "more": torch.ones(1)})
+        loading.load(other, {**before, "more": torch.ones(1)})
     with pytest.raises(ValueError, match="holds no weights"):
-        checkpoint.load(other, {})
+        loading.load(other, {})
     with pytest.raises(ValueError, match=r"head\.bias, is a str, expected \(5,\)"):
-        checkpoint.load(other, {**before, "head.bias": "text"})
+        loading.load(other, {**before, "head.bias": "text"})
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth is not a checkpoint.*: it holds a list, expected a dict"):
-        checkpoint.load(other, tmp_path / "list.pth")
+        loading.load(other, tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pth"):
         checkpoint.read(tmp_path / "none.pth")
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())

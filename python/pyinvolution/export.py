@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from pyinvolution.inference import TOLERANCE, optimize_for_inference
 from pyinvolution.models import create_model, from_pretrained, list_models
-from pyinvolution.models.checkpoint import load, read, reason_of
+from pyinvolution.models.checkpoint import read, reason_of
+from pyinvolution.models.loading import load
 from pyinvolution.models.pretrained import CONFIG
 
 __all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]

@@ -1,4 +1,4 @@
-"""Checkpoints: reading their files safely, telling whose they are, and loading their weights."""
+"""Checkpoints: reading their files safely, and telling whose they are. `loading` loads their weights."""
 
 import datetime
 import os
@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Origin", "check_fit", "load", "load_backbone", "origin", "read", "reason_of", "weights"]
-
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["Origin", "check_fit", "origin", "read", "reason_of", "weights"]
 
 Origin = Literal["authors", "recipe", "library"]
 """Whose format a checkpoint has: the one of the authors' code (mmcls, mmdet, mmseg), of a recipe's training run, or
@@ -24,7 +22,6 @@ _AUTHORS = re.compile(
     r"(module\.)?"
     r"(backbone\.stem\.\d|stem\.\d\.(conv|bn)\.|neck\.(lateral|fpn)_convs\.|(rpn|roi|bbox)_head\.|head\.fc\.)"
 )
-_TO_BACKBONE = re.compile(r"^(module\.|net\.)?(backbone\.(body\.)?)?")
 
 
 def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
@@ -92,51 +89,6 @@ def origin(checkpoint: Mapping[str, Any]) -> Origin:
     return "authors" if any(map(_AUTHORS.match, weights(checkpoint))) else "library"
 
 
-def load(model: Model, source: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
-    """Load the weights of a checkpoint, of any `Origin`, into ``model``: all of them or none.
-
-    Only a checkpoint of the authors' code may lack parts of the model (`load_official`).
-
-    Args:
-        model: of the same architecture.
-        source: path of the checkpoint, or its content.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError, ValueError: it is not a checkpoint, or the weights are of another model.
-    """
-    from pyinvolution.models.official import load_official  # which reads files by `read`
-
-    where, checkpoint = _open(source)
-    state = weights(checkpoint, where)
-    if state.keys() != model.state_dict().keys():
-        if origin(checkpoint) == "authors":
-            return load_official(model, source if isinstance(source, (str, os.PathLike)) else state)
-        state = {key.removeprefix("net."): value for key, value in state.items()}  # a recipe's network
-    check_fit(state, model, where)
-    model.load_state_dict(state)
-    return model
-
-
-def load_backbone(backbone: Model, source: str | os.PathLike[str] | Mapping[str, Any]) -> Model:
-    """Likewise the weights of a network's backbone, from a classifier, detector or segmentation model."""
-    from pyinvolution.models.official import load_official
-
-    where, checkpoint = _open(source)
-    state = weights(checkpoint, where)
-    if origin(checkpoint) == "authors":
-        return load_official(backbone, state)
-    own = backbone.state_dict()
-    bare = {_TO_BACKBONE.sub("", key): value for key, value in state.items()}
-    found = {key: value for key, value in bare.items() if key in own}
-    check_fit(found, backbone, where)
-    backbone.load_state_dict(found)
-    return backbone
-
-
 def check_fit(state: Mapping[str, Any], model: nn.Module, where: str) -> None:
     """See that ``state`` has the names and shapes of the state dict of ``model``.
 
@@ -157,12 +109,6 @@ def check_fit(state: Mapping[str, Any], model: nn.Module, where: str) -> None:
 def reason_of(error: BaseException) -> str:
     """What an error says, on one line of at most 300 characters."""
     return shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-
-
-def _open(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source), read(source)
-    return "the checkpoint", source
 
 
 def _kind(value: Any) -> str:

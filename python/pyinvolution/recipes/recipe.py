@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pyinvolution.models import create_model
-from pyinvolution.models.checkpoint import check_fit, load
+from pyinvolution.models.checkpoint import check_fit
+from pyinvolution.models.loading import load
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup

@@ -10,7 +10,7 @@ from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from pyinvolution.models.checkpoint import load_backbone
+from pyinvolution.models.loading import load_backbone
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.detection import pictures
 from pyinvolution.recipes.detection.coco import Target

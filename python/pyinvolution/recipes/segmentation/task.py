@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pyinvolution.models.checkpoint import load_backbone
+from pyinvolution.models.loading import load_backbone
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.recipe import Recipe, build_net

@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress, track
 from scipy.stats import kendalltau, spearmanr
 
-from pyinvolution.models.checkpoint import load
+from pyinvolution.models.loading import load
 from pyinvolution.recipes import cli, configs
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError
