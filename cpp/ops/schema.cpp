@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "Tensor? span_bias, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool[4] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 
+  // The same, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
+  m.def("traced_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def(
+      "traced_span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, Tensor? span_bias, Tensor? scale, "
+      "Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+
   // What the dispatch tables decide for these arguments.
   m.def(
       "explain_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, str pass_) -> "
@@ -41,6 +47,8 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
 // The same functions for both devices: the problem says where it lives.
 #define PYINVOLUTION_IMPLEMENT(key)                                                                  \
   STABLE_TORCH_LIBRARY_IMPL(pyinvolution, key, m) {                                                  \
+    m.impl("traced_involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                      \
+    m.impl("traced_span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));            \
     m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                             \
     m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));           \
     m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));                   \
