@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyinvolution import ops
 from pyinvolution.functional import forward_mode, involution2d, span_involution2d
-from pyinvolution.modules import Involution2d, _drop_batch, check_input
+from pyinvolution.modules import Involution2d, _CellMean, _drop_batch, check_input
 from pyinvolution.stock import has_hooks, is_pointwise, is_stock
 
 __all__ = ["optimize_for_inference"]
@@ -56,8 +56,10 @@ def optimize_for_inference(model: nn.Module, example_input: Tensor | tuple[Any, 
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     traced = copy.deepcopy(reference)
     try:
-        # The root is traced into; a layer has to be inside something.
-        root = nn.Sequential(traced) if isinstance(traced, Involution2d) else traced
+        # Of the root, torch.fx traces the forward of its class: a layer, hooks and a forward of its own are seen inside
+        # something only.
+        whole = not isinstance(traced, Involution2d) and not has_hooks(traced) and "forward" not in vars(traced)
+        root = traced if whole else nn.Sequential(traced)
         graph = _Tracer().trace(root)
     except (fx.proxy.TraceError, NotImplementedError, TypeError) as error:
         raise ValueError(f"model {type(model).__name__} cannot be traced by torch.fx: {error}") from error
@@ -90,7 +92,8 @@ class _FoldedInvolution2d(nn.Module):
         super().__init__()
         self.channels, self.pool = layer.channels, layer.pool
         reduce: Any = layer.reduce
-        if _foldable(getattr(reduce, "norm", None)) and is_stock(reduce.conv, nn.Conv2d):
+        ordered = is_stock(reduce, nn.Sequential) and [*reduce._modules][:2] == ["conv", "norm"]
+        if ordered and _foldable(reduce.norm) and is_stock(reduce.conv, nn.Conv2d):
             reduce.conv = fuse_conv_bn_eval(reduce.conv, reduce.norm)
             del reduce.norm
         self.reduce = reduce
@@ -151,7 +154,7 @@ class _FoldedInvolution2d(nn.Module):
             and [type(module) for module in reduce] == [nn.Conv2d, nn.ReLU]
             and is_pointwise(reduce[0])
             and is_stock(reduce[1], nn.ReLU)
-            and (self.pool is None or not has_hooks(self.pool))
+            and (self.pool is None or is_stock(self.pool, _CellMean))
         )
 
 
