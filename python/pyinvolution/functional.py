@@ -135,6 +135,16 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def may_require_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd may ask for a gradient of what is computed from ``tensors``."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    # What vmap maps does not say whether the tensor inside does.
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _nested_forward_mode() -> bool:
     """Whether forward mode is applied twice, where PyTorch loses the tangents that the `jvp` of a Function makes."""
     return eager_transforms.JVP_NESTING > 1
@@ -146,7 +156,7 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
             return reference.involution2d(input, weight, None, *window)
         return _Involution2dForwardMode.apply(input, weight, *window)
     # The operator by itself costs half of what it does through a Function.
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+    if may_require_grad(input, weight):
         return _Involution2d.apply(input, weight, *window)
     return ops.involution2d(input, weight, *window)
 
@@ -155,7 +165,7 @@ def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: 
     tensors = (input, reduced, span_weight, span_bias)
     if forward_mode():
         return _compose_span(*tensors, window)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if may_require_grad(*tensors):
         if not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
             return _compose_span(*tensors, window)
         return _SpanInvolution2d.apply(*tensors, *window)

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyinvolution import ops
-from pyinvolution.functional import forward_mode, involution2d, span_involution2d
+from pyinvolution.functional import forward_mode, involution2d, may_require_grad, span_involution2d
 from pyinvolution.modules import Involution2d, _CellMean, _drop_batch, check_input
 from pyinvolution.stock import has_hooks, is_pointwise, is_stock
 
@@ -115,9 +115,7 @@ class _FoldedInvolution2d(nn.Module):
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
         # The epilogue operators have no derivative. Where one is wanted (saliency maps, forward mode), the
         # differentiable operator runs, and the epilogue after it.
-        differentiable = forward_mode() or (
-            torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        )
+        differentiable = forward_mode() or may_require_grad(x, *self.parameters())
         # In the arithmetic type, also where the whole model was converted to 16 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         scale = None if self.scale is None else self.scale.to(dtype)
