@@ -142,7 +142,16 @@ def may_require_grad(*tensors: Tensor | None) -> bool:
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
     # What vmap maps does not say whether the tensor inside does.
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._are_functorch_transforms_active()
+
+
+def _compiles_vmap(*tensors: Tensor | None) -> bool:
+    """Whether torch.compile, which drops a Function none of whose tensors requires a gradient, sees mapped tensors."""
+    return (
+        torch.compiler.is_compiling()
+        and torch._C._are_functorch_transforms_active()
+        and not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )
 
 
 def _nested_forward_mode() -> bool:
@@ -157,6 +166,8 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
         return _Involution2dForwardMode.apply(input, weight, *window)
     # The operator by itself costs half of what it does through a Function.
     if may_require_grad(input, weight):
+        if _compiles_vmap(input, weight):
+            return reference.involution2d(input, weight, None, *window)
         return _Involution2d.apply(input, weight, *window)
     return ops.involution2d(input, weight, *window)
 
@@ -166,7 +177,7 @@ def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: 
     if forward_mode():
         return _compose_span(*tensors, window)
     if may_require_grad(*tensors):
-        if not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
+        if _compiles_vmap(*tensors) or not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
             return _compose_span(*tensors, window)
         return _SpanInvolution2d.apply(*tensors, *window)
     return ops.span_involution2d(*tensors, None, None, False, *window)
