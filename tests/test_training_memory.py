@@ -1,7 +1,4 @@
-"""RedNet in training: what it does not keep for backward changes neither gradients nor buffers.
-
-The twin of a network has the same modules and calls them one after the other, by a forward that is written out here.
-"""
+"""RedNet in training: what it does not keep for backward changes neither gradients nor buffers."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+from surgeries import in_order
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.profiler import ProfilerActivity, profile
@@ -21,35 +19,6 @@ from pyinvolution.models import create_model
 from pyinvolution.models._memory import forget_activations
 
 SMALL = {"layers": [2, 1], "stem": "small", "stem_channels": 32, "base_channels": 16, "num_classes": 3}
-
-
-def stem_in_order(self, x):
-    for name in ("conv1", "norm1", "act1", "involution", "norm2", "act2", "conv2", "norm3", "act3"):
-        x = getattr(self, name)(x)
-    return x
-
-
-def stage_in_order(self, x):
-    for block in self:
-        x = block(x)
-    return x
-
-
-def block_in_order(self, x):
-    y = self.act(self.norm1(self.conv1(x)))
-    y = self.act(self.norm2(self.involution(y)))
-    y = self.norm3(self.conv3(y))
-    y += x if self.downsample is None else self.downsample(x)
-    return self.act(y)
-
-
-def in_order(model):
-    model.stem.forward = MethodType(stem_in_order, model.stem)
-    for stage in model.stages:
-        stage.forward = MethodType(stage_in_order, stage)
-        for block in stage:
-            block.forward = MethodType(block_in_order, block)
-    return model
 
 
 def pair(dtype=torch.float32, **kwargs):

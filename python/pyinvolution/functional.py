@@ -137,6 +137,26 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def may_require_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd may ask for a gradient of what is computed from ``tensors``."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    # What vmap maps does not say whether the tensor inside does.
+    return torch._C._are_functorch_transforms_active()
+
+
+def _compiles_vmap(*tensors: Tensor | None) -> bool:
+    """Whether torch.compile, which drops a Function none of whose tensors requires a gradient, sees mapped tensors."""
+    return (
+        torch.compiler.is_compiling()
+        and torch._C._are_functorch_transforms_active()
+        and not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )
+
+
 def _nested_forward_mode() -> bool:
     """Whether forward mode is applied twice, where PyTorch loses the tangents that the `jvp` of a Function makes."""
     return eager_transforms.JVP_NESTING > 1
@@ -148,7 +168,9 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
             return reference.involution2d(input, weight, None, *window)
         return _Involution2dForwardMode.apply(input, weight, *window)
     # The operator by itself costs half of what it does through a Function.
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+    if may_require_grad(input, weight):
+        if _compiles_vmap(input, weight):
+            return reference.involution2d(input, weight, None, *window)
         return _Involution2d.apply(input, weight, *window)
     return ops.involution2d(input, weight, *window)
 
@@ -156,13 +178,11 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
     if forward_mode():
         return _compose_span(input, reduced, span_weight, span_bias, window)
-    bias_requires_grad = span_bias is not None and span_bias.requires_grad
-    if torch.is_grad_enabled() and (
-        input.requires_grad or reduced.requires_grad or span_weight.requires_grad or bias_requires_grad
-    ):
-        if not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
-            return _compose_span(input, reduced, span_weight, span_bias, window)
-        return _SpanInvolution2d.apply(input, reduced, span_weight, span_bias, *window)
+    tensors = (input, reduced, span_weight, span_bias)
+    if may_require_grad(*tensors):
+        if _compiles_vmap(*tensors) or not ops.fuses_span(input, reduced, span_weight, window, differentiable=True):
+            return _compose_span(*tensors, window)
+        return _SpanInvolution2d.apply(*tensors, *window)
     return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *window)
 
 

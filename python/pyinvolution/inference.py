@@ -13,8 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyinvolution import ops
-from pyinvolution.functional import forward_mode, involution2d, span_involution2d
-from pyinvolution.modules import Involution2d, _drop_batch, check_input
+from pyinvolution.functional import forward_mode, involution2d, may_require_grad, span_involution2d
+from pyinvolution.modules import Involution2d, _CellMean, _drop_batch, check_input
 from pyinvolution.stock import has_hooks, is_pointwise, is_stock
 
 __all__ = ["optimize_for_inference"]
@@ -56,8 +56,10 @@ def optimize_for_inference(model: nn.Module, example_input: Tensor | tuple[Any, 
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     traced = copy.deepcopy(reference)
     try:
-        # The root is traced into; a layer has to be inside something.
-        root = nn.Sequential(traced) if isinstance(traced, Involution2d) else traced
+        # Of the root, torch.fx traces the forward of its class: a layer, hooks and a forward of its own are seen inside
+        # something only.
+        whole = not isinstance(traced, Involution2d) and not has_hooks(traced) and "forward" not in vars(traced)
+        root = traced if whole else nn.Sequential(traced)
         graph = _Tracer().trace(root)
     except (fx.proxy.TraceError, NotImplementedError, TypeError) as error:
         raise ValueError(f"model {type(model).__name__} cannot be traced by torch.fx: {error}") from error
@@ -90,7 +92,8 @@ class _FoldedInvolution2d(nn.Module):
         super().__init__()
         self.channels, self.pool = layer.channels, layer.pool
         reduce: Any = layer.reduce
-        if _foldable(getattr(reduce, "norm", None)) and is_stock(reduce.conv, nn.Conv2d):
+        ordered = is_stock(reduce, nn.Sequential) and [*reduce._modules][:2] == ["conv", "norm"]
+        if ordered and _foldable(reduce.norm) and is_stock(reduce.conv, nn.Conv2d):
             reduce.conv = fuse_conv_bn_eval(reduce.conv, reduce.norm)
             del reduce.norm
         self.reduce = reduce
@@ -112,9 +115,7 @@ class _FoldedInvolution2d(nn.Module):
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
         # The epilogue operators have no derivative. Where one is wanted (saliency maps, forward mode), the
         # differentiable operator runs, and the epilogue after it.
-        differentiable = forward_mode() or (
-            torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        )
+        differentiable = forward_mode() or may_require_grad(x, *self.parameters())
         # In the arithmetic type, also where the whole model was converted to 16 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         scale = None if self.scale is None else self.scale.to(dtype)
@@ -151,7 +152,7 @@ class _FoldedInvolution2d(nn.Module):
             and [type(module) for module in reduce] == [nn.Conv2d, nn.ReLU]
             and is_pointwise(reduce[0])
             and is_stock(reduce[1], nn.ReLU)
-            and (self.pool is None or not has_hooks(self.pool))
+            and (self.pool is None or is_stock(self.pool, _CellMean))
         )
 
 

@@ -1,7 +1,8 @@
 """The operators torch.ops.pyinvolution.*: what PyTorch has to know of them besides their CPU and CUDA kernels.
 
 The kernels and schemas come from the native library (cpp/ops/schema.cpp). Registered here: shape functions for fake
-tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP formulas. Autograd is in ``functional``.
+tensors (torch.compile, torch.export, the meta device), autocast, vmap and FLOP formulas. Autograd is in ``functional``:
+the operators themselves have no derivative, so that their results have neither gradients nor tangents.
 Every check of arguments that Python makes is here, too; the kernels make the same ones.
 """
 
