@@ -120,7 +120,8 @@ def _explained(function: Callable[..., Tensor], check: Callable[..., None], *arg
     try:
         return function(*arguments)
     except RuntimeError:
-        check(*arguments)
+        with ops.untraced():
+            check(*arguments)
         raise
 
 
@@ -141,6 +142,9 @@ def _nested_forward_mode() -> bool:
 
 
 def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
+    if torch.jit.is_tracing():
+        # A Function cannot be saved; the operator has the same gradients.
+        return ops.involution2d(input, weight, *window)
     if forward_mode():
         if _nested_forward_mode():
             return reference.involution2d(input, weight, None, *window)
@@ -153,6 +157,8 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
 
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
     tensors = (input, reduced, span_weight, span_bias)
+    if torch.jit.is_tracing():
+        return ops.span_involution2d(*tensors, None, None, False, *window)
     if forward_mode():
         return _compose_span(*tensors, window)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -181,10 +187,9 @@ def _column(bias: Tensor, input: Tensor) -> Tensor:
         raise TypeError(f"involution2d: bias is a {type(bias).__name__}, expected a Tensor or None")
     if bias.layout != torch.strided:
         raise ValueError(f"involution2d: bias has layout {bias.layout}, expected torch.strided")
-    if bias.shape != input.shape[1:2]:
-        raise ValueError(
-            f"involution2d: bias has shape {tuple(bias.shape)}, expected ({input.shape[1]},), one for each channel"
-        )
+    shape, channels = ops.shape_of(bias), ops.shape_of(input)[1]
+    if shape != (channels,):
+        raise ValueError(f"involution2d: bias has shape {tuple(shape)}, expected ({channels},), one for each channel")
     (bias,) = ops.autocast_tensors(bias)
     if bias.dtype != input.dtype:
         raise TypeError(f"involution2d: bias has dtype {bias.dtype}, expected input's dtype {input.dtype}")
@@ -403,3 +408,36 @@ def _composed_gradients(
     if mask[1]:
         grads = ops.span_gradients(grad_weight, reduced, span_weight, span_bias, needed[1:])
     return tuple(g if want and g is not None else none for g, want in zip((grad_input, *grads), needed, strict=True))
+
+
+# --- the operators by themselves --------------------------------------------------------------------------------------
+# A program that calls them without the functions above, such as one of torch.jit.trace, has these gradients.
+
+
+def _set_up_involution(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, weight, *ctx.window = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _set_up_span(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, scale, shift, relu, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.has_epilogue = scale is not None or shift is not None or relu
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_span(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.has_epilogue:
+        raise RuntimeError(
+            "span_involution2d: scale, shift and relu have no derivative, expected them without autograd"
+        )
+    grads = _SpanInvolution2d.backward(ctx, grad_output)
+    return *grads[:4], None, None, None, *grads[4:]
+
+
+def _refuse_layer(ctx: Any, grad_output: Tensor) -> None:
+    raise RuntimeError("involution_layer2d has no derivative, expected a call without autograd")
+
+
+torch.library.register_autograd("pyinvolution::involution2d", _Involution2d.backward, setup_context=_set_up_involution)
+torch.library.register_autograd("pyinvolution::span_involution2d", _differentiate_span, setup_context=_set_up_span)
+torch.library.register_autograd("pyinvolution::involution_layer2d", _refuse_layer)

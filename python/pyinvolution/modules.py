@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.ops import shape_of
 from pyinvolution.stock import is_pointwise
 
 __all__ = ["Involution2d"]
@@ -220,8 +221,8 @@ def check_input(input: Tensor, channels: int, owner: str, unbatched: bool = Fals
     if not input.is_floating_point():
         raise TypeError(f"{owner}: input must be floating point, got {input.dtype}")
     shape = f"(N, {channels}, H, W)" + f" or ({channels}, H, W)" * unbatched
-    if input.dim() not in ((3, 4) if unbatched else (4,)) or input.shape[-3] != channels:
-        raise ValueError(f"{owner}: input must have shape {shape}, got {tuple(input.shape)}")
+    if input.dim() not in ((3, 4) if unbatched else (4,)) or shape_of(input)[-3] != channels:
+        raise ValueError(f"{owner}: input must have shape {shape}, got {tuple(shape_of(input))}")
     return input if input.dim() == 4 else input.unsqueeze(0)
 
 

@@ -7,7 +7,8 @@ Every check of arguments that Python makes is here, too; the kernels make the sa
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,6 +36,25 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 def layer_output_size(size: int, stride: int) -> int | torch.SymInt:
     """Pixels of a layer's output along one axis, one for each cell of the stride."""
     return (size + stride - 1) // stride
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Sizes are ints in here, also under torch.jit.trace, where they are tensors that must not decide anything."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def shape_of(tensor: Tensor) -> Sequence[int]:
+    """``tensor.shape`` to check, also under torch.jit.trace."""
+    if not torch.jit.is_tracing():
+        return tensor.shape
+    with untraced():
+        return tensor.shape
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
