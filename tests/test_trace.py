@@ -141,7 +141,7 @@ def test_a_loaded_trace_has_all_gradients(name: str, tmp_path: Path) -> None:
 def test_what_has_no_derivative_says_so() -> None:
     program = traced(optimize_for_inference(rednet()), torch.randn(2, 3, 40, 48))
     image = torch.randn(1, 3, 40, 48, requires_grad=True)
-    with pytest.raises(RuntimeError, match="involution_layer2d has no derivative|scale, shift and relu have no"):
+    with pytest.raises(RuntimeError, match=r"involution_layer2d has no derivative|scale, shift and relu have no"):
         program(image).sum().backward()
 
 

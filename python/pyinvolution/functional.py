@@ -143,8 +143,9 @@ def _nested_forward_mode() -> bool:
 
 def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
     if torch.jit.is_tracing():
-        # A Function cannot be saved; the operator has the same gradients.
-        return ops.involution2d(input, weight, *window)
+        # A Function cannot be saved; the operator has the same gradients. ONNX has no such operator.
+        traced = ops.plain_involution2d if torch.onnx.is_in_onnx_export() else ops.involution2d
+        return traced(input, weight, *window)
     if forward_mode():
         if _nested_forward_mode():
             return reference.involution2d(input, weight, None, *window)
@@ -158,7 +159,8 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
     tensors = (input, reduced, span_weight, span_bias)
     if torch.jit.is_tracing():
-        return ops.span_involution2d(*tensors, None, None, False, *window)
+        traced = ops.plain_span_involution2d if torch.onnx.is_in_onnx_export() else ops.span_involution2d
+        return traced(*tensors, None, None, False, *window)
     if forward_mode():
         return _compose_span(*tensors, window)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
