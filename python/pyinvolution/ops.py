@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -287,7 +288,7 @@ def _fuses_dense_span(
 
 
 @torch.library.register_fake("pyinvolution::involution2d")
-def _fake(
+def _fake_involution(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     check(input, weight, stride, padding, dilation)
@@ -356,8 +357,10 @@ def cell_mean(input: Tensor, stride: Sequence[int]) -> Tensor:
     return means * (sh * sw / (rows[:, None] * columns).to(means.dtype))
 
 
-def _wide(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+def _widened(input: Tensor, *others: Tensor | None) -> tuple:
+    """All in the type of sums."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in (input, *others))
 
 
 def _sum_of_taps(
@@ -390,15 +393,15 @@ def _with_epilogue(output: Tensor, scale: Tensor | None, shift: Tensor | None, r
 
 
 def plain_involution2d(input, weight, stride, padding, dilation) -> Tensor:
-    x, weight = input.to(_wide(input)), weight.to(_wide(input))
+    x, weight = _widened(input, weight)
     return _sum_of_taps(x, weight, stride, padding, dilation, padding).to(input.dtype)
 
 
 def plain_span_involution2d(
     input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation
 ) -> Tensor:  # fmt: skip
-    x, *tensors = (t if t is None else t.to(_wide(input)) for t in (input, reduced, span_weight, span_bias))
-    output = _sum_of_taps(x, span(*tensors, kernel_size), stride, padding, dilation, padding)
+    x, reduced, span_weight, span_bias = _widened(input, reduced, span_weight, span_bias)
+    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, padding)
     return _with_epilogue(output, scale, shift, relu).to(input.dtype)
 
 
@@ -406,8 +409,8 @@ def plain_involution_layer2d(
     input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding,
     dilation,
 ) -> Tensor:  # fmt: skip
-    x, reduce_weight, reduce_bias, *span_parameters = (
-        t if t is None else t.to(_wide(input)) for t in (input, reduce_weight, reduce_bias, span_weight, span_bias)
+    x, reduce_weight, reduce_bias, span_weight, span_bias = _widened(
+        input, reduce_weight, reduce_bias, span_weight, span_bias
     )
     cells = x
     if max(stride) > 1:
@@ -416,12 +419,12 @@ def plain_involution_layer2d(
     reduced = conv2d(cells, reduce_weight.flatten(1)[:, :, None, None], reduce_bias).relu()
     # As much end padding as gives an output pixel for every cell.
     end = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
-    output = _sum_of_taps(x, span(reduced, *span_parameters, kernel_size), stride, padding, dilation, end)
+    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, end)
     return _with_epilogue(output, scale, shift, relu).to(input.dtype)
 
 
-_PLAIN = {
-    involution2d: (plain_involution2d, _fake),
+_PLAIN: dict[Any, tuple[Any, Any]] = {
+    involution2d: (plain_involution2d, _fake_involution),
     span_involution2d: (plain_span_involution2d, _fake_span),
     involution_layer2d: (plain_involution_layer2d, _fake_layer),
 }
@@ -506,7 +509,7 @@ def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, outp
 def span(reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, kernel_size: Pair) -> Tensor:
     """The weights of a span involution, (N, G, Kh, Kw, Ho, Wo): its span as the 1x1 convolution that it is."""
     rows = span_weight.flatten(1)
-    if not torch.compiler.is_compiling() and 0 in reduced.shape[2:]:
+    if not torch.compiler.is_compiling() and 0 in shape_of(reduced)[2:]:
         # A convolution refuses an image without pixels.
         weight = torch.einsum("kr,nrhw->nkhw", rows, reduced)
     else:
