@@ -30,7 +30,8 @@ def involution2d(
 
     with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
     in float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype. Forward mode
-    (`torch.func.jvp`, dual numbers) works too, outside torch.compile.
+    (`torch.func.jvp`, dual numbers) works too, outside torch.compile. `torch.jit.trace` records the operator, which has
+    the same gradients in a process that imports this package; a C++ program without Python has none of it.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.

@@ -235,12 +235,13 @@ def fuses_span(
     ``window`` has kernel_size, stride, padding and dilation. ``differentiable``: a backward pass will follow. Where
     that has no kernel, W is better kept than computed twice.
     """
-    kernel_size = window[0]
     if input.device.type not in ("cpu", "cuda"):
         return False
     transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     if not transformed and type(input) in PLAIN_TENSORS:
         return torch.ops.pyinvolution.fuses_span(input, reduced, span_weight, *window, differentiable)
+    # Dynamo may take any int that it reads for a symbol; those of a window are specialised.
+    window = tuple((operator.index(rows), operator.index(columns)) for rows, columns in window)
     # There are no addresses, and sizes may be symbols: dense tensors of these sizes, or where a size is a symbol of the
     # size that gives 14 output pixels.
     sizes = [
@@ -255,7 +256,7 @@ def fuses_span(
         str(input.dtype).removeprefix("torch."),
         input.device.type,
         (1, channels, *sizes),
-        rows // (kernel_size[0] * kernel_size[1]),
+        rows // (window[0][0] * window[0][1]),
         width,
         window,
         channels_last,
