@@ -75,9 +75,7 @@ def test_operators_in_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
     inputs = (torch.randn(2, channels, *size, dtype=dtype), *lists, scale, shift)
     program = torch.export.export(Operators(), inputs)
     path = tmp_path / "operators.onnx"
-    torch.onnx.export(
-        program, (), path, opset_version=18, dynamo=True, verbose=False, custom_translation_table=onnx_translations()
-    )
+    torch.onnx.export(program, (), path, opset_version=18, dynamo=True, verbose=False)
     graph = onnx.load(path)
     assert {opset.domain for opset in graph.opset_import} <= {"", "ai.onnx"}
     assert graph.opset_import[0].version == 18
@@ -87,6 +85,34 @@ def test_operators_in_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
     for found, expected in zip(session.run(None, feed), Operators()(*inputs), strict=True):
         tolerance = {torch.float16: 2e-2, torch.float32: 2e-5}[dtype]
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("dynamo", "optimized"), [(True, False), (True, True), (False, False)], ids=["dynamo", "optimized", "torchscript"]
+)
+def test_torch_onnx_export_needs_no_help(dynamo: bool, optimized: bool, tmp_path: Path) -> None:
+    model = small_rednet().eval()
+    net = pyinvolution.optimize_for_inference(model) if optimized else model
+    path, example = tmp_path / "model.onnx", torch.randn(2, 3, 64, 96)
+    names = {0: "batch", 2: "height", 3: "width"}
+    if dynamo:
+        sizes = {axis: torch.export.Dim(name, min=1 if axis == 0 else 33) for axis, name in names.items()}
+        torch.onnx.export(net, (example,), path, input_names=["input"], dynamic_shapes=(sizes,), verbose=False)
+    else:
+        torch.onnx.export(
+            net, (example,), path, input_names=["input"], dynamic_axes={"input": names}, opset_version=18, dynamo=False
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((2, 3, 64, 96), (3, 3, 41, 75)):
+        images = torch.randn(shape)
+        (found,) = session.run(None, {"input": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_of_translations_is_deprecated() -> None:
+    with pytest.warns(DeprecationWarning, match="torch.onnx.export needs no custom_translation_table"):
+        assert onnx_translations() == {}
 
 
 @pytest.mark.parametrize("format", ["pt2", "onnx"])

@@ -6,7 +6,7 @@ Batch, height and width stay free. Each file is loaded again and compared with t
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +306,6 @@ def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> Runner:
         input_names=["input"],
         opset_version=opset,
         external_data=False,
-        custom_translation_table=onnx_translations(),
         dynamo=True,
         verbose=False,
     )
@@ -335,121 +334,10 @@ FORMATS = {
 
 
 def onnx_translations() -> dict[Callable, Callable]:
-    """The operators in ONNX's standard operations, for ``custom_translation_table`` of `torch.onnx.export`.
-
-    A sum over the taps of a shifted view of the input times the tap's weights, which needs no memory beyond a few
-    images. Sums are kept in float32 (float64 for float64).
-    """
-    from onnx import TensorProto
-    from onnxscript import opset18
-
-    op: Any = opset18
-
-    def sized(value: Any, sizes: Sequence[int], like: Any) -> Any:
-        """``value`` in the shape (N, *sizes, rows, columns) with N, rows and columns of ``like``."""
-        batch, pixels = op.Shape(like, start=0, end=1), op.Shape(like, start=-2)
-        return op.Reshape(value, op.Concat(batch, op.Constant(value_ints=list(sizes)), pixels, axis=0))
-
-    def constant(values: Sequence[int]) -> Any:
-        return op.Constant(value_ints=[int(value) for value in values])
-
-    def apply(
-        input: Any, weight: Any, channels: int, groups: int, kernel: Sequence[int], *geometry: Sequence[int]
-    ) -> Any:
-        stride, padding, dilation, end_padding = geometry
-        taps = kernel[0] * kernel[1]
-        x = op.Pad(input, constant([0, 0, *padding, 0, 0, *end_padding]))
-        x = sized(x, [groups, channels // groups], x)
-        w = sized(weight, [groups, taps], weight)
-        parts = op.Split(w, axis=2, num_outputs=taps) if taps > 1 else [w]
-        total = None
-        for tap, part in enumerate(parts):
-            place = divmod(tap, kernel[1])
-            start = [d * i for d, i in zip(dilation, place, strict=True)]
-            # The last taps end with the image; ONNX takes any end beyond it.
-            end = [
-                -d * (k - 1 - i) if i < k - 1 else 2**31 - 1 for d, k, i in zip(dilation, kernel, place, strict=True)
-            ]
-            shifted = op.Slice(x, constant(start), constant(end), constant([3, 4]), constant(stride))
-            product = op.Mul(shifted, part)
-            total = product if total is None else op.Add(total, product)
-        return sized(total, [channels], weight)
-
-    def sum_type(value: Any) -> int:
-        return TensorProto.DOUBLE if value.dtype == TensorProto.DOUBLE else TensorProto.FLOAT
-
-    def conv1x1(x: Any, weight: Any, bias: Any) -> Any:
-        wide = sum_type(weight)
-        rows, width = weight.shape[:2]
-        output = op.Conv(x, op.Reshape(op.Cast(weight, to=wide), constant([rows, width, 1, 1])), kernel_shape=[1, 1])
-        return output if bias is None else op.Add(output, op.Reshape(op.Cast(bias, to=wide), constant([rows, 1, 1])))
-
-    def apply_span(
-        x: Any, channels: int, reduced: Any, weight: Any, bias: Any, scale: Any, shift: Any, relu: bool, *geometry: Any
-    ) -> Any:
-        kernel = geometry[0]
-        groups = weight.shape[0] // (kernel[0] * kernel[1])
-        output = apply(x, conv1x1(reduced, weight, bias), channels, groups, *geometry)
-        if scale is not None:
-            scale, shift = (op.Reshape(value, constant([-1, 1, 1])) for value in (scale, shift))
-            output = op.Add(op.Mul(output, scale), shift)
-        return op.Relu(output) if relu else output
-
-    def involution2d(
-        input: Any, weight: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-    ) -> Any:
-        wide = sum_type(input)
-        groups, *kernel = weight.shape[1:4]
-        x, w = op.Cast(input, to=wide), op.Cast(weight, to=wide)
-        return op.CastLike(apply(x, w, input.shape[1], groups, kernel, stride, padding, dilation, padding), input)
-
-    def span_involution2d(
-        input: Any,
-        reduced: Any,
-        span_weight: Any,
-        span_bias: Any,
-        scale: Any,
-        shift: Any,
-        relu: bool,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> Any:
-        wide = sum_type(input)
-        x, reduced = op.Cast(input, to=wide), op.Cast(reduced, to=wide)
-        geometry = (kernel_size, stride, padding, dilation, padding)
-        output = apply_span(x, input.shape[1], reduced, span_weight, span_bias, scale, shift, relu, *geometry)
-        return op.CastLike(output, input)
-
-    def involution_layer2d(
-        input: Any,
-        reduce_weight: Any,
-        reduce_bias: Any,
-        span_weight: Any,
-        span_bias: Any,
-        scale: Any,
-        shift: Any,
-        relu: bool,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> Any:
-        x = op.Cast(input, to=sum_type(input))
-        cells = x
-        if max(stride) > 1:
-            cells = op.AveragePool(x, kernel_shape=stride, strides=stride, ceil_mode=1)
-        reduced = op.Relu(conv1x1(cells, reduce_weight, reduce_bias))
-        # As much end padding as gives an output pixel for every cell.
-        rest = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
-        geometry = (kernel_size, stride, padding, dilation, rest)
-        output = apply_span(x, input.shape[1], reduced, span_weight, span_bias, scale, shift, relu, *geometry)
-        return op.CastLike(output, input)
-
-    ours = torch.ops.pyinvolution
-    return {
-        ours.involution2d.default: involution2d,
-        ours.span_involution2d.default: span_involution2d,
-        ours.involution_layer2d.default: involution_layer2d,
-    }
+    """Deprecated: an empty table. `torch.onnx.export` finds the operators in ONNX's standard operations by itself."""
+    warnings.warn(
+        "onnx_translations is deprecated: torch.onnx.export needs no custom_translation_table for these operators",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return {}

@@ -30,7 +30,8 @@ def involution2d(
 
     with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
     in float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype. Forward mode
-    (`torch.func.jvp`, dual numbers) works too, outside torch.compile.
+    (`torch.func.jvp`, dual numbers) works too, outside torch.compile. `torch.jit.trace` records the operator, which has
+    the same gradients in a process that imports this package; a C++ program without Python has none of it.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.
@@ -123,7 +124,8 @@ def _explained(function: Callable[..., Tensor], check: Callable[..., None], *arg
     try:
         return function(*arguments)
     except RuntimeError:
-        check(*arguments)
+        with ops.untraced():
+            check(*arguments)
         raise
 
 
@@ -163,6 +165,10 @@ def _nested_forward_mode() -> bool:
 
 
 def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
+    if torch.jit.is_tracing():
+        # A Function cannot be saved; this operator has the same gradients. ONNX has no such operator.
+        traced = ops.plain_involution2d if torch.onnx.is_in_onnx_export() else ops.traced_involution2d
+        return traced(input, weight, *window)
     if forward_mode():
         if _nested_forward_mode():
             return reference.involution2d(input, weight, None, *window)
@@ -176,6 +182,9 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
 
 
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
+    if torch.jit.is_tracing():
+        traced = ops.plain_span_involution2d if torch.onnx.is_in_onnx_export() else ops.traced_span_involution2d
+        return traced(input, reduced, span_weight, span_bias, None, None, False, *window)
     if forward_mode():
         return _compose_span(input, reduced, span_weight, span_bias, window)
     tensors = (input, reduced, span_weight, span_bias)
@@ -205,10 +214,9 @@ def _column(bias: Tensor, input: Tensor) -> Tensor:
         raise TypeError(f"involution2d: bias is a {type(bias).__name__}, expected a Tensor or None")
     if bias.layout != torch.strided:
         raise ValueError(f"involution2d: bias has layout {bias.layout}, expected torch.strided")
-    if bias.shape != input.shape[1:2]:
-        raise ValueError(
-            f"involution2d: bias has shape {tuple(bias.shape)}, expected ({input.shape[1]},), one for each channel"
-        )
+    shape, channels = ops.shape_of(bias), ops.shape_of(input)[1]
+    if shape != (channels,):
+        raise ValueError(f"involution2d: bias has shape {tuple(shape)}, expected ({channels},), one for each channel")
     (bias,) = ops.autocast_tensors(bias)
     if bias.dtype != input.dtype:
         raise TypeError(f"involution2d: bias has dtype {bias.dtype}, expected input's dtype {input.dtype}")
@@ -427,3 +435,31 @@ def _composed_gradients(
     if mask[1]:
         grads = ops.span_gradients(grad_weight, reduced, span_weight, span_bias, needed[1:])
     return tuple(g if want and g is not None else none for g, want in zip((grad_input, *grads), needed, strict=True))
+
+
+# --- gradients of what torch.jit.trace records ------------------------------------------------------------------------
+# Only for these operators: a registered gradient makes every call slower, also one that needs none.
+
+
+def _set_up_involution(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, weight, *ctx.window = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _set_up_span(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, scale, shift, relu, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.has_epilogue = scale is not None or shift is not None or relu
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_span(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.has_epilogue:
+        raise RuntimeError(
+            "span_involution2d: scale, shift and relu have no derivative, expected them without autograd"
+        )
+    grads = _SpanInvolution2d.backward(ctx, grad_output)
+    return *grads[:4], None, None, None, *grads[4:]
+
+
+torch.library.register_autograd(ops.traced_involution2d, _Involution2d.backward, setup_context=_set_up_involution)
+torch.library.register_autograd(ops.traced_span_involution2d, _differentiate_span, setup_context=_set_up_span)

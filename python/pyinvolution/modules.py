@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import pad
 
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.ops import cell_mean, shape_of
 from pyinvolution.stock import is_pointwise
 
 __all__ = ["Involution2d"]
@@ -178,13 +179,7 @@ class _CellMean(nn.AvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[2:])):
             return super().forward(input)
-        # torch.export cannot prove the size that ceil_mode gives; that of means over a zero margin it can. (Sums would
-        # be simpler, but torch.onnx drops divisor_override.)
-        (sh, sw), (height, width) = self.stride, input.shape[2:]
-        means = avg_pool2d(pad(input, (0, sw - 1, 0, sh - 1)), self.stride, self.stride)
-        rows = (height - sh * torch.arange(means.shape[2], device=input.device)).clamp(max=sh)
-        columns = (width - sw * torch.arange(means.shape[3], device=input.device)).clamp(max=sw)
-        return means * (sh * sw / (rows[:, None] * columns).to(means.dtype))
+        return cell_mean(input, self.stride)
 
 
 def init_conv(conv: nn.Conv2d) -> None:
@@ -220,8 +215,8 @@ def check_input(input: Tensor, channels: int, owner: str, unbatched: bool = Fals
     if not input.is_floating_point():
         raise TypeError(f"{owner}: input must be floating point, got {input.dtype}")
     shape = f"(N, {channels}, H, W)" + f" or ({channels}, H, W)" * unbatched
-    if input.dim() not in ((3, 4) if unbatched else (4,)) or input.shape[-3] != channels:
-        raise ValueError(f"{owner}: input must have shape {shape}, got {tuple(input.shape)}")
+    if input.dim() not in ((3, 4) if unbatched else (4,)) or shape_of(input)[-3] != channels:
+        raise ValueError(f"{owner}: input must have shape {shape}, got {tuple(shape_of(input))}")
     return input if input.dim() == 4 else input.unsqueeze(0)
 
 

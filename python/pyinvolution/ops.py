@@ -6,14 +6,20 @@ the operators themselves have no derivative, so that their results have neither 
 Every check of arguments that Python makes is here, too; the kernels make the same ones.
 """
 
+import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
+from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn.functional import avg_pool2d, conv2d, pad
 from torch.utils.flop_counter import register_flop_formula
 
 from pyinvolution._library import _C
@@ -23,6 +29,8 @@ involution2d_backward = torch.ops.pyinvolution.involution2d_backward.default
 span_involution2d = torch.ops.pyinvolution.span_involution2d.default
 span_involution2d_backward = torch.ops.pyinvolution.span_involution2d_backward.default
 involution_layer2d = torch.ops.pyinvolution.involution_layer2d.default
+traced_involution2d = torch.ops.pyinvolution.traced_involution2d.default
+traced_span_involution2d = torch.ops.pyinvolution.traced_span_involution2d.default
 
 Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -36,6 +44,25 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 def layer_output_size(size: int, stride: int) -> int | torch.SymInt:
     """Pixels of a layer's output along one axis, one for each cell of the stride."""
     return (size + stride - 1) // stride
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Sizes are ints in here, also under torch.jit.trace, where they are tensors that must not decide anything."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def shape_of(tensor: Tensor) -> Sequence[int]:
+    """``tensor.shape`` to check, also under torch.jit.trace."""
+    if not torch.jit.is_tracing():
+        return tensor.shape
+    with untraced():
+        return tensor.shape
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -217,6 +244,8 @@ def fuses_span(
     transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     if not transformed and type(input) in PLAIN_TENSORS:
         return torch.ops.pyinvolution.fuses_span(input, reduced, span_weight, *window, differentiable)
+    # Dynamo may take any int that it reads for a symbol; those of a window are specialised.
+    window = tuple((operator.index(rows), operator.index(columns)) for rows, columns in window)
     # There are no addresses, and sizes may be symbols: dense tensors of these sizes, or where a size is a symbol of the
     # size that gives 14 output pixels. What every kernel is compiled for (channels, window) is specialised.
     window = [(operator.index(vertical), operator.index(horizontal)) for vertical, horizontal in window]
@@ -264,7 +293,9 @@ def _fuses_dense_span(
 
 
 @torch.library.register_fake("pyinvolution::involution2d")
-def _(input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def _fake_involution(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     check(input, weight, stride, padding, dilation)
     shape = (*input.shape[:2], *weight.shape[-2:])
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
@@ -283,14 +314,16 @@ def _(grad_output, input, weight, stride, padding, dilation, output_mask):
 
 
 @torch.library.register_fake("pyinvolution::span_involution2d")
-def _(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation):
+def _fake_span(input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation):
     check_span(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation)
     shape = (*input.shape[:2], *reduced.shape[-2:])
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
 
 
 @torch.library.register_fake("pyinvolution::involution_layer2d")
-def _(input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, *rest):
+def _fake_layer(
+    input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, *rest
+):
     check_layer(input, reduce_weight, reduce_bias, span_weight, span_bias, kernel_size, stride, *rest)
     pixels = map(layer_output_size, input.shape[2:], stride)
     return input.new_empty((*input.shape[:2], *pixels)).to(memory_format=suggest_memory_format(input))
@@ -311,6 +344,100 @@ def _(
         input.new_empty(span_weight.shape[:1]),
     )
     return tuple(grad if wanted else input.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
+
+
+# --- in operations of PyTorch, for torch.onnx -------------------------------------------------------------------------
+
+
+def cell_mean(input: Tensor, stride: Sequence[int]) -> Tensor:
+    """Means over cells of ``stride`` where sizes are symbols.
+
+    torch.export cannot prove the size that ``ceil_mode`` of a pooling gives; that of means over a zero margin it can.
+    (Sums would be simpler, but torch.onnx drops divisor_override.)
+    """
+    (sh, sw), (height, width) = stride, input.shape[2:]
+    means = avg_pool2d(pad(input, (0, sw - 1, 0, sh - 1)), (sh, sw), (sh, sw))
+    rows = (height - sh * torch.arange(means.shape[2], device=input.device)).clamp(max=sh)
+    columns = (width - sw * torch.arange(means.shape[3], device=input.device)).clamp(max=sw)
+    return means * (sh * sw / (rows[:, None] * columns).to(means.dtype))
+
+
+def _widened(input: Tensor, *others: Tensor | None) -> tuple:
+    """All in the type of sums."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in (input, *others))
+
+
+def _sum_of_taps(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    end: Sequence[int],
+) -> Tensor:
+    """For each tap a shifted view of the input times the tap's weights: no memory beyond a few images."""
+    groups, *kernel = shape_of(weight)[1:4]
+    x = pad(x, (padding[1], end[1], padding[0], end[0])).unflatten(1, (groups, -1))
+    total: Tensor | None = None
+    for tap in itertools.product(*map(range, kernel)):
+        # The last taps end with the image.
+        rows, columns = (
+            slice(d * i, -d * (k - 1 - i) or None, s) for i, k, s, d in zip(tap, kernel, stride, dilation, strict=True)
+        )
+        term = x[..., rows, columns] * weight[:, :, tap[0], tap[1]].unsqueeze(2)
+        total = term if total is None else total + term
+    assert total is not None
+    return total.flatten(1, 2)
+
+
+def _with_epilogue(output: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
+    if scale is not None and shift is not None:
+        output = output * scale[:, None, None] + shift[:, None, None]
+    return output.relu() if relu else output
+
+
+def plain_involution2d(input, weight, stride, padding, dilation) -> Tensor:
+    x, weight = _widened(input, weight)
+    return _sum_of_taps(x, weight, stride, padding, dilation, padding).to(input.dtype)
+
+
+def plain_span_involution2d(
+    input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation
+) -> Tensor:  # fmt: skip
+    x, reduced, span_weight, span_bias = _widened(input, reduced, span_weight, span_bias)
+    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, padding)
+    return _with_epilogue(output, scale, shift, relu).to(input.dtype)
+
+
+def plain_involution_layer2d(
+    input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding,
+    dilation,
+) -> Tensor:  # fmt: skip
+    x, reduce_weight, reduce_bias, span_weight, span_bias = _widened(
+        input, reduce_weight, reduce_bias, span_weight, span_bias
+    )
+    cells = x
+    if max(stride) > 1:
+        symbolic = any(isinstance(size, torch.SymInt) for size in x.shape[2:])
+        cells = cell_mean(x, stride) if symbolic else avg_pool2d(x, stride, stride, ceil_mode=True)
+    reduced = conv2d(cells, reduce_weight.flatten(1)[:, :, None, None], reduce_bias).relu()
+    # As much end padding as gives an output pixel for every cell.
+    end = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
+    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, end)
+    return _with_epilogue(output, scale, shift, relu).to(input.dtype)
+
+
+_PLAIN: dict[Any, tuple[Any, Any]] = {
+    involution2d: (plain_involution2d, _fake_involution),
+    span_involution2d: (plain_span_involution2d, _fake_span),
+    involution_layer2d: (plain_involution_layer2d, _fake_layer),
+}
+for _operator, (_plain, _shape_function) in _PLAIN.items():
+    # torch.onnx decomposes what it does not know by this table; nothing else in PyTorch runs through all of it. Fake
+    # tensors would take shapes from it, and not from the functions above, but for the second entry.
+    register_decomposition(_operator)(_plain)
+    register_decomposition(_operator, type="meta")(_shape_function)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -334,31 +461,26 @@ def autocast_tensors(input: Tensor, *others: Tensor | None) -> tuple:
 _autocast = torch.library.Library("pyinvolution", "IMPL")
 
 
-def _register_autocast(key: str, device_type: str) -> None:
-    def involution2d_autocast(input, weight, stride, padding, dilation):
-        tensors = autocast_tensors(input, weight)
+def _register_autocast(key: str, device_type: str, operator: OpOverload, tensors: int) -> None:
+    """Let autocast cast the first ``tensors`` arguments of ``operator``; scales and shifts stay in their dtype."""
+
+    def autocast(*arguments):
+        cast = autocast_tensors(*arguments[:tensors])
         with torch.amp.autocast(device_type, enabled=False):
-            return involution2d(*tensors, stride, padding, dilation)
+            return operator(*cast, *arguments[tensors:])
 
-    def span_involution2d_autocast(input, reduced, span_weight, span_bias, scale, shift, relu, *geometry):
-        tensors = autocast_tensors(input, reduced, span_weight, span_bias)
-        with torch.amp.autocast(device_type, enabled=False):
-            return span_involution2d(*tensors, scale, shift, relu, *geometry)
-
-    def involution_layer2d_autocast(
-        input, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu, *geometry
-    ):  # fmt: skip
-        tensors = autocast_tensors(input, reduce_weight, reduce_bias, span_weight, span_bias)
-        with torch.amp.autocast(device_type, enabled=False):
-            return involution_layer2d(*tensors, scale, shift, relu, *geometry)
-
-    _autocast.impl("involution2d", involution2d_autocast, key)
-    _autocast.impl("involution_layer2d", involution_layer2d_autocast, key)
-    _autocast.impl("span_involution2d", span_involution2d_autocast, key)
+    _autocast.impl(operator, autocast, key)
 
 
-_register_autocast("AutocastCPU", "cpu")
-_register_autocast("AutocastCUDA", "cuda")
+for _key, _device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+    for _operator, _tensors in (
+        (involution2d, 2),
+        (traced_involution2d, 2),
+        (span_involution2d, 4),
+        (traced_span_involution2d, 4),
+        (involution_layer2d, 5),
+    ):
+        _register_autocast(_key, _device_type, _operator, _tensors)
 
 
 # --- vmap: each image has its own kernels, so a mapped dimension is a part of the batch -------------------------------
@@ -390,11 +512,11 @@ def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, outp
 def span(reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, kernel_size: Pair) -> Tensor:
     """The weights of a span involution, (N, G, Kh, Kw, Ho, Wo): its span as the 1x1 convolution that it is."""
     rows = span_weight.flatten(1)
-    if not torch.compiler.is_compiling() and 0 in reduced.shape[2:]:
+    if not torch.compiler.is_compiling() and 0 in shape_of(reduced)[2:]:
         # A convolution refuses an image without pixels.
         weight = torch.einsum("kr,nrhw->nkhw", rows, reduced)
     else:
-        weight = torch.nn.functional.conv2d(reduced, rows[:, :, None, None], span_bias)
+        weight = conv2d(reduced, rows[:, :, None, None], span_bias)
     return weight.unflatten(1, (-1, *kernel_size))
 
 
