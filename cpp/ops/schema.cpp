@@ -29,6 +29,11 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "traced_span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, Tensor? span_bias, Tensor? scale, "
       "Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
 
+  m.def(
+      "traced_involution_layer2d(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor span_weight, "
+      "Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> Tensor");
+
   // What the dispatch tables decide for these arguments.
   m.def(
       "explain_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, str pass_) -> "
@@ -48,6 +53,7 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
 #define PYINVOLUTION_IMPLEMENT(key)                                                                  \
   STABLE_TORCH_LIBRARY_IMPL(pyinvolution, key, m) {                                                  \
     m.impl("traced_involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                      \
+    m.impl("traced_involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));          \
     m.impl("traced_span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));            \
     m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                             \
     m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));           \

@@ -461,5 +461,10 @@ def _differentiate_span(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, .
     return *grads[:4], None, None, None, *grads[4:]
 
 
+def _refuse_layer(ctx: Any, grad_output: Tensor) -> None:
+    raise RuntimeError("involution_layer2d has no derivative, expected a call without autograd")
+
+
 torch.library.register_autograd(ops.traced_involution2d, _Involution2d.backward, setup_context=_set_up_involution)
 torch.library.register_autograd(ops.traced_span_involution2d, _differentiate_span, setup_context=_set_up_span)
+torch.library.register_autograd(ops.traced_involution_layer2d, _refuse_layer)

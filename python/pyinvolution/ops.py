@@ -31,6 +31,7 @@ span_involution2d_backward = torch.ops.pyinvolution.span_involution2d_backward.d
 involution_layer2d = torch.ops.pyinvolution.involution_layer2d.default
 traced_involution2d = torch.ops.pyinvolution.traced_involution2d.default
 traced_span_involution2d = torch.ops.pyinvolution.traced_span_involution2d.default
+traced_involution_layer2d = torch.ops.pyinvolution.traced_involution_layer2d.default
 
 Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -479,6 +480,7 @@ for _key, _device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         (span_involution2d, 4),
         (traced_span_involution2d, 4),
         (involution_layer2d, 5),
+        (traced_involution_layer2d, 5),
     ):
         _register_autocast(_key, _device_type, _operator, _tensors)
 
