@@ -180,7 +180,7 @@ def test_conv2_is_called_where_it_is_not_theirs(change):
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ((8, 3, 1), ValueError, "channels must be at least 16, got 8"),
+        ((8, 3, 1), ValueError, "channels is 8, expected at least 16"),
         ((56, 3, 1), ValueError, "channels is 56, expected a multiple"),
         ((32, 4, 1), ValueError, "kernel_size is 4, expected an odd number with stride 1"),
         ((32, (3, 3), 1), TypeError, "kernel_size"),
@@ -194,7 +194,7 @@ def test_arguments_are_checked(arguments, error, text):
 
 
 def test_input_is_checked():
-    with pytest.raises(ValueError, match=r"involution: .*\(N, 32, H, W\).*\(2, 16, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"involution: .*\(2, 16, 5, 5\).*\(N, 32, H, W\)"):
         involution(32, 3, 1)(torch.randn(2, 16, 5, 5))
 
 

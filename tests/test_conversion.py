@@ -75,9 +75,9 @@ def test_match():
             convert(build(), match, **options)
     with pytest.raises(TypeError, match="stride comes from each convolution"):
         convert(build(), stride=2)
-    with pytest.raises(TypeError, match="match must be None, a pattern or a function, got 3"):
+    with pytest.raises(TypeError, match="match is 3, expected None, a pattern or a function"):
         convert(build(), 3)
-    with pytest.raises(TypeError, match="model must be a module, got str"):
+    with pytest.raises(TypeError, match="model is a str, expected a module"):
         convert("resnet50")
 
 

@@ -214,27 +214,27 @@ def test_symbolic_trace():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
-        ({"channels": 32.0}, TypeError, r"channels must be an int, got 32\.0"),
-        ({"channels": 24}, ValueError, "group_channels must divide channels=24, got 16"),
-        ({"group_channels": 0}, ValueError, "group_channels must be at least 1, got 0"),
-        ({"group_channels": "16"}, TypeError, "group_channels must be an int, got '16'"),
-        ({"reduction": 33}, ValueError, "reduction must leave at least one of channels=32, got 33"),
-        ({"reduction": 0}, ValueError, "reduction must be at least 1, got 0"),
-        ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
-        ({"kernel_size": (3, 0)}, ValueError, r"kernel_size\[1\] must be at least 1, got 0"),
+        ({"channels": 0}, ValueError, "channels is 0, expected at least 1"),
+        ({"channels": 32.0}, TypeError, r"channels is 32\.0, expected an int"),
+        ({"channels": 24}, ValueError, "group_channels is 16, expected a divisor of channels=24"),
+        ({"group_channels": 0}, ValueError, "group_channels is 0, expected at least 1"),
+        ({"group_channels": "16"}, TypeError, "group_channels is '16', expected an int"),
+        ({"reduction": 33}, ValueError, "reduction is 33, expected at most channels=32"),
+        ({"reduction": 0}, ValueError, "reduction is 0, expected at least 1"),
+        ({"kernel_size": 0}, ValueError, "kernel_size is 0, expected at least 1"),
+        ({"kernel_size": (3, 0)}, ValueError, r"kernel_size\[1\] is 0, expected at least 1"),
         (
             {"kernel_size": (3, 3, 3)},
             ValueError,
-            r"kernel_size must be an int or a pair of ints, got \(3, 3, 3\)",
+            r"kernel_size is \(3, 3, 3\), expected an int or a pair of ints",
         ),
-        ({"kernel_size": 3.5}, TypeError, r"kernel_size must be an int or a pair of ints, got 3\.5"),
-        ({"stride": -1}, ValueError, "stride must be at least 1, got -1"),
-        ({"stride": (1, 1.5)}, TypeError, r"stride\[1\] must be an int, got 1\.5"),
-        ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
-        ({"dilation": None}, TypeError, "dilation must be an int or a pair of ints, got None"),
-        ({"out_channels": 0}, ValueError, "out_channels must be at least 1, got 0"),
-        ({"out_channels": True}, TypeError, "out_channels must be an int, got True"),
+        ({"kernel_size": 3.5}, TypeError, r"kernel_size is 3\.5, expected an int or a pair of ints"),
+        ({"stride": -1}, ValueError, "stride is -1, expected at least 1"),
+        ({"stride": (1, 1.5)}, TypeError, r"stride\[1\] is 1\.5, expected an int"),
+        ({"dilation": 0}, ValueError, "dilation is 0, expected at least 1"),
+        ({"dilation": None}, TypeError, "dilation is None, expected an int or a pair of ints"),
+        ({"out_channels": 0}, ValueError, "out_channels is 0, expected at least 1"),
+        ({"out_channels": True}, TypeError, "out_channels is True, expected an int"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -245,12 +245,16 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("input", "error", "message"),
     [
-        (torch.zeros(2, 16, 4, 4), ValueError, r"shape \(N, 32, H, W\) or \(32, H, W\), got \(2, 16, 4, 4\)"),
-        (torch.zeros(16, 4, 4), ValueError, r"shape \(N, 32, H, W\) or \(32, H, W\), got \(16, 4, 4\)"),
-        (torch.zeros(32, 4), ValueError, r"got \(32, 4\)"),
-        (torch.zeros(1, 2, 32, 4, 4), ValueError, r"got \(1, 2, 32, 4, 4\)"),
-        (torch.zeros(2, 32, 4, 4, dtype=torch.uint8), TypeError, r"floating point, got torch\.uint8"),
-        ([[1.0]], TypeError, "must be a Tensor, got list"),
+        (torch.zeros(2, 16, 4, 4), ValueError, r" has shape \(2, 16, 4, 4\), expected \(N, 32, H, W\) or \(32, H, W\)"),
+        (torch.zeros(16, 4, 4), ValueError, r" has shape \(16, 4, 4\), expected \(N, 32, H, W\) or \(32, H, W\)"),
+        (torch.zeros(32, 4), ValueError, r" has shape \(32, 4\), expected "),
+        (torch.zeros(1, 2, 32, 4, 4), ValueError, r" has shape \(1, 2, 32, 4, 4\), expected "),
+        (
+            torch.zeros(2, 32, 4, 4, dtype=torch.uint8),
+            TypeError,
+            r" has dtype torch\.uint8, expected a floating-point dtype",
+        ),
+        ([[1.0]], TypeError, " is a list, expected a Tensor"),
     ],
 )
 def test_bad_input(input, error, message):
@@ -273,7 +277,7 @@ def test_fused_and_unfused_agree_and_are_selectable():
         results[fused] = [loss, *(p.grad for p in layer.parameters())]
     for other in (None, True):
         torch.testing.assert_close(results[other], results[False], rtol=1e-3, atol=1e-4)
-    with pytest.raises(TypeError, match="fused must be a bool or None, got 1"):
+    with pytest.raises(TypeError, match="fused is 1, expected a bool or None"):
         Involution2d(32, fused=1)
 
 

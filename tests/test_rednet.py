@@ -264,19 +264,19 @@ def test_copies():
     [
         ({"layers": 50}, TypeError, "layers is 50, expected a sequence of ints"),
         ({"layers": []}, ValueError, r"layers is \[\], expected at least one entry"),
-        ({"layers": [1, 0]}, ValueError, r"layers\[1\] must be at least 1, got 0"),
+        ({"layers": [1, 0]}, ValueError, r"layers\[1\] is 0, expected at least 1"),
         ({"stem": "tiny"}, ValueError, "stem is 'tiny', expected 'imagenet' or 'small'"),
         ({"stem_channels": 33}, ValueError, "stem_channels is 33, expected an even number"),
-        ({"stem_channels": 24}, ValueError, "group_channels must divide channels=12, got 16"),
-        ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
-        ({"num_classes": 2.5}, TypeError, r"num_classes must be an int, got 2\.5"),
-        ({"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
+        ({"stem_channels": 24}, ValueError, "group_channels is 16, expected a divisor of channels=12"),
+        ({"num_classes": -1}, ValueError, "num_classes is -1, expected at least 0"),
+        ({"num_classes": 2.5}, TypeError, r"num_classes is 2\.5, expected an int"),
+        ({"in_channels": 0}, ValueError, "in_channels is 0, expected at least 1"),
         ({"strides": [1, 2, 2]}, ValueError, r"strides is \[1, 2, 2\], expected 2 entries, one for each stage"),
-        ({"dilations": [1, 0]}, ValueError, r"dilations\[1\] must be at least 1, got 0"),
+        ({"dilations": [1, 0]}, ValueError, r"dilations\[1\] is 0, expected at least 1"),
         ({"output_stride": 3}, ValueError, r"output_stride is 3, expected one of \[4, 8\]"),
         ({"output_stride": 4, "strides": [1, 1]}, ValueError, "expected None with output_stride"),
         ({"frozen_stages": 3}, ValueError, "frozen_stages is 3, expected at most the number of stages, 2"),
-        ({"frozen_stages": -2}, ValueError, "frozen_stages must be at least -1, got -2"),
+        ({"frozen_stages": -2}, ValueError, "frozen_stages is -2, expected at least -1"),
         ({"drop_rate": 1.0}, ValueError, r"drop_rate is 1\.0, expected a value in \[0, 1\)"),
         ({"global_pool": "max"}, ValueError, "global_pool is 'max', expected 'avg' or ''"),
         ({"depth": 50}, TypeError, "depth"),
@@ -290,9 +290,9 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_input():
     model = small(in_channels=1)
     for image in (torch.zeros(2, 3, 16, 16), torch.zeros(1, 16, 16)):
-        with pytest.raises(ValueError, match=r"RedNet: input must have shape \(N, 1, H, W\), got "):
+        with pytest.raises(ValueError, match=r"RedNet: input has shape .*, expected \(N, 1, H, W\)"):
             model(image)
-    with pytest.raises(TypeError, match=r"RedNet: input must be floating point, got torch\.uint8"):
+    with pytest.raises(TypeError, match=r"RedNet: input has dtype torch\.uint8, expected a floating-point dtype"):
         model.features(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"indices is \[3\], expected one or more of -3 to 2"):
         model.forward_intermediates(torch.zeros(2, 1, 16, 16), [3])

@@ -157,7 +157,11 @@ def test_wrong_space_is_refused(change, message):
         ),
         ({"width": 16, "channels": 8, "operators": "conv3"}, ValueError, "a list with an operator for each block"),
         ({"width": 16, "operators": ["conv3"]}, ValueError, r"stages\[0\] has the keys .*, expected channels"),
-        ({"width": "16", "channels": 8, "operators": ["conv3"]}, TypeError, r"stages\[0\].width must be an int"),
+        (
+            {"width": "16", "channels": 8, "operators": ["conv3"]},
+            TypeError,
+            r"stages\[0\].width is '16', expected an int",
+        ),
     ],
 )
 def test_wrong_stage_is_refused(stage, error, message):

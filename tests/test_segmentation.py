@@ -64,8 +64,8 @@ def test_every_depth_and_option():
     [
         ({"name": "semantic_fpn_rednet50", "neck": "none"}, "neck is 'none', expected 'conv' or 'involution'"),
         ({"name": "semantic_fpn_rednet50", "dropout": 1.5}, r"dropout is 1.5, expected a value in \[0, 1\)"),
-        ({"name": "semantic_fpn_rednet50", "num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"name": "upernet_rednet50", "pool_scales": (1, 0)}, "pool_scales must be at least 1, got 0"),
+        ({"name": "semantic_fpn_rednet50", "num_classes": 0}, "num_classes is 0, expected at least 1"),
+        ({"name": "upernet_rednet50", "pool_scales": (1, 0)}, "pool_scales is 0, expected at least 1"),
         ({"name": "upernet", "backbone": "rednet51"}, "backbone is 'rednet51', expected a RedNet or a model of timm"),
     ],
 )

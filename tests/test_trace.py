@@ -147,7 +147,7 @@ def test_what_has_no_derivative_says_so() -> None:
 
 def test_wrong_arguments_are_found_while_tracing() -> None:
     for module, shape, words in (
-        (Involution2d(32), (1, 16, 8, 8), r"input must have shape .*, got \(1, 16, 8, 8\)"),
+        (Involution2d(32), (1, 16, 8, 8), r"input has shape \(1, 16, 8, 8\), expected "),
         (Functions(), (1, 3, 8, 8), r"bias has shape \(1,\), expected \(3,\)"),
     ):
         if isinstance(module, Functions):

@@ -42,9 +42,9 @@ def convert(model: nn.Module, match: Match | None = None, **options: Any) -> nn.
         TypeError: an argument is unknown or has the wrong type.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module, got {type(model).__name__}")
+        raise TypeError(f"model is a {type(model).__name__}, expected a module")
     if not (match is None or isinstance(match, (str, re.Pattern)) or callable(match)):
-        raise TypeError(f"match must be None, a pattern or a function, got {match!r}")
+        raise TypeError(f"match is {match!r}, expected None, a pattern or a function")
     group_channels = options.get("group_channels", 16)
     chosen, refused, done = [], "", False
     for name, module in model.named_modules():

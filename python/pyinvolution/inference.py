@@ -48,11 +48,11 @@ def optimize_for_inference(model: nn.Module, example_input: Tensor | tuple[Any, 
         RuntimeError: the outputs differ by more than rounding.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a Module, got {type(model).__name__}")
+        raise TypeError(f"model is a {type(model).__name__}, expected a Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"model {type(model).__name__} is TorchScript, expected the module that it was made from")
     if not isinstance(example_input, Tensor | tuple | None):
-        raise TypeError(f"example_input must be a Tensor or a tuple, got {type(example_input).__name__}")
+        raise TypeError(f"example_input is a {type(example_input).__name__}, expected a Tensor or a tuple")
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     traced = copy.deepcopy(reference)
     try:

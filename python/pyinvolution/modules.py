@@ -101,11 +101,11 @@ class Involution2d(nn.Module):
         self.reduction = positive_int("reduction", reduction)
         self.out_channels = channels if out_channels is None else positive_int("out_channels", out_channels)
         if channels % group_channels:
-            raise ValueError(f"group_channels must divide channels={channels}, got {group_channels}")
+            raise ValueError(f"group_channels is {group_channels}, expected a divisor of channels={channels}")
         if reduction > channels:
-            raise ValueError(f"reduction must leave at least one of channels={channels}, got {reduction}")
+            raise ValueError(f"reduction is {reduction}, expected at most channels={channels}")
         if fused is not None and not isinstance(fused, bool):
-            raise TypeError(f"fused must be a bool or None, got {fused!r}")
+            raise TypeError(f"fused is {fused!r}, expected a bool or None")
         self.groups = channels // group_channels
         self.fused = fused
 
@@ -192,31 +192,31 @@ def init_conv(conv: nn.Conv2d) -> None:
 def positive_int(name: str, value: object, minimum: int = 1) -> int:
     """``value`` if it is an int of at least ``minimum``, else a TypeError or ValueError that names it."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} is {value!r}, expected an int")
     if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        raise ValueError(f"{name} is {value}, expected at least {minimum}")
     return value
 
 
 def _positive_pair(name: str, value: object) -> tuple[int, int]:
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
-            raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+            raise ValueError(f"{name} is {value!r}, expected an int or a pair of ints")
         return positive_int(f"{name}[0]", value[0]), positive_int(f"{name}[1]", value[1])
     if not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+        raise TypeError(f"{name} is {value!r}, expected an int or a pair of ints")
     return (positive_int(name, value),) * 2
 
 
 def check_input(input: Tensor, channels: int, owner: str, unbatched: bool = False) -> Tensor:
     """``input`` as (N, C, H, W), or a TypeError or ValueError in the name of ``owner``."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"{owner}: input must be a Tensor, got {type(input).__name__}")
+        raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor")
     if not input.is_floating_point():
-        raise TypeError(f"{owner}: input must be floating point, got {input.dtype}")
+        raise TypeError(f"{owner}: input has dtype {input.dtype}, expected a floating-point dtype")
     shape = f"(N, {channels}, H, W)" + f" or ({channels}, H, W)" * unbatched
     if input.dim() not in ((3, 4) if unbatched else (4,)) or shape_of(input)[-3] != channels:
-        raise ValueError(f"{owner}: input must have shape {shape}, got {tuple(shape_of(input))}")
+        raise ValueError(f"{owner}: input has shape {tuple(shape_of(input))}, expected {shape}")
     return input if input.dim() == 4 else input.unsqueeze(0)
 
 

@@ -388,7 +388,7 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
   void reset() override {
     const int64_t channels = options.channels();
     const auto positive = [](const char* name, int64_t value) {
-      TORCH_CHECK_VALUE(value >= 1, "Involution2d: ", name, " must be at least 1, got ", value);
+      TORCH_CHECK_VALUE(value >= 1, "Involution2d: ", name, " is ", value, ", expected at least 1");
     };
     positive("channels", channels), positive("group_channels", options.group_channels());
     positive("reduction", options.reduction()), positive("out_channels", options.out_channels().value_or(1));
@@ -396,12 +396,10 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
       positive("kernel_size", (*options.kernel_size())[i]), positive("stride", (*options.stride())[i]);
       positive("dilation", (*options.dilation())[i]);
     }
-    TORCH_CHECK_VALUE(channels % options.group_channels() == 0,
-                      "Involution2d: group_channels must divide channels = ", channels, ", got ",
-                      options.group_channels());
-    TORCH_CHECK_VALUE(options.reduction() <= channels,
-                      "Involution2d: reduction must leave at least one of channels = ", channels, ", got ",
-                      options.reduction());
+    TORCH_CHECK_VALUE(channels % options.group_channels() == 0, "Involution2d: group_channels is ",
+                      options.group_channels(), ", expected a divisor of channels = ", channels);
+    TORCH_CHECK_VALUE(options.reduction() <= channels, "Involution2d: reduction is ", options.reduction(),
+                      ", expected at most channels = ", channels);
     const auto conv1x1 = [](int64_t in, int64_t out, bool bias) {
       return torch::nn::Conv2d(torch::nn::Conv2dOptions(in, out, 1).bias(bias));
     };
@@ -441,8 +439,8 @@ class Involution2dImpl : public torch::nn::Cloneable<Involution2dImpl> {
 
   torch::Tensor forward(const torch::Tensor& input) {
     TORCH_CHECK_VALUE((input.dim() == 3 || input.dim() == 4) && input.size(-3) == options.channels(),
-                      "Involution2d: input must have shape (N, ", options.channels(), ", H, W) or (",
-                      options.channels(), ", H, W), got ", input.sizes());
+                      "Involution2d: input has shape ", input.sizes(), ", expected (N, ", options.channels(),
+                      ", H, W) or (", options.channels(), ", H, W)");
     torch::Tensor x = input.dim() == 4 ? input : input.unsqueeze(0);
     const auto [kh, kw] = *options.kernel_size();
     const auto [sh, sw] = *options.stride();
