@@ -18,13 +18,14 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
+from pyinvolution import ops
 from pyinvolution.inference import TOLERANCE, optimize_for_inference
 from pyinvolution.models import create_model, from_pretrained, list_models
 from pyinvolution.models.checkpoint import read, reason_of
 from pyinvolution.models.loading import load
 from pyinvolution.models.pretrained import CONFIG
 
-__all__ = ["FORMATS", "Export", "export", "load_model", "onnx_translations"]
+__all__ = ["FORMATS", "Export", "export", "load_model", "onnx_decompositions", "onnx_translations"]
 
 SMALLEST = 33
 """Pixels of the smallest image that an exported model takes, each way: two of the last feature map, at stride 32."""
@@ -300,7 +301,7 @@ def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> Runner:
     import onnxruntime
 
     torch.onnx.export(
-        program,
+        program.run_decompositions(onnx_decompositions()),
         (),
         path,
         input_names=["input"],
@@ -333,10 +334,19 @@ FORMATS = {
 }
 
 
+def onnx_decompositions() -> dict[Any, Callable]:
+    """The operators in operations that ONNX has, for ``program.run_decompositions`` of an `ExportedProgram`.
+
+    `torch.onnx.export` of a module needs no help; a program that `torch.export` made has the operators in it.
+    """
+    return dict(ops.PLAIN)
+
+
 def onnx_translations() -> dict[Callable, Callable]:
-    """Deprecated: an empty table. `torch.onnx.export` finds the operators in ONNX's standard operations by itself."""
+    """Deprecated: an empty table. `torch.onnx.export` of a module needs no help; see `onnx_decompositions`."""
     warnings.warn(
-        "onnx_translations is deprecated: torch.onnx.export needs no custom_translation_table for these operators",
+        "onnx_translations is deprecated: torch.onnx.export of a module needs no custom_translation_table for these "
+        "operators; for an ExportedProgram pass program.run_decompositions(onnx_decompositions())",
         DeprecationWarning,
         stacklevel=2,
     )

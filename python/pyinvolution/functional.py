@@ -165,10 +165,8 @@ def _nested_forward_mode() -> bool:
 
 
 def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
-    if torch.jit.is_tracing():
-        # A Function cannot be saved; this operator has the same gradients. ONNX has no such operator.
-        traced = ops.plain_involution2d if torch.onnx.is_in_onnx_export() else ops.traced_involution2d
-        return traced(input, weight, *window)
+    if (operator := ops.recorded(ops.involution2d)) is not ops.involution2d:
+        return operator(input, weight, *window)
     if forward_mode():
         if _nested_forward_mode():
             return reference.involution2d(input, weight, None, *window)
@@ -182,9 +180,8 @@ def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
 
 
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
-    if torch.jit.is_tracing():
-        traced = ops.plain_span_involution2d if torch.onnx.is_in_onnx_export() else ops.traced_span_involution2d
-        return traced(input, reduced, span_weight, span_bias, None, None, False, *window)
+    if (operator := ops.recorded(ops.span_involution2d)) is not ops.span_involution2d:
+        return operator(input, reduced, span_weight, span_bias, None, None, False, *window)
     if forward_mode():
         return _compose_span(input, reduced, span_weight, span_bias, window)
     tensors = (input, reduced, span_weight, span_bias)

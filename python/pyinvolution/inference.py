@@ -124,15 +124,17 @@ class _FoldedInvolution2d(nn.Module):
         pointwise = is_pointwise(span)
         if pointwise and not differentiable and self._reduces_by_convolution():
             conv: Any = self.reduce.conv
-            layer = ops.traced_involution_layer2d if torch.jit.is_tracing() else ops.involution_layer2d
-            output = layer(x, conv.weight, conv.bias, span.weight, span.bias, scale, shift, self.relu, *self.geometry)
+            output = ops.recorded(ops.involution_layer2d)(
+                x, conv.weight, conv.bias, span.weight, span.bias, scale, shift, self.relu, *self.geometry
+            )
             return _drop_batch(output if self.project is None else self.project(output), input)
         reduced = self.reduce(x if self.pool is None else self.pool(x))
         if any(self.extra_padding):
             x = pad(x, self.extra_padding)
         if pointwise and not differentiable:
-            applied = ops.traced_span_involution2d if torch.jit.is_tracing() else ops.span_involution2d
-            output = applied(x, reduced, span.weight, span.bias, scale, shift, self.relu, *self.geometry)
+            output = ops.recorded(ops.span_involution2d)(
+                x, reduced, span.weight, span.bias, scale, shift, self.relu, *self.geometry
+            )
         else:
             kernel_size, *window = self.geometry
             if pointwise:

@@ -9,13 +9,11 @@ Every check of arguments that Python makes is here, too; the kernels make the sa
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -429,16 +427,33 @@ def plain_involution_layer2d(
     return _with_epilogue(output, scale, shift, relu).to(input.dtype)
 
 
-_PLAIN: dict[Any, tuple[Any, Any]] = {
-    involution2d: (plain_involution2d, _fake_involution),
-    span_involution2d: (plain_span_involution2d, _fake_span),
-    involution_layer2d: (plain_involution_layer2d, _fake_layer),
+PLAIN: dict[OpOverload, Callable[..., Tensor]] = {
+    involution2d: plain_involution2d,
+    span_involution2d: plain_span_involution2d,
+    involution_layer2d: plain_involution_layer2d,
 }
-for _operator, (_plain, _shape_function) in _PLAIN.items():
-    # torch.onnx decomposes what it does not know by this table; nothing else in PyTorch runs through all of it. Fake
-    # tensors would take shapes from it, and not from the functions above, but for the second entry.
-    register_decomposition(_operator)(_plain)
-    register_decomposition(_operator, type="meta")(_shape_function)
+"""The operators in operations of PyTorch: a table for ``ExportedProgram.run_decompositions``.
+
+Not PyTorch's own table: inductor would then want to decompose them, too, and fails where the variable CI is set.
+"""
+
+_TRACED = {
+    involution2d: traced_involution2d,
+    span_involution2d: traced_span_involution2d,
+    involution_layer2d: traced_involution_layer2d,
+}
+
+
+def recorded(operator: OpOverload) -> Callable[..., Tensor]:
+    """What an exporter is to record for ``operator``: for ONNX plain operations, for torch.jit.trace an operator with
+    gradients of its own, else the operator.
+    """
+    tracing = torch.jit.is_tracing()
+    if not tracing and not torch.compiler.is_exporting():
+        return operator
+    if torch.onnx.is_in_onnx_export():
+        return PLAIN[operator]
+    return _TRACED[operator] if tracing else operator
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
