@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ def involution2d(
     """
     op = "involution2d"
     window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
-    _check_type(op, "input", input)
-    _check_type(op, "weight", weight)
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        _refuse_types(op, input=input, weight=weight)
     unbatched = input.dim() == 3 and weight.dim() == 5
     if unbatched:
         input, weight = input.unsqueeze(0), weight.unsqueeze(0)
@@ -104,11 +104,13 @@ def span_involution2d(
         _pair(op, "padding", padding),
         _pair(op, "dilation", dilation),
     )
-    _check_type(op, "input", input)
-    _check_type(op, "reduced", reduced)
-    _check_type(op, "span_weight", span_weight)
-    if span_bias is not None:
-        _check_type(op, "span_bias", span_bias)
+    if not (
+        isinstance(input, Tensor)
+        and isinstance(reduced, Tensor)
+        and isinstance(span_weight, Tensor)
+        and (span_bias is None or isinstance(span_bias, Tensor))
+    ):
+        _refuse_types(op, input=input, reduced=reduced, span_weight=span_weight, span_bias=span_bias)
     unbatched = input.dim() == 3 and reduced.dim() == 3
     if unbatched:
         input, reduced = input.unsqueeze(0), reduced.unsqueeze(0)
@@ -129,9 +131,9 @@ def _explained(function: Callable[..., Tensor], check: Callable[..., None], *arg
         raise
 
 
-def _check_type(op: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a Tensor")
+def _refuse_types(op: str, **values: object) -> NoReturn:
+    name, value = next((n, v) for n, v in values.items() if not isinstance(v, Tensor) and (v, n) != (None, "span_bias"))
+    raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a Tensor")
 
 
 def forward_mode() -> bool:
