@@ -161,7 +161,7 @@ def variants(operator: str = "involution2d") -> list[str]:
 
 @contextmanager
 def force_variant(name: str) -> Iterator[None]:
-    """Within the context, every involution on the variant's device runs it, or raises its refusal as a RuntimeError.
+    """Within the context, every involution on the variant's device runs it, or raises an error with its refusal.
 
     For tests and benchmarks; the environment variable PYINVOLUTION_VARIANT does the same for a process.
 
