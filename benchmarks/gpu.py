@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from cases import same
 
-from benchmarks import ROOT, models, operators, roofline, targets
+from benchmarks import ROOT, models, operators, predict, roofline, targets
 from benchmarks.harness import RESULTS, about, pyplot, slug, write_rows
 from benchmarks.operators import LAYOUTS, Bench, Setting
 from benchmarks.roofline import DETECTION, H200, SHAPES, batched
@@ -254,6 +254,7 @@ def summary(rows: Sequence[dict[str, Any]], run: dict[str, Any], verdicts: Seque
         *([f"Left out, for the time was over: {len(run['left_out'])} cases.\n"] if run["left_out"] else []),
         *operator_tables(rows),
         *model_table(rows),
+        predict.comparison(rows),
         targets.table(verdicts),
     ]
     return "\n".join(lines)
@@ -366,6 +367,9 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
                         "involution_cuda.py: its CuPy operator is measured too, where CuPy is installed")  # fmt: skip
     parser.add_argument("--output", type=Path, help=f"a directory (default: {RESULTS.relative_to(ROOT)}; for a dry or "
                         f"quick run {DRY_RUN.relative_to(ROOT)})")  # fmt: skip
+    parser.add_argument("--predict", choices=sorted(predict.GPUS), nargs="?", const="h200", metavar="GPU",
+                        help="print what each layer and RedNet-50 against ResNet-50 should take on a GPU "
+                        f"({', '.join(sorted(predict.GPUS))}; default: h200), by counts; run nothing")  # fmt: skip
     parser.add_argument("--floors", action="store_true", help="print the computed floors on an H200, run nothing")
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.quick:
@@ -382,6 +386,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = arguments.device
     if arguments.floors:
         return print(floors_text())
+    if arguments.predict:
+        return print(predict.text(predict.GPUS[arguments.predict]))
     if device == "cuda" and not torch.cuda.is_available():
         print(f"There is no GPU here: nothing is measured. What bounds each shape on an H200:\n\n{floors_text()}")
         return None

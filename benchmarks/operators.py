@@ -40,7 +40,8 @@ from benchmarks.harness import (
     ratios_text,
     span_tensors,
 )
-from benchmarks.roofline import Limits, Work, design_ms
+from benchmarks.predict import Gpu, predicted_ms
+from benchmarks.roofline import Limits, Work
 from pyinvolution import explain, explain_span, force_variant, functional, ops, reference
 from pyinvolution.explain import PASSES, SPAN_PASSES, Explanation, variants
 from pyinvolution.studies.timing import Clock, Function, Ratio, Spread, device_peak, interleaved
@@ -153,7 +154,8 @@ def measure(
         row["copy_share"] = row["gb_per_s"] / bench.limits.copy_gb_per_s
         row["fma_share"] = row["gfma_per_s"] / bench.limits.gfma[setting.dtype]
         row["floor_bytes_ms"], row["floor_fma_ms"], row["floor_ms"] = floor.bytes_ms, floor.fma_ms, floor.ms
-        row["design_ms"] = design_ms(operator, setting.shape, setting.case.input[0], setting.dtype, bench.limits)
+        gpu = Gpu.of(bench.limits)
+        row["predicted_ms"] = None if gpu is None else predicted_ms(operator, setting, gpu)
         bench.rows.append(row)
     for contender in contenders:
         with bench.tolerant(row, contender.name, contender.own):

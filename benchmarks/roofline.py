@@ -73,7 +73,7 @@ class Limits:
     """Rates of a machine: 10^9 bytes a second of a copy, and 10^9 multiply-adds a second.
 
     ``gfma`` is by dtype and of a matrix product: in float32 (without TF32) on CUDA cores, in 16 bits on tensor cores.
-    ``issue_gfma`` is what the CUDA cores could issue, SMs x lanes x clock; the estimates in ``DESIGN`` go by it.
+    ``issue_gfma`` is what the CUDA cores could issue, SMs x lanes x clock; predictions (``predict.py``) go by it.
     """
 
     device: str
@@ -107,22 +107,6 @@ H200 = Limits(
     {"float32": 33_500.0, "float16": 394_000.0, "bfloat16": 394_000.0},
     29_650.0,
 )
-
-# Microseconds at N = 256 of the tensor-core kernels' design, 16 bits, channels_last: instructions to issue and shared
-# memory to move, counted in SASS for sm_90 and estimated for 132 SMs of 128 lanes at 1.755 GHz.
-DESIGN_GFMA = 132 * 128 * 1.755
-DESIGN = {
-    "span_involution2d": {"64@56": (50, 49), "128@28": (32, 37), "256@14": (21, 27), "512@7": (16, 20)},
-    "involution2d": {"64@56": (61, 78), "128@28": (35, 45), "256@14": (20, 25), "512@7": (10, 13)},
-}
-
-
-def design_ms(operator: str, shape: str, batch: int, dtype: str, limits: Limits) -> float | None:
-    """The bound of the tensor-core design by issue slots and shared memory; None where it was not counted."""
-    counted = DESIGN.get(operator, {}).get(shape)
-    if counted is None or WIDTH[dtype] != 2 or limits.issue_gfma is None:
-        return None
-    return max(counted) * batch / 256 / 1e3 * DESIGN_GFMA / limits.issue_gfma
 
 
 def issue_rate() -> float | None:
@@ -169,7 +153,6 @@ def floors(limits: Limits, dtype: str) -> Iterator[dict[str, Any]]:
                 "bytes": floor.bytes_ms * 1e3,
                 "fma": floor.fma_ms * 1e3,
                 "cuda cores": limits.floor(work, dtype, "float32").fma_ms * 1e3,
-                "design": (design_ms(operator, shape, batch, dtype, limits) or 0) * 1e3,
                 "floor": floor.ms * 1e3,
             }
         yield row
@@ -197,22 +180,17 @@ def floors_table(limits: Limits, dtype: str) -> str:
 
 def bounds_table(limits: Limits) -> str:
     """Markdown: what bounds the forward operators in bfloat16, in microseconds."""
-    head = "bytes | FMA, tensor cores | FMA, CUDA cores | design: issue or shared memory"
     lines = [
-        "What bounds the forward operators in bfloat16 at N = 256, in microseconds. The last column is an estimate for",
-        "the tensor-core kernels' design (counted in SASS, at 1.755 GHz), not a limit of the machine.",
+        "What bounds the forward operators in bfloat16 at N = 256, in microseconds:",
         "",
-        f"| shape | operator | {head} |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| shape | operator | bytes | FMA, tensor cores | FMA, CUDA cores |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
     for row in floors(limits, "bfloat16"):
         if row["batch"] != 256:
             continue
         for operator in ("involution2d", "span_involution2d"):
             times = row[operator]
-            design = f"{times['design']:.0f}" if times["design"] else "not counted"
-            lines.append(
-                f"| {row['shape']} | {operator} | {times['bytes']:.0f} | {times['fma']:.1f} | "
-                f"{times['cuda cores']:.0f} | {design} |"
-            )
+            cells = [f"{times['bytes']:.0f}", f"{times['fma']:.1f}", f"{times['cuda cores']:.0f}"]
+            lines.append(f"| {' | '.join([row['shape'], operator, *cells])} |")
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from cases import REDNET50, same
 
-from benchmarks import cpu, gpu, harness, roofline, targets
+from benchmarks import ROOT, counts, cpu, gpu, harness, operators, predict, roofline, targets
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
 from pyinvolution.studies import timing
@@ -143,9 +144,99 @@ def test_floor_by_hand() -> None:
     assert H200.floor(Work.of("involution2d", case, "bfloat16"), "bfloat16").ms == pytest.approx(0.12098, rel=1e-4)
     assert H200.floor(fused, "bfloat16").bytes_ms == pytest.approx(0.05377, rel=1e-3)
     assert H200.floor(fused, "float32").fma_ms == pytest.approx(0.15030, rel=1e-3)
-    assert roofline.design_ms("involution2d", "64@56", 256, "bfloat16", H200) == pytest.approx(0.078, rel=1e-3)
-    assert roofline.design_ms("involution2d", "64@56", 256, "float32", H200) is None
     assert "not measured" in roofline.floors_table(H200, "bfloat16")
+
+
+GPU = predict.GPUS["h200"]
+
+
+def test_a_predicted_time_is_its_longest_resource() -> None:
+    """132 multiprocessors at 1.755 GHz: 231.66 clocks in a nanosecond, four instructions in each."""
+    count = counts.Count(instructions=4e9, wavefronts=5e8, tensor_flop=788e6, scratch_bytes=4.3e6)
+    time = predict.kernel_time(GPU, count, 8.6e6)
+    assert time.dram == pytest.approx(3.0)
+    assert time.issue == pytest.approx(1e9 / 231_660 / predict.REACHED)
+    assert time.shared == pytest.approx(time.issue / 2)
+    assert time.tensor == pytest.approx(1.0)
+    assert (time.us, time.bound) == (time.issue, "issue")
+
+
+def test_counts_are_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "strategy": "fused", "kernel": "forward", "dtype": "bfloat16", "layout": "nhwc", "shape": "64@56", "batch": 256,
+        "blocks": 10, "instructions": {"all": 7, "mma": 3},
+        "traffic": {"shared read wavefronts": 2, "shared copy wavefronts": 4, "shared read bytes": 99},
+    }  # fmt: skip
+    sums = row | {"kernel": "sum_partials", "blocks": 2, "traffic": {"global read bytes": 6}}
+    monkeypatch.setattr(counts, "table", lambda: {"rows": [row, sums]})
+    assert counts.counts_of("fused", ("forward",), "64@56", 512) == counts.Count(140, 120, 60 * 4096)
+    both = counts.counts_of("fused", ("forward", "sum_partials"), "64@56", 256)
+    assert both == counts.Count(84, 60, 36 * 4096, 24)
+    assert counts.counts_of("mma", ("forward",), "64@56", 256) is None
+
+
+@pytest.mark.parametrize(("name", "parameters", "gmac"), [("ResNet-50", 25.56, 4.09), ("RedNet-50", 15.54, 2.61)])
+def test_every_layer_is_counted(name: str, parameters: float, gmac: float) -> None:
+    """Against the published counts of both, in millions and billions; norms are counted apart."""
+    pytest.importorskip("torchvision")
+    found = predict.network(name, 2)
+    assert sum(op.parameters for op in found) / 1e6 == pytest.approx(parameters, rel=0.01)
+    assert sum(op.multiply_adds for op in found) / 2e9 == pytest.approx(gmac, rel=0.02)
+    assert sum(op.added for op in found) == 16
+    assert sum(op.case is not None for op in found) == (17 if name == "RedNet-50" else 0)
+
+
+def test_predictions_of_networks() -> None:
+    """Less work never takes longer, and a measured GPU gives the rates."""
+    pytest.importorskip("torchvision")
+    for mode in predict.MODES:
+        times = {layer: predict.network_us(GPU, "RedNet-50", mode, 256, layer) for layer in predict.LAYERS}
+        bare = [times[n] for n in (predict.COMPOSED, predict.COUNTED, predict.OPERATOR, predict.LAYER, predict.FREE)]
+        assert bare == sorted(bare, reverse=True)
+        assert predict.network_us(GPU, "ResNet-50", mode) > times[predict.FREE]
+    assert predict.Gpu.of(roofline.Limits("cpu", "", 10.0, {})) is None
+    twice = predict.Gpu.of(replace(H200, copy_gb_per_s=8600.0, issue_gfma=2 * 132 * 128 * 1.755))
+    assert twice is not None
+    case = batched(REDNET50["128@28"], 256)
+    once, other = (predict.forward_ways(gpu, "128@28", case.input[0])[0].kernels["involution"] for gpu in (GPU, twice))
+    assert other.dram == pytest.approx(once.dram / 2)
+    assert other.issue == pytest.approx(once.issue / 2)
+
+
+def test_what_the_library_fuses_is_predicted_to_be_faster() -> None:
+    """`fused` refuses a shape whose convolution and involution should take less time on an H200."""
+    fused = 0
+    for shape in REDNET50:
+        for ways in (predict.forward_ways, predict.backward_ways):
+            by = {way.name: way.us for way in ways(GPU, shape)}
+            fused += "fused" in by
+            assert by.get("fused", 0.0) <= by["composed"], (shape, ways.__name__, by)
+    assert fused >= 8
+
+
+def test_a_measurement_is_compared_with_its_prediction() -> None:
+    setting = operators.Setting("64@56", batched(REDNET50["64@56"], 256), "bfloat16", "channels_last", "cuda")
+    times = {name: predict.predicted_ms(name, setting, GPU) for name in ("involution2d", "span_involution2d")}
+    assert all(value is not None and 0.05 < value < 1.0 for value in times.values())
+    for other in (
+        replace(setting, dtype="float32"),
+        replace(setting, layout="NCHW"),
+        replace(setting, shape="256@50x84"),
+    ):
+        assert predict.predicted_ms("span_involution2d", other, GPU) is None
+    row = {"what": "involution2d", "shape": "64@56", "batch": 256, "ms": 0.3, "predicted_ms": 0.15}
+    assert "| involution2d | 64@56 | 256 | 300 | 150 | 2.00 |" in predict.comparison([row, {"what": "no prediction"}])
+    assert predict.comparison([{"what": "no prediction"}]) == ""
+
+
+def test_the_page_has_the_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m benchmarks.gpu --predict` prints what benchmarks/README.md shows."""
+    pytest.importorskip("torchvision")
+    gpu.main(["--predict"])
+    printed = capsys.readouterr().out.strip()
+    assert printed in (ROOT / "benchmarks" / "README.md").read_text()
+    gpu.main(["--predict", "a100"])
+    assert "A100" in capsys.readouterr().out
 
 
 def measured_rows(share: float, ratio: float) -> list[dict[str, Any]]:
