@@ -1,7 +1,10 @@
-// The one table of how a warp holds matrices in registers, typed from the PTX ISA 9.0, sections
+// The one table of how a warp holds matrices in registers, typed from the manual "Parallel Thread Execution ISA". In
+// version 9.2 these are the sections
 //
-//   "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix Fragments for mma.m16n8k8",
-//   "Warp-level matrix load instruction: ldmatrix" and "Warp-level matrix transpose instruction: movmatrix".
+//   9.7.14.5.7   Matrix Fragments for mma.m16n8k8
+//   9.7.14.5.8   Matrix Fragments for mma.m16n8k16 with floating point type
+//   9.7.14.5.15  Warp-level matrix load instruction: ldmatrix
+//   9.7.14.5.17  Warp-level matrix transpose instruction: movmatrix
 //
 // A row is ELEMENT(instruction, operand, register, half, row, column): which element of the matrix is in that half (0:
 // low; float registers have only half 0) of that register of a lane. `group` is lane / 4 and `thread` is lane % 4, as

@@ -155,12 +155,21 @@ class Recorder:
         recorder = Path(__file__).with_name("recorder.cpp")
         headers = sorted((ROOT / "cpp/include").rglob("*.h"))
         names = sorted(folder.name for folder in self.folders)
+        declared = (ROOT / "cuda/variants.h").read_text()
+        macros = [
+            f"-D{macro}={''.join(f'{kind}({name})' for name in re.findall(pattern, declared))}"
+            for kind, macro, pattern in (
+                ("STRATEGY", "STRATEGIES", r"Refusal (\w+)_refusal\(const Problem&"),
+                ("SPAN_STRATEGY", "SPAN_STRATEGIES", r"Refusal (\w+)_refusal\(const SpanProblem&"),
+            )
+        ]
         target = BUILD / f"recorder-{_digest([recorder, *headers, ROOT / 'cuda/variants.h'], *names)}.so"
         if not target.exists():
             made = target.with_suffix(f".{os.getpid()}")
             _run(
                 [
-                    "g++", "-std=c++17", "-shared", "-fPIC", "-O1", "-Wl,-z,defs", f"-I{ROOT / 'cpp/include'}", recorder,
+                    "g++", "-std=c++17", "-shared", "-fPIC", "-O1", "-Wl,-z,defs,-Bsymbolic", f"-I{ROOT / 'cpp/include'}", *macros,
+                    recorder,
                     *(folder / "launches.o" for folder in self.folders), "-o", made,
                 ]
             )  # fmt: skip

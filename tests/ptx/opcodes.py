@@ -217,7 +217,7 @@ def move(machine: Machine, instruction: Instruction, match: "re.Match[str]") -> 
     return lambda active: active.assign(target, operand)
 
 
-ROUNDING: dict[str, Callable[[Any], Any]] = {"i": np.rint, "z": np.trunc, "m": np.floor, "p": np.ceil}
+ROUNDING: dict[str, Callable[[Any], Any]] = {"n": np.rint, "z": np.trunc, "m": np.floor, "p": np.ceil}
 
 
 def convert(machine: Machine, instruction: Instruction, match: "re.Match[str]") -> Action:
@@ -228,10 +228,11 @@ def convert(machine: Machine, instruction: Instruction, match: "re.Match[str]") 
 
     def value() -> Any:
         number = float_of_bf16(x) if from_name == "bf16" else x
+        if match["integer"]:
+            number = ROUNDING[match["integer"]](number)
         if to_name == "bf16":
             return bf16_of_float(number)
         if np.dtype(to_type).kind in "iu" and np.dtype(number.dtype).kind == "f":
-            number = ROUNDING[match["integer"][1]](number)
             limits = np.iinfo(to_type)
             return np.where(np.isnan(number), 0, np.clip(number, limits.min, limits.max)).astype(to_type)
         return number.astype(to_type)
@@ -798,11 +799,11 @@ OPCODES: tuple[Opcode, ...] = (
     Opcode(r"cvta(\.to)?\.(global|shared)\.(?P<type>u64)", "other", move),
     Opcode(r"cvt\.rn\.(?P<to>f16|bf16)x2\.f32", "float", convert_pair),
     Opcode(
-        r"cvt(?P<integer>\.r[izmp]i)?(\.rn)?(?P<relu>\.relu)?\.(?P<to>f16|bf16|f32|f64)\.(?P<from>f16|bf16|f32|f64)",
+        r"cvt(\.r(?P<integer>[nzmp])i)?(\.rn)?(?P<relu>\.relu)?\.(?P<to>f16|bf16|f32|f64)\.(?P<from>f16|bf16|f32|f64)",
         "float", convert,
     ),
     Opcode(r"cvt(?P<integer>)(\.rn)?(?P<relu>)\.(?P<to>f32|f64)\.(?P<from>[su](8|16|32|64))", "float", convert),
-    Opcode(r"cvt\.r(?P<integer>[izmp]i)(?P<relu>)\.(?P<to>[su](8|16|32|64))\.(?P<from>f32|f64)", "float", convert),
+    Opcode(r"cvt\.r(?P<integer>[nzmp])i(?P<relu>)\.(?P<to>[su](8|16|32|64))\.(?P<from>f32|f64)", "float", convert),
     Opcode(r"cvt(?P<integer>)(?P<relu>)\.(?P<to>[su](8|16|32|64))\.(?P<from>[su](8|16|32|64))", "integer", convert),
     Opcode(rf"ld\.param{VECTOR}\.{ANY}", "other", load_parameter),
     Opcode(rf"ld\.global(\.nc)?(\.L[12]::\w+)?{VECTOR}\.{ANY}", "global load", load_global),

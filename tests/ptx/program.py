@@ -39,11 +39,11 @@ class Kernel:
     shared: dict[str, int] = field(repr=False)  # static arrays and the dynamic one: offset in shared memory
     static_shared_bytes: int = 0
 
-    def without(self, number: int) -> "Kernel":
-        """The kernel with one instruction that does nothing."""
-        changed = list(self.instructions)
-        changed[number] = Instruction("nop", ())
-        return replace(self, instructions=tuple(changed))
+    def changed(self, number: int, instruction: Instruction) -> "Kernel":
+        """The kernel with another instruction at this place."""
+        instructions = list(self.instructions)
+        instructions[number] = instruction
+        return replace(self, instructions=tuple(instructions))
 
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -140,7 +140,7 @@ def _shared_layout(declared: list[re.Match[str]]) -> tuple[dict[str, int], int]:
         end = -(-end // align) * align
         offsets[match[3]] = end
         end += int(match[2]) // 8 * int(match[4] or 1)
-    for name, align in dynamic.items():
+    for align in dynamic.values():
         end = -(-end // align) * align if end else 0
     return {**offsets, **dict.fromkeys(dynamic, end)}, end
 

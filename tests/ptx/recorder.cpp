@@ -13,26 +13,22 @@ using namespace pyinvolution;
 
 namespace {
 
-// A strategy of the dispatch table: new ones have a row here.
+// The strategies that cuda/variants.h declares; launches.py lists them: STRATEGY(generic) STRATEGY(tiled) ...
 struct Strategy {
   const char* name;
   Refusal (*refusal)(const Problem&, Pass);
   void (*run)(const Problem&, Pass, const Buffers&, const Execution&);
 };
-const Strategy strategies[] = {
-    {"generic", cuda::generic_refusal, cuda::generic_run},
-    {"tiled", cuda::tiled_refusal, cuda::tiled_run},
-    {"mma", cuda::mma_refusal, cuda::mma_run},
-};
+#define STRATEGY(name) {#name, cuda::name##_refusal, cuda::name##_run},
+const Strategy strategies[] = {STRATEGIES};
 struct SpanStrategy {
   const char* name;
   Refusal (*refusal)(const SpanProblem&, SpanOp);
   void (*run)(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
   int64_t (*scratch)(const SpanProblem&, SpanOp);
 };
-const SpanStrategy span_strategies[] = {
-    {"fused", cuda::fused_refusal, cuda::fused_run, cuda::fused_scratch},
-};
+#define SPAN_STRATEGY(name) {#name, cuda::name##_refusal, cuda::name##_run, cuda::name##_scratch},
+const SpanStrategy span_strategies[] = {SPAN_STRATEGIES};
 
 std::unordered_map<const void*, std::string>& kernels() {
   static std::unordered_map<const void*, std::string> names;
@@ -50,7 +46,7 @@ std::string answer;
 template <class T>
 const T& named(const char* name, const T* begin, const T* end) {
   const T* found = std::find_if(begin, end, [&](const T& s) { return std::string(s.name) == name; });
-  if (found == end) throw std::invalid_argument(std::string("strategy is ") + name + ", expected one of recorder.cpp");
+  if (found == end) throw std::invalid_argument(std::string("strategy is ") + name + ", expected one of cuda/variants.h");
   return *found;
 }
 std::string refused(const Refusal& refusal) { return std::string("refused: requires ") + refusal.requirement; }

@@ -34,7 +34,7 @@ def main() -> None:
         ("offset", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("epilogue", "spoil", "expanded", "huge"):
+    for name in ("epilogue", "spoil", "expanded"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--multiprocessors", type=int, default=2)
     parser.add_argument("--count", action="store_true", help="only count, without checks and with zeros as data")
