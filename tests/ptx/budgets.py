@@ -1,4 +1,6 @@
-"""The committed table of what each kernel costs, budgets/nvcc-VERSION.json: `python -m tests.ptx.budgets --rebase`.
+"""The committed table of what each kernel costs, budgets/nvcc-VERSION.json.
+
+`python -m tests.ptx.budgets` prints what differs from the table, with `--rebase` it writes the table and the documents.
 
 ptxas says what it makes of a kernel (registers, spills), the interpreter what a block executes. Averages are over all
 blocks of the first image, so interior and edge count as often as they occur. Where blocks do not belong to images (they
@@ -78,7 +80,8 @@ class Compiled:
 
 
 PROPERTIES = re.compile(
-    r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers([^\n]*)",
     re.DOTALL,
 )
 
@@ -242,19 +245,107 @@ def write_table(rows: Sequence[dict[str, Any]]) -> None:
     table_path().write_text(text)
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"]
+def read_table(path: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a table; by default the newest one."""
+    newest = max(FOLDER.glob("nvcc-*.json"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)])
+    rows: list[dict[str, Any]] = json.loads((path or newest).read_text())["rows"]
+    return rows
+
+
+IDENTITY = ("strategy", "pass", "kernel", "dtype", "layout", "shape")
+EXACT = ("spill_bytes", "registers", "static_shared", "dynamic_shared", "blocks_per_sm", "blocks", "threads")
+
+
+def identity(row: dict[str, Any]) -> str:
+    return " ".join(str(row[name]) for name in IDENTITY)
+
+
+def differences(committed: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    """What has changed: anything that ptxas and the launch settle, and counts by more than TOLERANCE.
+
+    Counts below a hundred may differ by three, which is less than their class matters for a block.
+    """
+    found = [
+        f"{name} is {measured[name]}, expected {committed[name]}" for name in EXACT if measured[name] != committed[name]
+    ]
+    for part in ("instructions", "traffic"):
+        for name in sorted({*committed[part], *measured[part]}):
+            old, new = committed[part].get(name, 0), measured[part].get(name, 0)
+            if abs(new - old) > max(TOLERANCE * old, 3):
+                found.append(f"{part}: {name} is {new}, expected {old} +- {TOLERANCE:.0%}")
+    return found
+
+
+# --- figures in documents
+
+
+def per_strip(row: dict[str, Any]) -> float:
+    """Warp instructions for 8 neighbouring pixels of Y of a group."""
+    pixels = row["batch"] * (row["height"] // row["stride"]) * (row["width"] // row["stride"]) * row["groups"]
+    return row["instructions"]["all"] * row["blocks"] / (pixels / 8)
+
+
+def figures_table(rows: Iterable[dict[str, Any]]) -> str:
+    head = ("kernel", "shape", "tile", "registers", "shared memory", "blocks on an SM", "warp instructions",
+            "for 8 pixels of a group", "HMMA", "cycles of shared memory", "KB read, written")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        traffic = row["traffic"]
+        cycles = sum(value for name, value in traffic.items() if name.endswith("wavefronts"))
+        tile = " x ".join(str(n) for n in row["tile"]) if row["tile"] else ""
+        kilobytes = f"{traffic.get('global read bytes', 0) / 1024:.0f}, {traffic['global write bytes'] / 1024:.1f}"
+        shared = (row["static_shared"] + row["dynamic_shared"]) / 1024
+        kernel = row["pass"] if row["kernel"] == "apply" else row["kernel"]
+        cells = (
+            f"`{row['strategy']}` {kernel}", row["shape"], tile, row["registers"], f"{shared:.0f} KB",
+            row["blocks_per_sm"], f"{row['instructions']['all']:,}", f"{per_strip(row):.0f}",
+            f"{row['instructions'].get('mma', 0):,}", f"{cycles:,.0f}", kilobytes,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def chosen(rows: Iterable[dict[str, Any]], strategies: Sequence[str], shapes: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows with channels inside, of the dtype that the strategy is for, strategy by strategy."""
+    dtypes = {"mma": "bfloat16", "fused": "bfloat16", "tiled": "float32"}
+    found = [
+        row for row in rows
+        if row["strategy"] in strategies and row["shape"] in shapes and row["layout"] == "nhwc" and row["batch"] == 256
+        and row["dtype"] == dtypes.get(row["strategy"], row["dtype"]) and row["kernel"] != "sum_partials"
+    ]  # fmt: skip
+    return sorted(found, key=lambda row: strategies.index(row["strategy"]))
+
+
+FIGURES = {
+    "involution": lambda rows: figures_table(chosen(rows, ("tiled", "mma"), ("64@56", "128@56 s2"))),
+    "fused": lambda rows: figures_table(chosen(rows, ("fused",), ("64@56", "128@28", "256@14", "128@56 s2"))),
+}
+DOCUMENTS = ("cuda/README.md",)
+MARKED = re.compile(r"(<!-- budgets: (\w+) -->\n)(.*?)(<!-- end of budgets -->)", re.DOTALL)
+
+
+def with_figures(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A document with what stands between its markers made from the table."""
+    return MARKED.sub(lambda match: match[1] + FIGURES[match[2]](rows) + "\n" + match[4], text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rebase", action="store_true", help="count again and write the table")
+    parser.add_argument("--rebase", action="store_true", help="count again, and write the table and the documents")
     options = parser.parse_args()
-    if not options.rebase:
-        parser.error("nothing to do, expected --rebase")
-    rows = measure(list(classes()))
-    write_table(rows)
-    print(f"{table_path().relative_to(ROOT)}: {len(rows)} rows", file=sys.stderr)
+    if options.rebase:
+        rows = measure(list(classes()))
+        write_table(rows)
+        print(f"{table_path().relative_to(ROOT)}: {len(rows)} rows", file=sys.stderr)
+        for name in DOCUMENTS:
+            document = ROOT / name
+            document.write_text(with_figures(document.read_text(), read_table()))
+        return
+    committed = {identity(row): row for row in read_table(table_path())}
+    for row in measure(list(classes())):
+        known = committed.get(identity(row))
+        for line in ["not in the table"] if known is None else differences(known, row):
+            print(f"{identity(row)}: {line}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Which problems run in the interpreter: together they launch every kernel (test_kernels.py), each class of layout,
-alignment, window and chunk at least once. A new kernel needs rows here, and its strategy one in recorder.cpp."""
+alignment, window and chunk at least once. A new kernel needs rows here."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
-from typing import Any
 
 from .problems import Problem
 
@@ -23,13 +23,13 @@ def mma() -> Iterator[Problem]:
         for dtype, kernel, layout, size in product(HALVES, WINDOWS, ("nhwc", "nchw", "mixed"), shapes):
             yield Problem("mma", pass_, dtype, layout, 1, 80, *size, 5, kernel, stride)
     for pass_, layout, stride in product(PASSES, ("nhwc", "nchw"), (1, 2)):
-        one = ("mma", pass_, "bfloat16", layout)
-        yield Problem(*one, 2, 64, 16, 16, 4, 7, stride)  # whole tiles, several images
-        yield Problem(*one, 1, 48, 9, 18, 3, 7, stride, offset=1)  # moved element by element
-        yield Problem(*one, 1, 32, 12, 20, 2, 5, stride, offset=2)
-        yield Problem(*one, 1, 16, 11, 13, 1, 7, stride, padding=0)
-        yield Problem(*one, 1, 16, 6, 9, 1, 3, stride, padding=4)
-        yield Problem(*one, 1, 32, 10, 17, 2, 7, stride, spoil=True)
+        one = partial(Problem, "mma", pass_, "bfloat16", layout)
+        yield one(2, 64, 16, 16, 4, 7, stride)  # whole tiles, several images
+        yield one(1, 48, 9, 18, 3, 7, stride, offset=1)  # moved element by element
+        yield one(1, 32, 12, 20, 2, 5, stride, offset=2)
+        yield one(1, 16, 11, 13, 1, 7, stride, padding=0)
+        yield one(1, 16, 6, 9, 1, 3, stride, padding=4)
+        yield one(1, 32, 10, 17, 2, 7, stride, spoil=True)
     for dtype in HALVES:
         yield Problem("mma", "forward", dtype, "nhwc", 1, 16, 9, 12, 1, 7, spoil=True)
         yield Problem("mma", "forward", dtype, "nchw", 1, 16, 9, 12, 1, 7, 2, spoil=True)
@@ -46,25 +46,25 @@ def tiled() -> Iterator[Problem]:
             for layout, channels in (("nhwc", 32), ("nchw", 16)):
                 yield Problem("tiled", pass_, dtype, layout, 1, channels, *size, 2, kernel, stride)
     for pass_, layout, stride in product(PASSES, ("nhwc", "nchw", "mixed"), (1, 2)):
-        one = ("tiled", pass_, "float32", layout)
-        yield Problem(*one, 2, 24, 9, 17, 1, 3, stride)
-        yield Problem(*one, 1, 32, 9, 12, 1, 7, stride, offset=1)
-        yield Problem(*one, 1, 16, 11, 13, 1, 5, stride, padding=0)
-        yield Problem(*one, 1, 8, 6, 9, 1, 3, stride, padding=4)
-        yield Problem(*one, 1, 16, 9, 10, 2, 7, stride, spoil=True)
+        one = partial(Problem, "tiled", pass_, "float32", layout)
+        yield one(2, 24, 9, 17, 1, 3, stride)
+        yield one(1, 32, 9, 12, 1, 7, stride, offset=1)
+        yield one(1, 16, 11, 13, 1, 5, stride, padding=0)
+        yield one(1, 8, 6, 9, 1, 3, stride, padding=4)
+        yield one(1, 16, 9, 10, 2, 7, stride, spoil=True)
     for stride in (1, 2):
         yield Problem("tiled", "forward", "float32", "nchw", 1, 16, 9, 10, 2, 7, stride, expanded=True)
 
 
 def generic() -> Iterator[Problem]:
     for pass_, dtype in product(PASSES, ("float32", "float64", *HALVES)):
-        one = ("generic", pass_, dtype)
-        yield Problem(*one, "nchw", 2, 6, 7, 9, 2, 3)
-        yield Problem(*one, "nhwc", 1, 6, 11, 8, 2, 3, 3, padding=2, dilation=2)
-        yield Problem(*one, "mixed", 1, 3, 6, 7, 3, 4, 2, padding=0, offset=1)
+        one = partial(Problem, "generic", pass_, dtype)
+        yield one("nchw", 2, 6, 7, 9, 2, 3)
+        yield one("nhwc", 1, 6, 11, 8, 2, 3, 3, padding=2, dilation=2)
+        yield one("mixed", 1, 3, 6, 7, 3, 4, 2, padding=0, offset=1)
         # Only the tap in the middle is inside; numbers of rows beyond 32 bits.
         far = 1 << 30
-        yield Problem(*one, "nchw", 1, 4, 5, 6, 2, 3, padding=far, dilation=far)
+        yield one("nchw", 1, 4, 5, 6, 2, 3, padding=far, dilation=far)
     for pass_ in PASSES:
         yield Problem("generic", pass_, "float32", "nchw", 1, 6, 7, 8, 2, 5, spoil=True)
     yield Problem("generic", "forward", "float32", "nchw", 1, 6, 7, 8, 2, 5, expanded=True)
@@ -76,12 +76,12 @@ def fused() -> Iterator[Problem]:
         yield Problem("fused", "forward", dtype, "nhwc", 1, 80, height, width, 5, 7, stride, reduced=reduced)
         yield Problem("fused", "backward", dtype, "nhwc", 1, 80, height, width, 5, 7, stride, reduced=reduced)
     for pass_, stride in product(("forward", "backward"), (1, 2)):
-        one: tuple[Any, ...] = ("fused", pass_, "bfloat16", "nhwc")
-        yield Problem(*one, 2, 64, 16, 16, 4, 7, stride, reduced=16)
-        yield Problem(*one, 1, 48, 9, 18, 3, 7, stride, reduced=48, offset=1)
-        yield Problem(*one, 1, 16, 17, 21, 1, 7, stride, reduced=112)
-        yield Problem(*one, 1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
-        yield Problem(*one, 1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
+        one = partial(Problem, "fused", pass_, "bfloat16", "nhwc")
+        yield one(2, 64, 16, 16, 4, 7, stride, reduced=16)
+        yield one(1, 48, 9, 18, 3, 7, stride, reduced=48, offset=1)
+        yield one(1, 16, 17, 21, 1, 7, stride, reduced=112)
+        yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
+        yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
     for stride, reduced in ((1, 16), (2, 32)):
         yield Problem(
             "fused", "forward", "bfloat16", "nhwc", 1, 32, 10, 17, 2, 7, stride, reduced=reduced, epilogue=True

@@ -1,7 +1,7 @@
 """The launches that the library makes for a problem, and the PTX of its kernels, without a GPU.
 
-nvcc compiles each source of cuda/sources.cmake to PTX and to an object with the launch code. These objects are linked with
-recorder.cpp, which takes the place of the CUDA runtime and hands each launch to Python.
+nvcc compiles each source of cuda/sources.cmake to PTX and to an object with the launch code. These objects are linked
+with recorder.cpp, which takes the place of the CUDA runtime and hands each launch to Python.
 """
 
 import ctypes
@@ -168,9 +168,9 @@ class Recorder:
             made = target.with_suffix(f".{os.getpid()}")
             _run(
                 [
-                    "g++", "-std=c++17", "-shared", "-fPIC", "-O1", "-Wl,-z,defs,-Bsymbolic", f"-I{ROOT / 'cpp/include'}", *macros,
-                    recorder,
-                    *(folder / "launches.o" for folder in self.folders), "-o", made,
+                    "g++", "-std=c++17", "-shared", "-fPIC", "-O1", f"-I{ROOT / 'cpp/include'}", *macros, recorder,
+                    # The CUDA runtime that torch may have brought into the process must not be called.
+                    "-Wl,-z,defs,-Bsymbolic", *(folder / "launches.o" for folder in self.folders), "-o", made,
                 ]
             )  # fmt: skip
             made.rename(target)

@@ -7,6 +7,7 @@ an instruction does is in opcodes.py.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,9 @@ class Machine:
         self.parameters = np.zeros(PARAMETER_BYTES * (len(kernel.parameters) + 1), np.uint8)
         self.symbols = {p.name: PARAMETERS + PARAMETER_BYTES * i for i, p in enumerate(kernel.parameters)}
         self.symbols |= kernel.shared
-        self.registers = {name: np.zeros(self.lanes, STORAGE[type_]) for name, type_ in kernel.registers.items()}
+        self.registers: dict[str, Array] = {
+            name: np.zeros(self.lanes, STORAGE[type_]) for name, type_ in kernel.registers.items()
+        }
 
         total = len(kernel.instructions)
         starts = {0, total} | set(kernel.labels.values())
@@ -166,7 +169,7 @@ class Machine:
                 starts |= {i + 1}
         ends = sorted(starts)
         self.end = np.zeros(total + 1, np.int64)
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in pairwise(ends):
             self.end[begin:end] = end
         self.whole_warps = np.zeros(total + 1, bool)
         self.whole_warps[:total] = [kind == "warp" for kind in self.kinds]

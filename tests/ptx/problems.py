@@ -11,7 +11,7 @@ from tolerance import assert_accurate
 
 from .launches import Launch, recorder
 from .machine import Counts, Machine
-from .memory import Fault, Memory
+from .memory import Memory
 from .opcodes import bf16_of_float, float_of_bf16
 from .program import Kernel
 
@@ -183,9 +183,7 @@ def make_inputs(p: Problem, seed: int = 0) -> dict[str, Array]:
             return np.round(values * 2.0**14) / 2.0**14
         return decode(encode(values * (p.reduced**-0.5 if name == "span" else 1.0), p.dtype), p.dtype)
 
-    made = {
-        name: numbers(name, tensor.sizes) for name, tensor in tensors_of(p).items() if not name.startswith("grad_")
-    }
+    made = {name: numbers(name, tensor.sizes) for name, tensor in tensors_of(p).items() if not name.startswith("grad_")}
     if p.spoil:
         made["x"][0, p.channels // 2, p.height // 2, p.width // 3] = np.inf
         made["y"][0, p.channels // 2, p.output[0] // 2, p.output[1] // 3] = -np.inf
@@ -301,7 +299,7 @@ def prepare(p: Problem, inputs: dict[str, Array] | None, *, count_writes: bool =
             at["scratch"] = memory.reserve("scratch", scratch, writable=True)
             if inputs is not None:
                 memory.get("scratch")[:] = 0xFF
-        fields = ("x", "reduced", "reduce", "reduce_bias", "span", "bias", "scale", "shift", "y")
+        fields: tuple[str, ...] = ("x", "reduced", "reduce", "reduce_bias", "span", "bias", "scale", "shift", "y")
         fields += ("grad_x", "grad_reduced", "grad_span", "grad_bias", "scratch")
         addresses = [at.get(name, 0) for name in fields]
         launches = recorder().launches(

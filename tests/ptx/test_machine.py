@@ -1,4 +1,4 @@
-"""The interpreter itself, on PTX written by hand: what instructions compute, and that it notices what a kernel does wrong."""
+"""The interpreter itself, on PTX written by hand: what instructions compute, and what it notices."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ ld.param.u64 %d0, [out]; cvta.to.global.u64 %d1, %d0; mov.u32 %r0, %tid.x; mov.u
 mov.u32 %r2, %ntid.x; mad.lo.s32 %r3, %r1, %r2, %r0; mul.wide.u32 %d2, %r3, 4; add.s64 %d3, %d1, %d2;
 ld.param.u64 %d4, [in]; add.s64 %d5, %d4, %d2; shl.b32 %r4, %r0, 2; mov.u32 %r5, buffer; add.s32 %r6, %r5, %r4;
 """
-"""%r0: thread, %r1: block, %r3: thread of the grid, %d3: its word of the output, %d5: of the input, %r6: in shared memory."""
+"""%r0: thread, %r1: block, %r3: thread of the grid; its word is at %d3 in the output, %d5 in the input, %r6 in shared."""
 
 Run = Callable[..., np.ndarray]
 
@@ -33,16 +33,17 @@ def run(tmp_path: Path) -> Run:
         words: int | None = None, data: np.ndarray | None = None, machines: list[Machine] | None = None,
         count: bool = False,
     ) -> np.ndarray:  # fmt: skip
-        text = HEAD + f".visible .entry kernel(\n.param .u64 out,\n.param .u64 in\n)\n{{\n{REGISTERS}{START}{body}\nret;\n}}\n"
+        text = (
+            HEAD
+            + f".visible .entry kernel(\n.param .u64 out,\n.param .u64 in\n)\n{{\n{REGISTERS}{START}{body}\nret;\n}}\n"
+        )
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.ptx"
         path.write_text(text)
         memory = Memory(1 << 20)
         number = threads * blocks if words is None else words
         out = memory.reserve("out", 4 * number, output=True)
         source = memory.put("in", np.arange(number, dtype=np.uint32) * 3 if data is None else data)
-        machine = Machine(
-            read_kernel(str(path), "kernel"), threads, min(together, blocks), shared, memory, count=count
-        )
+        machine = Machine(read_kernel(str(path), "kernel"), threads, min(together, blocks), shared, memory, count=count)
         if machines is not None:
             machines.append(machine)
         machine.run([out.to_bytes(8, "little"), source.to_bytes(8, "little")], blocks, range(blocks))
@@ -189,7 +190,9 @@ def test_mma(run, dtype, depth):
     floats = "".join(f"mov.b32 %f{i}, {names[len(words) - 4 + i]};" for i in range(4))
     d = "{%f0, %f1, %f2, %f3}"
     body += floats + f"mma.sync.aligned.{name}.row.col.f32.{dtype}.{dtype}.f32 {d}, {{{', '.join(names[:n_a])}}}, "
-    body += f"{{{', '.join(names[n_a:-4])}}}, {d};" + "".join(f"st.global.f32 [%d3+{128 * i}], %f{i};" for i in range(4))
+    body += f"{{{', '.join(names[n_a:-4])}}}, {d};" + "".join(
+        f"st.global.f32 [%d3+{128 * i}], %f{i};" for i in range(4)
+    )
     out = run(body, words=max(128, data.size), data=data, checked=False).view(np.float32)[:128].reshape(4, 32)
     assert (out == in_registers(a @ b + c, name, "d")).all()
 
@@ -384,5 +387,3 @@ def test_instructions_are_counted_once_a_warp(run):
 def test_sectors(run):
     traffic = counts_of(run, "ld.global.u32 %r9, [%d5];").counts.traffic
     assert (traffic["global read bytes"], traffic["global read sectors"]) == (128, 4)
-
-

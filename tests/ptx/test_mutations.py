@@ -27,6 +27,8 @@ REPRESENTATIVES = (
     Problem("tiled", "forward", "bfloat16", "nhwc", 1, 16, 8, 8, 1, 5, 2),
     Problem("tiled", "grad_weight", "float32", "nhwc", 1, 16, 8, 8, 1, 7),
 )
+
+
 def mutants(problem: Problem) -> Iterator[tuple[Kernel, str]]:
     """A kernel for each barrier and wait that the problem executes, without it, and what was changed."""
     prepared = prepare(problem, make_inputs(problem))
