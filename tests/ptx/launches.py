@@ -220,5 +220,16 @@ class Recorder:
 
 
 @lru_cache(maxsize=1)
+def _recorder() -> Recorder | Exception:
+    """An error is kept, too, so that not every test tries to compile again."""
+    try:
+        return Recorder()
+    except Exception as error:
+        return error
+
+
 def recorder() -> Recorder:
-    return Recorder()
+    made = _recorder()
+    if isinstance(made, Exception):
+        raise made
+    return made

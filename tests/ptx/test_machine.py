@@ -19,7 +19,7 @@ ld.param.u64 %d0, [out]; cvta.to.global.u64 %d1, %d0; mov.u32 %r0, %tid.x; mov.u
 mov.u32 %r2, %ntid.x; mad.lo.s32 %r3, %r1, %r2, %r0; mul.wide.u32 %d2, %r3, 4; add.s64 %d3, %d1, %d2;
 ld.param.u64 %d4, [in]; add.s64 %d5, %d4, %d2; shl.b32 %r4, %r0, 2; mov.u32 %r5, buffer; add.s32 %r6, %r5, %r4;
 """
-"""%r0: thread, %r1: block, %r3: thread of the grid; its word is at %d3 in the output, %d5 in the input, %r6 in shared."""
+"""%r0: thread, %r1: block, %r3: thread of the grid; its word is at %d3 in the output, %d5 in the input, %r6 shared."""
 
 Run = Callable[..., np.ndarray]
 

@@ -52,5 +52,5 @@ def test_each_synchronisation_is_needed(problem: Problem):
             missed.append(f"{text} in {kernel.name}")
         except (Fault, AssertionError):
             found += 1
-    assert found >= 2
+    assert found >= 1
     assert not missed, f"{found} were noticed, not these: {missed}"
