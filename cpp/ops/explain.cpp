@@ -8,7 +8,11 @@ namespace {
 std::string lines(const std::vector<Verdict>& verdicts) {
   std::string text;
   for (const Verdict& verdict : verdicts)
-    text += std::string(verdict.variant) + (verdict.chosen ? "\t1\t" : "\t0\t") + verdict.refusal + "\n";
+    text += std::string(verdict.variant) +
+            (verdict.measured ? "\tmeasured\t"
+             : verdict.chosen ? "\tchosen\t"
+                              : "\t\t") +
+            verdict.refusal + "\n";
   return text;
 }
 

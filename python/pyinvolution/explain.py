@@ -19,11 +19,22 @@ SPAN_PASSES = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a kernel variant says of a problem: ``refusal`` is what it requires, or None where it can run it."""
+    """What a kernel variant says of a problem: ``refusal`` is what it requires, or None where it can run it.
+
+    ``measured``: it is chosen because `autotune` has measured it to be the fastest.
+    """
 
     variant: str
     refusal: str | None
     chosen: bool
+    measured: bool = False
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return self.refusal
+        if self.measured:
+            return "runs, the fastest when autotune measured it"
+        return "runs" if self.chosen else "could run"
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Explanation:
         lines = [self.problem]
         for verdict in self.verdicts:
             mark = "->" if verdict.chosen else "  "
-            lines.append(f" {mark} {verdict.variant}: {verdict.refusal or ('runs' if verdict.chosen else 'could run')}")
+            lines.append(f" {mark} {verdict.variant}: {verdict}")
         return "\n".join(lines)
 
 
@@ -133,7 +144,9 @@ def explain_layer(
 
 def _explanation(problem: str, verdicts: str) -> Explanation:
     rows = (line.split("\t") for line in verdicts.splitlines())
-    return Explanation(problem, tuple(Verdict(name, refusal or None, chosen == "1") for name, chosen, refusal in rows))
+    return Explanation(
+        problem, tuple(Verdict(name, refusal or None, bool(how), how == "measured") for name, how, refusal in rows)
+    )
 
 
 def _check_pass(function: str, pass_: str, expected: tuple[str, ...]) -> None:
@@ -177,6 +190,32 @@ def force_variant(name: str) -> Iterator[None]:
         yield
     finally:
         _C.force_variant(before)
+
+
+@contextmanager
+def disable_variants(names: str) -> Iterator[None]:
+    """Within the context, no involution runs these variants: each refuses every problem, and the next best runs.
+
+    For a variant that is wrong or slow somewhere; the environment variable PYINVOLUTION_DISABLE does the same for a
+    process. Those that are disabled already stay so.
+
+    Args:
+        names: from ``variants()``, with or without the device, separated by commas.
+
+    Raises:
+        ValueError: no device has such a variant.
+    """
+    before = _C.disabled_variants()
+    _C.disable_variants(",".join(filter(None, (before, names))))
+    try:
+        yield
+    finally:
+        _C.disable_variants(before)
+
+
+def disabled_variants() -> list[str]:
+    """The variants that PYINVOLUTION_DISABLE or `disable_variants` disables, as "device/name"."""
+    return [name for name in _C.disabled_variants().split(",") if name]
 
 
 @contextmanager
