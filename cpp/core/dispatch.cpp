@@ -170,10 +170,14 @@ std::atomic<uint64_t>& disabled() {
   return bits;
 }
 
+template <class V>
+bool is_disabled(const V& variant) {
+  return (disabled().load(std::memory_order_relaxed) & bit(variant)) != 0;
+}
+
 template <class V, class P, class Op>
 Refusal refusal_of(const V& variant, const P& problem, Op op) {
-  if ((disabled().load(std::memory_order_relaxed) & bit(variant)) != 0)
-    return needs("that PYINVOLUTION_DISABLE does not name it");
+  if (is_disabled(variant)) return needs("that PYINVOLUTION_DISABLE does not name it");
   return variant.refusal(problem, op);
 }
 
@@ -277,7 +281,8 @@ bool keep_in(const std::string& problem, const std::string& name) {
     if (variant.name != name || int64_t(variant.device) != key[device]) continue;
     Kept<V>& state = kept<V>();
     const std::lock_guard<std::shared_mutex> lock(state.mutex);
-    state.choices.emplace(key, &variant);
+    const auto [choice, added] = state.choices.emplace(key, &variant);
+    if (!added && is_disabled(*choice->second)) choice->second = &variant;
     return true;
   }
   return false;
@@ -423,7 +428,7 @@ void disable_variants(const std::string& names) { disabled() = bits_of(names); }
 std::string disabled_variants() {
   std::ostringstream names;
   for_each_row([&](const auto& variant) {
-    if ((disabled() & bit(variant)) != 0) names << (names.tellp() > 0 ? "," : "") << qualified(variant);
+    if (is_disabled(variant)) names << (names.tellp() > 0 ? "," : "") << qualified(variant);
   });
   return names.str();
 }

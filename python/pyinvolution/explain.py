@@ -1,9 +1,12 @@
 """What the library would run, why, and how it was built."""
 
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -253,3 +256,23 @@ def build_info() -> dict[str, str]:
         "torch_running": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+@cache
+def processor_name() -> str:
+    """Model of the CPU."""
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@cache
+def driver_version() -> str:
+    """The NVIDIA driver's version (Linux), or "none"."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    return found.group() if found else "none"

@@ -115,8 +115,8 @@ PYINVOLUTION_API std::vector<const SpanVariant*> candidates(const SpanProblem&, 
 // A problem in text, with its sizes and strides.
 PYINVOLUTION_API std::string describe(const Problem&, Pass);
 PYINVOLUTION_API std::string describe(const SpanProblem&, SpanOp);
-// Keeps the variant for the problem that `describe` has described, unless one is kept already; `choose` takes it while
-// `autotunes`. False where one of the two is unknown.
+// Keeps the variant for the problem that `describe` has described, unless another is kept that is not disabled; `choose`
+// takes it while `autotunes`. False where one of the two is unknown.
 PYINVOLUTION_API bool keep_choice(const std::string& problem, const std::string& variant);
 PYINVOLUTION_API void forget_choices();
 
