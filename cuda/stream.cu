@@ -1,7 +1,7 @@
 // What the choice by measurement asks of a stream.
 #include <cuda_runtime_api.h>
 
-#include "launch.cuh"
+#include "errors.cuh"
 
 namespace pyinvolution::cuda {
 namespace {

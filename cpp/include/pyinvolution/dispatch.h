@@ -120,7 +120,7 @@ PYINVOLUTION_API std::string describe(const SpanProblem&, SpanOp);
 PYINVOLUTION_API bool keep_choice(const std::string& problem, const std::string& variant);
 PYINVOLUTION_API void forget_choices();
 
-// The CUDA code of the library: "CUDA 13.0, architectures 80 86 89 90", or "none: " and the reason.
+// The CUDA code of the library: "CUDA 12.8, architectures 80 86 89 90, PTX 80 90", or "none: " and the reason.
 PYINVOLUTION_API const char* cuda_build();
 
 PYINVOLUTION_API const char* to_string(DType);
