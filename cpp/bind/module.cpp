@@ -98,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
         const SpanProblem span =
             make_span_problem(dtype_of(dtype), device_of(device), input, groups, reduced,
                               {kernel_size, stride, padding, dilation}, channels_last ? Layout::nhwc : Layout::nchw);
+        ops::recall(span.involution.device);
         return route(span, SpanOp::forward, differentiable) == Route::span;
       },
       py::kw_only(), py::arg("dtype"), py::arg("device"), py::arg("input"), py::arg("groups"), py::arg("reduced"),

@@ -13,7 +13,6 @@
 
 #include "call.h"
 #include "runtime.h"
-#include "store.h"
 #ifndef PYINVOLUTION_NO_CUDA
 #include "cuda/variants.h"
 #endif
@@ -34,7 +33,7 @@ constexpr double clearly = 0.97;
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 thread_local bool paused = false;
 
-enum class Asked { no, yes, refused };
+enum class Asked { no, now, yes, refused };
 std::atomic<Asked> asked[2] = {Asked::no, Asked::no};
 
 std::mutex store_mutex;
@@ -173,16 +172,15 @@ void set_store(Store replacement) {
 
 void pause_autotune(bool pause) { paused = pause; }
 
-bool begin_measurement(Device device) {
-  if (paused || asked[int(device)] == Asked::refused || busy.test_and_set()) return false;
-  if (asked[int(device)] == Asked::no) {
-    const auto known = store();
-    asked[int(device)] = !known->recall || known->recall(to_string(device)) ? Asked::yes : Asked::refused;
-  }
-  if (asked[int(device)] == Asked::yes) return true;
-  busy.clear();
-  return false;
+void recall(Device device) {
+  std::atomic<Asked>& state = asked[int(device)];
+  Asked expected = Asked::no;
+  if (state != Asked::no || !autotunes() || !state.compare_exchange_strong(expected, Asked::now)) return;
+  const auto known = store();
+  state = !known->recall || known->recall(to_string(device)) ? Asked::yes : Asked::refused;
 }
+
+bool begin_measurement(Device device) { return !paused && asked[int(device)] == Asked::yes && !busy.test_and_set(); }
 
 void end_measurement() { busy.clear(); }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "pyinvolution/dispatch.h"
+#include "store.h"
 
 namespace pyinvolution::ops {
 
@@ -20,8 +21,8 @@ struct Candidate {
   Trial run;
 };
 
-// Whether a measurement may begin: there is none in this process now, the thread does not pause, and the store has been
-// asked for the device. Ends with `end_measurement` where true.
+// Whether a measurement may begin: there is none in this process now, the thread does not pause, and the store knows the
+// device. Ends with `end_measurement` where true.
 bool begin_measurement(Device);
 void end_measurement();
 
@@ -34,12 +35,14 @@ void measure(const torch::stable::Tensor& where, Device, const std::string& prob
 template <class Problem, class Op, class Run>
 void tune(const torch::stable::Tensor& where, Device device, const Problem& problem, Op op, int64_t checked,
           const Run& run) {
-  if (!autotunes() || candidates(problem, op).empty() || !begin_measurement(device)) return;
+  if (!autotunes()) return;
+  recall(device);
+  if (candidates(problem, op).empty() || !begin_measurement(device)) return;
   struct End {
     ~End() { end_measurement(); }
   } end;
   std::vector<Candidate> trials;
-  // Again: the store may have known it.
+  // Again: another thread may have measured it just before.
   for (const auto* variant : candidates(problem, op))
     trials.push_back({variant->name, [&run, variant](int64_t images) { return run(*variant, images); }});
   if (!trials.empty()) measure(where, device, describe(problem, op), checked, trials);

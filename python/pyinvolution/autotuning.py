@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pyinvolution._library import _C
-from pyinvolution.explain import driver_version, processor_name
+from pyinvolution.explain import driver_version, processor_name, variants
 
 __all__ = ["autotune", "autotune_file"]
 
@@ -77,7 +77,7 @@ def _read() -> Machines:
         for problems in machines.values():
             for choice in problems.values():
                 str.lower(choice["variant"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         _warn(f"{autotune_file()} cannot be read ({type(error).__name__}: {error}); what it held is measured again")
@@ -118,8 +118,10 @@ def _remember(device: str, problem: str, variant: str, times: str) -> bool:
     machine = _machine(device)
     try:
         with _changed() as machines:
+            problems = machines.setdefault(str(machine), {})
             # Of several processes that measured at the same time the first one has chosen.
-            machines.setdefault(str(machine), {}).setdefault(problem, {"variant": variant, "times": times})
+            if f"{device}/{problems.get(problem, {}).get('variant')}" not in variants(problem.split()[0]):
+                problems[problem] = {"variant": variant, "times": times}
     except OSError as error:
         _warn(f"autotune cannot write {autotune_file()} ({error}); its choices last as long as the process")
     return True

@@ -19,9 +19,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     import torch
 
-    from pyinvolution.recipes.errors import require
+    from pyinvolution._library import _C
+    from pyinvolution.recipes.errors import naming, require
     from pyinvolution.studies import doctor
 
     for device in options.device or ():
         require("--device", device, device == "cpu" or torch.cuda.is_available(), "a device that torch finds")
+    if options.json is not None:
+        require("--json", str(options.json), options.json.absolute().parent.is_dir(), "a file in a folder that exists")
+    with naming("environment"):
+        _C.forced_variant(), _C.disabled_variants(), _C.current_isa()
     return doctor.run(options.device, options.quick, options.json)
