@@ -120,24 +120,27 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
 
 
 def problems(quick: bool) -> Iterator[Problem]:
+    """Small ones of each class."""
+    # kernel, stride, dilation
     windows = [(3, 1, 1), (7, 1, 1), (7, 2, 1), (3, 1, 2)] + ([] if quick else [(5, 1, 1), (5, 2, 1), (3, 2, 1)])
-    widths = (3, 16) if quick else (3, 8, 16, 24, 32)
     layouts = LAYOUTS[:2] if quick else LAYOUTS
-    for dtype, layout, window, width in itertools.product(DTYPES, layouts, windows, widths):
-        if layout == "strided" and window not in windows[:3]:
+    for dtype, layout, (k, s, d) in itertools.product(DTYPES, layouts, windows):
+        if layout == "strided" and (k, s, d) not in windows[:3]:
             continue
-        yield Problem("involution2d", dtype, layout, *window, width)
-    widths, reduced = ((3, 16), (16,)) if quick else ((3, 8, 16), (5, 16, 32))
-    for dtype, layout, window, width, r in itertools.product(DTYPES, layouts, windows[:3], widths, reduced):
-        yield Problem("span_involution2d", dtype, layout, *window, width, r)
-    for dtype, layout, window, width in itertools.product(DTYPES, layouts[:2], windows[:3], widths):
-        yield Problem("involution_layer2d", dtype, layout, *window, width, 16)
+        for width in (3, 16) if quick else (3, 8, 16, 24, 32):
+            yield Problem("involution2d", dtype, layout, k, s, d, width)
+    spans = [(width, r) for width in ((3, 16) if quick else (3, 8, 16)) for r in ((16,) if quick else (5, 16, 32))]
+    for dtype, layout, (k, s, d), (width, r) in itertools.product(DTYPES, layouts, windows[:3], spans):
+        yield Problem("span_involution2d", dtype, layout, k, s, d, width, r)
+    for dtype, layout, (k, s, d), (width, r) in itertools.product(DTYPES, layouts[:2], windows[:3], spans):
+        if r == 16:
+            yield Problem("involution_layer2d", dtype, layout, k, s, d, width, r)
 
 
 # --- what every operator computes, and the equation -------------------------------------------------------------------
 
 Results = dict[str, Tensor]
-RESULTS = {
+RESULTS: dict[str, dict[str, tuple[str, ...]]] = {
     "involution2d": {"forward": ("output",), "grad_input": ("grad_input",), "grad_weight": ("grad_weight",)},
     "span_involution2d": {
         "forward": ("output",), "backward": ("grad_input", "grad_reduced", "grad_span_weight", "grad_span_bias")
@@ -161,8 +164,8 @@ def computed(problem: Problem, pass_: str, t: dict[str, Tensor]) -> Results:
             epilogue = (t["scale"], t["shift"], True)
             found = [ops.span_involution2d(t["x"], t["r"], t["s"], t["b"], *epilogue, *problem.window)]
         else:
-            mask = (True,) * 4
-            found = ops.span_involution2d_backward(t["gy"], t["x"], t["r"], t["s"], t["b"], *problem.window, mask)
+            operands = (t["gy"], t["x"], t["r"], t["s"], t["b"])
+            found = ops.span_involution2d_backward(*operands, *problem.window, (True,) * 4)
     else:
         parameters = (t["a"], t["ab"], t["s"], t["b"], t["scale"], t["shift"], True)
         found = [ops.involution_layer2d(t["x"], *parameters, *problem.window)]
@@ -232,16 +235,17 @@ def one_thread() -> Iterator[None]:
 def poisoned() -> Iterator[None]:
     """New memory holds NaN, so that an element which a kernel forgets is seen."""
     before, only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -334,9 +338,9 @@ def layers(quick: bool, device: str) -> Iterator[tuple[str, Problem]]:
     dtype, batch = ("float32", 1) if device == "cpu" else ("bfloat16", 32)
     shapes = ((64, 56), (256, 14)) if quick or device == "cpu" else ((64, 56), (128, 28), (256, 14), (512, 7))
     for channels, size in shapes[:1] if quick else shapes:
-        common = {"size": (size, size), "batch": batch, "groups": channels // 16}
         for operator, reduced in (("involution2d", 0), ("span_involution2d", channels // 4)):
-            problem = Problem(operator, dtype, "channels_last", 7, 1, 1, 16, reduced, **common)  # type: ignore[arg-type]
+            groups = channels // 16
+            problem = Problem(operator, dtype, "channels_last", 7, 1, 1, 16, reduced, (size, size), batch, groups)
             yield f"{operator} {channels}@{size} N={batch} {dtype}", problem
 
 
@@ -351,7 +355,11 @@ def measure(
     leaves = [t[key].detach().requires_grad_() for key in t if key in ("x", "w", "r", "s", "b")]
 
     def unfold(x: Tensor, *others: Tensor) -> Tensor:
-        w = others[0] if problem.operator == "involution2d" else ops.span(*others, (problem.kernel,) * 2)
+        if problem.operator == "involution2d":
+            (w,) = others
+        else:
+            r, s, b = others
+            w = ops.span(r, s, b, (problem.kernel, problem.kernel))
         return reference.involution2d(x, w, None, *problem.geometry)
 
     kept = unfold(*leaves)
