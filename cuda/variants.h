@@ -1,6 +1,8 @@
 // The CUDA variants of the dispatch tables. A strategy's folder says how it works.
 #pragma once
 
+#include <functional>
+
 #include "pyinvolution/dispatch.h"
 
 namespace pyinvolution::cuda {
@@ -22,7 +24,14 @@ Refusal fused_refusal(const SpanProblem&, SpanOp);
 void fused_run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
 int64_t fused_scratch(const SpanProblem&, SpanOp);
 
-// "CUDA 13.0, architectures 80 86 89 90".
+// "CUDA 12.8, architectures 80 86 89 90, PTX 80 90".
 const char* build();
+
+// Calls `work` unless the stream is being captured into a graph. What `work` allocates or waits for does not invalidate
+// the captures of other threads.
+void unless_captured(void* stream, const std::function<void()>& work);
+
+// Seconds for which `work`, enqueued by its call, kept the stream busy.
+double seconds(void* stream, const std::function<void()>& work);
 
 }  // namespace pyinvolution::cuda

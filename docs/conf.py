@@ -22,6 +22,7 @@ language = "en"
 NAVIGATION = {
     "Guides": [
         "docs/first-steps",
+        "docs/doctor",
         "docs/operator",
         "docs/kernels",
         "docs/training",

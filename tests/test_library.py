@@ -14,7 +14,7 @@ import torch
 import pyinvolution
 from pyinvolution import build_info, explain, override_isa
 from pyinvolution._library import _spec
-from pyinvolution.explain import available_isas, force_variant, variants
+from pyinvolution.explain import available_isas, disable_variants, disabled_variants, force_variant, variants
 
 ROOT = Path(__file__).parents[1]
 # Instruction set -> compiler flags, as the build has them.
@@ -58,6 +58,42 @@ def test_explain_names_the_choice_and_every_refusal() -> None:
     assert explain(X, W, padding=1, pass_="grad_input").chosen == explanation.chosen
 
 
+def test_a_disabled_variant_refuses_and_the_next_one_runs() -> None:
+    x, w = torch.randn(1, 16, 6, 6), torch.randn(1, 1, 3, 3, 6, 6)
+    reason = "requires that PYINVOLUTION_DISABLE does not name it"
+    with force_variant("columns"):
+        expected = pyinvolution.involution2d(x, w, padding=1)
+    with disable_variants("cpu/channels"):
+        explanation = explain(x, w, padding=1)
+        assert explanation.chosen == "columns"
+        assert [v.refusal for v in explanation.verdicts] == [reason, None, None]
+        assert torch.equal(pyinvolution.involution2d(x, w, padding=1), expected)
+        with disable_variants("scalar, columns"):
+            assert disabled_variants() == ["cpu/channels", "cpu/columns", "cpu/scalar"]
+            with pytest.raises(ValueError, match=f"no cpu variant can run this forward; channels: {reason}; columns"):
+                pyinvolution.involution2d(x, w, padding=1)
+        assert disabled_variants() == ["cpu/channels"]
+        with (
+            pytest.raises(ValueError, match=f"the forced variant cpu/channels cannot run this forward: it {reason}"),
+            force_variant("channels"),
+        ):
+            pyinvolution.involution2d(x, w, padding=1)
+    assert explain(x, w, padding=1).chosen == "channels"
+    with pytest.raises(ValueError, match='unknown variant "quick"'), disable_variants("quick"):
+        pass
+    assert disabled_variants() == []
+
+
+def test_without_a_fused_kernel_a_layer_is_composed() -> None:
+    x, layer = torch.randn(1, 32, 8, 8), pyinvolution.Involution2d(32)
+    fused = layer(x)
+    assert fused.grad_fn.name() == "_SpanInvolution2dBackward"
+    with disable_variants("fused"):
+        composed = layer(x)
+        assert composed.grad_fn.name() == "_Involution2dBackward"
+    torch.testing.assert_close(fused, composed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -92,6 +128,11 @@ def test_environment_switches() -> None:
     wrong = python(code, PYINVOLUTION_VARIANT="quick")
     assert wrong.returncode == 1
     assert 'unknown variant "quick"' in wrong.stderr
+    disabled = python(code, PYINVOLUTION_DISABLE=" columns,cuda/mma", PYINVOLUTION_VARIANT="")
+    assert disabled.stdout.split()[0] == "scalar", disabled.stderr
+    wrong = python(code, PYINVOLUTION_DISABLE="columns,quick")
+    assert wrong.returncode == 1
+    assert 'PYINVOLUTION_DISABLE: unknown variant "quick", expected one of cuda/mma' in wrong.stderr
     wrong = python(code, PYINVOLUTION_ISA="sse9")
     assert wrong.returncode == 1
     assert 'unknown instruction set "sse9"' in wrong.stderr

@@ -4,11 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "isa.h"
 #include "pyinvolution/involution.h"
+#include "store.h"
 
 namespace py = pybind11;
 using namespace pyinvolution;
@@ -29,6 +32,38 @@ Device device_of(const std::string& name) {
   throw std::invalid_argument("device is \"" + name + "\", expected cpu or cuda");
 }
 
+// A function of Python's that any thread may call. An error in it is reported as one in a destructor is.
+template <class Result, class... Arguments>
+std::function<Result(Arguments...)> from_any_thread(py::object function, Result otherwise) {
+  // Destroyed, too, by a thread that need not hold the interpreter's lock.
+  const std::shared_ptr<py::object> shared(new py::object(std::move(function)), [](py::object* object) {
+    const py::gil_scoped_acquire lock;
+    delete object;
+  });
+  return [shared, otherwise](Arguments... arguments) {
+    const py::gil_scoped_acquire lock;
+    try {
+      return (*shared)(arguments...).template cast<Result>();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("pyinvolution.autotune");
+      return otherwise;
+    }
+  };
+}
+
+void set_store(const py::object& recall, const py::object& remember) {
+  ops::Store store;
+  if (!recall.is_none()) {
+    store.recall = from_any_thread<bool, const std::string&>(recall, true);
+    const auto note =
+        from_any_thread<bool, const std::string&, const std::string&, const std::string&, const std::string&>(remember,
+                                                                                                              true);
+    store.remember = [note](const auto&... arguments) { note(arguments...); };
+  }
+  const py::gil_scoped_release unlocked;
+  ops::set_store(std::move(store));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -39,6 +74,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("variants", &variants, py::arg("op"));
   m.def("force_variant", &force_variant, py::arg("name"));
   m.def("forced_variant", &forced_variant);
+
+  m.def("disable_variants", &disable_variants, py::arg("names"));
+  m.def("disabled_variants", &disabled_variants);
+
+  m.def("autotune", &autotune, py::arg("on"));
+  m.def("autotunes", &autotunes);
+  m.def("keep_choice", &keep_choice, py::arg("problem"), py::arg("variant"));
+  m.def("forget_choices", &forget_choices);
+  m.def("set_store", &set_store, py::arg("recall"), py::arg("remember"));
+  m.def("pause_autotune", &ops::pause_autotune, py::arg("paused"));
 
   m.def("available_isas", &available_isas);
   m.def("current_isa", [] { return to_string(current_isa()); });
@@ -53,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
         const SpanProblem span =
             make_span_problem(dtype_of(dtype), device_of(device), input, groups, reduced,
                               {kernel_size, stride, padding, dilation}, channels_last ? Layout::nhwc : Layout::nchw);
+        ops::recall(span.involution.device);
         return route(span, SpanOp::forward, differentiable) == Route::span;
       },
       py::kw_only(), py::arg("dtype"), py::arg("device"), py::arg("input"), py::arg("groups"), py::arg("reduced"),

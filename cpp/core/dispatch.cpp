@@ -1,11 +1,17 @@
 #include "pyinvolution/dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <mutex>
+#include <shared_mutex>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cpu/variants.h"
 #include "pyinvolution/involution.h"
@@ -55,56 +61,76 @@ constexpr SpanVariant span_table[] = {
     COMPOSED(Device::cpu),             //
 };
 
-// What is forced in an operator's table: for each device a variant or nullptr.
-template <class V>
-struct Bound {
-  const V* on[2] = {nullptr, nullptr};
-};
-
 template <class V>
 std::string qualified(const V& variant) {
   return std::string(to_string(variant.device)) + "/" + variant.name;
 }
 
-template <class V, size_t Size>
-bool bind(const V (&variants)[Size], const std::string& name, Bound<V>& bound, std::string& names) {
-  bool found = false;
-  for (const V& variant : variants) {
-    names += (names.empty() ? "" : ", ") + qualified(variant);
-    if (name != variant.name && name != qualified(variant)) continue;
-    bound.on[int(variant.device)] = &variant;
-    found = true;
+template <class V>
+constexpr const auto& rows() {
+  if constexpr (std::is_same_v<V, Variant>) {
+    return table;
+  } else {
+    return span_table;
   }
-  return found;
 }
+
+template <class Body>
+void for_each_row(const Body& body) {
+  for (const Variant& variant : table) body(variant);
+  for (const SpanVariant& variant : span_table) body(variant);
+}
+
+// Calls `found` with each row that `names` names: "mma", "cuda/mma", or several of them with commas between.
+template <class Found>
+void parse(const std::string& names, const Found& found) {
+  std::istringstream list(names);
+  for (std::string name; std::getline(list, name, ',');) {
+    name.erase(0, name.find_first_not_of(' '));
+    name.erase(name.find_last_not_of(' ') + 1);
+    bool known = false;
+    std::string all;
+    for_each_row([&](const auto& variant) {
+      all += (all.empty() ? "" : ", ") + qualified(variant);
+      if (name != variant.name && name != qualified(variant)) return;
+      known = true;
+      found(variant);
+    });
+    if (!known) throw std::invalid_argument("unknown variant \"" + name + "\", expected one of " + all);
+  }
+}
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// --- what is forced: for each operator and device a variant or nullptr -----------------------------------------------
+
+template <class V>
+struct Bound {
+  const V* on[2] = {nullptr, nullptr};
+  void bind(const V& variant) { on[int(variant.device)] = &variant; }
+};
+
+struct BothBound : Bound<Variant>, Bound<SpanVariant> {
+  using Bound<Variant>::bind;
+  using Bound<SpanVariant>::bind;
+};
 
 struct Forced {
   std::mutex mutex;
   std::string names;
-  Bound<Variant> involution;
-  Bound<SpanVariant> span;
+  BothBound bound;
 
-  Forced() {
-    const char* initial = std::getenv("PYINVOLUTION_VARIANT");
-    if (initial != nullptr) set(initial);
-  }
+  Forced() { set(variable("PYINVOLUTION_VARIANT")); }
 
   void set(const std::string& wanted) {
-    Bound<Variant> involution_found;
-    Bound<SpanVariant> span_found;
-    for (size_t begin = 0; begin < wanted.size();) {
-      const size_t end = std::min(wanted.find(',', begin), wanted.size());
-      const std::string name = wanted.substr(begin, end - begin);
-      std::string known;
-      const bool one = bind(table, name, involution_found, known);
-      const bool other = bind(span_table, name, span_found, known);
-      if (!one && !other) throw std::invalid_argument("unknown variant \"" + name + "\", expected one of " + known);
-      begin = end + 1;
-    }
+    BothBound found;
+    parse(wanted, [&](const auto& variant) { found.bind(variant); });
     const std::lock_guard<std::mutex> lock(mutex);
     names = wanted;
-    involution = involution_found;
-    span = span_found;
+    bound = found;
   }
 };
 
@@ -113,25 +139,178 @@ Forced& forced() {
   return state;
 }
 
+template <class V>
+const V* forced_on(Device device) {
+  Forced& state = forced();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  return static_cast<const Bound<V>&>(state.bound).on[int(device)];
+}
+
+// --- what is disabled: a bit for each row -----------------------------------------------------------------------------
+
+uint64_t bit(const Variant& variant) { return uint64_t{1} << (&variant - std::begin(table)); }
+uint64_t bit(const SpanVariant& variant) {
+  return uint64_t{1} << (std::size(table) + size_t(&variant - std::begin(span_table)));
+}
+
+uint64_t bits_of(const std::string& names) {
+  uint64_t bits = 0;
+  parse(names, [&](const auto& variant) { bits |= bit(variant); });
+  return bits;
+}
+
+std::atomic<uint64_t>& disabled() {
+  static std::atomic<uint64_t> bits = [] {
+    try {
+      return bits_of(variable("PYINVOLUTION_DISABLE"));
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("PYINVOLUTION_DISABLE: ") + error.what());
+    }
+  }();
+  return bits;
+}
+
+template <class V>
+bool is_disabled(const V& variant) {
+  return (disabled().load(std::memory_order_relaxed) & bit(variant)) != 0;
+}
+
+template <class V, class P, class Op>
+Refusal refusal_of(const V& variant, const P& problem, Op op) {
+  if (is_disabled(variant)) return needs("that PYINVOLUTION_DISABLE does not name it");
+  return variant.refusal(problem, op);
+}
+
+// --- what was measured to be the fastest: a variant for a problem and an operation ----------------------------------
+
+// Everything that decides which kernels can run and how fast they are. An epilogue is left out: it changes neither.
+using Key = std::vector<int64_t>;
+
+template <size_t Rank>
+void append(Key& key, const int64_t (&sizes)[Rank], const int64_t (&strides)[Rank]) {
+  // The stride of a dimension with one element is arbitrary.
+  for (size_t d = 0; d < Rank; ++d) key.push_back(sizes[d] > 1 ? strides[d] : 0);
+}
+
+Key sizes_of(const Problem& p, int op) {
+  return {op,         int(p.dtype), int(p.device), p.batch,     p.channels,   p.groups,
+          p.in_h,     p.in_w,       p.out_h,       p.out_w,     p.kernel_h,   p.kernel_w,
+          p.stride_h, p.stride_w,   p.padding_h,   p.padding_w, p.dilation_h, p.dilation_w};
+}
+
+void append_images(Key& key, const Problem& p) {
+  append(key, {p.batch, p.channels, p.in_h, p.in_w}, p.x_stride);
+  append(key, {p.batch, p.channels, p.out_h, p.out_w}, p.y_stride);
+}
+
+Key key_of(const Problem& p, Pass pass) {
+  Key key = sizes_of(p, int(pass));
+  append_images(key, p);
+  append(key, {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w}, p.w_stride);
+  return key;
+}
+
+Key key_of(const SpanProblem& span, SpanOp op) {
+  const Problem& p = span.involution;
+  Key key = sizes_of(p, int(op));
+  key.push_back(span.reduced);
+  append_images(key, p);
+  append(key, {span.span_rows(), span.reduced}, span.span_stride);
+  if (op == SpanOp::layer) {
+    append(key, {span.reduced, p.channels}, span.reduce_stride);
+  } else {
+    append(key, {p.batch, span.reduced, p.out_h, p.out_w}, span.reduced_stride);
+  }
+  return key;
+}
+
+template <class V>
+struct Kept {
+  std::shared_mutex mutex;
+  std::map<Key, const V*> choices;
+};
+
+template <class V>
+Kept<V>& kept() {
+  static Kept<V> state;
+  return state;
+}
+
+std::atomic<bool>& autotuning() {
+  static std::atomic<bool> on = [] {
+    const std::string value = variable("PYINVOLUTION_AUTOTUNE");
+    if (!value.empty() && value != "0" && value != "1")
+      throw std::invalid_argument("PYINVOLUTION_AUTOTUNE is \"" + value + "\", expected 0 or 1");
+    return value == "1";
+  }();
+  return on;
+}
+
+template <class V, class P, class Op>
+const V* kept_for(const P& problem, Op op) {
+  if (!autotunes()) return nullptr;
+  Kept<V>& state = kept<V>();
+  const std::shared_lock<std::shared_mutex> lock(state.mutex);
+  const auto found = state.choices.find(key_of(problem, op));
+  // What is kept was measured with other addresses, and may be disabled by now.
+  return found == state.choices.end() || refusal_of(*found->second, problem, op) ? nullptr : found->second;
+}
+
+template <class V>
+constexpr const char* operator_name = std::is_same_v<V, Variant> ? "involution2d" : "span_involution2d";
+
+// "involution2d forward float32 cpu: 0 0 0 1 64 ..."; only what is behind the colon is read again.
+template <class V, class P, class Op>
+std::string text_of(const P& problem, const Problem& p, Op op) {
+  std::ostringstream text;
+  text << operator_name<V> << " " << to_string(op) << " " << to_string(p.dtype) << " " << to_string(p.device) << ":";
+  for (const int64_t value : key_of(problem, op)) text << " " << value;
+  return text.str();
+}
+
+template <class V>
+bool keep_in(const std::string& problem, const std::string& name) {
+  const std::string prefix = operator_name<V> + std::string(" ");
+  const size_t colon = problem.find(':');
+  if (problem.rfind(prefix, 0) != 0 || colon == std::string::npos) return false;
+  std::istringstream numbers(problem.substr(colon + 1));
+  const Key key{std::istream_iterator<int64_t>(numbers), std::istream_iterator<int64_t>()};
+  constexpr size_t device = 2;
+  if (!numbers.eof() || key.size() <= device) return false;
+  for (const V& variant : rows<V>()) {
+    if (variant.name != name || int64_t(variant.device) != key[device]) continue;
+    Kept<V>& state = kept<V>();
+    const std::lock_guard<std::shared_mutex> lock(state.mutex);
+    const auto [choice, added] = state.choices.emplace(key, &variant);
+    if (!added && is_disabled(*choice->second)) choice->second = &variant;
+    return true;
+  }
+  return false;
+}
+
+template <class V>
+void forget() {
+  Kept<V>& state = kept<V>();
+  const std::lock_guard<std::shared_mutex> lock(state.mutex);
+  state.choices.clear();
+}
+
+// --- the choice -------------------------------------------------------------------------------------------------------
+
 Device device_of(const Problem& problem) { return problem.device; }
 Device device_of(const SpanProblem& problem) { return problem.involution.device; }
 
-template <class V>
-const V* forced_on(Device device, const Bound<V> Forced::* bound) {
-  Forced& state = forced();
-  const std::lock_guard<std::mutex> lock(state.mutex);
-  return (state.*bound).on[int(device)];
-}
-
-template <class V, size_t Size, class P, class Op>
-std::vector<Verdict> verdicts_of(const V (&variants)[Size], const Bound<V> Forced::* bound, const P& problem, Op op) {
-  const V* chosen = forced_on(device_of(problem), bound);
+template <class V, class P, class Op>
+std::vector<Verdict> verdicts_of(const P& problem, Op op) {
+  const V* chosen = forced_on<V>(device_of(problem));
+  const V* measured = chosen == nullptr ? kept_for<V>(problem, op) : nullptr;
+  if (measured != nullptr) chosen = measured;
   std::vector<Verdict> verdicts;
-  for (const V& variant : variants) {
+  for (const V& variant : rows<V>()) {
     if (variant.device != device_of(problem)) continue;
-    const Refusal refusal = variant.refusal(problem, op);
+    const Refusal refusal = refusal_of(variant, problem, op);
     if (chosen == nullptr && !refusal) chosen = &variant;
-    verdicts.push_back({variant.name, refusal.text(), chosen == &variant && !refusal});
+    verdicts.push_back({variant.name, refusal.text(), chosen == &variant && !refusal, &variant == measured});
   }
   return verdicts;
 }
@@ -144,19 +323,30 @@ std::string refusals(const std::vector<Verdict>& verdicts) {
   return text;
 }
 
-template <class V, size_t Size, class P, class Op>
-const V& choose_from(const V (&variants)[Size], const Bound<V> Forced::* bound, const P& problem, Op op) {
+template <class V, class P, class Op>
+const V& choose_from(const P& problem, Op op) {
   const Device device = device_of(problem);
-  if (const V* variant = forced_on(device, bound)) {
-    if (const Refusal refusal = variant->refusal(problem, op))
+  if (const V* variant = forced_on<V>(device)) {
+    if (const Refusal refusal = refusal_of(*variant, problem, op))
       throw std::invalid_argument("the forced variant " + qualified(*variant) + " cannot run this " + to_string(op) +
                                   ": it " + refusal.text());
     return *variant;
   }
-  for (const V& variant : variants)
-    if (variant.device == device && !variant.refusal(problem, op)) return variant;
+  if (const V* variant = kept_for<V>(problem, op)) return *variant;
+  for (const V& variant : rows<V>())
+    if (variant.device == device && !refusal_of(variant, problem, op)) return variant;
   throw std::invalid_argument(std::string("no ") + to_string(device) + " variant can run this " + to_string(op) +
-                              refusals(verdicts_of(variants, bound, problem, op)));
+                              refusals(verdicts_of<V>(problem, op)));
+}
+
+template <class V, class P, class Op>
+std::vector<const V*> candidates_of(const P& problem, Op op) {
+  const Device device = device_of(problem);
+  std::vector<const V*> able;
+  if (forced_on<V>(device) != nullptr || kept_for<V>(problem, op) != nullptr) return able;
+  for (const V& variant : rows<V>())
+    if (variant.device == device && !refusal_of(variant, problem, op)) able.push_back(&variant);
+  return able;
 }
 
 int64_t outputs(const Problem& p, Pass pass) {
@@ -170,12 +360,8 @@ int64_t outputs(const Problem& p, Pass pass) {
 
 }  // namespace
 
-const Variant& choose(const Problem& problem, Pass pass) {
-  return choose_from(table, &Forced::involution, problem, pass);
-}
-const SpanVariant& choose(const SpanProblem& problem, SpanOp op) {
-  return choose_from(span_table, &Forced::span, problem, op);
-}
+const Variant& choose(const Problem& problem, Pass pass) { return choose_from<Variant>(problem, pass); }
+const SpanVariant& choose(const SpanProblem& problem, SpanOp op) { return choose_from<SpanVariant>(problem, op); }
 
 Route route(const SpanProblem& problem, SpanOp op, bool differentiable) {
   const Problem& p = problem.involution;
@@ -212,21 +398,17 @@ void run(const SpanProblem& span, SpanOp op, const SpanBuffers& buffers, const E
   variant.run(span, op, buffers, execution);
 }
 
-std::vector<Verdict> explain(const Problem& problem, Pass pass) {
-  return verdicts_of(table, &Forced::involution, problem, pass);
-}
-std::vector<Verdict> explain(const SpanProblem& problem, SpanOp op) {
-  return verdicts_of(span_table, &Forced::span, problem, op);
-}
+std::vector<Verdict> explain(const Problem& problem, Pass pass) { return verdicts_of<Variant>(problem, pass); }
+std::vector<Verdict> explain(const SpanProblem& problem, SpanOp op) { return verdicts_of<SpanVariant>(problem, op); }
 
 std::vector<std::string> variants(const std::string& op) {
   std::vector<std::string> names;
   const auto add = [&](const auto& variants) {
     for (const auto& variant : variants) names.push_back(qualified(variant));
   };
-  if (op == "involution2d")
+  if (op == operator_name<Variant>)
     add(table);
-  else if (op == "span_involution2d")
+  else if (op == operator_name<SpanVariant>)
     add(span_table);
   else
     throw std::invalid_argument("unknown operator \"" + op + "\", expected involution2d or span_involution2d");
@@ -239,6 +421,40 @@ std::string forced_variant() {
   Forced& state = forced();
   const std::lock_guard<std::mutex> lock(state.mutex);
   return state.names;
+}
+
+void disable_variants(const std::string& names) { disabled() = bits_of(names); }
+
+std::string disabled_variants() {
+  std::ostringstream names;
+  for_each_row([&](const auto& variant) {
+    if (is_disabled(variant)) names << (names.tellp() > 0 ? "," : "") << qualified(variant);
+  });
+  return names.str();
+}
+
+void autotune(bool on) { autotuning() = on; }
+bool autotunes() { return autotuning().load(std::memory_order_relaxed); }
+
+std::vector<const Variant*> candidates(const Problem& problem, Pass pass) {
+  return candidates_of<Variant>(problem, pass);
+}
+std::vector<const SpanVariant*> candidates(const SpanProblem& problem, SpanOp op) {
+  return candidates_of<SpanVariant>(problem, op);
+}
+
+std::string describe(const Problem& problem, Pass pass) { return text_of<Variant>(problem, problem, pass); }
+std::string describe(const SpanProblem& problem, SpanOp op) {
+  return text_of<SpanVariant>(problem, problem.involution, op);
+}
+
+bool keep_choice(const std::string& problem, const std::string& variant) {
+  return keep_in<Variant>(problem, variant) || keep_in<SpanVariant>(problem, variant);
+}
+
+void forget_choices() {
+  forget<Variant>();
+  forget<SpanVariant>();
 }
 
 const char* cuda_build() {

@@ -1,14 +1,24 @@
 #include "explain.h"
 
 #include "arguments.h"
+#include "store.h"
 
 namespace pyinvolution::ops {
 namespace {
 
-std::string lines(const std::vector<Verdict>& verdicts) {
+Device device_of(const Problem& problem) { return problem.device; }
+Device device_of(const SpanProblem& span) { return span.involution.device; }
+
+template <class P, class Op>
+std::string lines(const P& problem, Op op) {
+  recall(device_of(problem));
   std::string text;
-  for (const Verdict& verdict : verdicts)
-    text += std::string(verdict.variant) + (verdict.chosen ? "\t1\t" : "\t0\t") + verdict.refusal + "\n";
+  for (const Verdict& verdict : explain(problem, op))
+    text += std::string(verdict.variant) +
+            (verdict.measured ? "\tmeasured\t"
+             : verdict.chosen ? "\tchosen\t"
+                              : "\t\t") +
+            verdict.refusal + "\n";
   return text;
 }
 
@@ -27,24 +37,24 @@ Enum parse(const char* op, const std::string& name, std::initializer_list<Enum> 
 std::string explain_involution2d(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                  const std::string& pass) {
-  return lines(explain(involution_problem(input, weight, stride, padding, dilation),
-                       parse("explain", pass, {Pass::forward, Pass::grad_input, Pass::grad_weight})));
+  return lines(involution_problem(input, weight, stride, padding, dilation),
+               parse("explain", pass, {Pass::forward, Pass::grad_input, Pass::grad_weight}));
 }
 
 std::string explain_span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
                                       const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                       const std::string& pass) {
-  return lines(explain(span_problem(input, reduced, span_weight, std::nullopt, kernel_size, stride, padding, dilation),
-                       parse("explain", pass, {SpanOp::forward, SpanOp::backward})));
+  return lines(span_problem(input, reduced, span_weight, std::nullopt, kernel_size, stride, padding, dilation),
+               parse("explain", pass, {SpanOp::forward, SpanOp::backward}));
 }
 
 std::string explain_involution_layer2d(const Tensor& input, const Tensor& reduce_weight, const Tensor& span_weight,
                                        const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  return lines(explain(layer_problem(input, reduce_weight, std::nullopt, span_weight, std::nullopt, kernel_size, stride,
-                                     padding, dilation),
-                       SpanOp::layer));
+  return lines(layer_problem(input, reduce_weight, std::nullopt, span_weight, std::nullopt, kernel_size, stride,
+                             padding, dilation),
+               SpanOp::layer);
 }
 
 bool fuses_span(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
@@ -52,6 +62,7 @@ bool fuses_span(const Tensor& input, const Tensor& reduced, const Tensor& span_w
                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool differentiable) {
   const SpanProblem span =
       span_problem(input, reduced, span_weight, std::nullopt, kernel_size, stride, padding, dilation);
+  recall(device_of(span));
   return route(span, SpanOp::forward, differentiable) == Route::span;
 }
 

@@ -11,8 +11,8 @@ namespace pyinvolution::ops {
 
 using torch::stable::Tensor;
 
-// What the dispatch tables say of these arguments: a line for each variant, best first, its name, whether it is the one
-// that runs (1 or 0) and its refusal, separated by tabs. `pass` is forward, grad_input or grad_weight.
+// What the dispatch tables say of these arguments: a line for each variant, best first: its name, "chosen" where it is the
+// one that runs ("measured" where `autotune` chose it) and its refusal, separated by tabs. `pass` is forward, grad_input or grad_weight.
 std::string explain_involution2d(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                  const std::string& pass);

@@ -14,8 +14,7 @@ Tensor involution2d(const Tensor& input, const Tensor& weight, const std::vector
   Problem problem = involution_problem(input, weight, stride, padding, dilation);
   const Tensor output = new_output(input, problem);
   if (output.numel() == 0) return output;
-  launch(input, choose(problem, Pass::forward), problem, Pass::forward,
-         {address(input), address(weight), output.mutable_data_ptr()});
+  compute(input, problem, Pass::forward, {address(input), address(weight), nullptr}, output);
   return output;
 }
 
@@ -37,9 +36,7 @@ std::tuple<Tensor, Tensor> involution2d_backward(const Tensor& grad_output, cons
     Problem p = problem;
     std::copy_n(result.strides().data(), of_input ? 4 : 6, of_input ? p.x_stride : p.w_stride);
     std::copy_n(grad_output.strides().data(), 4, p.y_stride);
-    launch(input, choose(p, pass), p, pass,
-           {of_input ? result.mutable_data_ptr() : address(input),
-            of_input ? address(weight) : result.mutable_data_ptr(), address(grad_output)});
+    compute(input, p, pass, {address(input), address(weight), address(grad_output)}, result);
     return result;
   };
   const auto none = [&] { return torch::stable::new_empty(input, std::vector<int64_t>{0}); };

@@ -4,8 +4,13 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
+#include <string>
+
+#include "autotune.h"
 
 namespace pyinvolution::ops {
 namespace {
@@ -39,20 +44,59 @@ void execute(const torch::stable::Tensor& where, Device device, const Body& body
   } else {
     const int32_t index = where.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(index);
-    execution.stream = current_cuda_stream(index);
+    execution.stream = current_stream(where);
     body(execution);
   }
 }
 
+// Whether the tests want this variant to be wrong (PYINVOLUTION_TEST_FAULT=device/name), to see that it is noticed.
+bool faulty(Device device, const char* name) {
+  static const char* const wanted = std::getenv("PYINVOLUTION_TEST_FAULT");
+  return wanted != nullptr && std::string(to_string(device)) + "/" + name == wanted;
+}
+
+// Every window one column away from where it belongs.
+Problem shifted(Problem problem) {
+  ++problem.padding_w;
+  return problem;
+}
+
 }  // namespace
+
+void* current_stream(const torch::stable::Tensor& where) { return current_cuda_stream(where.get_device_index()); }
+
+void compute(const torch::stable::Tensor& where, const Problem& problem, Pass pass, Buffers buffers,
+             const torch::stable::Tensor& result) {
+  void*& place = pass == Pass::forward ? buffers.y : pass == Pass::grad_input ? buffers.x : buffers.w;
+  // All images are computed alike: a few of them are enough for the slowest variant, which the others are compared with.
+  const int64_t multiply_adds = problem.channels * problem.taps() * problem.out_h * problem.out_w;
+  const int64_t images =
+      std::clamp<int64_t>((int64_t{1} << 26) / std::max<int64_t>(multiply_adds, 1), 1, problem.batch);
+  tune(where, problem.device, problem, pass, images, [&](const Variant& variant, int64_t checked) {
+    torch::stable::Tensor trial = trial_result(result, checked);
+    place = trial.mutable_data_ptr();
+    Problem part = problem;
+    if (checked > 0) part.batch = checked;
+    launch(where, variant, part, pass, buffers);
+    return std::vector<torch::stable::Tensor>{checked > 0 ? torch::stable::narrow(trial, 0, 0, checked) : trial};
+  });
+  place = result.mutable_data_ptr();
+  launch(where, choose(problem, pass), problem, pass, buffers);
+}
 
 void launch(const torch::stable::Tensor& where, const Variant& variant, const Problem& problem, Pass pass,
             const Buffers& buffers) {
+  if (faulty(variant.device, variant.name)) [[unlikely]]
+    return execute(where, problem.device,
+                   [&](const Execution& execution) { variant.run(shifted(problem), pass, buffers, execution); });
   execute(where, problem.device, [&](const Execution& execution) { variant.run(problem, pass, buffers, execution); });
 }
 
-void launch(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& problem, SpanOp op,
+void launch(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& span, SpanOp op,
             const SpanBuffers& buffers) {
+  SpanProblem problem = span;
+  if (faulty(variant.device, variant.name)) [[unlikely]]
+    problem.involution = shifted(span.involution);
   execute(where, problem.involution.device, [&](const Execution& execution) {
     const int64_t bytes = variant.scratch != nullptr ? variant.scratch(problem, op) : 0;
     if (bytes == 0) return variant.run(problem, op, buffers, execution);

@@ -6,6 +6,8 @@
 #include <array>
 
 #include "arguments.h"
+#include "autotune.h"
+#include "call.h"
 #include "involution2d.h"
 #include "runtime.h"
 
@@ -28,14 +30,6 @@ void check_epilogue(const char* op, const Tensor& input, const std::optional<Ten
     check_dtype(op, name, *tensor, dtype, "");
     check_device(op, name, *tensor, input);
   }
-}
-
-// An operator of torch's by its name.
-template <class... Arguments>
-Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // W by torch's convolution, (N, G, Kh, Kw, Ho, Wo).
@@ -118,26 +112,18 @@ Tensor reduce(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return call("aten::relu", "", reduced);
 }
 
-Tensor apply(SpanProblem span, SpanOp op, const Tensor& input, Reduction reduction, const Tensor& span_weight,
-             const std::optional<Tensor>& span_bias, const std::optional<Tensor>& scale,
-             const std::optional<Tensor>& shift, bool relu) {
-  span.epilogue = scale.has_value();
-  span.relu = relu;
-  Problem& p = span.involution;
-  const Tensor output = new_output(input, p);
-  if (output.numel() == 0) return output;
-  if (op == SpanOp::layer && route(span, op) != Route::layer) {
-    reduction.reduced = reduce(input, *reduction.weight, reduction.bias, p);
-    std::copy_n(reduction.reduced->strides().data(), 4, span.reduced_stride);
-    op = SpanOp::forward;
-  }
-  if (route(span, op) == Route::unfused) {
-    const Tensor weight = compose_weight(*reduction.reduced, span_weight, span_bias, p);
-    std::copy_n(weight.strides().data(), 6, p.w_stride);
-    launch(input, choose(p, Pass::forward), p, Pass::forward,
-           {address(input), address(weight), output.mutable_data_ptr()});
-    return finish(output, input, scale, shift, relu);
-  }
+// What the operators `forward` and `layer` are given besides the problem.
+struct Arguments {
+  const Tensor& input;
+  Reduction reduction;
+  const Tensor& span_weight;
+  const std::optional<Tensor>&span_bias, &scale, &shift;
+  bool relu;
+};
+
+// Y by a kernel that computes W too.
+Tensor run_kernel(const SpanVariant& variant, const SpanProblem& span, SpanOp op, const Arguments& given,
+                  const Tensor& output) {
   std::vector<Tensor> kept;
   const auto dense = [&](const std::optional<Tensor>& tensor) -> void* {
     if (!tensor) return nullptr;
@@ -146,15 +132,52 @@ Tensor apply(SpanProblem span, SpanOp op, const Tensor& input, Reduction reducti
     return address(kept.back());
   };
   SpanBuffers buffers{};
-  buffers.x = address(input), buffers.span = address(span_weight), buffers.y = output.mutable_data_ptr();
+  buffers.x = address(given.input), buffers.span = address(given.span_weight), buffers.y = output.mutable_data_ptr();
   if (op == SpanOp::layer) {
-    buffers.reduce = address(*reduction.weight), buffers.reduce_bias = dense(reduction.bias);
+    buffers.reduce = address(*given.reduction.weight), buffers.reduce_bias = dense(given.reduction.bias);
   } else {
-    buffers.reduced = address(*reduction.reduced);
+    buffers.reduced = address(*given.reduction.reduced);
   }
-  buffers.bias = dense(span_bias), buffers.scale = dense(scale), buffers.shift = dense(shift);
-  launch(input, choose(span, op), span, op, buffers);
+  buffers.bias = dense(given.span_bias), buffers.scale = dense(given.scale), buffers.shift = dense(given.shift);
+  launch(given.input, variant, span, op, buffers);
   return output;
+}
+
+// Y by a convolution that computes W, an involution and torch's operators.
+Tensor run_unfused(const SpanProblem& span, const Arguments& given, const Tensor& output) {
+  Problem p = span.involution;
+  const Tensor weight = compose_weight(*given.reduction.reduced, given.span_weight, given.span_bias, p);
+  std::copy_n(weight.strides().data(), 6, p.w_stride);
+  compute(given.input, p, Pass::forward, {address(given.input), address(weight), nullptr}, output);
+  return finish(output, given.input, given.scale, given.shift, given.relu);
+}
+
+Tensor apply(const SpanProblem&, SpanOp, const Arguments&, const Tensor& output);
+
+// A layer whose R is computed before.
+Tensor run_reduced(SpanProblem span, Arguments given, const Tensor& output) {
+  given.reduction.reduced = reduce(given.input, *given.reduction.weight, given.reduction.bias, span.involution);
+  std::copy_n(given.reduction.reduced->strides().data(), 4, span.reduced_stride);
+  return apply(span, SpanOp::forward, given, output);
+}
+
+Tensor apply(const SpanProblem& span, SpanOp op, const Arguments& given, const Tensor& output) {
+  const auto run = [&](const SpanVariant& variant, const Tensor& to) {
+    if (!variant.composed()) return run_kernel(variant, span, op, given, to);
+    return op == SpanOp::layer ? run_reduced(span, given, to) : run_unfused(span, given, to);
+  };
+  const Problem& p = span.involution;
+  tune(given.input, p.device, span, op, p.batch, [&](const SpanVariant& variant, int64_t checked) {
+    return std::vector<Tensor>{run(variant, trial_result(output, checked))};
+  });
+  return run(choose(span, op), output);
+}
+
+Tensor apply(SpanProblem span, SpanOp op, const Arguments& given) {
+  span.epilogue = given.scale.has_value();
+  span.relu = given.relu;
+  const Tensor output = new_output(given.input, span.involution);
+  return output.numel() == 0 ? output : apply(span, op, given, output);
 }
 
 }  // namespace
@@ -165,8 +188,8 @@ Tensor span_involution2d(const Tensor& input, const Tensor& reduced, const Tenso
                          const Sizes& padding, const Sizes& dilation) {
   const SpanProblem span = span_problem(input, reduced, span_weight, span_bias, kernel_size, stride, padding, dilation);
   check_epilogue(op, input, scale, shift);
-  return apply(span, SpanOp::forward, input, {reduced, std::nullopt, std::nullopt}, span_weight, span_bias, scale,
-               shift, relu);
+  return apply(span, SpanOp::forward,
+               {input, {reduced, std::nullopt, std::nullopt}, span_weight, span_bias, scale, shift, relu});
 }
 
 Tensor involution_layer2d(const Tensor& input, const Tensor& reduce_weight, const std::optional<Tensor>& reduce_bias,
@@ -176,8 +199,8 @@ Tensor involution_layer2d(const Tensor& input, const Tensor& reduce_weight, cons
   const SpanProblem span =
       layer_problem(input, reduce_weight, reduce_bias, span_weight, span_bias, kernel_size, stride, padding, dilation);
   check_epilogue(layer_op, input, scale, shift);
-  return apply(span, SpanOp::layer, input, {std::nullopt, reduce_weight, reduce_bias}, span_weight, span_bias, scale,
-               shift, relu);
+  return apply(span, SpanOp::layer,
+               {input, {std::nullopt, reduce_weight, reduce_bias}, span_weight, span_bias, scale, shift, relu});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tensor& grad_output, const Tensor& input,
@@ -216,24 +239,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
   std::copy_n(gradient.strides().data(), 4, p.y_stride);
   if (output_mask[0]) std::copy_n(gradients.input.strides().data(), 4, span.grad_x_stride);
   if (output_mask[1]) std::copy_n(gradients.reduced.strides().data(), 4, span.grad_reduced_stride);
-  const SpanVariant& variant = choose(span, SpanOp::backward);
-  if (variant.composed()) {
-    compose_backward(gradients, gradient, input, reduced, span_weight, span_bias, p, stride, padding, dilation,
-                     output_mask);
-    return done();
-  }
   const std::optional<Tensor> bias =
       span_bias ? std::optional<Tensor>(torch::stable::contiguous(*span_bias)) : std::nullopt;
-  const auto wanted = [&](int index, const Tensor& tensor) {
-    return output_mask[size_t(index)] ? tensor.mutable_data_ptr() : nullptr;
+  const auto run = [&](const SpanVariant& variant, const Gradients& to) {
+    if (variant.composed())
+      return compose_backward(to, gradient, input, reduced, span_weight, span_bias, p, stride, padding, dilation,
+                              output_mask);
+    const auto wanted = [&](int index, const Tensor& tensor) {
+      return output_mask[size_t(index)] ? tensor.mutable_data_ptr() : nullptr;
+    };
+    SpanBuffers buffers{};
+    buffers.x = address(input), buffers.reduced = address(reduced), buffers.span = address(span_weight);
+    buffers.bias = bias ? address(*bias) : nullptr;
+    buffers.y = address(gradient);
+    buffers.grad_x = wanted(0, to.input), buffers.grad_reduced = wanted(1, to.reduced);
+    buffers.grad_span = wanted(2, to.span_weight), buffers.grad_bias = wanted(3, to.span_bias);
+    launch(input, variant, span, SpanOp::backward, buffers);
   };
-  SpanBuffers buffers{};
-  buffers.x = address(input), buffers.reduced = address(reduced), buffers.span = address(span_weight);
-  buffers.bias = bias ? address(*bias) : nullptr;
-  buffers.y = address(gradient);
-  buffers.grad_x = wanted(0, gradients.input), buffers.grad_reduced = wanted(1, gradients.reduced);
-  buffers.grad_span = wanted(2, gradients.span_weight), buffers.grad_bias = wanted(3, gradients.span_bias);
-  launch(input, variant, span, SpanOp::backward, buffers);
+  tune(input, p.device, span, SpanOp::backward, p.batch, [&](const SpanVariant& variant, int64_t checked) {
+    const auto trial = [&](const Tensor& tensor) { return trial_result(tensor, checked); };
+    const Gradients to{trial(gradients.input), trial(gradients.reduced), trial(gradients.span_weight),
+                       trial(gradients.span_bias)};
+    run(variant, to);
+    std::vector<Tensor> results;
+    for (const Tensor& result : {to.input, to.reduced, to.span_weight, to.span_bias})
+      if (result.numel() > 0) results.push_back(result);
+    return results;
+  });
+  run(choose(span, SpanOp::backward), gradients);
   return done();
 }
 

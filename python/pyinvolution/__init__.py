@@ -6,8 +6,17 @@ __version__ = version("pyinvolution")
 
 from pyinvolution import functional, models
 from pyinvolution._library import cmake_prefix_path
+from pyinvolution.autotuning import autotune
 from pyinvolution.conversion import convert
-from pyinvolution.explain import build_info, explain, explain_layer, explain_span, force_variant, override_isa
+from pyinvolution.explain import (
+    build_info,
+    disable_variants,
+    explain,
+    explain_layer,
+    explain_span,
+    force_variant,
+    override_isa,
+)
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
 from pyinvolution.modules import Involution2d
@@ -15,9 +24,11 @@ from pyinvolution.modules import Involution2d
 __all__ = [
     "Involution2d",
     "__version__",
+    "autotune",
     "build_info",
     "cmake_prefix_path",
     "convert",
+    "disable_variants",
     "explain",
     "explain_layer",
     "explain_span",

@@ -1,9 +1,12 @@
 """What the library would run, why, and how it was built."""
 
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +22,22 @@ SPAN_PASSES = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a kernel variant says of a problem: ``refusal`` is what it requires, or None where it can run it."""
+    """What a kernel variant says of a problem: ``refusal`` is what it requires, or None where it can run it.
+
+    ``measured``: it is chosen because `autotune` has measured it to be the fastest.
+    """
 
     variant: str
     refusal: str | None
     chosen: bool
+    measured: bool = False
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return self.refusal
+        if self.measured:
+            return "runs, the fastest when autotune measured it"
+        return "runs" if self.chosen else "could run"
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Explanation:
         lines = [self.problem]
         for verdict in self.verdicts:
             mark = "->" if verdict.chosen else "  "
-            lines.append(f" {mark} {verdict.variant}: {verdict.refusal or ('runs' if verdict.chosen else 'could run')}")
+            lines.append(f" {mark} {verdict.variant}: {verdict}")
         return "\n".join(lines)
 
 
@@ -133,7 +147,9 @@ def explain_layer(
 
 def _explanation(problem: str, verdicts: str) -> Explanation:
     rows = (line.split("\t") for line in verdicts.splitlines())
-    return Explanation(problem, tuple(Verdict(name, refusal or None, chosen == "1") for name, chosen, refusal in rows))
+    return Explanation(
+        problem, tuple(Verdict(name, refusal or None, bool(how), how == "measured") for name, how, refusal in rows)
+    )
 
 
 def _check_pass(function: str, pass_: str, expected: tuple[str, ...]) -> None:
@@ -180,6 +196,32 @@ def force_variant(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def disable_variants(names: str) -> Iterator[None]:
+    """Within the context, no involution runs these variants: each refuses every problem, and the next best runs.
+
+    For a variant that is wrong or slow somewhere; the environment variable PYINVOLUTION_DISABLE does the same for a
+    process. Those that are disabled already stay so.
+
+    Args:
+        names: from ``variants()``, with or without the device, separated by commas.
+
+    Raises:
+        ValueError: no device has such a variant.
+    """
+    before = _C.disabled_variants()
+    _C.disable_variants(",".join(filter(None, (before, names))))
+    try:
+        yield
+    finally:
+        _C.disable_variants(before)
+
+
+def disabled_variants() -> list[str]:
+    """The variants that PYINVOLUTION_DISABLE or `disable_variants` disables, as "device/name"."""
+    return [name for name in _C.disabled_variants().split(",") if name]
+
+
+@contextmanager
 def override_isa(name: str) -> Iterator[None]:
     """Within the context, CPU kernels use the instruction set ``name``: "baseline", "avx2" or "avx512".
 
@@ -214,3 +256,23 @@ def build_info() -> dict[str, str]:
         "torch_running": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+@cache
+def processor_name() -> str:
+    """Model of the CPU."""
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@cache
+def driver_version() -> str:
+    """The NVIDIA driver's version (Linux), or "none"."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    return found.group() if found else "none"

@@ -11,6 +11,8 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -453,7 +455,16 @@ def recorded(operator: OpOverload) -> Callable[..., Tensor]:
         return operator
     if torch.onnx.is_in_onnx_export():
         return PLAIN[operator]
-    return _TRACED[operator] if tracing else operator
+    return partial(_trace, _TRACED[operator]) if tracing else operator
+
+
+def _trace(operator: OpOverload, *arguments: Any) -> Tensor:
+    """Records ``operator``; what it computes meanwhile is no occasion to measure its kernels (`autotune`)."""
+    _C.pause_autotune(True)
+    try:
+        return operator(*arguments)
+    finally:
+        _C.pause_autotune(False)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------

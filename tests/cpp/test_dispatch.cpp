@@ -80,6 +80,57 @@ void forced() {
   CHECK(!checks::message_of([] { force_variant("cuda/unheard-of"); }).empty(), "an unknown variant is an error");
 }
 
+void disabled() {
+  const Problem p = problem(rednet, DType::bf16, Layout::channels_last);
+  disable_variants("mma, cuda/tiled");
+  CHECK(disabled_variants() == "cuda/mma,cuda/tiled", "names are qualified: " + disabled_variants());
+  CHECK(chosen(p, Pass::forward) == "generic", "the next best runs");
+  CHECK(explain(p, Pass::forward).front().refusal == "requires that PYINVOLUTION_DISABLE does not name it",
+        "the reason is named");
+  force_variant("mma");
+  CHECK(checks::message_of([&] { choose(p, Pass::forward); }).find("PYINVOLUTION_DISABLE") != std::string::npos,
+        "what is disabled cannot be forced");
+  force_variant("");
+  disable_variants("mma,tiled,generic");
+  const std::string message = checks::message_of([&] { choose(p, Pass::forward); });
+  CHECK(message.find("generic: requires that PYINVOLUTION_DISABLE") != std::string::npos, "none is left: " + message);
+  CHECK(!checks::message_of([] { disable_variants("mmaa"); }).empty(), "an unknown variant is an error");
+  CHECK(disabled_variants() == "cuda/mma,cuda/tiled,cuda/generic", "and changes nothing");
+  disable_variants("");
+  CHECK(chosen(p, Pass::forward) == "mma", "nothing is disabled any more");
+}
+
+void measured() {
+  const Problem p = problem(rednet, DType::bf16, Layout::channels_last);
+  Problem other = p;
+  other.batch = 3;
+  const std::string text = describe(p, Pass::forward);
+  CHECK(text != describe(other, Pass::forward) && text != describe(p, Pass::grad_input), "problems are told apart");
+  CHECK(keep_choice(text, "generic") && chosen(p, Pass::forward) == "mma", "nothing is taken while autotune is off");
+  autotune(true);
+  CHECK(chosen(p, Pass::forward) == "generic" && candidates(p, Pass::forward).empty(), "what is kept is taken");
+  for (const Verdict& verdict : explain(p, Pass::forward))
+    CHECK(verdict.measured == (std::string(verdict.variant) == "generic") && verdict.chosen == verdict.measured,
+          "and explained");
+  CHECK(chosen(other, Pass::forward) == "mma" && candidates(other, Pass::forward).size() == 3, "only for its problem");
+  CHECK(keep_choice(text, "tiled") && chosen(p, Pass::forward) == "generic", "a choice stays");
+  disable_variants("generic");
+  CHECK(chosen(p, Pass::forward) == "mma", "unless it is disabled");
+  CHECK(keep_choice(text, "tiled") && chosen(p, Pass::forward) == "tiled", "and another one takes its place");
+  disable_variants("");
+  Problem wide = p;
+  wide.dtype = DType::f64;
+  CHECK(keep_choice(describe(wide, Pass::forward), "mma") && chosen(wide, Pass::forward) == "generic",
+        "a variant that refuses the problem is never taken");
+  for (const char* wrong :
+       {"", "involution2d", "involution2d forward: 0", "involution2d forward: 0 0 1 x", "other: 1 2 3"})
+    CHECK(!keep_choice(wrong, "generic"), std::string("not a problem: ") + wrong);
+  CHECK(!keep_choice(text, "fast") && !keep_choice(text, "scalar"), "not a variant of its device");
+  forget_choices();
+  CHECK(chosen(p, Pass::forward) == "mma", "forgotten");
+  autotune(false);
+}
+
 void empty() {
   Case shape = rednet;
   shape.n = 0;
@@ -98,6 +149,8 @@ int main() {
   verdicts();
   spans();
   forced();
+  disabled();
+  measured();
   empty();
   return checks::report("dispatch");
 }

@@ -47,8 +47,8 @@ struct VariantOf {
 using Variant = VariantOf<Problem, Pass, Buffers>;
 using SpanVariant = VariantOf<SpanProblem, SpanOp, SpanBuffers>;
 
-// The first variant of the operator's table that supports the problem, or the forced one. Throws std::invalid_argument
-// with every refusal where none can run, or where the forced one refuses.
+// The forced variant; else the one that `keep_choice` knows for the problem; else the first of the operator's table that
+// supports it. Throws std::invalid_argument with every refusal where none can run, or where the forced one refuses.
 PYINVOLUTION_API const Variant& choose(const Problem&, Pass);
 PYINVOLUTION_API const SpanVariant& choose(const SpanProblem&, SpanOp);
 
@@ -80,6 +80,7 @@ struct Verdict {
   const char* variant;
   std::string refusal;  // empty where it can run
   bool chosen;
+  bool measured = false;  // chosen because it was the fastest when it was measured (`autotune`)
 };
 
 // Every variant of the problem's device in the order of the table, with its verdict.
@@ -95,7 +96,31 @@ PYINVOLUTION_API std::vector<std::string> variants(const std::string& op = "invo
 PYINVOLUTION_API void force_variant(const std::string& names);
 PYINVOLUTION_API std::string forced_variant();
 
-// The CUDA code of the library: "CUDA 13.0, architectures 80 86 89 90", or "none: " and the reason.
+// Makes the named variants refuse every problem; names are separated by commas, "" ends that. PYINVOLUTION_DISABLE sets
+// the initial value. Throws std::invalid_argument for an unknown name.
+PYINVOLUTION_API void disable_variants(const std::string& names);
+// As device/name, separated by commas.
+PYINVOLUTION_API std::string disabled_variants();
+
+// Whether the operators for tensors measure, at the first call of a problem, which variant is the fastest, and `choose`
+// takes what was kept. PYINVOLUTION_AUTOTUNE=1 sets the initial value. The functions for raw pointers do not measure, as
+// they allocate nothing, but take what is kept.
+PYINVOLUTION_API void autotune(bool on);
+PYINVOLUTION_API bool autotunes();
+
+// What there is to measure: the variants that can run the problem, best first; empty where one is forced or kept.
+PYINVOLUTION_API std::vector<const Variant*> candidates(const Problem&, Pass);
+PYINVOLUTION_API std::vector<const SpanVariant*> candidates(const SpanProblem&, SpanOp);
+
+// A problem in text, with its sizes and strides.
+PYINVOLUTION_API std::string describe(const Problem&, Pass);
+PYINVOLUTION_API std::string describe(const SpanProblem&, SpanOp);
+// Keeps the variant for the problem that `describe` has described, unless another is kept that is not disabled; `choose`
+// takes it while `autotunes`. False where one of the two is unknown.
+PYINVOLUTION_API bool keep_choice(const std::string& problem, const std::string& variant);
+PYINVOLUTION_API void forget_choices();
+
+// The CUDA code of the library: "CUDA 12.8, architectures 80 86 89 90, PTX 80 90", or "none: " and the reason.
 PYINVOLUTION_API const char* cuda_build();
 
 PYINVOLUTION_API const char* to_string(DType);

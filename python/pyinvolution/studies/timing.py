@@ -5,12 +5,10 @@ ratios of neighbouring calls.
 """
 
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from typing_extensions import Self
+
+from pyinvolution.explain import processor_name
 
 __all__ = [
     "Clock",
@@ -274,16 +274,3 @@ def forked(function: Callable[..., Result], *arguments: Any) -> Result:
         raise ChildProcessError(f"the process that ran {name}{arguments} ended without a result") from None
     finally:
         process.join()
-
-
-# --- machine ----------------------------------------------------------------------------------------------------------
-
-
-@cache
-def processor_name() -> str:
-    """Model of the CPU."""
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
