@@ -12,4 +12,7 @@ void launch(const torch::stable::Tensor& where, const Variant&, const Problem&, 
 // Allocates what the variant needs in buffers.scratch.
 void launch(const torch::stable::Tensor& where, const SpanVariant&, const SpanProblem&, SpanOp, const SpanBuffers&);
 
+// Torch's thread pool.
+Execution cpu_execution();
+
 }  // namespace pyinvolution::ops
