@@ -32,8 +32,10 @@ def stage_in_order(self, x):
 def block_in_order(self, x):
     y = self.act(self.norm1(self.conv1(x)))
     y = self.act(self.norm2(self.involution(y)))
-    y = self.norm3(self.conv3(y))
-    y += x if self.downsample is None else self.downsample(x)
+    y = self.conv3(y)
+    shortcut = x if self.downsample is None else self.downsample(x)
+    y = self.norm3(y)
+    y += shortcut
     return self.act(y)
 
 

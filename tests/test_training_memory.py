@@ -8,17 +8,43 @@ from types import MethodType
 
 import pytest
 import torch
-from surgeries import in_order
+from surgeries import FORWARDS, in_order
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from pyinvolution import normalization
 from pyinvolution.models import create_model
 from pyinvolution.models._memory import forget_activations
+from pyinvolution.models.rednet import Bottleneck, Stem
+from pyinvolution.normalization import norm_relu
 
 SMALL = {"layers": [2, 1], "stem": "small", "stem_channels": 32, "base_channels": 16, "num_classes": 3}
+
+
+def stem_by_operator(self, x):
+    for norm, act, layer in (("norm1", "act1", "conv1"), ("norm2", "act2", "involution"), ("norm3", "act3", "conv2")):
+        x = norm_relu(getattr(self, norm), getattr(self, act), getattr(self, layer)(x))
+    return x
+
+
+def block_by_operator(self, x):
+    y = norm_relu(self.norm1, self.act, self.conv1(x))
+    y = norm_relu(self.norm2, self.act, self.involution(y))
+    return norm_relu(self.norm3, self.act, self.conv3(y), x if self.downsample is None else self.downsample(x))
+
+
+@pytest.fixture(autouse=True, params=["modules", "operator"])
+def _norms(request, monkeypatch):
+    """Norms and ReLUs as modules, with which `in_order` agrees to the bit, or in one; the second has tests of its own
+    (test_normalization.py), and here `in_order` uses it too."""
+    if request.param == "modules":
+        monkeypatch.setattr(normalization, "_is_one", lambda *_: False)
+    else:
+        monkeypatch.setitem(FORWARDS, Stem, stem_by_operator)
+        monkeypatch.setitem(FORWARDS, Bottleneck, block_by_operator)
 
 
 def pair(dtype=torch.float32, **kwargs):

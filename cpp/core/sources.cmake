@@ -6,7 +6,8 @@ function(pyinvolution_core_sources target)
   set(cpu ${core}/../cpu)
   target_sources(${target} PRIVATE
     ${core}/problem.cpp ${core}/isa.cpp ${cpu}/kernels.cpp ${cpu}/tasks.cpp ${cpu}/scalar/variant.cpp
-    ${cpu}/columns/variant.cpp ${cpu}/columns/tiling.cpp ${cpu}/channels/variant.cpp ${cpu}/channels/tiling.cpp)
+    ${cpu}/columns/variant.cpp ${cpu}/columns/tiling.cpp ${cpu}/channels/variant.cpp ${cpu}/channels/tiling.cpp
+    ${cpu}/batch_norm/batch_norm.cpp)
   # The rows of PYINVOLUTION_ISAS (isa.h).
   pyinvolution_instance(baseline "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

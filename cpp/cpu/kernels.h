@@ -7,6 +7,8 @@
 
 namespace pyinvolution::cpu {
 
+enum class BatchNormStep;
+struct BatchNormTiling;
 struct ColumnsTiling;
 struct ChannelsTiling;
 struct BackwardTiling;
@@ -18,6 +20,7 @@ struct CpuKernels {
   void (*channels)(const ChannelsTiling&, bool reduce, int64_t task, void* scratch);
   // With `finish` a task of the second round.
   void (*backward)(const BackwardTiling&, bool finish, int64_t task, void* scratch);
+  void (*batch_norm)(const BatchNormTiling&, BatchNormStep, int64_t task);
 };
 
 #define PYINVOLUTION_KERNELS(name, runs_here) extern const CpuKernels name##_kernels;

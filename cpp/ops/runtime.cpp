@@ -36,12 +36,10 @@ void* current_cuda_stream(int32_t device) {
 // Calls body(Execution).
 template <class Body>
 void execute(const torch::stable::Tensor& where, Device device, const Body& body) {
-  Execution execution;
   if (device == Device::cpu) {
-    execution.parallel_for = parallel_for;
-    execution.threads = int(torch::stable::get_num_threads());
-    body(execution);
+    body(cpu_execution());
   } else {
+    Execution execution;
     const int32_t index = where.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(index);
     execution.stream = current_stream(where);
@@ -82,6 +80,13 @@ void compute(const torch::stable::Tensor& where, const Problem& problem, Pass pa
   });
   place = result.mutable_data_ptr();
   launch(where, choose(problem, pass), problem, pass, buffers);
+}
+
+Execution cpu_execution() {
+  Execution execution;
+  execution.parallel_for = parallel_for;
+  execution.threads = int(torch::stable::get_num_threads());
+  return execution;
 }
 
 void launch(const torch::stable::Tensor& where, const Variant& variant, const Problem& problem, Pass pass,

@@ -19,4 +19,7 @@ void compute(const torch::stable::Tensor& where, const Problem&, Pass, Buffers b
 // Allocates what the variant needs in buffers.scratch.
 void launch(const torch::stable::Tensor& where, const SpanVariant&, const SpanProblem&, SpanOp, const SpanBuffers&);
 
+// Torch's thread pool.
+Execution cpu_execution();
+
 }  // namespace pyinvolution::ops

@@ -2,6 +2,7 @@
 // (pyinvolution/ops.py); autograd lives in pyinvolution/functional.py and, for C++, in pyinvolution/torch.h.
 #include <torch/csrc/stable/library.h>
 
+#include "batch_norm_relu.h"
 #include "explain.h"
 #include "involution2d.h"
 #include "span_involution2d.h"
@@ -22,6 +23,17 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "span_involution2d_backward(Tensor grad_output, Tensor input, Tensor reduced, Tensor span_weight, "
       "Tensor? span_bias, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool[4] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+
+  // A training step's norm, addition and ReLU in one, on a CPU.
+  m.def(
+      "batch_norm_relu(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, float momentum, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_relu_again(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor mean, Tensor invstd) "
+      "-> Tensor");
+  m.def(
+      "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor weight, Tensor bias, "
+      "Tensor mean, Tensor invstd) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // The same, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
   m.def("traced_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
@@ -68,3 +80,9 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
 
 PYINVOLUTION_IMPLEMENT(CPU)
 PYINVOLUTION_IMPLEMENT(CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CPU, m) {
+  m.impl("batch_norm_relu", TORCH_BOX(&pyinvolution::ops::batch_norm_relu));
+  m.impl("batch_norm_relu_again", TORCH_BOX(&pyinvolution::ops::batch_norm_relu_again));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&pyinvolution::ops::batch_norm_relu_backward));
+}

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.normalization import norm_relu
 from pyinvolution.ops import cell_mean, shape_of
-from pyinvolution.stock import is_pointwise
+from pyinvolution.stock import is_pointwise, is_stock
 
 __all__ = ["Involution2d"]
 
@@ -144,7 +145,7 @@ class Involution2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
-        reduced = self.reduce(x if self.pool is None else self.pool(x))
+        reduced = self._reduce(x if self.pool is None else self.pool(x))
         if any(self._extra_padding):
             x = pad(x, self._extra_padding)
         window = (self.stride, self.padding, self.dilation)
@@ -159,6 +160,12 @@ class Involution2d(nn.Module):
         if self.project is not None:
             output = self.project(output)
         return _drop_batch(output, input)
+
+    def _reduce(self, input: Tensor) -> Tensor:
+        reduce: Any = self.reduce
+        if self.training and is_stock(reduce, nn.Sequential) and list(reduce._modules) == ["conv", "norm", "act"]:
+            return norm_relu(reduce.norm, reduce.act, reduce.conv(input))
+        return reduce(input)
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

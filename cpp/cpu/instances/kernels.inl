@@ -9,6 +9,7 @@
 // The table is the only name with external linkage. Everything else is in anonymous namespaces, and no inline function
 // or template of another header is used unless it is always inlined: a copy compiled for a newer processor must not
 // become the one that the linker keeps for all. tests/test_library.py checks this.
+#include "cpu/batch_norm/loops.inl"
 #include "cpu/channels/forward.inl"
 // (backward.inl uses the block sizes of forward.inl)
 #include "cpu/channels/backward.inl"
@@ -17,6 +18,6 @@
 
 namespace pyinvolution::cpu {
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES, columns_task, channels_task, backward_task};
+constexpr CpuKernels KERNELS = {VECTOR_BYTES, columns_task, channels_task, backward_task, batch_norm_task};
 
 }  // namespace pyinvolution::cpu

@@ -1,5 +1,6 @@
 """Less memory for training: what a block of RedNet need not keep for the backward pass."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from threading import RLock
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from pyinvolution.normalization import BatchNormReLU
 from pyinvolution.stock import has_hooks, is_stock
 
 __all__ = ["checkpoint", "forget_activations"]
@@ -36,11 +38,7 @@ def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
         return
     nodes = list(_graph(output, input))
     try:
-        recipes = [
-            (node._saved_result, recipe)
-            for node in nodes
-            if node is not output.grad_fn and (recipe := _recipe(node)) is not None
-        ]
+        recipes = [found for node in nodes if node is not output.grad_fn and (found := _recipe(node)) is not None]
         # Found first and replaced then: a tensor that an operator has changed since it was saved raises an error here,
         # and is left to raise it in backward.
         found = [
@@ -56,14 +54,16 @@ def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
         raw.register_hooks(lambda _, recipe=recipe: recipe, _Recipe.activation)
 
 
-class _Recipe:
-    """``relu(batch_norm(x))`` from the norm's input, statistics and parameters in the forward pass."""
+class _Recipe(ABC):
+    """``relu(batch_norm(x))`` from the norm's input x."""
 
-    def __init__(self, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, input: Tensor) -> None:
         self.input, self.version = input.detach(), input._version
-        # The parameters may change before backward. All of these have a value for each channel.
-        self.mean, self.scale, self.bias = mean.detach(), (invstd * weight).detach(), bias.detach().clone()
         self.value: Tensor | None = None
+
+    @abstractmethod
+    def again(self) -> Tensor:
+        """The activation, by the kernel and from the statistics of the forward pass."""
 
     def activation(self) -> Tensor:
         # Kept from here on: the layer behind the activation asks for it, and then the ReLU.
@@ -74,17 +74,44 @@ class _Recipe:
                     f"the input of a batch norm, of shape {tuple(self.input.shape)}, is at version "
                     f"{self.input._version}; expected version {self.version}"
                 )
-            # In training, the kernel multiplies by invstd * weight, as in evaluation: with a variance of 1 and an eps
-            # of 0, that is the scale itself.
-            value, _, _ = torch.native_batch_norm(
-                self.input, self.scale, self.bias, self.mean, torch.ones_like(self.mean), False, 0.0, 0.0
-            )
-            self.value = value.relu_()
+            self.value = self.again()
         return self.value
 
 
-def _recipe(node: Any) -> _Recipe | None:
-    """Of the result of an autograd node, if that is the ReLU of a batch norm that can be computed again exactly."""
+class _OfModules(_Recipe):
+    """Of torch's norm and ReLU."""
+
+    def __init__(self, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(input)
+        # The parameters may change before backward. All of these have a value for each channel.
+        self.mean, self.scale, self.bias = mean.detach(), (invstd * weight).detach(), bias.detach().clone()
+
+    def again(self) -> Tensor:
+        # In training, the kernel multiplies by invstd * weight, as in evaluation: with a variance of 1 and an eps of 0,
+        # that is the scale itself.
+        value, _, _ = torch.native_batch_norm(
+            self.input, self.scale, self.bias, self.mean, torch.ones_like(self.mean), False, 0.0, 0.0
+        )
+        return value.relu_()
+
+
+class _OfOperator(_Recipe):
+    """Of `pyinvolution.normalization.BatchNormReLU`."""
+
+    def __init__(self, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(input)
+        self.statistics = (weight.detach().clone(), bias.detach().clone(), mean.detach(), invstd.detach())
+
+    def again(self) -> Tensor:
+        return torch.ops.pyinvolution.batch_norm_relu_again(self.input, None, *self.statistics)
+
+
+def _recipe(node: Any) -> tuple[Tensor, _Recipe] | None:
+    """The result of an autograd node with its recipe, if that is the ReLU of a batch norm that can be computed again
+    exactly."""
+    if node.name() == f"{BatchNormReLU.__name__}Backward":
+        input, weight, bias, mean, invstd, output = node.saved_tensors
+        return None if node.adds else (output, _OfOperator(input, mean, invstd, weight, bias))
     if node.name() != "ReluBackward0":
         return None
     norm = node.next_functions[0][0]
@@ -104,7 +131,7 @@ def _recipe(node: Any) -> _Recipe | None:
     )
     if not exact or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (input, weight, bias)):
         return None
-    return _Recipe(input, norm._saved_result1, norm._saved_result2, weight, bias)
+    return node._saved_result, _OfModules(input, norm._saved_result1, norm._saved_result2, weight, bias)
 
 
 def _intercepted() -> bool:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyinvolution.models._memory import checkpoint, forget_activations
 from pyinvolution.models._registry import register_model
 from pyinvolution.modules import Involution2d, check_input, init_conv, positive_int
+from pyinvolution.normalization import norm_relu
 
 __all__ = ["LAYERS", "RedNet", "rednet26", "rednet38", "rednet50", "rednet101", "rednet152"]
 
@@ -90,15 +91,9 @@ class Stem(Stage):
     act3: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.conv1(input)
-        x = self.norm1(x)
-        x = self.act1(x)
-        x = self.involution(x)
-        x = self.norm2(x)
-        x = self.act2(x)
-        x = self.conv2(x)
-        x = self.norm3(x)
-        x = self.act3(x)
+        x = norm_relu(self.norm1, self.act1, self.conv1(input))
+        x = norm_relu(self.norm2, self.act2, self.involution(x))
+        x = norm_relu(self.norm3, self.act3, self.conv2(x))
         forget_activations(self, input, x)
         return x
 
@@ -136,16 +131,10 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=norm_layer(out_channels)))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.conv1(input)
-        x = self.norm1(x)
-        x = self.act(x)
-        x = self.involution(x)
-        x = self.norm2(x)
-        x = self.act(x)
+        x = norm_relu(self.norm1, self.act, self.conv1(input))
+        x = norm_relu(self.norm2, self.act, self.involution(x))
         x = self.conv3(x)
-        x = self.norm3(x)
-        x += input if self.downsample is None else self.downsample(input)
-        return self.act(x)
+        return norm_relu(self.norm3, self.act, x, input if self.downsample is None else self.downsample(input))
 
 
 class RedNet(nn.Module):

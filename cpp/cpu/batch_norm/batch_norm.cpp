@@ -1,0 +1,114 @@
+#include "cpu/batch_norm/batch_norm.h"
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/arithmetic.h"
+#include "cpu/batch_norm/tiling.h"
+#include "cpu/kernels.h"
+#include "cpu/tasks.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+constexpr int64_t block_elements = 8192;  // 32 KB in float: read twice, the second time from the first levels of cache
+constexpr int64_t most_tasks = 64;
+
+BatchNormTiling tiling_of(const BatchNormShape& shape) {
+  BatchNormTiling t{};
+  t.dtype = shape.dtype, t.channels_last = shape.channels_last;
+  t.batch = shape.batch, t.channels = shape.channels, t.pixels = shape.pixels;
+  const auto at_least_one = [](int64_t n) { return n < 1 ? int64_t{1} : n; };
+  if (t.channels_last) {
+    t.block_pixels = at_least_one(block_elements / t.channels);
+    const int64_t blocks = ceil_div(t.batch * t.pixels, t.block_pixels);
+    t.task_pixels = ceil_div(blocks, most_tasks) * t.block_pixels;
+    t.tasks = ceil_div(t.batch * t.pixels, t.task_pixels);
+  } else {
+    t.block_pixels = block_elements;
+    t.task_channels = min(at_least_one(block_elements / t.pixels), t.channels);
+    t.tasks = t.batch * ceil_div(t.channels, t.task_channels);
+  }
+  return t;
+}
+
+// Rows of the partial sums, and the elements of a channel that a row stands for.
+int64_t partial_rows(const BatchNormTiling& t) { return t.channels_last ? t.tasks : t.batch; }
+int64_t elements_of(const BatchNormTiling& t, int64_t row) {
+  return t.channels_last ? min(t.task_pixels, t.batch * t.pixels - row * t.task_pixels) : t.pixels;
+}
+
+void run(const BatchNormTiling& t, BatchNormStep step, const Execution& execution) {
+  const CpuKernels& kernels = current_kernels();
+  const double elements = double(t.batch * t.channels) * double(t.pixels);
+  for_each_task(execution_for(4 * elements, execution), t.tasks,
+                [&](int64_t task) { kernels.batch_norm(t, step, task); });
+}
+
+}  // namespace
+
+void batch_norm_output(const BatchNormShape& shape, const BatchNormForward& forward, const Execution& execution) {
+  BatchNormTiling t = tiling_of(shape);
+  std::vector<float> scale(t.channels);
+  for (int64_t c = 0; c < t.channels; ++c) scale[c] = forward.weight[c] * forward.invstd[c];
+  t.x = forward.x, t.residual = forward.residual, t.out = forward.y;
+  t.mean = forward.mean, t.scale = scale.data(), t.shift = forward.bias;
+  run(t, BatchNormStep::output, execution);
+}
+
+void batch_norm_forward(const BatchNormShape& shape, const BatchNormForward& forward, const Execution& execution) {
+  BatchNormTiling t = tiling_of(shape);
+  const int64_t rows = partial_rows(t);
+  std::vector<float> partial(2 * rows * t.channels);
+  t.x = forward.x, t.partial = partial.data();
+  run(t, BatchNormStep::moments, execution);
+
+  std::vector<double> means(t.channels), squares(t.channels);
+  double before = 0.0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const double added = double(elements_of(t, row)), total = before + added;
+    const float *mean = &partial[row * t.channels], *square = &partial[(rows + row) * t.channels];
+    for (int64_t c = 0; c < t.channels; ++c) {
+      const double difference = mean[c] - means[c];
+      means[c] += difference * (added / total);
+      squares[c] += square[c] + difference * difference * (before * added / total);
+    }
+    before = total;
+  }
+  for (int64_t c = 0; c < t.channels; ++c) {
+    forward.mean[c] = float(means[c]);
+    forward.invstd[c] = float(1.0 / std::sqrt(squares[c] / before + forward.eps));
+    if (forward.unbiased != nullptr) forward.unbiased[c] = float(squares[c] / (before - 1.0));
+  }
+  batch_norm_output(shape, forward, execution);
+}
+
+void batch_norm_backward(const BatchNormShape& shape, const BatchNormBackward& backward, const Execution& execution) {
+  BatchNormTiling t = tiling_of(shape);
+  const int64_t rows = partial_rows(t);
+  std::vector<float> partial(2 * rows * t.channels), scale(t.channels), linear(t.channels), constant(t.channels);
+  for (int64_t c = 0; c < t.channels; ++c) scale[c] = backward.weight[c] * backward.invstd[c];
+  t.x = backward.x, t.gy = backward.gy, t.y = backward.y, t.grad_residual = backward.grad_residual;
+  t.mean = backward.mean, t.scale = scale.data(), t.shift = backward.bias;
+  t.partial = partial.data();
+  run(t, BatchNormStep::sums, execution);
+
+  std::vector<double> sums(t.channels), products(t.channels);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < t.channels; ++c) {
+      sums[c] += partial[row * t.channels + c];
+      products[c] += partial[(rows + row) * t.channels + c];
+    }
+  const double elements = double(t.batch * t.pixels);
+  for (int64_t c = 0; c < t.channels; ++c) {
+    const double invstd = backward.invstd[c], factor = scale[c];
+    backward.grad_bias[c] = float(sums[c]);
+    backward.grad_weight[c] = float(invstd * products[c]);
+    linear[c] = float(-factor * invstd * invstd * products[c] / elements);
+    constant[c] = float(-factor * sums[c] / elements);
+  }
+  t.linear = linear.data(), t.constant = constant.data(), t.out = backward.gx;
+  run(t, BatchNormStep::gradient, execution);
+}
+
+}  // namespace pyinvolution::cpu
