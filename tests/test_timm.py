@@ -104,8 +104,6 @@ def test_configuration():
     assert config["mean"] == (0.485, 0.456, 0.406)
     groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
     assert len({group["lr_scale"] for group in groups}) == 1 + 16 + 1
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for rednet50"):
-        timm.create_model("rednet50", pretrained=True)
 
 
 @pytest.mark.parametrize("official", [False, True])

@@ -1,5 +1,7 @@
 """RedNet in timm's registry: after ``import pyinvolution.timm``, ``timm.create_model`` builds it by its name.
 
+With ``pretrained=True`` it has the published weights (`pyinvolution.models.published`).
+
 Raises:
     ImportError: timm is not installed, or is older than 1.0.12.
 """
@@ -12,7 +14,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import Tensor, nn
 
 from pyinvolution.models._registry import create_model, list_models
+from pyinvolution.models.checkpoint import read
 from pyinvolution.models.official import official_key
+from pyinvolution.models.published import PUBLISHED, published_file
 
 __all__ = ["default_cfgs"]
 
@@ -33,6 +37,8 @@ default_cfgs = generate_default_cfgs(dict.fromkeys(_NAMES, _CFG))
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained and not kwargs.get("pretrained_cfg_overlay"):
+            kwargs["pretrained_cfg_overlay"] = {"state_dict": read(published_file(PUBLISHED[name]))}
         return build_model_with_cfg(
             partial(_create, name),
             name,
@@ -54,6 +60,8 @@ def _create(name: str, in_chans: int = 3, **kwargs: Any) -> nn.Module:
 
 def _from_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     names = {official_key(key): key for key in [*model.state_dict(), "head.weight", "head.bias"]}
+    # Files of a backbone only, such as PaddleClas's, have no prefix.
+    names.update({key.removeprefix("backbone."): value for key, value in names.items()})
     return {names.get(key, key): value for key, value in state_dict.items()}
 
 

@@ -35,21 +35,25 @@ def register_model(builder: Builder, *, listed: bool = True) -> Builder:
     return builder
 
 
-def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Module:
-    """Build a model with fresh parameters.
+def create_model(name: str, num_classes: int | None = None, *, pretrained: bool = False, **kwargs) -> nn.Module:
+    """Build a model with fresh parameters, or with published ones.
 
     Args:
         name: one of `list_models`, or ``"rednet"``, which takes ``layers=(blocks of stage 1, ...)``.
         num_classes: classes of the data, None for the model's default (ImageNet's 1000 for classifiers); 0 makes a
             classifier return pooled features. A detector counts the background too.
+        pretrained: load the ImageNet weights that PaddleClas publishes for ``rednet26`` to ``rednet152`` (downloaded
+            once, see `load_published`). With another ``num_classes`` than 1000 the classifier stays fresh. The
+            attribute ``weights`` then says how images are to be prepared, and the names of the classes.
         kwargs: further arguments of the model's class, e.g. `RedNet`.
 
     Returns:
         The model; its attribute ``model_config`` holds the arguments.
 
     Raises:
-        ValueError: no model has this name, or an argument is out of range.
+        ValueError: no model has this name, or an argument is out of range; there are no weights, or none that fit.
         TypeError: the class has no such argument.
+        ConnectionError: the weights cannot be downloaded.
     """
     _import_all()
     if name not in _builders:
@@ -59,8 +63,15 @@ def create_model(name: str, num_classes: int | None = None, **kwargs) -> nn.Modu
         raise ValueError(f"name is {name!r}: {hint}expected one of {known}{_missing()}")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    if pretrained:
+        from pyinvolution.models.published import PUBLISHED, load_published  # which need RedNet, which needs this file
+
+        if name not in PUBLISHED:
+            raise ValueError(f"pretrained is True for {name!r}, expected a model with weights: {', '.join(PUBLISHED)}")
     model = _builders[name](**kwargs)
     model.model_config = {"name": name, **kwargs}  # type: ignore[assignment]
+    if pretrained:
+        load_published(model, name, head=num_classes in (None, PUBLISHED[name].num_classes))
     return model
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pyinvolution.models.paddle import read_pdparams
+
 __all__ = ["Origin", "check_fit", "origin", "read", "reason_of", "weights"]
 
 Origin = Literal["authors", "recipe", "library"]
@@ -25,7 +27,7 @@ _AUTHORS = re.compile(
 
 
 def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
-    """The dict in a file that torch.save wrote, on the CPU.
+    """The dict in a file that torch.save wrote, on the CPU; of a ``.pdparams`` file, `read_pdparams`.
 
     Only tensors and plain data are read; no code of the file is executed.
 
@@ -39,6 +41,8 @@ def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    if Path(path).suffix == ".pdparams":
+        return dict(read_pdparams(path))
     try:
         with torch.serialization.safe_globals(_plain_types()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -127,7 +127,8 @@ def load_official(model: Model, source: str | os.PathLike[str] | Mapping[str, ob
     Files hold a state dict, or a dict with one under ``"state_dict"``, with keys such as
     ``backbone.layer1.0.conv2.conv1.conv.weight``, ``neck.fpn_convs.0.conv2.conv.bias`` and ``head.fc.weight``. The
     prefix ``module.`` of a parallel wrapper is removed, and backbone files without ``backbone.`` are understood. Only
-    tensors and plain data are read from a file (torch.load with ``weights_only=True``).
+    tensors and plain data are read from a file (torch.load with ``weights_only=True``). PaddleClas's files
+    (``.pdparams``), which were converted from the authors', are read without Paddle and without executing anything.
 
     A `RedNet` is loaded completely or not at all. A detector or segmentation model gets the parts (backbone, neck,
     heads) that the file has, e.g. the backbone of a classifier, and a warning names the others. In either case every
