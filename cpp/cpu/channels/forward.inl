@@ -142,17 +142,15 @@ struct ChannelsRun : StripTask<T, ChannelsRun<T>> {
                nullptr,
                span.relu} {}
 
-  // The rows of X that the strip reads, a block of channels of group g.
-  void pack_input(int64_t g, int64_t block) const {
-    float* to = memory + block * block_floats();
+  // Rows [from_row, to_row) of the strip of X, a block of channels of group g.
+  void pack_input(int64_t g, int64_t block, int64_t from_row, int64_t to_row) const {
     const int64_t channels = channels_of(block), row_floats = tiling.packed_columns * block_channels;
+    float* to = memory + block * block_floats() + from_row * row_floats;
     const int64_t channel = p.x_stride[1], column = p.x_stride[3];
-    const T* image = static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] +
-                     first_channel(g, block) * channel;
+    const T* image = static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * channel;
     const int64_t first = min(p.padding_w, tiling.packed_columns);
     const int64_t last = first + min(p.in_w, tiling.packed_columns - first);
-    const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
-    for (int64_t r = 0; r < rows; ++r, to += row_floats) {
+    for (int64_t r = from_row; r < to_row; ++r, to += row_floats) {
       const int64_t h = begin * p.stride_h - p.padding_h + r;
       if (h < 0 || h >= p.in_h || first == last) {
         std::memset(to, 0, size_t(row_floats) * sizeof(float));

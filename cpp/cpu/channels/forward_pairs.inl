@@ -24,7 +24,8 @@
 namespace pyinvolution::cpu {
 namespace {
 
-// How many neighbouring pixels `apply_pairs` works on: enough sums to hide the latency of a dot product.
+// How many neighbouring pixels `apply_pairs` works on: enough sums to hide the latency of a dot product. Of half as many
+// it takes two rows at once.
 constexpr int max_pair_columns = 14;
 
 // What `apply_pairs` is told besides addresses.
@@ -32,85 +33,119 @@ struct ApplyPairsParams {
   int64_t pair_rows;  // pairs of tap rows
   bool single_row;    // and one tap row more
   int64_t kernel_w;
-  int64_t tap_row, tap_column, column;  // steps in packed X: to the next pair of tap rows, tap column, output column
-  const float* scale;                   // nullptr: none
+  int64_t tap_row, tap_column;  // steps in packed X: to the next pair of tap rows, tap column,
+  int64_t row, column;          // output row, output column
+  const float* scale;           // nullptr: none
   const float* shift;
   bool relu;
 };
 
-// Where results go: to `narrow`, or if that is nullptr to `wide`, with pixels `pixel` apart.
+// Where results go: to `narrow`, or if that is nullptr to `wide`.
 struct PixelResults {
   BFloat16* narrow;
   float* wide;
-  int64_t pixel;
-  PixelResults operator+(int64_t pixels) const {
-    return {narrow == nullptr ? nullptr : narrow + pixels * pixel, wide + pixels * pixel, pixel};
+  int64_t row, column;  // steps to the next one
+  PixelResults at(int64_t r, int64_t c) const {
+    const int64_t step = r * row + c * column;
+    return {narrow == nullptr ? nullptr : narrow + step, wide + step, row, column};
   }
 };
 
-// A block of Lanes channels at Columns neighbouring pixels. Stride and Width, where not 0, are those of a window without
-// dilation.
-template <int Columns, int Stride, int Width, int Lanes>
-void apply_pairs_block(const ApplyPairsParams& params, const Pair* x, const Pair* w, const PixelResults& y) {
-  PairSums<Lanes> sum[Columns];
+// A block of Lanes channels at Rows x Columns neighbouring pixels; rows of W are w_row apart. Stride and Width, where
+// not 0, are those of a window without dilation.
+//
+// Besides its products a row of taps takes a load of each vector of X, which are more loads than there are products to
+// hide them. So the weights of the first columns are loaded four at a time and spread by shuffles.
+template <int Rows, int Columns, int Stride, int Width, int Lanes>
+void apply_pairs_block(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t w_row,
+                       const PixelResults& y) {
+  constexpr int spread_columns = Columns < 4 ? 0 : Stride == 2 && Columns >= 8 ? 8 : 4;
+  PairSums<Lanes> sum[Rows][Columns];
+#pragma GCC unroll 2
+  for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-  for (int c = 0; c < Columns; ++c) sum[c] = PairSums<Lanes>::splat(0);
-  const auto row = [&](auto load) __attribute__((always_inline)) {
+    for (int c = 0; c < Columns; ++c) sum[r][c] = PairSums<Lanes>::splat(0);
+  const auto tap_row = [&](auto load) __attribute__((always_inline)) {
     if constexpr (Width > 0) {
+      Pairs<Lanes> fours[Rows][Width][spread_columns / 4 + 1];
 #pragma GCC unroll 64
-      for (int q = 0; q < Stride * (Columns - 1) + Width; ++q) {
-        const Pairs<Lanes> at = load(x + q * block_channels);
+      for (int q = 0; q < Stride * (Columns - 1) + Width; ++q)
+#pragma GCC unroll 2
+        for (int r = 0; r < Rows; ++r) {
+          const Pairs<Lanes> at = load(x + r * params.row + q * block_channels);
 #pragma GCC unroll 16
-        for (int c = 0; c < Columns; ++c) {
-          const int j = q - Stride * c;
-          if (j >= 0 && j < Width) sum[c].add_dot(at, w[j * tile_pixels + c]);
+          for (int c = 0; c < Columns; ++c) {
+            const int j = q - Stride * c;
+            if (j < 0 || j >= Width) continue;
+            const Pair* weight = w + r * w_row + j * tile_pixels + c;
+            if (c < spread_columns) {
+              if (c % 4 == 0) fours[r][j][c / 4] = Pairs<Lanes>::load_fours(weight);
+              sum[r][c].add_dot(at, fours[r][j][c / 4].spread(c % 4));
+            } else {
+              sum[r][c].add_dot(at, *weight);
+            }
+          }
         }
-      }
     } else {
       for (int64_t j = 0; j < params.kernel_w; ++j)
+#pragma GCC unroll 2
+        for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-        for (int c = 0; c < Columns; ++c)
-          sum[c].add_dot(load(x + j * params.tap_column + c * params.column), w[j * tile_pixels + c]);
+          for (int c = 0; c < Columns; ++c)
+            sum[r][c].add_dot(load(x + r * params.row + j * params.tap_column + c * params.column),
+                              w[r * w_row + j * tile_pixels + c]);
     }
   };
   const int64_t width = Width > 0 ? Width : params.kernel_w;
   for (int64_t i = 0; i < params.pair_rows; ++i, x += params.tap_row, w += width * tile_pixels)
-    row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load(from); });
+    tap_row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load(from); });
   if (params.single_row)
-    row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load_low(from); });
+    tap_row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load_low(from); });
 
-  if (params.scale != nullptr) {
-    const auto scale = PairSums<Lanes>::load(params.scale), shift = PairSums<Lanes>::load(params.shift);
+#pragma GCC unroll 2
+  for (int r = 0; r < Rows; ++r) {
+    if (params.scale != nullptr) {
+      const auto scale = PairSums<Lanes>::load(params.scale), shift = PairSums<Lanes>::load(params.shift);
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) sum[c].value = sum[c].value * scale.value + shift.value;
-  }
-  if (params.relu) {
+      for (int c = 0; c < Columns; ++c) sum[r][c].value = sum[r][c].value * scale.value + shift.value;
+    }
+    if (params.relu) {
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) sum[c].relu();
-  }
-  if (y.narrow != nullptr) {
+      for (int c = 0; c < Columns; ++c) sum[r][c].relu();
+    }
+    if (y.narrow != nullptr) {
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) sum[c].round_to(y.narrow + c * y.pixel);
-  } else {
+      for (int c = 0; c < Columns; ++c) sum[r][c].round_to(y.narrow + r * y.row + c * y.column);
+    } else {
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) sum[c].store(y.wide + c * y.pixel);
+      for (int c = 0; c < Columns; ++c) sum[r][c].store(y.wide + r * y.row + c * y.column);
+    }
   }
 }
 
-// `columns` neighbouring pixels of a row.
+// All pixels of a tile.
 template <int Stride, int Width, int Lanes>
-void apply_pairs(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t columns, const PixelResults& y) {
+void apply_pairs(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t rows, int64_t columns,
+                 const PixelResults& y) {
   const int64_t count = ceil_div(columns, max_pair_columns);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t first = columns * b / count;
     with_count<max_pair_columns>(columns * (b + 1) / count - first, [&](auto n) {
-      apply_pairs_block<decltype(n)::value, Stride, Width, Lanes>(params, x + first * params.column, w + first,
-                                                                  y + first);
+      constexpr int block = decltype(n)::value;
+      int64_t r = 0;
+      const auto apply = [&](auto together) {
+        apply_pairs_block<decltype(together)::value, block, Stride, Width, Lanes>(
+            params, x + r * params.row + first * params.column, w + r * columns + first, columns, y.at(r, first));
+        r += decltype(together)::value;
+      };
+      if constexpr (2 * block <= max_pair_columns)
+        while (r + 2 <= rows) apply(Count<2>{});
+      while (r < rows) apply(Count<1>{});
     });
   }
 }
 
-using ApplyPairs = void (*)(const ApplyPairsParams&, const Pair* x, const Pair* w, int64_t columns,
+using ApplyPairs = void (*)(const ApplyPairsParams&, const Pair* x, const Pair* w, int64_t rows, int64_t columns,
                             const PixelResults& y);
 
 template <int Lanes>
@@ -151,6 +186,7 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
                p.kernel_w,
                2 * p.dilation_h / tiling.packed_step * tiling.packed_columns * block_channels,
                p.dilation_w * block_channels,
+               p.stride_h / tiling.packed_step * tiling.packed_columns * block_channels,
                p.stride_w * block_channels,
                nullptr,
                nullptr,
@@ -160,27 +196,28 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
   BFloat16* elements_at(int64_t offset) const { return reinterpret_cast<BFloat16*>(memory + offset); }
   const BFloat16* image() const { return static_cast<const BFloat16*>(tiling.buffers.x) + n * p.x_stride[0]; }
 
-  // The rows of X at which a pair of tap rows of the strip begins, a block of channels of group g.
-  void pack_input(int64_t g, int64_t block) const {
-    Pair* to = pairs_at(block * block_floats());
+  // Rows [from_row, to_row) of the strip of X at which a pair of tap rows begins, a block of channels of group g.
+  void pack_input(int64_t g, int64_t block, int64_t from_row, int64_t to_row) const {
     const int64_t row_pairs = tiling.packed_columns * block_channels;
     const BFloat16* channels = image() + first_channel(g, block) * p.x_stride[1];
     const int64_t first = min(p.padding_w, tiling.packed_columns);
     const int64_t last = first + min(p.in_w, tiling.packed_columns - first);
-    const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
     const auto row_of = [&](int64_t h) {
       return h < 0 || h >= p.in_h || first == last ? nullptr : channels + h * p.x_stride[2];
     };
-    for (int64_t r = 0; r < rows; r += tiling.packed_step, to += row_pairs) {
+    const int64_t start = round_up(from_row, tiling.packed_step);
+    Pair* to = pairs_at(block * block_floats()) + start / tiling.packed_step * row_pairs;
+    for (int64_t r = start; r < to_row; r += tiling.packed_step, to += row_pairs) {
       const int64_t h = begin * p.stride_h - p.padding_h + r;
       const TwoRows from(row_of(h), row_of(h + p.dilation_h));
-      if (from.mask == 0) {
-        std::memset(to, 0, size_t(row_pairs) * sizeof(Pair));
-        continue;
+      // Other groups leave the zeros as they are.
+      if (g == first_group) {
+        const int64_t inside = from.mask == 0 ? 0 : last - first;
+        std::memset(to, 0, size_t(first * block_channels) * sizeof(Pair));
+        std::memset(to + (first + inside) * block_channels, 0,
+                    size_t((tiling.packed_columns - first - inside) * block_channels) * sizeof(Pair));
       }
-      std::memset(to, 0, size_t(first * block_channels) * sizeof(Pair));
-      std::memset(to + last * block_channels, 0,
-                  size_t((tiling.packed_columns - last) * block_channels) * sizeof(Pair));
+      if (from.mask == 0) continue;
       load_pixel_pairs(from, channels_of(block), last - first, p.x_stride[1], p.x_stride[3],
                        to + first * block_channels, pairs_at(tiling.staging_at));
     }
@@ -194,17 +231,16 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
     const bool half = channels <= block_channels / 2;
     const bool in_place = p.y_stride[1] == 1 && channels == (half ? block_channels / 2 : block_channels);
     float* result = memory + tiling.result_at;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t row = tile.row + r, packed = (row - begin) * p.stride_h / tiling.packed_step;
-      const Pair* x = pairs_at(block * block_floats()) +
-                      (packed * tiling.packed_columns + tile.column * p.stride_w) * block_channels;
-      BFloat16* y = static_cast<BFloat16*>(tiling.buffers.y) + n * p.y_stride[0] + first * p.y_stride[1] +
-                    row * p.y_stride[2] + tile.column * p.y_stride[3];
-      (half ? apply_half : apply)(params, x, pairs_at(tiling.weights_at) + r * tile.columns, tile.columns,
-                                  {in_place ? y : nullptr, result, in_place ? p.y_stride[3] : block_channels});
-      if (!in_place)
-        store_pixels(result, channels, tile.columns, y, p.y_stride[1], p.y_stride[3], memory + tiling.staging_at);
-    }
+    const Pair* x = pairs_at(block * block_floats()) + (tile.row - begin) * window.row + tile.column * window.column;
+    BFloat16* y = static_cast<BFloat16*>(tiling.buffers.y) + n * p.y_stride[0] + first * p.y_stride[1] +
+                  tile.row * p.y_stride[2] + tile.column * p.y_stride[3];
+    const PixelResults results = in_place
+                                     ? PixelResults{y, result, p.y_stride[2], p.y_stride[3]}
+                                     : PixelResults{nullptr, result, tile.columns * block_channels, block_channels};
+    (half ? apply_half : apply)(params, x, pairs_at(tiling.weights_at), tile.rows, tile.columns, results);
+    for (int64_t r = 0; r < tile.rows && !in_place; ++r)
+      store_pixels(result + r * results.row, channels, tile.columns, y + r * p.y_stride[2], p.y_stride[1],
+                   p.y_stride[3], memory + tiling.staging_at);
   }
 
   void pack_reduced(const Tile& tile, float* to) const {

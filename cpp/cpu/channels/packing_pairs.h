@@ -59,7 +59,7 @@ inline void transpose_pairs(const Pair* from, int64_t from_pitch, int64_t rows, 
 
 // Two rows of X at a run of pixels as [pixel][16]; missing channels are zero-filled up to the lanes that are read.
 // `staging` holds tile_pixels * 16 pairs.
-inline void load_pixel_pairs(const TwoRows& from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel,
+inline void load_pixel_pairs(const TwoRows from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel,
                              Pair* to, Pair* staging) {
   if (channel == 1 && channels == block_channels) {
     for (int64_t v = 0; v < pixels; ++v) from.copy_vector<16>(v * pixel, to + v * block_channels);
@@ -85,9 +85,8 @@ inline void load_pixel_pairs(const TwoRows& from, int64_t channels, int64_t pixe
 inline void pack_channel_pairs(const BFloat16* from, const int64_t (&stride)[4], int64_t channels, int64_t rows,
                                int64_t columns, Pair* to) {
   const int64_t pixels = rows * columns, depth = ceil_div(channels, 2), channel = stride[1], column = stride[3];
-  const bool in_pairs =
-      channel == 1 && channels % 2 == 0 && column % 2 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Pair) == 0 &&
-      (rows == 1 || stride[2] % 2 == 0);
+  const bool in_pairs = channel == 1 && channels % 2 == 0 && column % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(from) % sizeof(Pair) == 0 && (rows == 1 || stride[2] % 2 == 0);
   for (int64_t at = 0; at < pixels; at += pair_lanes, to += pair_lanes * depth) {
     const int64_t count = min(pair_lanes, pixels - at);
     if (count < pair_lanes) std::memset(to, 0, size_t(pair_lanes * depth) * sizeof(Pair));
@@ -124,8 +123,7 @@ inline const BFloat16* rows_in_pairs(const BFloat16* from, int64_t row, int64_t 
   }
   *pitch = round_up(columns, 2);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < *pitch; ++c)
-      to[r * *pitch + c] = c < columns ? from[r * row + c * column] : BFloat16{0};
+    for (int64_t c = 0; c < *pitch; ++c) to[r * *pitch + c] = c < columns ? from[r * row + c * column] : BFloat16{0};
   return to;
 }
 
@@ -146,9 +144,17 @@ inline void load_weight_pairs(const BFloat16* from, const Problem& p, int64_t ro
     if (pixel != 1 && tap_column == 1) {
       for (int64_t first = 0; first < run; first += block_channels) {
         const int64_t count = min(block_channels, run - first);
-        for (int64_t v = 0; v < count; ++v)
-          for (int64_t i = 0; i < pair_rows; ++i)
-            taps_of(source + (first + v) * pixel, i).copy_run(p.kernel_w, staging + v * pairs + i * p.kernel_w);
+        for (int64_t v = 0; v < count; ++v) {
+          const BFloat16* taps = source + (first + v) * pixel;
+          Pair* target = staging + v * pairs;
+          // A whole vector reads into the next pixel, and what it writes too much is overwritten.
+          const bool whole = p.kernel_w <= 8 && first + v + 1 < run && pixel >= 8;
+          for (int64_t i = 0; i < pair_rows; ++i, target += p.kernel_w)
+            if (whole)
+              taps_of(taps, i).copy_vector<8>(0, target);
+            else
+              taps_of(taps, i).copy_run(p.kernel_w, target);
+        }
         transpose_pairs(staging, pairs, count, pairs, to + first, tile_pixels);
       }
       continue;

@@ -25,12 +25,12 @@ struct Epilogue {
 
 // `Loops` derives from this and has the steps of a task (see tiling.h):
 //
-//   reduce(tile, slice, to)        a slice of R at a tile of a layer
-//   pack_reduced(tile, to)         R at a tile
-//   pack_input(g, block)           X of a block of channels of group g
-//   start_group(g)                 the rows of S
+//   reduce(tile, slice, to)                                 a slice of R at a tile of a layer
+//   pack_reduced(tile, to)                                  R at a tile
+//   pack_input(g, block, from_row, to_row)                  rows of X of a block of channels of group g
+//   start_group(g)                                          the rows of S of group g
 //   compute_weights(tile, reduced), load_weights(tile, g)   W at a tile
-//   apply_tile(tile, g, block)     Y of a block at a tile
+//   apply_tile(tile, g, block)                              Y of a block at a tile
 //
 // R and W are 4 bytes an element in either form.
 template <class T, class Loops>
@@ -128,7 +128,6 @@ struct StripTask {
       });
     }
     for (int64_t g = first_group; g < groups; ++g) {
-      for (int64_t block = 0; block < tiling.blocks; ++block) loops().pack_input(g, block);
       if (fused) {
         loops().start_group(g);
         load_bias<T>(span, tiling.buffers, g, memory + tiling.bias_at);
@@ -137,7 +136,14 @@ struct StripTask {
           prefetch_runs(span_row<T>(span, tiling.buffers, (g + 1) * p.taps()), p.taps(), span.span_stride[0],
                         span.reduced);
       }
+      int64_t packed = 0;
       for_each_tile([&](const Tile& tile, int64_t index) {
+        // A tile's rows of X are packed just before it reads them.
+        const int64_t last = tile.row + tile.rows - 1 - begin;
+        const int64_t needed = last * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+        for (int64_t block = 0; block < tiling.blocks && needed > packed; ++block)
+          loops().pack_input(g, block, packed, needed);
+        packed = needed;
         if (fused)
           loops().compute_weights(tile, reduced + index * tiling.tile_floats);
         else

@@ -44,7 +44,7 @@ inline uint32_t round_model(float value) {
   return rounded.bits;
 }
 
-// The types of 16 and of 8 lanes. (GCC 12 converts no vectors of a template's parameters.)
+// The types of 16 and of 8 lanes, and halves with zeros before them. (GCC 12 cuts a conversion in pieces.)
 template <int Lanes>
 struct PairTypes;
 template <>
@@ -52,14 +52,26 @@ struct PairTypes<16> {
   typedef uint32_t Bits __attribute__((vector_size(64)));
   typedef uint16_t Halves __attribute__((vector_size(32)));
   typedef float Values __attribute__((vector_size(64)));
-  [[gnu::always_inline]] static Bits widen(Halves halves) { return __builtin_convertvector(halves, Bits); }
+  [[gnu::always_inline]] static Bits widen(Halves halves) {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    return __builtin_convertvector(halves, Bits);
+#else
+    return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#endif
+  }
 };
 template <>
 struct PairTypes<8> {
   typedef uint32_t Bits __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(16)));
   typedef float Values __attribute__((vector_size(32)));
-  [[gnu::always_inline]] static Bits widen(Halves halves) { return __builtin_convertvector(halves, Bits); }
+  [[gnu::always_inline]] static Bits widen(Halves halves) {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    return __builtin_convertvector(halves, Bits);
+#else
+    return (Bits)_mm256_cvtepu16_epi32((__m128i)halves);
+#endif
+  }
 };
 
 // A register of pairs, 16 or, where less is left, 8.
@@ -91,6 +103,42 @@ struct Pairs {
     std::memcpy(&one, low, sizeof one);
     std::memcpy(&other, high, sizeof other);
     return {Types::widen(one) | Types::widen(other) << 16};
+  }
+  // Four neighbours, as often as there is room for them, and pair `lane` of each four in its four lanes.
+  [[gnu::always_inline]] static Pairs load_fours(const Pair* from) {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    Pairs pairs;
+    for (int lane = 0; lane < Lanes; ++lane) std::memcpy(&pairs.bits[lane], from + lane % 4, sizeof(Pair));
+    return pairs;
+#else
+    const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    if constexpr (Lanes == 16)
+      return {(Bits)_mm512_maskz_broadcast_i32x4(0xffff, four)};
+    else
+      return {(Bits)_mm256_maskz_broadcast_i32x4(0xff, four)};
+#endif
+  }
+  [[gnu::always_inline]] Pairs spread(int lane) const {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    Pairs pairs;
+    for (int i = 0; i < Lanes; ++i) pairs.bits[i] = bits[i / 4 * 4 + lane];
+    return pairs;
+#else
+    // Numbers in the instructions.
+    switch (lane) {
+      case 0: return shuffled<0x00>();
+      case 1: return shuffled<0x55>();
+      case 2: return shuffled<0xaa>();
+      default: return shuffled<0xff>();
+    }
+  }
+  template <int Order>
+  [[gnu::always_inline]] Pairs shuffled() const {
+    if constexpr (Lanes == 16)
+      return {(Bits)_mm512_maskz_shuffle_epi32(0xffff, (__m512i)bits, _MM_PERM_ENUM(Order))};
+    else
+      return {(Bits)_mm256_maskz_shuffle_epi32(0xff, (__m256i)bits, _MM_PERM_ENUM(Order))};
+#endif
   }
   [[gnu::always_inline]] void store(Pair* to) const { std::memcpy(to, &bits, sizeof bits); }
 };
@@ -127,6 +175,17 @@ struct PairSums {
 #endif
   }
 
+  // Adds the products with a pair for each lane.
+  [[gnu::always_inline]] void add_dot(const Pairs<Lanes>& x, const Pairs<Lanes>& w) {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    for (int lane = 0; lane < Lanes; ++lane) value[lane] = dot_model(value[lane], x.bits[lane], w.bits[lane]);
+#else
+    Values sums = value;
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x.bits), "v"(w.bits));
+    value = sums;
+#endif
+  }
+
   // A NaN stays a NaN.
   [[gnu::always_inline]] void relu() { value = value < 0 ? Values{} : value; }
 
@@ -144,7 +203,7 @@ struct PairSums {
     }
 #endif
   }
-  // Rounded to bfloat16 as low halves, with zeros as high ones; or with `high` rounded.
+  // Rounded to bfloat16 as low halves, with zeros as high ones.
   [[gnu::always_inline]] Pairs<Lanes> round_low() const {
     BFloat16 rounded[Lanes];
     round_to(rounded);
@@ -152,8 +211,23 @@ struct PairSums {
     std::memcpy(&low, rounded, sizeof low);
     return {Types::widen(low)};
   }
+  // And with `high` rounded as high halves.
   [[gnu::always_inline]] Pairs<Lanes> round_with(const PairSums& high) const {
+#if defined(PYINVOLUTION_EMULATED_BF16)
     return {round_low().bits | high.round_low().bits << 16};
+#else
+    using Bits = typename Types::Bits;
+    if constexpr (Lanes == 16) {
+      const auto order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+      const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high.value, (__m512)value);
+      return {(Bits)_mm512_maskz_permutexvar_epi16(__mmask32(-1), order, halves)};
+    } else {
+      const auto order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+      const auto halves = (__m256i)_mm256_cvtne2ps_pbh((__m256)high.value, (__m256)value);
+      return {(Bits)_mm256_maskz_permutexvar_epi16(__mmask16(-1), order, halves)};
+    }
+#endif
   }
 };
 

@@ -46,84 +46,85 @@ struct RowSteps {
   }
 };
 
-// Results [0, Count) at Whole vectors of columns and, with Half 1, at half a vector more.
-template <int Count, bool Partner, int Whole, int Half>
-void multiply_pairs_block(const PairRows& a, PairColumns b, int64_t depth, const PairResults& to) {
+// Results [0, Count) at `blocks` times Whole vectors of columns or, with Half, half a vector more.
+template <int Count, bool Partner, int Whole, bool Half>
+[[gnu::noinline]] void multiply_pairs_blocks(const PairRows& a, PairColumns b, int64_t blocks, int64_t depth,
+                                             PairResults to) {
   constexpr int rows = Partner ? 2 : 1;
-  PairSums<16> sum[rows][Count][Whole + 1];  // one more, since arrays are not empty; it takes no register
-  PairSums<8> half[rows][Count];
-  unroll<rows>([&](auto r) {
-    unroll<Count>([&](auto i) {
-      const float start = a.start[i.value * a.step + r.value * a.partner];
-      unroll<Whole>([&](auto v) { sum[r.value][i.value][v.value] = PairSums<16>::splat(start); });
-      if constexpr (Half > 0) half[r.value][i.value] = PairSums<8>::splat(start);
-    });
-  });
   const RowSteps steps(a.step * a.row * int64_t(sizeof(BFloat16)));
-  const char* first = reinterpret_cast<const char*>(a.at);
-  const char* second = reinterpret_cast<const char*>(a.at + a.partner * a.row);
-  for (int64_t k = 0; k < depth; ++k, first += sizeof(Pair), second += sizeof(Pair), b.at += pair_lanes) {
-    Pairs<16> along[Whole + 1];
-    Pairs<8> along_half;
-    unroll<Whole>([&](auto v) { along[v.value] = Pairs<16>::load(b.at + v.value * b.vector); });
-    if constexpr (Half > 0) along_half = Pairs<8>::load(b.at + Whole * b.vector);
+  for (; blocks > 0; --blocks, b.at += Whole * b.vector, to.at += Whole * to.vector) {
+    PairSums<16> sum[rows][Count][Whole + 1];  // one more, since arrays are not empty; it takes no register
+    PairSums<8> half[rows][Count];
     unroll<rows>([&](auto r) {
       unroll<Count>([&](auto i) {
-        const Pair& pair = *reinterpret_cast<const Pair*>((r.value == 0 ? first : second) + steps.of<i.value>());
-        unroll<Whole>([&](auto v) { sum[r.value][i.value][v.value].add_dot(along[v.value], pair); });
-        if constexpr (Half > 0) half[r.value][i.value].add_dot(along_half, pair);
+        const float start = a.start[i.value * a.step + r.value * a.partner];
+        unroll<Whole>([&](auto v) { sum[r.value][i.value][v.value] = PairSums<16>::splat(start); });
+        if constexpr (Half) half[r.value][i.value] = PairSums<8>::splat(start);
       });
     });
-  }
-  const auto finish = [&](auto& low, auto& high, Pair* result) {
-    if (to.relu) low.relu();
-    if constexpr (Partner) {
-      if (to.relu) high.relu();
-      low.round_with(high).store(result);
-    } else {
-      low.round_low().store(result);
+    const char* first = reinterpret_cast<const char*>(a.at);
+    const char* second = reinterpret_cast<const char*>(a.at + a.partner * a.row);
+    const Pair* columns = b.at;
+    for (int64_t k = depth; k > 0; --k, first += sizeof(Pair), second += sizeof(Pair), columns += pair_lanes) {
+      Pairs<16> along[Whole + 1];
+      Pairs<8> along_half;
+      unroll<Whole>([&](auto v) { along[v.value] = Pairs<16>::load(columns + v.value * b.vector); });
+      if constexpr (Half) along_half = Pairs<8>::load(columns + Whole * b.vector);
+      unroll<rows>([&](auto r) {
+        unroll<Count>([&](auto i) {
+          const Pair& pair = *reinterpret_cast<const Pair*>((r.value == 0 ? first : second) + steps.of<i.value>());
+          unroll<Whole>([&](auto v) { sum[r.value][i.value][v.value].add_dot(along[v.value], pair); });
+          if constexpr (Half) half[r.value][i.value].add_dot(along_half, pair);
+        });
+      });
     }
-  };
-  unroll<Count>([&](auto i) {
-    Pair* result = to.at + i.value * to.result;
-    unroll<Whole>([&](auto v) {
-      finish(sum[0][i.value][v.value], sum[rows - 1][i.value][v.value], result + v.value * to.vector);
+    const auto finish = [&](auto& low, auto& high, Pair* result) {
+      if (to.relu) low.relu();
+      if constexpr (Partner) {
+        if (to.relu) high.relu();
+        low.round_with(high).store(result);
+      } else {
+        low.round_low().store(result);
+      }
+    };
+    unroll<Count>([&](auto i) {
+      Pair* result = to.at + i.value * to.result;
+      unroll<Whole>([&](auto v) {
+        finish(sum[0][i.value][v.value], sum[rows - 1][i.value][v.value], result + v.value * to.vector);
+      });
+      if constexpr (Half) finish(half[0][i.value], half[rows - 1][i.value], result + Whole * to.vector);
     });
-    if constexpr (Half > 0) finish(half[0][i.value], half[rows - 1][i.value], result + Whole * to.vector);
-  });
+  }
 }
 
-// Results [0, Count) at `whole` vectors of columns and `half` (0 or 1) a vector more. 14 sums or more hide the latency
-// of a dot product; 28 and what they read fill the registers.
+// Results [0, Count) at `whole` vectors of columns and, with `half`, half a vector more. 14 sums or more hide the
+// latency of a dot product; 28 and what they read fill the registers.
 template <int Count, bool Partner>
-void multiply_pairs_rows(const PairRows& a, PairColumns b, int64_t whole, int64_t half, int64_t depth, PairResults to) {
+void multiply_pairs_rows(const PairRows& a, PairColumns b, int64_t whole, bool half, int64_t depth, PairResults to) {
   constexpr int most = Count <= 3 ? 4 : 2;
-  while (whole > 0 || half > 0) {
-    const int64_t now = min(whole, most);
-    const bool rest = half > 0 && whole < most;
-    if (now == 0)
-      multiply_pairs_block<Count, Partner, 0, 1>(a, b, depth, to);
-    else
-      with_count<most>(now, [&](auto n) {
-        constexpr int vectors = decltype(n)::value;
-        if constexpr (vectors < most) {
-          if (rest) return multiply_pairs_block<Count, Partner, vectors, 1>(a, b, depth, to);
-        }
-        multiply_pairs_block<Count, Partner, vectors, 0>(a, b, depth, to);
-      });
-    whole -= now;
-    half -= rest;
-    b.at += now * b.vector;
-    to.at += now * to.vector;
+  const int64_t blocks = whole / most, rest = whole % most;
+  if (blocks > 0) multiply_pairs_blocks<Count, Partner, most, false>(a, b, blocks, depth, to);
+  b.at += blocks * most * b.vector;
+  to.at += blocks * most * to.vector;
+  if (rest == 0) {
+    if (half) multiply_pairs_blocks<Count, Partner, 0, true>(a, b, 1, depth, to);
+    return;
   }
+  with_count<most - 1>(rest, [&](auto n) {
+    if (half)
+      multiply_pairs_blocks<Count, Partner, decltype(n)::value, true>(a, b, 1, depth, to);
+    else
+      multiply_pairs_blocks<Count, Partner, decltype(n)::value, false>(a, b, 1, depth, to);
+  });
 }
 
 // `count` results at `columns` columns; their last vector may hold anything past them.
 void multiply_pairs(const PairRows& a, int64_t count, const PairColumns& b, int64_t columns, int64_t depth,
                     const PairResults& to) {
   constexpr int block = 7;
-  const int64_t tail = columns % pair_lanes, half = tail > 0 && tail <= pair_lanes / 2 ? 1 : 0;
-  const int64_t whole = columns / pair_lanes + (tail > 0 ? 1 - half : 0), blocks = ceil_div(count, block);
+  const int64_t tail = columns % pair_lanes, blocks = ceil_div(count, block);
+  const bool half = tail > 0 && tail <= pair_lanes / 2;
+  const int64_t whole = columns / pair_lanes + (tail > pair_lanes / 2 ? 1 : 0);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = count * i / blocks;
     const PairRows rows{a.at + first * a.step * a.row, a.row, a.step, a.partner, a.start + first * a.step};
