@@ -247,6 +247,23 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
     const BFloat16* from = static_cast<const BFloat16*>(tiling.buffers.reduced) + n * span.reduced_stride[0] +
                            tile.row * span.reduced_stride[2] + tile.column * span.reduced_stride[3];
     pack_channel_pairs(from, span.reduced_stride, span.reduced, tile.rows, tile.columns, reinterpret_cast<Pair*>(to));
+    copy_last_pixels(tile, reinterpret_cast<Pair*>(to), 0, ceil_div(span.reduced, 2));
+  }
+
+  // How many pixels of a tile are computed on their own.
+  int64_t last_pixels(const Tile& tile) const {
+    const int64_t tail = tile.pixels() % pair_lanes;
+    return tail <= tiling.last_pixels ? tail : 0;
+  }
+  // [pixel][pair] after the vectors of R at a tile.
+  Pair* last_pixels_of(Pair* reduced) const {
+    return reduced + tiling.vectors * pair_lanes * ceil_div(span.reduced, 2);
+  }
+  void copy_last_pixels(const Tile& tile, Pair* reduced, int64_t first, int64_t last) const {
+    const int64_t depth = ceil_div(span.reduced, 2), count = last_pixels(tile);
+    const Pair* vector = reduced + tile.pixels() / pair_lanes * pair_lanes * depth;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = first; k < last; ++k) last_pixels_of(reduced)[i * depth + k] = vector[k * pair_lanes + i];
   }
 
   void start_group(int64_t g) {
@@ -257,18 +274,47 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
   void compute_weights(const Tile& tile, const float* reduced) const {
     const int64_t depth = ceil_div(span.reduced, 2);
     const float* bias = memory + tiling.bias_at;
-    const PairColumns columns{reinterpret_cast<const Pair*>(reduced), depth * pair_lanes};
+    Pair* pairs = reinterpret_cast<Pair*>(const_cast<float*>(reduced));
+    const PairColumns columns{pairs, depth * pair_lanes};
+    const int64_t last = last_pixels(tile), whole = tile.pixels() - last;
     Pair* to = pairs_at(tiling.weights_at);
     for (int64_t i = 0; i < p.kernel_h; i += 2, to += p.kernel_w * tile_pixels) {
       const int64_t first = i * p.kernel_w, partner = i + 1 < p.kernel_h ? p.kernel_w : 0;
-      multiply_pairs({rows + first * pitch, pitch, 1, partner, bias + first}, p.kernel_w, columns, tile.pixels(), depth,
-                     {to, tile_pixels, pair_lanes, false});
+      const PairRows taps{rows + first * pitch, pitch, 1, partner, bias + first};
+      multiply_pairs(taps, p.kernel_w, columns, whole, depth, {to, tile_pixels, pair_lanes, false});
+      for (int64_t v = 0; v < last; ++v)
+        multiply_pairs_column(taps, p.kernel_w, last_pixels_of(pairs) + v * depth, depth,
+                              {to + whole + v, tile_pixels, pair_lanes, false});
     }
   }
 
   void load_weights(const Tile& tile, int64_t g) const {
     load_weight_pairs(weights_of<BFloat16>(p, tiling.w, n, g, tile.row, tile.column), p, tile.rows, tile.columns,
                       pairs_at(tiling.weights_at), pairs_at(tiling.staging_at));
+  }
+
+  // Means of X over the cells of a tile as [pixel][c].
+  void pool_rounded(const Tile& tile, BFloat16* to) const {
+    if (p.x_stride[1] != 1 || p.channels < pair_lanes) {
+      pool(tile, memory + tiling.pooled_at);
+      return store_run(memory + tiling.pooled_at, tile.pixels() * p.channels, to);
+    }
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t v = 0; v < tile.columns; ++v, to += p.channels) {
+        const int64_t h = (tile.row + r) * p.stride_h, high = min(p.stride_h, p.in_h - h);
+        const int64_t q = (tile.column + v) * p.stride_w, wide = min(p.stride_w, p.in_w - q);
+        const BFloat16* cell = image() + h * p.x_stride[2] + q * p.x_stride[3];
+        const float share = 1 / float(high * wide);
+        for (int64_t c = 0; c < p.channels; c += pair_lanes) {
+          const int64_t at = min(c, p.channels - pair_lanes);  // the last vector overlaps the one before it
+          auto sums = PairSums<16>::splat(0);
+          for (int64_t i = 0; i < high; ++i)
+            for (int64_t j = 0; j < wide; ++j)
+              sums.value += PairSums<16>::widen(cell + i * p.x_stride[2] + j * p.x_stride[3] + at).value;
+          sums.value *= share;
+          sums.round_to(to + at);
+        }
+      }
   }
 
   // A slice of R at a tile: the product of rows of A and the pixels of X or, with a stride, of its means, rounded.
@@ -290,8 +336,7 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
                          tile.rows, tile.columns, pixels);
     } else {
       BFloat16* means = elements_at(tiling.dense_at + tiling.slice_vectors * tiling.lanes);
-      pool(tile, memory + tiling.pooled_at);
-      store_run(memory + tiling.pooled_at, tile.pixels() * p.channels, means);
+      pool_rounded(tile, means);
       const int64_t stride[4] = {0, 1, tile.columns * p.channels, p.channels};
       pack_channel_pairs(means, stride, p.channels, tile.rows, tile.columns, pixels);
     }
@@ -302,6 +347,7 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
     if (count % 2 != 0)
       multiply_pairs({a + (count - 1) * row, row, 1, 0, start + count - 1}, 1, columns, tile.pixels(), depth,
                      {results.at + count / 2 * pair_lanes, pair_lanes, results.vector, true});
+    copy_last_pixels(tile, reinterpret_cast<Pair*>(to), first / 2, first / 2 + ceil_div(count, 2));
   }
 };
 

@@ -14,6 +14,9 @@ constexpr int64_t strip_bytes = 128 * 1024;
 // A strip of fewer pixels packs more halo than it saves.
 constexpr int64_t min_strip_pixels = 224;
 
+// Pixels past the last vector of a tile up to which each is computed on its own, from pairs of bfloat16.
+constexpr int64_t max_last_pixels = 1;
+
 // Backward splits the work into parts x chunks. More of them occupy more threads, but each keeps private partial sums:
 // their total is capped at half as many floats as W has elements, but not below min_sums and not above max_sums.
 constexpr int64_t max_parts = 32;
@@ -68,6 +71,10 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.vectors = ceil_div(tiling.tile_rows * tiling.tile_columns, tiling.lanes);
   tiling.tiles = ceil_div(tiling.height, tiling.tile_rows) * ceil_div(p.out_w, tiling.tile_columns);
   tiling.tile_floats = tiling.vectors * tiling.lanes * depth;
+  if (pairs && depth >= 2 * tiling.lanes && depth % tiling.lanes == 0) {
+    tiling.last_pixels = max_last_pixels;
+    tiling.tile_floats += max_last_pixels * depth;
+  }
 
   tiling.layer = buffers.reduce != nullptr;
   if (tiling.layer) {

@@ -38,7 +38,10 @@ struct ChannelsTiling {
   SpanBuffers buffers;
   const void* w;
 
-  bool pairs;  // the loops of forward_pairs.inl
+  // The loops of forward_pairs.inl, with R as pairs: half as many as floats, and of up to last_pixels pixels past the
+  // last whole vector of a tile once more, each on its own.
+  bool pairs;
+  int64_t last_pixels;
   int64_t lanes;
   int64_t blocks;  // of a group
   int64_t height;  // rows of a strip
@@ -54,7 +57,7 @@ struct ChannelsTiling {
   int64_t packed_columns;  // of a row
   int64_t vectors;         // of pixels in a tile
   int64_t tiles;           // of a strip
-  int64_t tile_floats;     // of R, of a tile (with pairs, half as many pairs)
+  int64_t tile_floats;     // of R, of a tile
 
   // A layer: R is computed in slices of channels for each tile, by a first round of tasks where chunks share it.
   bool layer;

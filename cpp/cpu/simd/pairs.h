@@ -157,6 +157,12 @@ struct PairSums {
     return sums;
   }
   [[gnu::always_inline]] void store(float* to) const { std::memcpy(to, &value, sizeof value); }
+  // Of neighbours in bfloat16.
+  [[gnu::always_inline]] static PairSums widen(const BFloat16* from) {
+    typename Types::Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return {(Values)(Types::widen(halves) << 16)};
+  }
 
   // Adds the products with one pair. It is an operand in memory that the instruction repeats: compilers load it with an
   // instruction of its own, which costs as much as a load of a whole register.

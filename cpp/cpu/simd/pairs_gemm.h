@@ -98,10 +98,10 @@ template <int Count, bool Partner, int Whole, bool Half>
 }
 
 // Results [0, Count) at `whole` vectors of columns and, with `half`, half a vector more. 14 sums or more hide the
-// latency of a dot product; 28 and what they read fill the registers.
+// latency of a dot product; 28 and the 4 vectors that they read fill the registers.
 template <int Count, bool Partner>
 void multiply_pairs_rows(const PairRows& a, PairColumns b, int64_t whole, bool half, int64_t depth, PairResults to) {
-  constexpr int most = Count <= 3 ? 4 : 2;
+  constexpr int most = (Partner ? 2 : 1) * Count <= 7 ? 4 : 2;
   const int64_t blocks = whole / most, rest = whole % most;
   if (blocks > 0) multiply_pairs_blocks<Count, Partner, most, false>(a, b, blocks, depth, to);
   b.at += blocks * most * b.vector;
@@ -116,6 +116,33 @@ void multiply_pairs_rows(const PairRows& a, PairColumns b, int64_t whole, bool h
     else
       multiply_pairs_blocks<Count, Partner, decltype(n)::value, false>(a, b, 1, depth, to);
   });
+}
+
+// The sum of the lanes.
+inline float total(const PairSums<16>& sums) {
+  float lanes[16], fours[4] = {};
+  sums.store(lanes);
+  for (int i = 0; i < 16; ++i) fours[i % 4] += lanes[i];
+  return (fours[0] + fours[1]) + (fours[2] + fours[3]);
+}
+
+// Results at one column, which lies together: pair k at column[k]. `depth` is a multiple of pair_lanes. This takes a
+// dot product for 16 pairs and a sum over lanes, where a vector of columns takes one for each pair.
+inline void multiply_pairs_column(const PairRows& a, int64_t count, const Pair* column, int64_t depth,
+                                  const PairResults& to) {
+  const auto sum_of = [&](int64_t row) {
+    auto sums = PairSums<16>::splat(0);
+    const Pair* pairs = reinterpret_cast<const Pair*>(a.at + row * a.row);
+    for (int64_t k = 0; k < depth; k += pair_lanes)
+      sums.add_dot(Pairs<16>::load(column + k), Pairs<16>::load(pairs + k));
+    const float sum = a.start[row] + total(sums);
+    return to.relu && sum < 0 ? 0.0f : sum;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    Pair& result = to.at[i * to.result];
+    store(sum_of(i * a.step), &result.low);
+    store(a.partner > 0 ? sum_of(i * a.step + a.partner) : 0.0f, &result.high);
+  }
 }
 
 // `count` results at `columns` columns; their last vector may hold anything past them.
