@@ -22,5 +22,23 @@ struct Count {
   static constexpr int value = N;
 };
 
+// Calls body(Count<n>) for n in 1 .. Max.
+template <int Max, class Body>
+void with_count(int64_t n, const Body& body) {
+  if constexpr (Max > 1) {
+    if (n < Max) return with_count<Max - 1>(n, body);
+  }
+  body(Count<Max>{});
+}
+
+// Calls body(Count<i>) for each i in 0 .. N - 1.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(body);
+    body(Count<N - 1>{});
+  }
+}
+
 }  // namespace
 }  // namespace pyinvolution::cpu

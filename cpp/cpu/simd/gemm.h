@@ -15,15 +15,6 @@ using V = Vector<float>;
 // of B and one scalar. The instance file says how many.
 constexpr int max_rows = MULTIPLY_ROWS, max_single_rows = MULTIPLY_SINGLE_ROWS;
 
-// Calls body(Count<n>) for n in 1 .. Max.
-template <int Max, class Body>
-void with_count(int64_t n, const Body& body) {
-  if constexpr (Max > 1) {
-    if (n < Max) return with_count<Max - 1>(n, body);
-  }
-  body(Count<Max>{});
-}
-
 // Where a matrix lies: element (i, k) of A at i * row + k * depth, vector v of row k of B at v * vector +
 // k * depth.
 struct MatrixA {
