@@ -22,5 +22,14 @@ struct Count {
   static constexpr int value = N;
 };
 
+// Calls body(Count<n>) for n in 1 .. Max.
+template <int Max, class Body>
+void with_count(int64_t n, const Body& body) {
+  if constexpr (Max > 1) {
+    if (n < Max) return with_count<Max - 1>(n, body);
+  }
+  body(Count<Max>{});
+}
+
 }  // namespace
 }  // namespace pyinvolution::cpu

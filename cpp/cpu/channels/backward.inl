@@ -12,34 +12,32 @@
 namespace pyinvolution::cpu {
 namespace {
 
+// How many taps of a row of `width` serve the columns of a phase.
+constexpr int64_t phase_taps(int64_t width, int64_t stride, int64_t phase) {
+  return (width - phase + stride - 1) / stride;
+}
+
 // grad_X at Columns neighbouring columns q = Stride m + Phase - padding of a row, from a row of taps:
 //
 //   gx[m] += sum over t of  w[Phase + Stride t][m - t] * gy[m - t]
 //
-// w and gy are zero where m - t is outside the row.
+// w and gy are zero where m - t is outside the row. This is a row of a forward pass with its taps in reverse.
 template <int Columns, int Stride, int Width, int Phase>
-void gather_block(const float* w, const float* gy, float* gx) {
-  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
+void gather_block(int64_t width, const float* w, const float* gy, float* gx) {
+  constexpr int tap = 1 - Stride * tile_pixels;
+  const int64_t taps = phase_taps(width, Stride, Phase);
   V sum[Columns][block_vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) sum[c][v] = V::load(gx + c * Stride * block_channels + v * V::lanes);
-#pragma GCC unroll 32
-  for (int p = 1 - taps; p < Columns; ++p) {
-    V at[block_vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + p * block_channels + v * V::lanes);
-#pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) {
-      const int t = c - p;
-      if (t < 0 || t >= taps) continue;
-      const float weight = w[(Phase + Stride * t) * tile_pixels + p];
-#pragma GCC unroll 4
-      for (int v = 0; v < block_vectors; ++v) sum[c][v].add_product(at[v], weight);
-    }
-  }
-#pragma GCC unroll 8
+  w += Phase * tile_pixels - (taps - 1) * tap;
+  gy -= (taps - 1) * block_channels;
+  if constexpr (Width > 0)
+    add_row<Columns, 1, phase_taps(Width, Stride, Phase), tap>(sum, gy, w);
+  else
+    add_long_row<Columns, 1, tap>(sum, taps, gy, w);
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) sum[c][v].store(gx + c * Stride * block_channels + v * V::lanes);
@@ -49,8 +47,8 @@ void gather_block(const float* w, const float* gy, float* gx) {
 // output. gx is the row of X; w and gy are at the tile's first pixel.
 template <int Stride, int Width, int Phase>
 void gather_phase(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
-  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
-  if constexpr (taps > 0) {
+  const int64_t width = Width > 0 ? Width : p.kernel_w, taps = phase_taps(width, Stride, Phase);
+  if (taps > 0) {
     // m from the first pixel to the last one at its last tap, as far as the column is inside.
     int64_t begin = first, end = first + pixels - 1 + taps;
     const int64_t left = (p.padding_w - Phase + Stride - 1) / Stride;
@@ -63,7 +61,7 @@ void gather_phase(const Problem& p, const float* w, const float* gy, int64_t fir
       const int64_t m = begin + columns * b / count;
       with_count<max_columns>(begin + columns * (b + 1) / count - m, [&](auto n) {
         gather_block<decltype(n)::value, Stride, Width, Phase>(
-            w + (m - first), gy + (m - first) * block_channels,
+            width, w + (m - first), gy + (m - first) * block_channels,
             gx + (Stride * m + Phase - p.padding_w) * block_channels);
       });
     }
@@ -97,19 +95,20 @@ using Gather = void (*)(const Problem&, const float* w, const float* gy, int64_t
 
 Gather gather_for(const Problem& p) {
   if (p.dilation_w != 1 || p.padding_w >= (1 << 20)) return gather<0, 0>;
+  const bool reaches = phase_taps(p.kernel_w, p.stride_w, 0) <= backward_margin + 1;
   if (p.stride_w == 1) {
     switch (p.kernel_w) {
       case 3: return gather<1, 3>;
       case 5: return gather<1, 5>;
       case 7: return gather<1, 7>;
-      default: break;
+      default: return reaches ? gather<1, 0> : gather<0, 0>;
     }
   } else if (p.stride_w == 2) {
     switch (p.kernel_w) {
       case 3: return gather<2, 3>;
       case 5: return gather<2, 5>;
       case 7: return gather<2, 7>;
-      default: break;
+      default: return reaches ? gather<2, 0> : gather<0, 0>;
     }
   }
   return gather<0, 0>;
