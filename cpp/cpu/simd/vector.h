@@ -74,6 +74,34 @@ struct Vector {
     return v;
   }
 
+  // Lanes shift, shift + 1, ... of `low` and then of `high`, for a shift of 1 to 7: a vector that begins in the middle of
+  // another, without the load across two cache lines.
+  static constexpr bool shifts = VECTOR_BYTES == 64;
+  [[gnu::always_inline]] static Vector shifted(const Vector& low, const Vector& high, int shift) {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    const __m512i a = (__m512i)high.value, b = (__m512i)low.value;
+    if constexpr (sizeof(A) == 4) {
+      switch (shift) {
+#define PYINVOLUTION_CASE(n) \
+  case n: return {(Lanes)_mm512_maskz_alignr_epi32(0xffff, a, b, n)};
+        PYINVOLUTION_CASE(1)
+        PYINVOLUTION_CASE(2)
+        PYINVOLUTION_CASE(3)
+        PYINVOLUTION_CASE(4)
+        PYINVOLUTION_CASE(5)
+        PYINVOLUTION_CASE(6)
+        PYINVOLUTION_CASE(7)
+#undef PYINVOLUTION_CASE
+        default: break;
+      }
+    }
+#endif
+    Vector v;
+    for (int64_t i = 0; i < lanes; ++i)
+      v.value[i] = i + shift < lanes ? low.value[i + shift] : high.value[i + shift - lanes];
+    return v;
+  }
+
   // The first `count` lanes; the others are zero and their memory is not touched.
   static Vector load_first(const A* from, int64_t count) {
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
