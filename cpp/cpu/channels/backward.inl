@@ -23,7 +23,7 @@ constexpr int64_t phase_taps(int64_t width, int64_t stride, int64_t phase) {
 //
 // w and gy are zero where m - t is outside the row. This is a row of a forward pass with its taps in reverse.
 template <int Columns, int Stride, int Width, int Phase>
-void gather_block(int64_t width, const float* w, const float* gy, float* gx) {
+[[gnu::noinline]] void gather_block(int64_t width, const float* w, const float* gy, float* gx) {
   constexpr int tap = 1 - Stride * tile_pixels;
   const int64_t taps = phase_taps(width, Stride, Phase);
   V sum[Columns][block_vectors];
@@ -119,8 +119,8 @@ constexpr int max_taps = 7;
 
 // grad_W of Taps neighbouring taps at a vector of pixels: to[t] += sum over channels c of gy[c] * x[c][offset[t]].
 template <int Taps>
-void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel, const int64_t* offset,
-                       int64_t channels, bool add, float* to) {
+[[gnu::noinline]] void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel,
+                                         const int64_t* offset, int64_t channels, bool add, float* to) {
   V sum[Taps];
 #pragma GCC unroll 8
   for (int t = 0; t < Taps; ++t) sum[t] = add ? V::load(to + t * gradient_pitch) : V::zero();
@@ -137,8 +137,8 @@ void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int6
 // read vectors that are shifted by a column each, which are made of two in registers: loads across cache lines would take
 // longer than the multiply-adds.
 template <int Vectors, int Rows, int Stride, int Width>
-void grad_weight_rows(const float* gy, const float* x, int64_t x_row, int64_t x_channel, int64_t x_phase,
-                      int64_t channels, bool add, float* to) {
+[[gnu::noinline]] void grad_weight_rows(const float* gy, const float* x, int64_t x_row, int64_t x_channel,
+                                        int64_t x_phase, int64_t channels, bool add, float* to) {
   V sum[Rows][Width][Vectors];
 #pragma GCC unroll 3
   for (int i = 0; i < Rows; ++i)

@@ -74,15 +74,16 @@ template <int Columns, int Stride, int Taps, int tap>
 
 // The same for any number of taps.
 template <int Columns, int Stride, int tap>
-void add_long_row(V (&sum)[Columns][block_vectors], int64_t taps, const float* x, const float* w) {
+[[gnu::always_inline]] inline void add_long_row(V (&sum)[Columns][block_vectors], int64_t taps, const float* x,
+                                                const float* w) {
   for (; taps >= 3; taps -= 3, x += 3 * block_channels, w += 3 * tap) add_row<Columns, Stride, 3, tap>(sum, x, w);
   for (; taps > 0; --taps, x += block_channels, w += tap) add_row<Columns, Stride, 1, tap>(sum, x, w);
 }
 
-// A block of channels at Columns neighbouring pixels. Stride is that of a window without dilation, or 0: any window; and
+// A block of channels at Columns neighbouring pixels. Not inlined: GCC then keeps some of the sums in memory. Stride is that of a window without dilation, or 0: any window; and
 // Width its width, or 0.
 template <int Columns, int Stride, int Width>
-void apply_block(const ApplyParams& params, const float* x, const float* w, float* y, int64_t pixel) {
+[[gnu::noinline]] void apply_block(const ApplyParams& params, const float* x, const float* w, float* y, int64_t pixel) {
   V sum[Columns][block_vectors];
 #pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
