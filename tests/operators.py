@@ -23,6 +23,8 @@ from pyinvolution._library import _C
 ISAS = _C.available_isas()
 WITH_VECTORS = ("cpu/columns", "cpu/channels", "cpu/fused")
 """The variants that are compiled for each instruction set."""
+PAIRS_ISA = "avx512_bf16"
+"""The instruction set that multiplies pairs of bfloat16."""
 
 # --- who takes what ---------------------------------------------------------------------------------------------------
 
@@ -79,6 +81,16 @@ def cuda_fused(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
         in_tiles(case) and case.kernel == (7, 7) and dtype.itemsize == 2 and layout == "channels_last"
         and case.group_channels == 16 and case.reduced in range(16, 129, 16) and not small
     )  # fmt: skip
+
+
+def rounds_kernels(variant: str, dtype: torch.dtype, isa: str = "") -> bool:
+    """Whether a variant rounds the kernels that it computes (and in a layer the reduced channels) to ``dtype``.
+
+    What lies in memory is rounded, and so is what an instruction reads in that dtype: those for bfloat16 do. ``isa`` is
+    the current one if it is not given.
+    """
+    in_registers = variant == "cpu/fused" and not (dtype == torch.bfloat16 and (isa or _C.current_isa()) == PAIRS_ISA)
+    return not in_registers
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -152,13 +164,15 @@ class Operator:
         return results
 
     def expected(
-        self, case: Case, tensors: Sequence[Tensor], work: torch.dtype | None = None, variant: str = ""
+        self, case: Case, tensors: Sequence[Tensor], work: torch.dtype | None = None, rounded: bool = True
     ) -> dict[str, Tensor]:
-        """All results by composition on the CPU: in the dtype ``work``, or in the tensors' own with float32 sums."""
+        """All results by composition on the CPU: in the dtype ``work``, or in the tensors' own with float32 sums.
+
+        ``rounded``: intermediate results are kept in the tensors' dtype, see ``rounds_kernels``.
+        """
         dtype = tensors[0].dtype
         inner = work or (torch.float32 if dtype.itemsize == 2 else dtype)
-        # Convolutions and tensor cores take kernels in the tensors' dtype.
-        store = dtype if work is None and variant != "cpu/fused" else None
+        store = dtype if work is None and rounded else None
         function = partial(self.composed, case, store=store)
         tensors = [t.cpu() for t in tensors]
         results = (
@@ -168,7 +182,8 @@ class Operator:
         return {name: t.to(work or dtype) for name, t in zip(self.results, results, strict=True)}
 
     def assert_accurate(self, case: Case, tensors: Sequence[Tensor], actual: dict[str, Tensor], variant: str) -> None:
-        exact, same = self.expected(case, tensors, torch.float64), self.expected(case, tensors, variant=variant)
+        rounded = rounds_kernels(variant, tensors[0].dtype)
+        exact, same = self.expected(case, tensors, torch.float64), self.expected(case, tensors, rounded=rounded)
         self.compare(case, actual, exact, same, f"{variant}, strides {[t.stride() for t in tensors]}")
 
     def compare(
@@ -179,11 +194,11 @@ class Operator:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def problem(
-        self, case: Case, dtype: torch.dtype, layout: str, device: str, variant: str = ""
+        self, case: Case, dtype: torch.dtype, layout: str, device: str, rounded: bool = True
     ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Tensors, and what is expected in float64 and in their dtype; once for variants that are tested in turn."""
         tensors = self.tensors(case, dtype, layout, device)
-        return tensors, self.expected(case, tensors, torch.float64), self.expected(case, tensors, variant=variant)
+        return tensors, self.expected(case, tensors, torch.float64), self.expected(case, tensors, rounded=rounded)
 
     def cases_on(self, device: str) -> Sequence[Case]:
         return self.cases if device == "cpu" else (*self.cases, *self.cuda_cases)

@@ -12,15 +12,30 @@ namespace pyinvolution {
 // ask cpuid and, for the registers that the operating system must save, xgetbv). `baseline` is what the compiler
 // targets without flags (SSE2 on x86-64, NEON on Arm). Each has a file in cpp/cpu/instances and a line in
 // sources.cmake.
-#if defined(__x86_64__)
-#define PYINVOLUTION_ISAS(_)                                                                                     \
-  _(baseline, true)                                                                                              \
-  _(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))     \
-  _(avx512, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && \
-                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+//
+// The tests add a row, a model of AVX512-BF16 for any processor. It is the first one, so that only its name chooses it.
+#if defined(PYINVOLUTION_EMULATED_BF16_ISA)
+#define PYINVOLUTION_TEST_ISAS(_) _(emulated_bf16, true)
 #else
-#define PYINVOLUTION_ISAS(_) _(baseline, true)
+#define PYINVOLUTION_TEST_ISAS(_)
+#endif
+#if defined(__x86_64__)
+#define PYINVOLUTION_HAS_AVX2 \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+#define PYINVOLUTION_HAS_AVX512                                                                        \
+  (PYINVOLUTION_HAS_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#define PYINVOLUTION_HAS_AVX512_BF16 (PYINVOLUTION_HAS_AVX512 && __builtin_cpu_supports("avx512bf16"))
+#define PYINVOLUTION_ISAS(_)         \
+  PYINVOLUTION_TEST_ISAS(_)          \
+  _(baseline, true)                  \
+  _(avx2, PYINVOLUTION_HAS_AVX2)     \
+  _(avx512, PYINVOLUTION_HAS_AVX512) \
+  _(avx512_bf16, PYINVOLUTION_HAS_AVX512_BF16)
+#else
+#define PYINVOLUTION_ISAS(_) \
+  PYINVOLUTION_TEST_ISAS(_)  \
+  _(baseline, true)
 #endif
 
 enum class Isa : int {

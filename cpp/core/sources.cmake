@@ -13,6 +13,8 @@ function(pyinvolution_core_sources target)
     pyinvolution_instance(avx2 "-mavx2;-mfma;-mf16c")
     pyinvolution_instance(avx512
       "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
+    pyinvolution_instance(avx512_bf16
+      "-mavx512bf16;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
   endif()
   target_include_directories(${target} PUBLIC ${core}/../include PRIVATE ${core} ${core}/..)
   # A product and a sum may become one FMA: the vector variants count on it.

@@ -31,5 +31,14 @@ void with_count(int64_t n, const Body& body) {
   body(Count<Max>{});
 }
 
+// Calls body(Count<i>) for each i in 0 .. N - 1.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(body);
+    body(Count<N - 1>{});
+  }
+}
+
 }  // namespace
 }  // namespace pyinvolution::cpu

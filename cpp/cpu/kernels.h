@@ -13,6 +13,7 @@ struct BackwardTiling;
 
 struct CpuKernels {
   int64_t vector_bytes;
+  bool bfloat16_pairs;  // `channels` computes in bfloat16 by dot products of pairs
   void (*columns)(const ColumnsTiling&, int64_t task, void* scratch);
   // With `reduce` a task of the first round.
   void (*channels)(const ChannelsTiling&, bool reduce, int64_t task, void* scratch);

@@ -181,7 +181,7 @@ def force_variant(name: str) -> Iterator[None]:
 
 @contextmanager
 def override_isa(name: str) -> Iterator[None]:
-    """Within the context, CPU kernels use the instruction set ``name``: "baseline", "avx2" or "avx512".
+    """Within the context, CPU kernels use the instruction set ``name``: "baseline", "avx2", "avx512" or "avx512_bf16".
 
     The environment variable PYINVOLUTION_ISA does the same for a process.
 

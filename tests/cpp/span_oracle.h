@@ -3,6 +3,7 @@
 
 #include <thread>
 
+#include "../../cpp/cpu/kernels.h"
 #include "oracle.h"
 #include "pyinvolution/dispatch.h"
 
@@ -28,6 +29,15 @@ inline double worst_difference(const Tensor& result, const std::vector<double>& 
     worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
   }
   return worst;
+}
+
+// Whether the forward passes round W, and R in a layer, to bfloat16.
+inline bool rounds_kernels(DType dtype) { return dtype == DType::bf16 && cpu::current_kernels().bfloat16_pairs; }
+
+inline double as_bfloat16(double value) {
+  BFloat16 rounded;
+  store(float(value), &rounded);
+  return double(load(rounded));
 }
 
 // Runs and checks every pass that the fused variant supports.
@@ -72,7 +82,10 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
         for (int64_t q = 0; q < reduced; ++q) sum += s.get(k * reduced + q) * r.get((n * reduced + q) * pixels + v);
         w.set((n * rows + k) * pixels + v, sum);
       }
-  const std::vector<double> y_want = expect(p, Pass::forward, x, w, y).value;
+  Tensor rounded(DType::f64, w.sizes, w.strides);
+  for (int64_t i = 0, n = w.count(); i < n; ++i)
+    rounded.set(i, rounds_kernels(dtype) ? as_bfloat16(w.get(i)) : w.get(i));
+  const std::vector<double> y_want = expect(p, Pass::forward, x, rounded, y).value;
   const std::vector<double> gx_want = expect(p, Pass::grad_input, gx, w, gy).value;
   const std::vector<double> gw = expect(p, Pass::grad_weight, x, w, gy).value;
   std::vector<double> gr_want(size_t(r.count())), gs_want(size_t(s.count())), gb_want((size_t(rows)));

@@ -86,7 +86,9 @@ void layer_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, 
   const int64_t rows = span.span_rows(), pixels = p.out_h * p.out_w;
   const std::vector<int64_t> r_sizes{shape.n, reduced, p.out_h, p.out_w}, y_sizes{shape.n, shape.c, p.out_h, p.out_w};
   Tensor x(dtype, {shape.n, shape.c, shape.h, shape.w}, strides.x), y(dtype, y_sizes, strides.y);
-  Tensor r(DType::f32, r_sizes, strides_in_order(r_sizes, {0, 1, 2, 3})), want(DType::f32, y_sizes, strides.y);
+  // W is not rounded in between, or R is, too.
+  const DType inner = rounds_kernels(dtype) ? dtype : DType::f32;
+  Tensor r(inner, r_sizes, strides_in_order(r_sizes, {0, 1, 2, 3})), want(inner, y_sizes, strides.y);
   Tensor a(dtype, {reduced, shape.c},
            layout == Layout::gapped ? std::vector<int64_t>{1, reduced} : std::vector<int64_t>{shape.c, 1});
   Tensor a_bias(dtype, {reduced}, {1}), s(dtype, {rows, reduced}, {reduced, 1});
@@ -100,23 +102,24 @@ void layer_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, 
       const int64_t high = std::min(shape.sh, shape.h - h), wide = std::min(shape.sw, shape.w - q);
       for (int64_t k = 0; k < reduced; ++k) {
         double sum = a_bias.get(k);
-        for (int64_t c = 0; c < shape.c; ++c)
+        for (int64_t c = 0; c < shape.c; ++c) {
+          double mean = 0;
           for (int64_t i = 0; i < high * wide; ++i)
-            sum += a.get(k * shape.c + c) / double(high * wide) *
-                   x.get(((n * shape.c + c) * shape.h + h + i / wide) * shape.w + q + i % wide);
+            mean += x.get(((n * shape.c + c) * shape.h + h + i / wide) * shape.w + q + i % wide) / double(high * wide);
+          sum += a.get(k * shape.c + c) * (rounds_kernels(dtype) ? as_bfloat16(mean) : mean);
+        }
         r.set((n * reduced + k) * pixels + v, std::max(0.0, sum));
       }
     }
-  Tensor x32(DType::f32, {shape.n, shape.c, shape.h, shape.w}, strides.x),
-      s32(DType::f32, {rows, reduced}, {reduced, 1});
-  for (int64_t i = 0; i < x.count(); ++i) x32.set(i, x.get(i));
-  for (int64_t i = 0; i < s.count(); ++i) s32.set(i, s.get(i));
+  Tensor inner_x(inner, {shape.n, shape.c, shape.h, shape.w}, strides.x), inner_s(inner, {rows, reduced}, {reduced, 1});
+  for (int64_t i = 0; i < x.count(); ++i) inner_x.set(i, x.get(i));
+  for (int64_t i = 0; i < s.count(); ++i) inner_s.set(i, s.get(i));
   std::copy_n(r.strides.begin(), 4, span.reduced_stride);
   std::copy_n(s.strides.begin(), 2, span.span_stride);
   std::copy_n(a.strides.begin(), 2, span.reduce_stride);
   SpanBuffers buffers{};
-  buffers.x = x32.data(), buffers.reduced = r.data(), buffers.span = s32.data(), buffers.y = want.data();
-  p.dtype = DType::f32;
+  buffers.x = inner_x.data(), buffers.reduced = r.data(), buffers.span = inner_s.data(), buffers.y = want.data();
+  p.dtype = inner;
   if (cpu::fused_refusal(span, SpanOp::forward)) return;
   cpu::fused_run(span, SpanOp::forward, buffers, {});
   p.dtype = dtype;

@@ -4,10 +4,10 @@
 #include <cstring>
 
 #include "cpu/channels/packing.h"
+#include "cpu/channels/strip.h"
 #include "cpu/channels/tiling.h"
 #include "cpu/simd/dtype.h"
 #include "cpu/simd/gemm.h"
-#include "cpu/simd/prefetch.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -163,51 +163,37 @@ Apply apply_for(const Problem& p) {
 
 // --- a task ----------------------------------------------------------------------------------------------------------
 
-// Consecutive pixels of some rows of the strip: pixel i is at row + i / columns, column + i % columns.
-struct Tile {
-  int64_t row, rows, column, columns;
-  int64_t pixels() const { return rows * columns; }
-};
-
 template <class T>
-struct ChannelsRun {
-  const ChannelsTiling& tiling;
-  const SpanProblem& span;
-  const Problem& p;
-  int64_t n, begin, end;        // rows of the strip
-  int64_t first_group, groups;  // of the chunk, up to `groups`
-  float* memory;
+struct ChannelsRun : StripTask<T, ChannelsRun<T>> {
+  using Base = StripTask<T, ChannelsRun<T>>;
+  using Base::begin, Base::block_floats, Base::channels_of, Base::end, Base::epilogue_of, Base::first_channel,
+      Base::memory, Base::n, Base::p, Base::pool, Base::span, Base::tiling;
+  const Apply apply;
+  const ApplyParams window;
+  const float* rows = nullptr;  // of S, [tap][r]
+  int64_t pitch = 0;
 
   ChannelsRun(const ChannelsTiling& channels, int64_t n_and_strip, int64_t chunk, void* scratch)
-      : tiling(channels), span(channels.problem), p(channels.problem.involution), memory(static_cast<float*>(scratch)) {
-    begin = n_and_strip % tiling.strips * tiling.height;
-    end = min(begin + tiling.height, p.out_h);
-    n = n_and_strip / tiling.strips;
-    first_group = p.groups * chunk / tiling.chunks;
-    groups = p.groups * (chunk + 1) / tiling.chunks;
-  }
+      : Base(channels, n_and_strip, chunk, scratch),
+        apply(apply_for(p)),
+        window{p.kernel_h,
+               p.kernel_w,
+               p.dilation_h * tiling.packed_columns * block_channels,
+               p.dilation_w * block_channels,
+               p.stride_w * block_channels,
+               nullptr,
+               nullptr,
+               span.relu} {}
 
-  template <class Body>
-  void for_each_tile(const Body& body) const {
-    int64_t index = 0;
-    for (int64_t row = begin; row < end; row += tiling.tile_rows)
-      for (int64_t column = 0; column < p.out_w; column += tiling.tile_columns)
-        body(Tile{row, min(tiling.tile_rows, end - row), column, min(tiling.tile_columns, p.out_w - column)}, index++);
-  }
-
-  int64_t block_floats() const { return tiling.packed_rows * tiling.packed_columns * block_channels; }
-  int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
-
-  // The rows of X that the strip reads, a block of channels of group g.
-  void pack_input(int64_t g, int64_t block, float* to) const {
+  // Rows [from_row, to_row) of the strip of X, a block of channels of group g.
+  void pack_input(int64_t g, int64_t block, int64_t from_row, int64_t to_row) const {
     const int64_t channels = channels_of(block), row_floats = tiling.packed_columns * block_channels;
+    float* to = memory + block * block_floats() + from_row * row_floats;
     const int64_t channel = p.x_stride[1], column = p.x_stride[3];
-    const T* image = static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] +
-                     (g * p.group_channels() + block * block_channels) * channel;
+    const T* image = static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * channel;
     const int64_t first = min(p.padding_w, tiling.packed_columns);
     const int64_t last = first + min(p.in_w, tiling.packed_columns - first);
-    const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
-    for (int64_t r = 0; r < rows; ++r, to += row_floats) {
+    for (int64_t r = from_row; r < to_row; ++r, to += row_floats) {
       const int64_t h = begin * p.stride_h - p.padding_h + r;
       if (h < 0 || h >= p.in_h || first == last) {
         std::memset(to, 0, size_t(row_floats) * sizeof(float));
@@ -222,17 +208,11 @@ struct ChannelsRun {
     }
   }
 
-  void apply_tile(const Tile& tile, int64_t g, int64_t block, const Apply apply, ApplyParams params) const {
-    const int64_t channels = channels_of(block), first = g * p.group_channels() + block * block_channels;
-    float epilogue[2 * block_channels] = {};
-    if (span.epilogue) {
-      for (int64_t c = 0; c < channels; ++c) {
-        epilogue[c] = static_cast<const float*>(tiling.buffers.scale)[first + c];
-        epilogue[block_channels + c] = static_cast<const float*>(tiling.buffers.shift)[first + c];
-      }
-      params.scale = epilogue;
-      params.shift = epilogue + block_channels;
-    }
+  void apply_tile(const Tile& tile, int64_t g, int64_t block) const {
+    const int64_t channels = channels_of(block), first = first_channel(g, block);
+    const Epilogue epilogue = span.epilogue ? epilogue_of(first, channels) : Epilogue{};
+    ApplyParams params = window;
+    if (span.epilogue) params.scale = epilogue.scale, params.shift = epilogue.shift;
     const float* packed = memory + block * block_floats();
     const float* weights = memory + tiling.weights_at;
     float* result = memory + tiling.result_at;
@@ -254,41 +234,23 @@ struct ChannelsRun {
     }
   }
 
-  // --- the reduction of a layer
+  void pack_reduced(const Tile& tile, float* to) const {
+    const T* from = static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] +
+                    tile.row * span.reduced_stride[2] + tile.column * span.reduced_stride[3];
+    pack_pixels(from, span.reduced_stride, span.reduced, tile.rows, tile.columns, to, memory + tiling.staging_at);
+  }
 
-  // Means of X over the cells of a tile as [pixel][c].
-  void pool(const Tile& tile, float* to) const {
-    const int64_t channel = p.x_stride[1], column = p.x_stride[3];
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t h = (tile.row + r) * p.stride_h, high = min(p.stride_h, p.in_h - h);
-      const T* row = static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] + h * p.x_stride[2];
-      if (channel != 1 && column == 1 && p.stride_h == 1 && p.stride_w == 1) {
-        transpose_into(row + tile.column, channel, p.channels, column, tile.columns, to, p.channels,
-                       memory + tiling.staging_at);
-        to += tile.columns * p.channels;
-        continue;
-      }
-      for (int64_t v = 0; v < tile.columns; ++v, to += p.channels) {
-        const int64_t q = (tile.column + v) * p.stride_w, wide = min(p.stride_w, p.in_w - q);
-        const T* from = row + q * column;
-        if (channel == 1) {
-          for (int64_t c = 0; c < p.channels; ++c) to[c] = load(from[c]);
-          for (int64_t i = 1; i < high * wide; ++i) {
-            const T* other = from + i / wide * p.x_stride[2] + i % wide * column;
-            for (int64_t c = 0; c < p.channels; ++c) to[c] += load(other[c]);
-          }
-        } else {
-          for (int64_t c = 0; c < p.channels; ++c, from += channel) {
-            float sum = 0;
-            for (int64_t i = 0; i < high; ++i)
-              for (int64_t j = 0; j < wide; ++j) sum += load(from[i * p.x_stride[2] + j * column]);
-            to[c] = sum;
-          }
-        }
-        if (high * wide > 1)
-          for (int64_t c = 0; c < p.channels; ++c) to[c] /= float(high * wide);
-      }
-    }
+  void start_group(int64_t g) { rows = span_rows<T>(span, tiling.buffers, g, memory + tiling.span_at, &pitch); }
+
+  void compute_weights(const Tile& tile, const float* reduced) const {
+    multiply({rows, pitch, 1}, p.taps(), {reduced, V::lanes * span.reduced, V::lanes},
+             (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + tiling.bias_at,
+             memory + tiling.weights_at, tile_pixels);
+  }
+
+  void load_weights(const Tile& tile, int64_t g) const {
+    cpu::load_weights(weights_of<T>(p, tiling.w, n, g, tile.row, tile.column), p, tile.rows, tile.columns,
+                      memory + tiling.weights_at, memory + tiling.staging_at);
   }
 
   // A slice of R at a tile, in the order of pack_pixels. The rows of the product are pixels, broadcast from where they
@@ -330,82 +292,12 @@ struct ChannelsRun {
       }
     }
   }
-
-  int64_t tile_index(int64_t index) const { return (n * tiling.strips + begin / tiling.height) * tiling.tiles + index; }
-
-  void reduce_shared(int64_t wanted, int64_t slice) const {
-    for_each_tile([&](const Tile& tile, int64_t index) {
-      if (index == wanted) reduce(tile, slice, tiling.shared + tile_index(index) * tiling.tile_floats);
-    });
-  }
-
-  void forward() const {
-    const bool fused = span.reduced > 0;
-    const float* reduced = memory + tiling.reduced_at;
-    if (tiling.shared != nullptr) {
-      reduced = tiling.shared + tile_index(0) * tiling.tile_floats;
-    } else if (fused) {
-      for_each_tile([&](const Tile& tile, int64_t index) {
-        float* to = memory + tiling.reduced_at + index * tiling.tile_floats;
-        if (tiling.layer) {
-          for (int64_t slice = 0; slice < tiling.slices; ++slice) reduce(tile, slice, to);
-          return;
-        }
-        const T* from = static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] +
-                        tile.row * span.reduced_stride[2] + tile.column * span.reduced_stride[3];
-        pack_pixels(from, span.reduced_stride, span.reduced, tile.rows, tile.columns, to, memory + tiling.staging_at);
-      });
-    }
-    const Apply apply = apply_for(p);
-    const ApplyParams params{p.kernel_h,
-                             p.kernel_w,
-                             p.dilation_h * tiling.packed_columns * block_channels,
-                             p.dilation_w * block_channels,
-                             p.stride_w * block_channels,
-                             nullptr,
-                             nullptr,
-                             span.relu};
-    for (int64_t g = first_group; g < groups; ++g) {
-      for (int64_t block = 0; block < tiling.blocks; ++block) pack_input(g, block, memory + block * block_floats());
-      int64_t pitch = 0;
-      const float* rows = nullptr;
-      if (fused) {
-        rows = span_rows<T>(span, tiling.buffers, g, memory + tiling.span_at, &pitch);
-        load_bias<T>(span, tiling.buffers, g, memory + tiling.bias_at);
-        // The parameters of a network do not stay in the cache from one inference to the next.
-        if (g + 1 < groups && span.span_stride[1] == 1)
-          prefetch_runs(span_row<T>(span, tiling.buffers, (g + 1) * p.taps()), p.taps(), span.span_stride[0],
-                        span.reduced);
-      }
-      for_each_tile([&](const Tile& tile, int64_t index) {
-        float* weights = memory + tiling.weights_at;
-        if (fused)
-          multiply(
-              {rows, pitch, 1}, p.taps(), {reduced + index * tiling.tile_floats, V::lanes * span.reduced, V::lanes},
-              (tile.pixels() + V::lanes - 1) / V::lanes, span.reduced, memory + tiling.bias_at, weights, tile_pixels);
-        else
-          load_weights(weights_of<T>(p, tiling.w, n, g, tile.row, tile.column), p, tile.rows, tile.columns, weights,
-                       memory + tiling.staging_at);
-        for (int64_t block = 0; block < tiling.blocks; ++block) apply_tile(tile, g, block, apply, params);
-      });
-    }
-  }
 };
-
-template <class T>
-void run_channels_task(const ChannelsTiling& tiling, bool reduce, int64_t task, void* scratch) {
-  const int64_t units = reduce ? tiling.tiles * tiling.slices : tiling.chunks;
-  const ChannelsRun<T> run(tiling, task / units, reduce ? 0 : task % units, scratch);
-  if (reduce)
-    run.reduce_shared(task % units / tiling.slices, task % tiling.slices);
-  else
-    run.forward();
-}
 
 void channels_task(const ChannelsTiling& tiling, bool reduce, int64_t task, void* scratch) {
   dispatch(tiling.problem.involution.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (is_float<Accumulator<T>>) run_channels_task<T>(tiling, reduce, task, scratch);
+    if constexpr (is_float<Accumulator<T>>) run_strip_task<ChannelsRun<T>>(tiling, reduce, task, scratch);
   });
 }
 

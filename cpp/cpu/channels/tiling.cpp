@@ -1,6 +1,7 @@
 #include "cpu/channels/tiling.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/arithmetic.h"
 #include "cpu/tasks.h"
@@ -12,6 +13,9 @@ namespace {
 constexpr int64_t strip_bytes = 128 * 1024;
 // A strip of fewer pixels packs more halo than it saves.
 constexpr int64_t min_strip_pixels = 224;
+
+// Pixels past the last vector of a tile up to which each is computed on its own, from pairs of bfloat16.
+constexpr int64_t max_last_pixels = 1;
 
 // Backward splits the work into parts x chunks. More of them occupy more threads, but each keeps private partial sums:
 // their total is capped at half as many floats as W has elements, but not below min_sums and not above max_sums.
@@ -35,13 +39,14 @@ double strip_input_bytes(const Problem& p, int64_t height) {
 }
 
 ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w,
-                                    int64_t vector_bytes, int threads) {
+                                    int64_t vector_bytes, bool pairs, int threads) {
   const Problem& p = problem.involution;
   ChannelsTiling tiling{};
   tiling.problem = problem;
   tiling.buffers = buffers;
   tiling.w = w;
-  tiling.lanes = vector_bytes / 4;
+  tiling.pairs = pairs;
+  tiling.lanes = pairs ? block_channels : vector_bytes / 4;
   tiling.blocks = blocks_of(p);
   tiling.packed_columns = packed_columns(p);
   tiling.tile_columns = ceil_div(p.out_w, ceil_div(p.out_w, tile_pixels));
@@ -51,18 +56,25 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
   const int64_t max_strips = std::max<int64_t>(1, p.out_h * p.out_w / min_strip_pixels);
   int64_t strips = std::min(ceil_div(wanted, p.batch), max_strips);
   tiling.height = ceil_div(p.out_h, strips);
+  const int64_t depth = pairs ? ceil_div(problem.reduced, 2) : problem.reduced;
   const auto fits = [&](int64_t height) {
-    return strip_input_bytes(p, height) <= strip_bytes && height * p.out_w * problem.reduced * 4 <= strip_bytes;
+    return strip_input_bytes(p, height) <= strip_bytes && height * p.out_w * depth * 4 <= strip_bytes;
   };
   while (tiling.height > 1 && !fits(tiling.height)) tiling.height = ceil_div(p.out_h, ++strips);
   if (tiling.height > tiling.tile_rows) tiling.height = tiling.height / tiling.tile_rows * tiling.tile_rows;
   tiling.strips = ceil_div(p.out_h, tiling.height);
   tiling.tile_rows = std::min(tiling.tile_rows, tiling.height);
   tiling.chunks = std::min(p.groups, ceil_div(wanted, p.batch * tiling.strips));
-  tiling.packed_rows = packed_rows(p, tiling.height);
+  // Tap row i of output row o reads row o * stride + i * dilation; pairs begin at even i.
+  tiling.packed_step = pairs ? std::gcd(p.stride_h, p.kernel_h > 2 ? 2 * p.dilation_h : 0) : 1;
+  tiling.packed_rows = ceil_div(packed_rows(p, tiling.height), tiling.packed_step);
   tiling.vectors = ceil_div(tiling.tile_rows * tiling.tile_columns, tiling.lanes);
   tiling.tiles = ceil_div(tiling.height, tiling.tile_rows) * ceil_div(p.out_w, tiling.tile_columns);
-  tiling.tile_floats = tiling.vectors * tiling.lanes * problem.reduced;
+  tiling.tile_floats = tiling.vectors * tiling.lanes * depth;
+  if (pairs && depth >= 2 * tiling.lanes && depth % tiling.lanes == 0) {
+    tiling.last_pixels = max_last_pixels;
+    tiling.tile_floats += max_last_pixels * depth;
+  }
 
   tiling.layer = buffers.reduce != nullptr;
   if (tiling.layer) {
@@ -88,9 +100,11 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.weights_at = take(p.taps() * tile_pixels + tiling.lanes);
   tiling.result_at = take(tile_pixels * block_channels);
   if (tiling.layer) {
-    tiling.reduce_at = take(p.channels * tiling.slice_vectors * tiling.lanes);
-    tiling.pooled_at = take(tile_pixels * p.channels);
-    tiling.dense_at = take((tile_pixels + tiling.lanes) * tiling.slice_vectors * tiling.lanes);
+    const int64_t slice = tiling.slice_vectors * tiling.lanes;
+    tiling.reduce_at = take(round_up(p.channels, 2) * slice);
+    tiling.pooled_at = take(tile_pixels * round_up(p.channels, 2));
+    tiling.dense_at =
+        take(pairs ? slice + tile_pixels * p.channels / 2 + tile_pixels : (tile_pixels + tiling.lanes) * slice);
   }
   // Rows on their way from one type or order to another.
   tiling.staging_at =

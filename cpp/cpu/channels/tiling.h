@@ -38,6 +38,10 @@ struct ChannelsTiling {
   SpanBuffers buffers;
   const void* w;
 
+  // The loops of forward_pairs.inl, with R as pairs: half as many as floats, and of up to last_pixels pixels past the
+  // last whole vector of a tile once more, each on its own.
+  bool pairs;
+  int64_t last_pixels;
   int64_t lanes;
   int64_t blocks;  // of a group
   int64_t height;  // rows of a strip
@@ -49,6 +53,7 @@ struct ChannelsTiling {
   int64_t tile_columns;
 
   int64_t packed_rows;     // of a strip of X
+  int64_t packed_step;     // from one to the next in X; not 1 where pairs of tap rows begin at no row between them
   int64_t packed_columns;  // of a row
   int64_t vectors;         // of pixels in a tile
   int64_t tiles;           // of a strip
@@ -66,9 +71,9 @@ struct ChannelsTiling {
   int64_t scratch_bytes;
 };
 
-// The tiling of a forward pass for vectors of `vector_bytes`.
+// The tiling of a forward pass for vectors of `vector_bytes`, or for pairs of bfloat16.
 ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes,
-                                    int threads);
+                                    bool pairs, int threads);
 
 // Backward: a task is some strips of images (a part) and some groups (a chunk). Each part has its own sums of grad_S
 // and grad_b and each chunk its own of grad_R; a second round of tasks adds them up. The numbers of parts and chunks

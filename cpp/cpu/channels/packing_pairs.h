@@ -1,0 +1,175 @@
+// Copies of bfloat16 tensors as pairs, in the order that forward_pairs.inl reads. Compiled with the instruction set of
+// the including file.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/channels/packing.h"
+#include "cpu/simd/pairs_gemm.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// Pairs of elements of two rows, of which either may be missing and counts as zeros.
+struct TwoRows {
+  const BFloat16 *low, *high;
+  uint32_t mask;
+
+  TwoRows(const BFloat16* one, const BFloat16* other)
+      : low(one != nullptr ? one : other),
+        high(other != nullptr ? other : one),
+        mask((one != nullptr ? 0xffffu : 0) | (other != nullptr ? 0xffff0000u : 0)) {}
+  TwoRows operator+(int64_t offset) const { return TwoRows(low + offset, high + offset, mask); }
+
+  [[gnu::always_inline]] void copy(int64_t at, Pair* to) const {
+    const uint32_t bits = (low[at].bits | uint32_t{high[at].bits} << 16) & mask;
+    std::memcpy(to, &bits, sizeof bits);
+  }
+  template <int Lanes>
+  [[gnu::always_inline]] void copy_vector(int64_t at, Pair* to) const {
+    Pairs<Lanes> pairs = Pairs<Lanes>::interleave(low + at, high + at);
+    pairs.bits &= mask;
+    pairs.store(to);
+  }
+  // `count` neighbours. The last vector overlaps the one before it.
+  void copy_run(int64_t count, Pair* to) const {
+    if (count >= 16) {
+      for (int64_t i = 0; i < count; i += 16) {
+        const int64_t at = min(i, count - 16);
+        copy_vector<16>(at, to + at);
+      }
+    } else if (count >= 8) {
+      copy_vector<8>(0, to);
+      copy_vector<8>(count - 8, to + count - 8);
+    } else {
+      for (int64_t i = 0; i < count; ++i) copy(i, to + i);
+    }
+  }
+
+ private:
+  TwoRows(const BFloat16* one, const BFloat16* other, uint32_t halves) : low(one), high(other), mask(halves) {}
+};
+
+// Dwords `from_pitch` and `to_pitch` apart as to[column][row].
+inline void transpose_pairs(const Pair* from, int64_t from_pitch, int64_t rows, int64_t columns, Pair* to,
+                            int64_t to_pitch) {
+  transpose(reinterpret_cast<const float*>(from), from_pitch, rows, columns, reinterpret_cast<float*>(to), to_pitch);
+}
+
+// Two rows of X at a run of pixels as [pixel][16]; missing channels are zero-filled up to the lanes that are read.
+// `staging` holds tile_pixels * 16 pairs.
+inline void load_pixel_pairs(const TwoRows from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel,
+                             Pair* to, Pair* staging) {
+  if (channel == 1 && channels == block_channels) {
+    for (int64_t v = 0; v < pixels; ++v) from.copy_vector<16>(v * pixel, to + v * block_channels);
+  } else if (channel == 1 && channels == block_channels / 2) {
+    for (int64_t v = 0; v < pixels; ++v) from.copy_vector<8>(v * pixel, to + v * block_channels);
+  } else {
+    if (channels < block_channels) std::memset(to, 0, size_t(pixels * block_channels) * sizeof(Pair));
+    if (pixel == 1 && channel != 1) {
+      for (int64_t first = 0; first < pixels; first += tile_pixels) {
+        const int64_t run = min(tile_pixels, pixels - first);
+        for (int64_t c = 0; c < channels; ++c) (from + (c * channel + first)).copy_run(run, staging + c * tile_pixels);
+        transpose_pairs(staging, tile_pixels, channels, run, to + first * block_channels, block_channels);
+      }
+    } else {
+      for (int64_t v = 0; v < pixels; ++v)
+        for (int64_t c = 0; c < channels; ++c) from.copy(v * pixel + c * channel, to + v * block_channels + c);
+    }
+  }
+}
+
+// Pairs of channels at rows x columns pixels as [vector of pixels][pair][lane]. Lanes past the last pixel are zero, as
+// is the partner of an odd channel. `stride` has those of n, c, h and w.
+inline void pack_channel_pairs(const BFloat16* from, const int64_t (&stride)[4], int64_t channels, int64_t rows,
+                               int64_t columns, Pair* to) {
+  const int64_t pixels = rows * columns, depth = ceil_div(channels, 2), channel = stride[1], column = stride[3];
+  const bool in_pairs = channel == 1 && channels % 2 == 0 && column % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(from) % sizeof(Pair) == 0 && (rows == 1 || stride[2] % 2 == 0);
+  for (int64_t at = 0; at < pixels; at += pair_lanes, to += pair_lanes * depth) {
+    const int64_t count = min(pair_lanes, pixels - at);
+    if (count < pair_lanes) std::memset(to, 0, size_t(pair_lanes * depth) * sizeof(Pair));
+    // Runs of pixels in one row.
+    for (int64_t lane = 0; lane < count;) {
+      const int64_t row = (at + lane) / columns, first = (at + lane) % columns;
+      const int64_t run = min(count - lane, columns - first);
+      const BFloat16* source = from + row * stride[2] + first * column;
+      if (in_pairs) {
+        transpose_pairs(reinterpret_cast<const Pair*>(source), column / 2, run, depth, to + lane, pair_lanes);
+      } else {
+        for (int64_t k = 0; k < depth; ++k) {
+          const BFloat16* low = source + 2 * k * channel;
+          const TwoRows both(low, 2 * k + 1 < channels ? low + channel : nullptr);
+          Pair* target = to + k * pair_lanes + lane;
+          if (column == 1)
+            both.copy_run(run, target);
+          else
+            for (int64_t i = 0; i < run; ++i) both.copy(i * column, target + i);
+        }
+      }
+      lane += run;
+    }
+  }
+}
+
+// Rows whose neighbours are pairs: in place where they are neighbours in memory and their number is even, else copied
+// to `to`, an odd one with a zero. `pitch` is set to the elements from one row to the next.
+inline const BFloat16* rows_in_pairs(const BFloat16* from, int64_t row, int64_t column, int64_t rows, int64_t columns,
+                                     BFloat16* to, int64_t* pitch) {
+  if (column == 1 && columns % 2 == 0) {
+    *pitch = row;
+    return from;
+  }
+  *pitch = round_up(columns, 2);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < *pitch; ++c) to[r * *pitch + c] = c < columns ? from[r * row + c * column] : BFloat16{0};
+  return to;
+}
+
+// W at rows x columns pixels as [pair of tap rows][tap column][pixel]; the partner of an odd row is zero. `staging`
+// holds 16 pairs for each pair of taps.
+inline void load_weight_pairs(const BFloat16* from, const Problem& p, int64_t rows, int64_t columns, Pair* to,
+                              Pair* staging) {
+  const int64_t pixel = p.w_stride[5], tap_row = p.w_stride[2], tap_column = p.w_stride[3];
+  const bool one_run = rows == 1 || p.w_stride[4] == columns * pixel;
+  const int64_t runs = one_run ? 1 : rows, run = rows * columns / runs;
+  const int64_t pair_rows = ceil_div(p.kernel_h, 2), pairs = pair_rows * p.kernel_w;
+  const auto taps_of = [&](const BFloat16* source, int64_t i) {
+    const BFloat16* low = source + 2 * i * tap_row;
+    return TwoRows(low, 2 * i + 1 < p.kernel_h ? low + tap_row : nullptr);
+  };
+  for (int64_t r = 0; r < runs; ++r, to += run) {
+    const BFloat16* source = from + r * p.w_stride[4];
+    if (pixel != 1 && tap_column == 1) {
+      for (int64_t first = 0; first < run; first += block_channels) {
+        const int64_t count = min(block_channels, run - first);
+        for (int64_t v = 0; v < count; ++v) {
+          const BFloat16* taps = source + (first + v) * pixel;
+          Pair* target = staging + v * pairs;
+          // A whole vector reads into the next pixel, and what it writes too much is overwritten.
+          const bool whole = p.kernel_w <= 8 && first + v + 1 < run && pixel >= 8;
+          for (int64_t i = 0; i < pair_rows; ++i, target += p.kernel_w)
+            if (whole)
+              taps_of(taps, i).copy_vector<8>(0, target);
+            else
+              taps_of(taps, i).copy_run(p.kernel_w, target);
+        }
+        transpose_pairs(staging, pairs, count, pairs, to + first, tile_pixels);
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < pair_rows; ++i)
+      for (int64_t j = 0; j < p.kernel_w; ++j) {
+        const TwoRows taps = taps_of(source + j * tap_column, i);
+        Pair* target = to + (i * p.kernel_w + j) * tile_pixels;
+        if (pixel == 1)
+          taps.copy_run(run, target);
+        else
+          for (int64_t v = 0; v < run; ++v) taps.copy(v * pixel, target + v);
+      }
+  }
+}
+
+}  // namespace
+}  // namespace pyinvolution::cpu

@@ -1,0 +1,31 @@
+// The loops over pairs of bfloat16 with the instruction set of the including file, which defines
+//
+//   KERNELS        the name of the table
+//   OTHER_KERNELS  that of the table whose loops do everything else
+//   VECTOR_BYTES   of a vector of the latter
+//
+// What kernels.inl says of names and their linkage holds here, too.
+#include "cpu/channels/forward_pairs.inl"
+#include "cpu/kernels.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+void columns_task(const ColumnsTiling& tiling, int64_t task, void* scratch) {
+  OTHER_KERNELS.columns(tiling, task, scratch);
+}
+void channels_task(const ChannelsTiling& tiling, bool reduce, int64_t task, void* scratch) {
+  if (tiling.pairs)
+    run_strip_task<PairsRun>(tiling, reduce, task, scratch);
+  else
+    OTHER_KERNELS.channels(tiling, reduce, task, scratch);
+}
+void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
+  OTHER_KERNELS.backward(tiling, finish, task, scratch);
+}
+
+}  // namespace
+
+constexpr CpuKernels KERNELS = {VECTOR_BYTES, true, columns_task, channels_task, backward_task};
+
+}  // namespace pyinvolution::cpu

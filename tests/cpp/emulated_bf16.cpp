@@ -1,0 +1,6 @@
+// The loops of avx512_bf16 with a scalar model of its instructions, for any processor.
+#define PYINVOLUTION_EMULATED_BF16
+#define KERNELS emulated_bf16_kernels
+#define OTHER_KERNELS baseline_kernels
+#define VECTOR_BYTES 16
+#include "cpu/instances/pairs.inl"
