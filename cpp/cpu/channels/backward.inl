@@ -12,34 +12,32 @@
 namespace pyinvolution::cpu {
 namespace {
 
+// How many taps of a row of `width` serve the columns of a phase.
+constexpr int64_t phase_taps(int64_t width, int64_t stride, int64_t phase) {
+  return (width - phase + stride - 1) / stride;
+}
+
 // grad_X at Columns neighbouring columns q = Stride m + Phase - padding of a row, from a row of taps:
 //
 //   gx[m] += sum over t of  w[Phase + Stride t][m - t] * gy[m - t]
 //
-// w and gy are zero where m - t is outside the row.
+// w and gy are zero where m - t is outside the row. This is a row of a forward pass with its taps in reverse.
 template <int Columns, int Stride, int Width, int Phase>
-void gather_block(const float* w, const float* gy, float* gx) {
-  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
+[[gnu::noinline]] void gather_block(int64_t width, const float* w, const float* gy, float* gx) {
+  constexpr int tap = 1 - Stride * tile_pixels;
+  const int64_t taps = phase_taps(width, Stride, Phase);
   V sum[Columns][block_vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) sum[c][v] = V::load(gx + c * Stride * block_channels + v * V::lanes);
-#pragma GCC unroll 32
-  for (int p = 1 - taps; p < Columns; ++p) {
-    V at[block_vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + p * block_channels + v * V::lanes);
-#pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) {
-      const int t = c - p;
-      if (t < 0 || t >= taps) continue;
-      const float weight = w[(Phase + Stride * t) * tile_pixels + p];
-#pragma GCC unroll 4
-      for (int v = 0; v < block_vectors; ++v) sum[c][v].add_product(at[v], weight);
-    }
-  }
-#pragma GCC unroll 8
+  w += Phase * tile_pixels - (taps - 1) * tap;
+  gy -= (taps - 1) * block_channels;
+  if constexpr (Width > 0)
+    add_row<Columns, 1, phase_taps(Width, Stride, Phase), tap>(sum, gy, w);
+  else
+    add_long_row<Columns, 1, tap>(sum, taps, gy, w);
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) sum[c][v].store(gx + c * Stride * block_channels + v * V::lanes);
@@ -49,8 +47,8 @@ void gather_block(const float* w, const float* gy, float* gx) {
 // output. gx is the row of X; w and gy are at the tile's first pixel.
 template <int Stride, int Width, int Phase>
 void gather_phase(const Problem& p, const float* w, const float* gy, int64_t first, int64_t pixels, float* gx) {
-  constexpr int taps = (Width - Phase + Stride - 1) / Stride;
-  if constexpr (taps > 0) {
+  const int64_t width = Width > 0 ? Width : p.kernel_w, taps = phase_taps(width, Stride, Phase);
+  if (taps > 0) {
     // m from the first pixel to the last one at its last tap, as far as the column is inside.
     int64_t begin = first, end = first + pixels - 1 + taps;
     const int64_t left = (p.padding_w - Phase + Stride - 1) / Stride;
@@ -63,7 +61,7 @@ void gather_phase(const Problem& p, const float* w, const float* gy, int64_t fir
       const int64_t m = begin + columns * b / count;
       with_count<max_columns>(begin + columns * (b + 1) / count - m, [&](auto n) {
         gather_block<decltype(n)::value, Stride, Width, Phase>(
-            w + (m - first), gy + (m - first) * block_channels,
+            width, w + (m - first), gy + (m - first) * block_channels,
             gx + (Stride * m + Phase - p.padding_w) * block_channels);
       });
     }
@@ -97,38 +95,84 @@ using Gather = void (*)(const Problem&, const float* w, const float* gy, int64_t
 
 Gather gather_for(const Problem& p) {
   if (p.dilation_w != 1 || p.padding_w >= (1 << 20)) return gather<0, 0>;
+  const bool reaches = phase_taps(p.kernel_w, p.stride_w, 0) <= backward_margin + 1;
   if (p.stride_w == 1) {
     switch (p.kernel_w) {
       case 3: return gather<1, 3>;
       case 5: return gather<1, 5>;
       case 7: return gather<1, 7>;
-      default: break;
+      default: return reaches ? gather<1, 0> : gather<0, 0>;
     }
   } else if (p.stride_w == 2) {
     switch (p.kernel_w) {
       case 3: return gather<2, 3>;
       case 5: return gather<2, 5>;
       case 7: return gather<2, 7>;
-      default: break;
+      default: return reaches ? gather<2, 0> : gather<0, 0>;
     }
   }
   return gather<0, 0>;
 }
 
+// How many taps of a row the kernels of grad_W work on. Odd: a part of a longer row has one fewer.
+constexpr int max_taps = 7;
+
 // grad_W of Taps neighbouring taps at a vector of pixels: to[t] += sum over channels c of gy[c] * x[c][offset[t]].
 template <int Taps>
-void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel, const int64_t* offset,
-                       int64_t channels, bool add, float* to) {
+[[gnu::noinline]] void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel,
+                                         const int64_t* offset, int64_t channels, bool add, float* to) {
   V sum[Taps];
 #pragma GCC unroll 8
-  for (int t = 0; t < Taps; ++t) sum[t] = add ? V::load(to + t * tile_pixels) : V::zero();
+  for (int t = 0; t < Taps; ++t) sum[t] = add ? V::load(to + t * gradient_pitch) : V::zero();
   for (int64_t c = 0; c < channels; ++c) {
     const V grad = V::load(gy + c * gy_channel);
 #pragma GCC unroll 8
     for (int t = 0; t < Taps; ++t) sum[t].add_product(grad, V::load(x + c * x_channel + offset[t]));
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < Taps; ++t) sum[t].store(to + t * tile_pixels);
+  for (int t = 0; t < Taps; ++t) sum[t].store(to + t * gradient_pitch);
+}
+
+// The same for Rows rows of Width taps without dilation at Vectors vectors of pixels. x is aligned: the taps of a phase
+// read vectors that are shifted by a column each, which are made of two in registers: loads across cache lines would take
+// longer than the multiply-adds.
+template <int Vectors, int Rows, int Stride, int Width>
+[[gnu::noinline]] void grad_weight_rows(const float* gy, const float* x, int64_t x_row, int64_t x_channel,
+                                        int64_t x_phase, int64_t channels, bool add, float* to) {
+  V sum[Rows][Width][Vectors];
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Width; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v)
+        sum[i][j][v] = add ? V::load(to + (i * Width + j) * gradient_pitch + v * V::lanes) : V::zero();
+  for (int64_t c = 0; c < channels; ++c, gy += backward_columns, x += x_channel) {
+    V grad[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) grad[v] = V::load(gy + v * V::lanes);
+#pragma GCC unroll 3
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int phase = 0; phase < Stride && phase < Width; ++phase) {
+        const float* from = x + i * x_row + phase * x_phase;
+        V at[Vectors + 1];
+#pragma GCC unroll 3
+        for (int v = 0; v <= Vectors; ++v) at[v] = V::load(from + v * V::lanes);
+#pragma GCC unroll 8
+        for (int shift = 0; Stride * shift + phase < Width; ++shift)
+#pragma GCC unroll 2
+          for (int v = 0; v < Vectors; ++v)
+            sum[i][Stride * shift + phase][v].add_product(grad[v],
+                                                          shift == 0 ? at[v] : V::shifted(at[v], at[v + 1], shift));
+      }
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Width; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sum[i][j][v].store(to + (i * Width + j) * gradient_pitch + v * V::lanes);
 }
 
 float total(const float* from, int64_t count) {
@@ -147,7 +191,7 @@ struct BackwardRun {
   const SpanProblem& span;
   const Problem& p;
   float* memory;
-  float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *gw, *gy, *gy_across, *staging;
+  float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *dense, *gw, *gy, *gy_across, *staging;
   int64_t chunk, part;
   bool want_x, want_weights;  // whether grad_X and grad_W are computed (grad_W also as a step to others)
 
@@ -161,7 +205,7 @@ struct BackwardRun {
     const auto at = [&](int64_t offset) { return memory + offset; };
     x = at(tiling.x_at), gx = at(tiling.grad_x_at), gr = at(tiling.grad_reduced_at), panels = at(tiling.panels_at);
     pixels = at(tiling.pixels_at), span_memory = at(tiling.span_at), bias = at(tiling.bias_at),
-    w = at(tiling.weights_at);
+    w = at(tiling.weights_at), dense = at(tiling.dense_at);
     gw = at(tiling.grad_weights_at), gy = at(tiling.grad_y_at), gy_across = at(tiling.grad_y_across_at);
     staging = at(tiling.staging_at);
     want_x = tiling.buffers.grad_x != nullptr;
@@ -207,29 +251,44 @@ struct BackwardRun {
     }
   }
 
-  // R of a strip: for each tile [vector][r][lane], and [pixel][r].
-  void pack_reduced(int64_t n, const BackwardStrip& strip) const {
-    const T* image = static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0];
-    for (int64_t row = first_row(strip); row < last_row(strip); ++row)
-      for (int64_t column = 0; column < p.out_w; column += backward_columns) {
-        const int64_t columns = min(backward_columns, p.out_w - column);
-        const T* from = image + row * span.reduced_stride[2] + column * span.reduced_stride[3];
-        if (want_x)
-          pack_pixels(from, span.reduced_stride, span.reduced, 1, columns, panel(strip, row, column), staging);
-        if (tiling.buffers.grad_span == nullptr || row < strip.begin || row >= strip.end) continue;
-        float* to = pixel_rows(strip, row, column);
-        std::memset(to, 0, size_t(columns * tiling.reduced_padded) * sizeof(float));
-        transpose_into(from, span.reduced_stride[1], span.reduced, span.reduced_stride[3], columns, to,
-                       tiling.reduced_padded, staging);
+  // Calls body(row, rows, index) for the tiles of rows of a strip. None has rows of the strip itself and of a neighbour.
+  template <class Body>
+  void for_each_tile(const BackwardStrip& strip, const Body& body) const {
+    const int64_t ends[] = {strip.begin, strip.end, last_row(strip)};
+    int64_t row = first_row(strip), index = 0;
+    for (const int64_t end : ends)
+      for (int64_t rows; row < end; row += rows) {
+        rows = min(tiling.tile_rows, end - row);
+        body(row, rows, index++);
       }
   }
   int64_t first_row(const BackwardStrip& strip) const { return want_x ? strip.first : strip.begin; }
   int64_t last_row(const BackwardStrip& strip) const { return want_x ? strip.last : strip.end; }
-  float* panel(const BackwardStrip& strip, int64_t row, int64_t column) const {
-    return panels + ((row - strip.first) * tiling.row_padded + column) * span.reduced;
+  // R of a tile, the index-th of the strip, from a column on.
+  float* panel(int64_t index, int64_t column) const {
+    return panels + (index * tiling.tile_pitch + column) * span.reduced;
   }
   float* pixel_rows(const BackwardStrip& strip, int64_t row, int64_t column) const {
     return pixels + ((row - strip.begin) * p.out_w + column) * tiling.reduced_padded;
+  }
+
+  // R of a strip: for each tile [vector][r][lane], and [pixel][r].
+  void pack_reduced(int64_t n, const BackwardStrip& strip) const {
+    const T* image = static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0];
+    for_each_tile(strip, [&](int64_t first, int64_t rows, int64_t index) {
+      for (int64_t column = 0; column < p.out_w; column += backward_columns) {
+        const int64_t columns = rows > 1 ? p.out_w : min(backward_columns, p.out_w - column);
+        const T* from = image + first * span.reduced_stride[2] + column * span.reduced_stride[3];
+        if (want_x) pack_pixels(from, span.reduced_stride, span.reduced, rows, columns, panel(index, column), staging);
+        if (tiling.buffers.grad_span == nullptr || first < strip.begin || first >= strip.end) continue;
+        for (int64_t row = first; row < first + rows; ++row, from += span.reduced_stride[2]) {
+          float* to = pixel_rows(strip, row, column);
+          std::memset(to, 0, size_t(columns * tiling.reduced_padded) * sizeof(float));
+          transpose_into(from, span.reduced_stride[1], span.reduced, span.reduced_stride[3], columns, to,
+                         tiling.reduced_padded, staging);
+        }
+      }
+    });
   }
 
   // grad_Y of a block at a tile as [pixel][16] with zeros on either side, and as [channel][pixel].
@@ -265,70 +324,119 @@ struct BackwardRun {
 
   // --- the products of a tile
 
-  // grad_W at row `row` of a strip.
-  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns) const {
-    const int64_t channels = channels_of(block);
-    for (int64_t i = 0; i < p.kernel_h; ++i) {
+  // grad_W at row `row` of a strip, to the pixels of a tile from `to` on.
+  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns, float* to) const {
+    if constexpr (V::shifts) {
+      if (p.dilation_w == 1 && p.stride_w == 1) return grad_weights<1>(block, row, column, columns, to);
+      if (p.dilation_w == 1 && p.stride_w == 2) return grad_weights<2>(block, row, column, columns, to);
+    }
+    const int64_t channels = channels_of(block), parts = (p.kernel_w + max_taps - 1) / max_taps;
+    for (int64_t i = 0; i < p.kernel_h; ++i, to += p.kernel_w * gradient_pitch) {
       const float* from = x_block(block) + (row * p.stride_h + i * p.dilation_h) * x_row_floats() + column;
-      float* to = gw + i * p.kernel_w * tile_pixels;
-      for (int64_t v = 0; v < columns; v += V::lanes) {
-        int64_t j = 0;
-        const auto taps = [&](auto count) {
-          constexpr int n = decltype(count)::value;
-          for (; j + n <= p.kernel_w; j += n)
-            grad_weight_block<n>(gy_across + v, backward_columns, from + v, tiling.x_channel, tiling.tap_offset + j,
-                                 channels, block > 0, to + j * tile_pixels + v);
-        };
-        taps(Count<7>{});
-        taps(Count<5>{});
-        taps(Count<3>{});
-        taps(Count<1>{});
-      }
+      for (int64_t v = 0; v < columns; v += V::lanes)
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t j = p.kernel_w * part / parts;
+          with_count<max_taps>(p.kernel_w * (part + 1) / parts - j, [&](auto n) {
+            grad_weight_block<decltype(n)::value>(gy_across + v, backward_columns, from + v, tiling.x_channel,
+                                                  tiling.tap_offset + j, channels, block > 0,
+                                                  to + j * gradient_pitch + v);
+          });
+        }
     }
   }
 
-  void tile(int64_t n, int64_t g, int64_t row, int64_t column, const BackwardStrip& strip, const MatrixA& s,
-            Gather gather) const {
-    const bool own = row >= strip.begin && row < strip.end;
-    const int64_t columns = min(backward_columns, p.out_w - column), taps = p.taps();
-    const int64_t vectors = (columns + V::lanes - 1) / V::lanes;
-    float* weights = w + backward_margin;
-    if (want_x) {
-      if (tiling.w != nullptr)
-        load_weights(weights_of<T>(p, tiling.w, n, g, row, column), p, 1, columns, weights, staging);
-      else
-        multiply(s, taps, {panel(strip, row, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias,
-                 weights, tile_pixels);
-      // Products have whole vectors: what they wrote past the columns must be zero.
-      if (tiling.w == nullptr || narrows())
-        for (int64_t k = 0; k < taps; ++k)
-          clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
-    }
-    for (int64_t block = 0; block < tiling.blocks; ++block) {
-      pack_gradient(n, g, block, row, column, columns);
-      if (want_x)
-        for (int64_t i = 0; i < p.kernel_h; ++i) {
-          const int64_t h = row * p.stride_h + i * p.dilation_h - p.padding_h;
-          if (h >= strip.in_begin && h < strip.in_end)
-            gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
-                   gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
+  template <int Stride>
+  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns, float* to) const {
+    const int64_t channels = channels_of(block), x_row = p.dilation_h * x_row_floats();
+    const float* from = x_block(block) + row * p.stride_h * x_row_floats() + column;
+    for (int64_t i = 0; i < p.kernel_h;) {
+      const int64_t rows = p.kernel_w == 3 && i + 3 <= p.kernel_h ? 3 : 1;
+      // The parts of a row start with a tap of phase 0.
+      for (int64_t j = 0; j < p.kernel_w;) {
+        const int64_t taps = p.kernel_w - j <= max_taps ? p.kernel_w - j : max_taps - 1;
+        const float* x_taps = from + i * x_row + j / Stride;
+        float* to_taps = to + (i * p.kernel_w + j) * gradient_pitch;
+        int64_t v = 0;
+        const auto vectors = [&](auto wide, auto high, auto n) {
+          constexpr int m = decltype(wide)::value;
+          for (; v + (m - 1) * V::lanes < columns; v += m * V::lanes)
+            grad_weight_rows<m, decltype(high)::value, Stride, decltype(n)::value>(
+                gy_across + v, x_taps + v, x_row, tiling.x_channel, tiling.x_phase, channels, block > 0, to_taps + v);
+        };
+        if (rows == 3) {
+          vectors(Count<2>{}, Count<3>{}, Count<3>{});
+          vectors(Count<1>{}, Count<3>{}, Count<3>{});
+        } else {
+          with_count<max_taps>(taps, [&](auto n) {
+            vectors(Count<2>{}, Count<1>{}, n);
+            vectors(Count<1>{}, Count<1>{}, n);
+          });
         }
-      if (want_weights && own) grad_weights(block, row - strip.begin, column, columns);
+        j += taps;
+      }
+      i += rows;
+    }
+  }
+
+  // The weights of a row out of those of a tile, with zeros after them.
+  void copy_weights(const float* from, int64_t columns, float* to) const {
+    for (int64_t v = 0; v < columns + backward_margin; v += V::lanes) {
+      const int64_t count = columns - v < 0 ? 0 : min(columns - v, V::lanes), taps = p.taps();
+      for (int64_t k = 0; k < taps; ++k)
+        V::load_first(from + k * tile_pixels + v, count).store(to + k * tile_pixels + v);
+    }
+  }
+
+  // A tile of `rows` rows from `first` on, the index-th of the strip, or of some columns of a row.
+  void tile(int64_t n, int64_t g, int64_t first, int64_t rows, int64_t index, int64_t column,
+            const BackwardStrip& strip, const MatrixA& s, Gather gather) const {
+    const bool own = first >= strip.begin && first < strip.end;
+    const int64_t columns = min(backward_columns, p.out_w - column), taps = p.taps(), count = rows * columns;
+    const int64_t vectors = (count + V::lanes - 1) / V::lanes;
+    float* weights = w + backward_margin;
+    if (want_x && tiling.w == nullptr)
+      multiply(s, taps, {panel(index, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias,
+               rows > 1 ? dense : weights, tile_pixels);
+    for (int64_t row = first; row < first + rows; ++row) {
+      const int64_t pixel = (row - first) * columns;
+      if (want_x) {
+        if (tiling.w != nullptr)
+          load_weights(weights_of<T>(p, tiling.w, n, g, row, column), p, 1, columns, weights, staging);
+        if (rows > 1) {
+          copy_weights(dense + pixel, columns, weights);
+        } else if (tiling.w == nullptr || narrows()) {
+          // Products have whole vectors: what they wrote past the columns must be zero.
+          for (int64_t k = 0; k < taps; ++k)
+            clear(weights + k * tile_pixels + columns, (backward_margin + V::lanes - 1) / V::lanes);
+        }
+      }
+      for (int64_t block = 0; block < tiling.blocks; ++block) {
+        pack_gradient(n, g, block, row, column, columns);
+        if (want_x)
+          for (int64_t i = 0; i < p.kernel_h; ++i) {
+            const int64_t h = row * p.stride_h + i * p.dilation_h - p.padding_h;
+            if (h >= strip.in_begin && h < strip.in_end)
+              gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
+                     gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
+          }
+        // What a row writes past its end is that of the next one, which comes later.
+        if (want_weights && own) grad_weights(block, row - strip.begin, column, columns, gw + pixel);
+      }
     }
     if (!own) return;
-    if (tiling.grad_w != nullptr) store_weights(gw, p, columns, weights_of<T>(p, tiling.grad_w, n, g, row, column));
+    if (tiling.grad_w != nullptr) store_weights(gw, p, columns, weights_of<T>(p, tiling.grad_w, n, g, first, column));
     if (tiling.buffers.grad_bias != nullptr) {
       float* to = tiling.bias_part(part) + g * taps;
       for (int64_t k = 0; k < taps; ++k) {
-        to[k] += total(gw + k * tile_pixels, columns);
+        to[k] += total(gw + k * gradient_pitch, count);
       }
     }
     if (tiling.buffers.grad_reduced != nullptr)
-      multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, tile_pixels}, vectors, taps, nullptr,
-               gr + (row - strip.begin) * tiling.row_padded + column, tiling.height * tiling.row_padded);
+      multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, gradient_pitch}, vectors, taps, nullptr,
+               gr + tiling.place(first - strip.begin, column), tiling.plane);
     if (tiling.buffers.grad_span != nullptr)
-      multiply({gw, tile_pixels, 1}, taps, {pixel_rows(strip, row, column), V::lanes, tiling.reduced_padded},
-               tiling.reduced_padded / V::lanes, columns, nullptr,
+      multiply({gw, gradient_pitch, 1}, taps, {pixel_rows(strip, first, column), V::lanes, tiling.reduced_padded},
+               tiling.reduced_padded / V::lanes, count, nullptr,
                tiling.span_part(part) + g * taps * tiling.reduced_padded, tiling.reduced_padded);
   }
 
@@ -337,8 +445,7 @@ struct BackwardRun {
   void strip(int64_t n, const BackwardStrip& strip) const {
     const Gather gather = gather_for(p);
     const int64_t in_rows = strip.in_end - strip.in_begin;
-    if (tiling.buffers.grad_reduced != nullptr)
-      std::memset(gr, 0, size_t(span.reduced * tiling.height * tiling.row_padded) * sizeof(float));
+    if (tiling.buffers.grad_reduced != nullptr) std::memset(gr, 0, size_t(span.reduced * tiling.plane) * sizeof(float));
     if (span.reduced > 0) pack_reduced(n, strip);
     for (int64_t g = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks; g < last; ++g) {
       for (int64_t block = 0; block < tiling.blocks; ++block) {
@@ -351,11 +458,12 @@ struct BackwardRun {
         s = span_rows<T>(span, tiling.buffers, g, span_memory, &pitch);
         load_bias<T>(span, tiling.buffers, g, bias);
       }
-      for (int64_t row = first_row(strip); row < last_row(strip); ++row) {
-        if (g + 1 < p.groups) prefetch(n, g + 1, row, strip);
+      for_each_tile(strip, [&](int64_t row, int64_t rows, int64_t index) {
+        if (g + 1 < p.groups)
+          for (int64_t i = 0; i < rows; ++i) prefetch(n, g + 1, row + i, strip);
         for (int64_t column = 0; column < p.out_w; column += backward_columns)
-          tile(n, g, row, column, strip, {s, pitch, 1}, gather);
-      }
+          tile(n, g, row, rows, index, column, strip, {s, pitch, 1}, gather);
+      });
       if (want_x)
         for (int64_t block = 0; block < tiling.blocks; ++block)
           for (int64_t h = 0; h < in_rows; ++h)
@@ -366,35 +474,37 @@ struct BackwardRun {
                          span.grad_x_stride[1], span.grad_x_stride[3], staging);
     }
     if (tiling.buffers.grad_reduced == nullptr) return;
-    const int64_t rows = strip.end - strip.begin, plane = tiling.height * tiling.row_padded;
-    if (tiling.chunks == 1) return store_reduced(n, strip.begin, rows, gr, plane);
-    float* part = tiling.reduced_part(chunk, n) + strip.begin * tiling.row_padded;
+    const int64_t at = strip.begin / tiling.height;
+    if (tiling.chunks == 1) return store_reduced(n, at, at + 1, gr, tiling.plane);
+    float* part = tiling.reduced_part(chunk, n) + at * tiling.plane;
     for (int64_t r = 0; r < span.reduced; ++r)
-      std::memcpy(part + r * p.out_h * tiling.row_padded, gr + r * plane,
-                  size_t(rows * tiling.row_padded) * sizeof(float));
+      std::memcpy(part + r * tiling.strip_count * tiling.plane, gr + r * tiling.plane,
+                  size_t(tiling.plane) * sizeof(float));
   }
 
-  // [r][row][padded column] sums of some rows of an image into grad_R.
-  void store_reduced(int64_t n, int64_t first, int64_t rows, const float* from, int64_t plane) const {
-    T* to = static_cast<T*>(tiling.buffers.grad_reduced) + n * span.grad_reduced_stride[0] +
-            first * span.grad_reduced_stride[2];
+  // Sums of the strips [begin, end) of an image into grad_R. In `from` channels are `channel` floats apart.
+  void store_reduced(int64_t n, int64_t begin, int64_t end, const float* from, int64_t apart) const {
+    T* to = static_cast<T*>(tiling.buffers.grad_reduced) + n * span.grad_reduced_stride[0];
     const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
-    for (int64_t row = 0; row < rows; ++row) {
-      T* out = to + row * span.grad_reduced_stride[2];
-      const float* in = from + row * tiling.row_padded;
-      if (pixel == 1) {
-        for (int64_t r = 0; r < span.reduced; ++r)
-          for (int64_t v = 0; v < p.out_w; ++v) store(in[r * plane + v], &out[r * channel + v]);
-        continue;
-      }
-      if constexpr (is_float<T>) {
-        if (channel == 1) {
-          transpose(in, plane, span.reduced, p.out_w, out, pixel);
+    for (int64_t i = begin; i < end; ++i, from += tiling.plane) {
+      const BackwardStrip& strip = tiling.strips[i];
+      for (int64_t row = strip.begin; row < strip.end; ++row) {
+        T* out = to + row * span.grad_reduced_stride[2];
+        const float* in = from + tiling.place(row - strip.begin, 0);
+        if (pixel == 1) {
+          for (int64_t r = 0; r < span.reduced; ++r)
+            for (int64_t v = 0; v < p.out_w; ++v) store(in[r * apart + v], &out[r * channel + v]);
           continue;
         }
+        if constexpr (is_float<T>) {
+          if (channel == 1) {
+            transpose(in, apart, span.reduced, p.out_w, out, pixel);
+            continue;
+          }
+        }
+        for (int64_t v = 0; v < p.out_w; ++v)
+          for (int64_t r = 0; r < span.reduced; ++r) store(in[r * apart + v], &out[r * channel + v * pixel]);
       }
-      for (int64_t v = 0; v < p.out_w; ++v)
-        for (int64_t r = 0; r < span.reduced; ++r) store(in[r * plane + v], &out[r * channel + v * pixel]);
     }
   }
 
@@ -425,11 +535,13 @@ struct BackwardRun {
       if (tiling.buffers.grad_span != nullptr) {
         T* to = static_cast<T*>(tiling.buffers.grad_span) + k * span.reduced;
         const float* from = tiling.span_part(0) + k * tiling.reduced_padded;
-        const int64_t apart = span.span_rows() * tiling.reduced_padded, parts = tiling.parts;
-        for (int64_t r = 0; r < span.reduced; ++r) {
-          float sum = 0;
-          for (int64_t i = 0; i < parts; ++i) sum += from[i * apart + r];
-          store(sum, &to[r]);
+        const int64_t apart = span.span_rows() * tiling.reduced_padded;
+        for (int64_t r = 0; r < span.reduced; r += V::lanes) {
+          V sum = V::zero();
+          for (int64_t i = 0; i < tiling.parts; ++i) sum.value = sum.value + V::load(from + i * apart + r).value;
+          float sums[V::lanes];
+          sum.store(sums);
+          store_run(sums, min(V::lanes, span.reduced - r), to + r);
         }
       }
       if (tiling.buffers.grad_bias != nullptr) {
@@ -441,13 +553,13 @@ struct BackwardRun {
   }
 
   void finish_reduced(int64_t n) const {
-    const int64_t count = span.reduced * p.out_h * tiling.row_padded;
+    const int64_t apart = tiling.strip_count * tiling.plane, count = span.reduced * apart;
     float* sum = tiling.reduced_part(0, n);
     for (int64_t i = 1; i < tiling.chunks; ++i) {
       const float* other = tiling.reduced_part(i, n);
       for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
     }
-    store_reduced(n, 0, p.out_h, sum, p.out_h * tiling.row_padded);
+    store_reduced(n, 0, tiling.strip_count, sum, apart);
   }
 };
 

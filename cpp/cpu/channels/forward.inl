@@ -18,6 +18,18 @@ constexpr int block_vectors = block_channels / V::lanes;
 // block_vectors of x and one weight. The instance file says how many.
 constexpr int max_columns = APPLY_COLUMNS;
 
+// Adds a block of channels times a weight.
+[[gnu::always_inline]] inline void add_product(V (&sum)[block_vectors], const V (&at)[block_vectors],
+                                               const float* weight) {
+  if constexpr (block_vectors == 1) {
+    sum[0].add_product_at(at[0], weight);
+  } else {
+    const float value = *weight;
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[v].add_product(at[v], value);
+  }
+}
+
 // What `apply` is told besides addresses.
 struct ApplyParams {
   int64_t kernel_h, kernel_w;
@@ -27,40 +39,71 @@ struct ApplyParams {
   bool relu;
 };
 
-// A block of channels at Columns neighbouring pixels. Stride and Width, where not 0, are those of a window without
-// dilation.
+// A vector serves the taps of a row, and a weight the vectors of a block. Where there is but one of these, a block of
+// Columns x Taps multiply-adds would take Columns + Taps - 1 loads of vectors and as many broadcasts as multiply-adds,
+// and wait for them. So the weights of the first columns are loaded four at a time and spread by shuffles.
+constexpr int spread_columns = block_vectors == 1 ? 4 : 0;
+
+// Adds the products of a row of Taps taps to a block of channels at Columns neighbouring pixels:
+//
+//   sum[c] += sum over j of  w[j * tap + c] * x[Stride * c + j]
+template <int Columns, int Stride, int Taps, int tap>
+[[gnu::always_inline]] inline void add_row(V (&sum)[Columns][block_vectors], const float* x, const float* w) {
+  V fours[Taps];
+#pragma GCC unroll 64
+  for (int q = 0; q < Stride * (Columns - 1) + Taps; ++q) {
+    V at[block_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(x + q * block_channels + v * V::lanes);
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) {
+      const int j = q - Stride * c;
+      if (j < 0 || j >= Taps) continue;
+      const float* weight = w + j * tap + c;
+      if constexpr (Columns >= spread_columns && spread_columns > 0) {
+        if (c < spread_columns) {
+          if (c == 0) fours[j] = V::load_fours(weight);
+          sum[c][0].add_product(at[0], fours[j].spread(c));
+          continue;
+        }
+      }
+      add_product(sum[c], at, weight);
+    }
+  }
+}
+
+// The same for any number of taps.
+template <int Columns, int Stride, int tap>
+[[gnu::always_inline]] inline void add_long_row(V (&sum)[Columns][block_vectors], int64_t taps, const float* x,
+                                                const float* w) {
+  for (; taps >= 3; taps -= 3, x += 3 * block_channels, w += 3 * tap) add_row<Columns, Stride, 3, tap>(sum, x, w);
+  for (; taps > 0; --taps, x += block_channels, w += tap) add_row<Columns, Stride, 1, tap>(sum, x, w);
+}
+
+// A block of channels at Columns neighbouring pixels. Not inlined: GCC then keeps some of the sums in memory. Stride is that of a window without dilation, or 0: any window; and
+// Width its width, or 0.
 template <int Columns, int Stride, int Width>
-void apply_block(const ApplyParams& params, const float* x, const float* w, float* y, int64_t pixel) {
+[[gnu::noinline]] void apply_block(const ApplyParams& params, const float* x, const float* w, float* y, int64_t pixel) {
   V sum[Columns][block_vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) sum[c][v] = V::zero();
   const int64_t width = Width > 0 ? Width : params.kernel_w;
   for (int64_t i = 0; i < params.kernel_h; ++i) {
     if constexpr (Width > 0) {
-#pragma GCC unroll 32
-      for (int q = 0; q < Stride * (Columns - 1) + Width; ++q) {
-        V at[block_vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < block_vectors; ++v) at[v] = V::load(x + q * block_channels + v * V::lanes);
-#pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) {
-          const int j = q - Stride * c;
-          if (j < 0 || j >= Width) continue;
-          const float weight = w[j * tile_pixels + c];
-#pragma GCC unroll 4
-          for (int v = 0; v < block_vectors; ++v) sum[c][v].add_product(at[v], weight);
-        }
-      }
+      add_row<Columns, Stride, Width, tile_pixels>(sum, x, w);
+    } else if constexpr (Stride > 0) {
+      add_long_row<Columns, Stride, tile_pixels>(sum, width, x, w);
     } else {
       for (int64_t j = 0; j < width; ++j)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int c = 0; c < Columns; ++c) {
-          const float* at = x + j * params.tap_column + c * params.column;
-          const float weight = w[j * tile_pixels + c];
+          V at[block_vectors];
 #pragma GCC unroll 4
-          for (int v = 0; v < block_vectors; ++v) sum[c][v].add_product(V::load(at + v * V::lanes), weight);
+          for (int v = 0; v < block_vectors; ++v)
+            at[v] = V::load(x + j * params.tap_column + c * params.column + v * V::lanes);
+          add_product(sum[c], at, w + j * tile_pixels + c);
         }
     }
     x += params.tap_row;
@@ -69,11 +112,11 @@ void apply_block(const ApplyParams& params, const float* x, const float* w, floa
   if (params.scale != nullptr) {
     for (int v = 0; v < block_vectors; ++v) {
       const V scale = V::load(params.scale + v * V::lanes), shift = V::load(params.shift + v * V::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int c = 0; c < Columns; ++c) sum[c][v].value = sum[c][v].value * scale.value + shift.value;
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
     for (int v = 0; v < block_vectors; ++v) {
@@ -105,14 +148,14 @@ Apply apply_for(const Problem& p) {
       case 3: return apply<1, 3>;
       case 5: return apply<1, 5>;
       case 7: return apply<1, 7>;
-      default: break;
+      default: return apply<1, 0>;
     }
   } else if (p.stride_w == 2) {
     switch (p.kernel_w) {
       case 3: return apply<2, 3>;
       case 5: return apply<2, 5>;
       case 7: return apply<2, 7>;
-      default: break;
+      default: return apply<2, 0>;
     }
   }
   return apply<0, 0>;

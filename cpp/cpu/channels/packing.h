@@ -194,16 +194,16 @@ void load_weights(const T* from, const Problem& p, int64_t rows, int64_t columns
   }
 }
 
-// The reverse, for a run of pixels in a row.
+// The reverse, for a run of pixels in a row; taps are gradient_pitch apart.
 template <class T>
 void store_weights(const float* from, const Problem& p, int64_t columns, T* to) {
   const int64_t pixel = p.w_stride[5];
   if constexpr (is_float<T>) {
     if (pixel != 1 && p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w)
-      return transpose(from, tile_pixels, p.taps(), columns, to, pixel);
+      return transpose(from, gradient_pitch, p.taps(), columns, to, pixel);
   }
   for (int64_t i = 0; i < p.kernel_h; ++i)
-    for (int64_t j = 0; j < p.kernel_w; ++j, from += tile_pixels) {
+    for (int64_t j = 0; j < p.kernel_w; ++j, from += gradient_pitch) {
       T* tap = to + i * p.w_stride[2] + j * p.w_stride[3];
       if (pixel == 1) {
         store_run(from, columns, tap);

@@ -171,24 +171,28 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.row_padded = round_up(p.out_w, tiling.lanes);
   tables.strips = backward_strips(problem);
   tiling.strips = tables.strips.data(), tiling.strip_count = int64_t(tables.strips.size());
+  int64_t rows = 0;
   for (const BackwardStrip& strip : tables.strips) {
     tiling.height = std::max(tiling.height, strip.end - strip.begin);
     tiling.grad_x_rows = std::max(tiling.grad_x_rows, strip.in_end - strip.in_begin);
-    tiling.rows = std::max(tiling.rows, strip.last - strip.first);
+    rows = std::max(rows, strip.last - strip.first);
   }
+  tiling.tile_rows = problem.reduced == 0 ? 1 : std::clamp<int64_t>(tile_pixels / p.out_w, 1, tiling.height);
+  tiling.tile_pitch = round_up(tiling.tile_rows * p.out_w, tiling.lanes);
+  tiling.plane = ceil_div(tiling.height, tiling.tile_rows) * tiling.tile_pitch;
   const int64_t units = p.batch * tiling.strip_count;
   const int64_t sums = std::clamp(p.batch * problem.span_rows() * p.out_h * p.out_w / 2, min_sums, max_sums);
   const auto with_sums = [&](int64_t floats) { return std::max<int64_t>(1, sums / std::max<int64_t>(1, floats)); };
   tiling.parts = std::min({max_parts, units, with_sums(problem.span_rows() * (problem.reduced + 1))});
   tiling.chunks = std::min({p.groups, ceil_div(max_parts, tiling.parts),
-                            with_sums(p.batch * problem.reduced * p.out_h * tiling.row_padded)});
+                            with_sums(p.batch * problem.reduced * tiling.strip_count * tiling.plane)});
   if (problem.reduced == 0) {  // nothing is shared
     tiling.parts = units;
     tiling.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, units));
   }
 
   tiling.x_rows = packed_rows(p, tiling.height);
-  tiling.x_phase = tiling.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1;
+  tiling.x_phase = round_up(tiling.row_padded + p.dilation_w * (p.kernel_w - 1) / p.stride_w + 1, tiling.lanes);
   tiling.x_channel = tiling.x_phase * p.stride_w;
   for (int64_t j = 0; j < p.kernel_w; ++j)
     tables.tap_offset.push_back(p.dilation_w * j % p.stride_w * tiling.x_phase + p.dilation_w * j / p.stride_w);
@@ -205,20 +209,22 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   const bool any = grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
   tiling.x_at = take(any, tiling.blocks * tiling.x_rows * block_channels * tiling.x_channel);
   tiling.grad_x_at = take(x, tiling.blocks * tiling.grad_x_rows * p.in_w * block_channels);
-  tiling.grad_reduced_at = take(reduced, problem.reduced * tiling.height * tiling.row_padded);
-  tiling.panels_at = take(x, problem.reduced * tiling.rows * tiling.row_padded);
+  tiling.grad_reduced_at = take(reduced, problem.reduced * tiling.plane);
+  // The rows of the strip itself and those of its neighbours are in different tiles.
+  tiling.panels_at = take(x, problem.reduced * (rows / tiling.tile_rows + 3) * tiling.tile_pitch);
   tiling.pixels_at = take(span, tiling.height * p.out_w * tiling.reduced_padded);
   tiling.span_at = take(true, p.taps() * problem.reduced);
   tiling.bias_at = take(true, p.taps());
   tiling.weights_at = take(true, (p.taps() + 1) * tile_pixels);
-  tiling.grad_weights_at = take(true, p.taps() * tile_pixels);
+  tiling.dense_at = take(x && tiling.tile_rows > 1, (p.taps() + 1) * tile_pixels);
+  tiling.grad_weights_at = take(true, p.taps() * gradient_pitch);
   tiling.grad_y_at = take(true, tile_pixels * block_channels);
   tiling.grad_y_across_at = take(true, backward_columns * block_channels);
   tiling.staging_at = take(true, tile_pixels * block_channels);
   tiling.scratch_bytes = at * 4;
   tiling.shared_bytes = problem.reduced == 0 ? 0 : tiling.parts * problem.span_rows() * (tiling.reduced_padded + 1) * 4;
   if (tiling.chunks > 1 && reduced)
-    tiling.shared_bytes += tiling.chunks * p.batch * problem.reduced * p.out_h * tiling.row_padded * 4;
+    tiling.shared_bytes += tiling.chunks * p.batch * problem.reduced * tiling.strip_count * tiling.plane * 4;
   return tiling;
 }
 

@@ -84,6 +84,9 @@ ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, cons
 // columns reads past the row.
 constexpr int64_t backward_columns = 96;
 constexpr int64_t backward_margin = (tile_pixels - backward_columns) / 2;
+// The pitch of a tile of grad_W: its last row is written in whole vectors, and cache lines of neighbouring taps should
+// not compete for the same places.
+constexpr int64_t gradient_pitch = tile_pixels + 32;
 
 // A strip computes the gradients of W of the output rows [begin, end), and of X those of the rows [in_begin, in_end).
 // The latter come from the output rows [first, last), which include rows of its neighbours: their weights are computed
@@ -107,25 +110,32 @@ struct BackwardTiling {
   int64_t reduced_padded;  // R in whole vectors
   int64_t row_padded;      // output columns in whole vectors
 
+  // A tile is some whole rows, so that short rows share the vectors of products, or where they are long some columns of
+  // one. In grad_R and R, the pixels of a tile of rows have `tile_pitch` places.
+  int64_t tile_rows, tile_pitch;
+  int64_t plane;                                                             // places of a strip, for one channel
+  [[gnu::always_inline]] int64_t place(int64_t row, int64_t column) const {  // row of the strip
+    return row / tile_rows * tile_pitch + row % tile_rows * problem.involution.out_w + column;
+  }
+
   // X as [row][channel][phase][column / stride].
   int64_t x_rows, x_channel, x_phase;
-  int64_t grad_x_rows, rows;  // most rows of X, and most output rows [first, last), of a strip
+  int64_t grad_x_rows;        // most rows of X of a strip
   const int64_t* tap_offset;  // [kw] in a channel
 
   // In floats from the start of a task's scratch memory.
-  int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, grad_weights_at,
-      grad_y_at, grad_y_across_at, staging_at;
+  int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, dense_at,
+      grad_weights_at, grad_y_at, grad_y_across_at, staging_at;
   int64_t scratch_bytes;
 
-  float* shared;  // [parts] grad_S, [parts] grad_b, [chunks][n] grad_R where there are more chunks than one
+  float* shared;  // [parts] grad_S, [parts] grad_b, [chunks][n][r][strip] grad_R where there are more chunks than one
   int64_t shared_bytes;
   [[gnu::always_inline]] float* span_part(int64_t part) const {
     return shared + part * problem.span_rows() * reduced_padded;
   }
   [[gnu::always_inline]] float* bias_part(int64_t part) const { return span_part(parts) + part * problem.span_rows(); }
   [[gnu::always_inline]] float* reduced_part(int64_t chunk, int64_t n) const {
-    return bias_part(parts) +
-           (chunk * problem.involution.batch + n) * problem.reduced * problem.involution.out_h * row_padded;
+    return bias_part(parts) + (chunk * problem.involution.batch + n) * problem.reduced * strip_count * plane;
   }
 };
 
