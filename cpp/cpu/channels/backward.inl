@@ -135,7 +135,7 @@ float total(const float* from, int64_t count) {
   V sum = V::zero();
   int64_t i = 0;
   for (; i + V::lanes <= count; i += V::lanes) sum.value += V::load(from + i).value;
-  if (i < count) sum.value += V::load_range(from, i, count).value;
+  if (i < count) sum.value += V::load_range(from, i, i, count).value;
   float all = 0;
   for (int64_t lane = 0; lane < V::lanes; ++lane) all += sum.value[lane];
   return all;

@@ -13,7 +13,8 @@ namespace pyinvolution::cpu {
 namespace {
 
 // So many elements before they are needed, W is asked for.
-constexpr int64_t prefetch_bytes = 512;
+constexpr int64_t prefetch_bytes = 1024;
+constexpr int64_t max_prefetched_planes = 32 * 1024;
 
 // Zeros in a few places; a call of memset takes longer.
 template <class A>
@@ -78,12 +79,12 @@ void unpack_row(const A* from, int64_t pitch, int64_t channels, int64_t columns,
     if constexpr (is_float<T>) transpose(from, pitch, channels, columns, to, column_stride);
   } else {
     for (int64_t i = 0; i < columns; ++i)
-      for (int64_t c = 0; c < channels; ++c)
-        store(from[c * pitch + i], &to[c * channel_stride + i * column_stride]);
+      for (int64_t c = 0; c < channels; ++c) store(from[c * pitch + i], &to[c * channel_stride + i * column_stride]);
   }
 }
 
-// A tap of a row: its weights w[0] .. at positions [begin, end), and the shifted operand at position 0.
+// A tap of a row, from position 0: its weights, of which there are those of positions [begin, end), and the shifted
+// operand.
 template <class W, class A>
 struct Tap {
   const W* w;
@@ -100,7 +101,7 @@ struct TapList {
 
   void clear() { count = 0, low = 0, high = INT64_MAX; }
   void add(const W* w, const A* shifted, int64_t begin, int64_t end) {
-    taps[count++] = {w, shifted, begin, end};
+    taps[count++] = {w - begin, shifted, begin, end};
     low = begin > low ? begin : low;
     high = end < high ? end : high;
   }
@@ -124,22 +125,17 @@ void add_taps(const TapList<W, A>& list, int64_t shifted_channel, int64_t column
 #pragma GCC unroll 8
       for (int c = 0; c < Channels; ++c) sum[c].add_product(weight, V::load(shifted + c * shifted_channel));
     };
-    const bool fetch = Fetch && m / V::lanes % vectors_of_line == 0;
-    const int64_t next = m < ahead.split ? ahead.distance : ahead.beyond;
+    const Tap<W, A>* tap = list.taps;
+    const Tap<W, A>* const last = tap + list.count;
+    if (Fetch && m / V::lanes % vectors_of_line == 0) {
+      const int64_t next = m + (m < ahead.split ? ahead.distance : ahead.beyond);
+      for (; tap != last; ++tap) __builtin_prefetch(tap->w + next);
+      tap = list.taps;
+    }
     if (m >= list.low && m + V::lanes <= list.high) {
-      for (int64_t t = 0; t < list.count; ++t) {
-        const Tap<W, A>& tap = list.taps[t];
-        const W* w = tap.w + (m - tap.begin);
-        if (fetch) __builtin_prefetch(w + next);
-        add(V::load(w), tap.shifted + m);
-      }
+      for (; tap != last; ++tap) add(V::load(tap->w + m), tap->shifted + m);
     } else {
-      for (int64_t t = 0; t < list.count; ++t) {
-        const Tap<W, A>& tap = list.taps[t];
-        const int64_t at = m - tap.begin;
-        if (fetch && at >= 0) __builtin_prefetch(tap.w + at + next);
-        add(V::load_range(tap.w, at, tap.end - tap.begin), tap.shifted + m);
-      }
+      for (; tap != last; ++tap) add(V::load_range(tap->w, m, tap->begin, tap->end), tap->shifted + m);
     }
     for (int c = 0; c < Channels; ++c) sum[c].store(sums + c * sum_channel + m);
   }
@@ -247,44 +243,70 @@ struct ColumnsRun {
 
   // --- packing
 
-  // [channels][columns] of one row. `from` is null for a row outside the tensor.
-  void pack_row(const T* from, int64_t channel_stride, int64_t column_stride, int64_t channels, int64_t columns,
-                A* to) const {
+  // [channels][columns] of one row. `from` is null for a row outside the tensor, of which nothing is read from `last` on.
+  // The last vector of a run of neighbours may be written past its end: what is packed next lies behind it.
+  void pack_row(const T* from, const T* last, int64_t channel_stride, int64_t column_stride, int64_t channels,
+                int64_t columns, A* to) const {
     const int64_t pitch = tiling.packed_channel;
-    for (int64_t s = 0; s < tiling.segment_count; ++s) {
-      const Segment& segment = tiling.segments[s];
-      int64_t begin = segment.first < 0 ? (-segment.first + segment.step - 1) / segment.step : 0;
-      int64_t end = segment.first < columns ? (columns - segment.first + segment.step - 1) / segment.step : 0;
-      if (from == nullptr) begin = end = 0;
-      begin = begin < segment.count ? begin : segment.count;
-      end = end < segment.count ? end : segment.count;
-      if (end < begin) end = begin;
-      A* row = to + segment.at;
-      for (int64_t c = 0; c < channels; ++c) {
-        clear_few(row + c * pitch, begin);
-        clear_few(row + c * pitch + end, segment.count - end);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t s = 0; s < tiling.segment_count; ++s) {
+        const Segment& segment = tiling.segments[s];
+        A* row = to + c * pitch + segment.at;
+        if (from == nullptr) {
+          clear_over(row, segment.count);
+        } else if (segment.step * column_stride == 1) {
+          const int64_t begin = segment.first < 0 ? min(-segment.first, segment.count) : 0;
+          const int64_t end = min(columns - segment.first, segment.count);
+          clear_over(row, begin);
+          const T* source = from + c * channel_stride + segment.first;
+          int64_t i = begin;
+          for (; i < end && source + i + V::lanes <= last; i += V::lanes) V::load(source + i).store(row + i);
+          for (; i < end; i += V::lanes) V::load_range(source, i, begin, end).store(row + i);
+          const int64_t after = end > begin ? end : begin;
+          clear_over(row + after, segment.count - after);
+        } else {
+          pack_apart(segment, from, channel_stride, column_stride, channels, columns, c, to + segment.at);
+        }
       }
-      const int64_t step = segment.step * column_stride, count = end - begin;
-      if (count == 0) continue;
-      const T* source = from + segment.first * column_stride + begin * step;
-      row += begin;
-      if (step == 1) {
-        for (int64_t c = 0; c < channels; ++c) load_run(source + c * channel_stride, count, row + c * pitch);
-      } else if (channel_stride == 1 && channels > 1) {
-        transpose_in(source, step, count, channels, row, pitch, staging);
-      } else {
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t i = 0; i < count; ++i) row[c * pitch + i] = load(source[c * channel_stride + i * step]);
-      }
+  }
+  // Zeros, also past the end.
+  static void clear_over(A* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += V::lanes) V::zero().store(to + i);
+  }
+  // Channel c of a segment whose elements are not neighbours. Where channels are, the first call packs all of them.
+  void pack_apart(const Segment& segment, const T* from, int64_t channel_stride, int64_t column_stride,
+                  int64_t channels, int64_t columns, int64_t c, A* to) const {
+    const int64_t pitch = tiling.packed_channel, step = segment.step * column_stride;
+    int64_t begin = segment.first < 0 ? ceil_div(-segment.first, segment.step) : 0;
+    int64_t end = segment.first < columns ? ceil_div(columns - segment.first, segment.step) : 0;
+    begin = min(begin, segment.count);
+    end = min(end, segment.count);
+    if (end < begin) end = begin;
+    clear_few(to + c * pitch, begin);
+    clear_few(to + c * pitch + end, segment.count - end);
+    if (begin == end) return;
+    const T* source = from + segment.first * column_stride + begin * step;
+    if (channel_stride != 1 || channels == 1) {
+      A* row = to + c * pitch + begin;
+      for (int64_t i = 0; i < end - begin; ++i) row[i] = load(source[c * channel_stride + i * step]);
+    } else if (c == 0) {
+      transpose_in(source, step, end - begin, channels, to + begin, pitch, staging);
     }
+  }
+  // Behind the last element of X or Y.
+  template <class Stride>
+  const T* end_of(void* tensor, const Stride& stride, int64_t h, int64_t w) const {
+    return static_cast<const T*>(tensor) + (p.batch - 1) * stride[0] + (p.channels - 1) * stride[1] +
+           (h - 1) * stride[2] + (w - 1) * stride[3] + 1;
   }
 
   // Rows of X that output rows begin .. end read.
   void pack_input(int64_t first_channel, int64_t channels) const {
     const int64_t first = begin * p.stride_h - p.padding_h;
+    const T* const last = end_of(tiling.buffers.x, p.x_stride, p.in_h, p.in_w);
     const auto pack = [&](int64_t slot, int64_t h) {
       const T* from = h >= 0 && h < p.in_h ? x_row(first_channel, h) : nullptr;
-      pack_row(from, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed + slot * tiling.packed_row);
+      pack_row(from, last, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed + slot * tiling.packed_row);
     };
     if (tiling.share_rows) {
       const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
@@ -317,13 +339,14 @@ struct ColumnsRun {
 
   // Rows of grad_output that input rows begin .. end are read by.
   void pack_gradients(int64_t first_channel, int64_t channels) const {
+    const T* const last = end_of(tiling.buffers.y, p.y_stride, p.out_h, p.out_w);
     const auto pack = [&](int64_t slot, int64_t h) {
       const T* from = h >= 0 && h < p.out_h ? y_row(first_channel, h) : nullptr;
-      pack_row(from, p.y_stride[1], p.y_stride[3], channels, p.out_w, packed + slot * tiling.packed_row);
+      pack_row(from, last, p.y_stride[1], p.y_stride[3], channels, p.out_w, packed + slot * tiling.packed_row);
     };
     if (tiling.share_rows) {
-      const int64_t first = first_reader(), last = last_reader();
-      for (int64_t h = first; h <= last; ++h) pack(h - first, h);
+      const int64_t first = first_reader(), count = last_reader() - first + 1;
+      for (int64_t slot = 0; slot < count; ++slot) pack(slot, first + slot);
     } else {
       for (int64_t row = begin; row < end; ++row)
         for (int64_t i = 0; i < p.kernel_h; ++i) {
@@ -333,28 +356,32 @@ struct ColumnsRun {
     }
   }
   const A* packed_gradient(int64_t row, int64_t i, int64_t h, int64_t j) const {
-    return packed +
-           (tiling.share_rows ? h - first_reader() : (row - begin) * p.kernel_h + i) * tiling.packed_row +
+    return packed + (tiling.share_rows ? h - first_reader() : (row - begin) * p.kernel_h + i) * tiling.packed_row +
            tiling.tap_offset[j];
   }
 
   // The rows of grad_output of the strip, unshifted, to `sums`.
   void pack_unshifted(int64_t first_channel, int64_t channels) const {
     const int64_t channel = p.y_stride[1], column = p.y_stride[3];
-    for (int64_t row = begin; row < end; ++row) {
+    for_each_row_of_y([&](int64_t row, int64_t columns) {
       const T* from = y_row(first_channel, row);
       A* to = sums_of(row);
       if (column != 1 && channel == 1 && channels > 1) {
-        transpose_in(from, column, p.out_w, channels, to, tiling.sum_channel, staging);
-      } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          if (column == 1)
-            load_run(from + c * channel, p.out_w, to + c * tiling.sum_channel);
-          else
-            for (int64_t v = 0; v < p.out_w; ++v) to[c * tiling.sum_channel + v] = load(from[c * channel + v * column]);
-        }
+        transpose_in(from, column, columns, channels, to, tiling.sum_channel, staging);
+        return;
       }
-    }
+      for (int64_t c = 0; c < channels; ++c)
+        if (column == 1)
+          load_run(from + c * channel, columns, to + c * tiling.sum_channel);
+        else
+          for (int64_t v = 0; v < columns; ++v) to[c * tiling.sum_channel + v] = load(from[c * channel + v * column]);
+    });
+  }
+  // Calls body(row, columns) for the rows of Y; for a flat strip once, where its rows follow each other.
+  template <class Body>
+  void for_each_row_of_y(const Body& body) const {
+    if (tiling.flat && p.y_stride[2] == p.out_w * p.y_stride[3]) return body(begin, (end - begin) * p.out_w);
+    for (int64_t row = begin; row < end; ++row) body(row, p.out_w);
   }
   A* sums_of(int64_t row, int64_t phase = 0) const {
     return sums + (row - begin) * tiling.sum_rows + phase * tiling.sum_phase;
@@ -375,6 +402,19 @@ struct ColumnsRun {
       const T* tap = from + tap_at(t / p.kernel_w, t % p.kernel_w);
       for (int64_t v = 0; v < p.out_w; ++v) weights[t * tiling.weight_tap + v] = load(tap[v * column]);
     }
+  }
+  // A part of what the next task packs, on its way to the cache: planes of small images are too short for a processor to
+  // notice that they follow each other. Larger ones it follows.
+  void prefetch_planes(int64_t part, int64_t parts) const {
+    if (tiling.strips > 1) return;
+    const int64_t first = (first_group + groups) * group;
+    const auto prefetch = [&](const T* from, const int64_t (&stride)[4], int64_t pixels) {
+      const int64_t count = group * pixels;
+      if (stride[3] != 1 || stride[1] != pixels || count * int64_t(sizeof(T)) > max_prefetched_planes) return;
+      prefetch_runs(from + count * part / parts, 1, 0, count * (part + 1) / parts - count * part / parts);
+    };
+    if (tiling.pass != Pass::grad_input) prefetch(x_row(first, 0), p.x_stride, p.in_h * p.in_w);
+    if (tiling.pass != Pass::forward) prefetch(y_row(first, 0), p.y_stride, p.out_h * p.out_w);
   }
   // The next row and group of W on their way to the cache.
   void prefetch_weights(int64_t g, int64_t h) const {
@@ -406,6 +446,7 @@ struct ColumnsRun {
     for (int64_t b = 0; b < tiling.block_count; ++b) {
       const TapBlock& block = tiling.blocks[b];
       const TapIndex first = tiling.taps[block.begin];
+      prefetch_planes(b, tiling.block_count);
       // Where the next block, or the next task, begins.
       int64_t next = 0;
       if (b + 1 < tiling.block_count) {
@@ -442,11 +483,11 @@ struct ColumnsRun {
     for_each_chunk([&](int64_t first, int64_t channels) {
       pack_input(first, channels);
       if (tiling.in_place) sum_in_place(first, channels);
-      for (int64_t row = begin; row < end; ++row) {
+      for_each_row_of_y([&](int64_t row, int64_t columns) {
         if (!tiling.in_place) forward_by_pixel(first, channels, row);
-        unpack_row(sums_of(row), tiling.sum_channel, channels, p.out_w, y_row(first, row), p.y_stride[1],
+        unpack_row(sums_of(row), tiling.sum_channel, channels, columns, y_row(first, row), p.y_stride[1],
                    p.y_stride[3]);
-      }
+      });
     });
   }
 
@@ -471,8 +512,9 @@ struct ColumnsRun {
   void grad_input() const {
     for_each_chunk([&](int64_t first, int64_t channels) {
       pack_gradients(first, channels);
-      std::memset(sums, 0, size_t(tiling.flat ? tiling.phase_count * tiling.sum_phase : (end - begin) * tiling.sum_rows) *
-                               sizeof(A));
+      std::memset(
+          sums, 0,
+          size_t(tiling.flat ? tiling.phase_count * tiling.sum_phase : (end - begin) * tiling.sum_rows) * sizeof(A));
       if (tiling.in_place) {
         sum_in_place(first, channels);
       } else {
@@ -506,26 +548,38 @@ struct ColumnsRun {
             list.taps[list.count - 1].shifted += c * tiling.packed_channel;
           }
           if (list.count > 0)
-            add_taps(list, tiling.packed_channel, width, tiling.columns, true,
-                     sums_of(row, f) + c * tiling.sum_channel, tiling.sum_channel, nullptr);
+            add_taps(list, tiling.packed_channel, width, tiling.columns, true, sums_of(row, f) + c * tiling.sum_channel,
+                     tiling.sum_channel, nullptr);
         }
     }
   }
 
   // A row of grad_input from the sums of its phases.
   void join_phases(int64_t row, int64_t c, A* to) const {
-    for (int64_t f = 0; f < tiling.phase_count; ++f) {
-      const A* from = sums_of(row, f) + c * tiling.sum_channel;
-      if (tiling.flat) {  // f is a tap column: position v is column s v + d f - padding
-        const int64_t first = f * p.dilation_w - p.padding_w;
-        if (f == 0) clear_few(to, p.in_w);
-        const int64_t low = first < 0 ? ceil_div(-first, p.stride_w) : 0;
-        const int64_t high = min(p.out_w, first < p.in_w ? ceil_div(p.in_w - first, p.stride_w) : 0);
+    const A* from = sums_of(row) + c * tiling.sum_channel;
+    if (tiling.flat && p.stride_w == 1) {  // a phase is a tap column j: position v is column v + d j - padding
+      for (int64_t q = 0; q < p.in_w; q += V::lanes) {
+        V sum = V::zero();
+        for (int64_t j = 0; j < p.kernel_w; ++j) {
+          const int64_t at = q + p.padding_w - j * p.dilation_w;
+          const A* phase = from + j * tiling.sum_phase;
+          sum.value +=
+              (at >= 0 && at + V::lanes <= p.out_w ? V::load(phase + at) : V::load_range(phase, at, 0, p.out_w)).value;
+        }
+        sum.store(to + q);
+      }
+      return;
+    }
+    if (tiling.flat) clear_few(to, p.in_w);
+    for (int64_t f = 0; f < tiling.phase_count; ++f, from += tiling.sum_phase) {
+      const int64_t first =
+          tiling.flat ? f * p.dilation_w - p.padding_w : tiling.first_m * p.stride_w + tiling.phases[f] - p.padding_w;
+      const int64_t low = first < 0 ? ceil_div(-first, p.stride_w) : 0;
+      const int64_t high =
+          min(tiling.flat ? p.out_w : tiling.columns, first < p.in_w ? ceil_div(p.in_w - first, p.stride_w) : 0);
+      if (tiling.flat) {
         for (int64_t v = low; v < high; ++v) to[v * p.stride_w + first] += from[v];
-      } else {  // position m is column s m + phase - padding, which may lie outside the input at either end
-        const int64_t first = tiling.first_m * p.stride_w + tiling.phases[f] - p.padding_w;
-        const int64_t low = first < 0 ? 1 : 0;
-        const int64_t high = min(tiling.columns, first < p.in_w ? ceil_div(p.in_w - first, p.stride_w) : 0);
+      } else {
         for (int64_t m = low; m < high; ++m) to[m * p.stride_w + first] = from[m];
       }
     }
@@ -534,7 +588,8 @@ struct ColumnsRun {
   // --- grad_weight: sums over channels
 
   // A block's taps of a row (of a flat strip, all rows).
-  void grad_weight_block(const TapBlock& block, int64_t c, int64_t channels, int64_t row, bool accumulate, A* to) const {
+  void grad_weight_block(const TapBlock& block, int64_t c, int64_t channels, int64_t row, bool accumulate,
+                         A* to) const {
     const A* shifted[max_block_taps];
     for (int64_t t = block.begin; t < block.end; ++t)
       shifted[t - block.begin] = packed_input(row, tiling.taps[t].i, tiling.taps[t].j) + c * tiling.packed_channel;
@@ -592,6 +647,7 @@ struct ColumnsRun {
       for (int64_t b = 0; b < tiling.block_count; ++b) {
         const TapBlock& block = tiling.blocks[b];
         A* to = weights + (several ? block.begin * tiling.weight_tap : 0);
+        prefetch_planes(b, tiling.block_count);
         for (int64_t row = begin; row < end; row += step())
           grad_weight_block(block, 0, channels, row, accumulate, to + (row - begin) * tiling.weight_row);
         for (int64_t t = block.begin; last && t < block.end; ++t)

@@ -11,6 +11,8 @@ namespace {
 // Half of a typical L2 cache, so that a strip's packed rows and sums stay there while W passes by.
 constexpr int64_t strip_bytes = 256 * 1024;
 constexpr int64_t max_chunk = 16;
+// Up to these numbers a strip is one long row even if its rows fill vectors well (measured).
+constexpr int64_t flat_columns = 128, flat_copies = 8, flat_sums = 32;
 // Where W is read by pixel, a task reads at least so many neighbouring bytes of a pixel.
 constexpr int64_t pixel_bytes = 1024;
 // A larger grad_weight would push everything else out of the caches, and be gone itself before it is read.
@@ -130,9 +132,6 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   tiling.first_m = gather ? p.padding_w / p.stride_w : 0;
   tiling.columns = gather ? (p.padding_w + p.in_w - 1) / p.stride_w - tiling.first_m + 1 : p.out_w;
   const int64_t padded = round_up(tiling.columns, lanes);
-  // A copy for each tap column pays off where a fifth of the lanes would be idle.
-  tiling.flat = tiling.in_place && p.stride_h == 1 && p.w_stride[4] == p.out_w && p.out_h * p.out_w > 0 &&
-                5 * width < 4 * round_up(width, lanes);
   tiling.past_cache = pass == Pass::grad_weight && tiling.in_place &&
                       p.batch * p.groups * p.taps() * p.out_h * p.out_w * stored > past_cache_bytes;
 
@@ -143,6 +142,12 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   tiling.group_chunks = ceil_div(p.groups, tiling.task_groups);
   tiling.chunk = std::max<int64_t>(1, group > max_chunk ? max_chunk : group * tiling.task_groups);
   const bool whole_groups = group <= max_chunk;
+
+  // A long row has no idle lanes and one beginning, at the price of copies of X (or of sums) for each tap column.
+  const int64_t copies = p.kernel_w * tiling.chunk;
+  tiling.flat = tiling.in_place && p.stride_h == 1 && p.w_stride[4] == p.out_w && p.out_h * p.out_w > 0 &&
+                (5 * p.out_w < 4 * round_up(p.out_w, lanes) ||
+                 (p.out_w < flat_columns && copies <= (gather ? flat_sums : flat_copies)));
 
   set_taps(p, gather, tiling.flat, tables);
   tiling.phase_count = int64_t(tables.phases.size());
@@ -194,7 +199,8 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
       weights = p.taps() * tiling.weight_tap;
     }
     // A vector of pixels on their way to another order, or rows of grad_input whose phases are joined.
-    const int64_t staging = std::max(lanes * round_up(std::max(p.taps(), tiling.chunk), 4), gather ? tiling.chunk * p.in_w : 0);
+    const int64_t staging =
+        std::max(lanes * round_up(std::max(p.taps(), tiling.chunk), 4), gather ? tiling.chunk * p.in_w : 0);
     tiling.sums_at = round_up((packed + lanes) * bytes, 64);
     tiling.weights_at = tiling.sums_at + round_up((sums + lanes) * bytes, 64);
     tiling.staging_at = tiling.weights_at + round_up((weights + lanes) * bytes, 64);

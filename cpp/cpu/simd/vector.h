@@ -54,35 +54,36 @@ struct Vector {
 #endif
   }
 
-  // from[first + lane] in the lanes where that is in [0, end); the others are zero and their memory is not touched.
+  // from[first + lane] where that is one of [begin, end); the other lanes are zero and their memory is not touched.
   template <class T>
-  static Vector load_range(const T* from, int64_t first, int64_t end) {
-    int64_t low = first < 0 ? -first : 0, high = end - first < lanes ? end - first : lanes;
+  static Vector load_range(const T* from, int64_t first, int64_t begin, int64_t end) {
+    int64_t low = begin - first < 0 ? 0 : begin - first, high = end - first < lanes ? end - first : lanes;
     low = low < lanes ? low : lanes;
     high = high < low ? low : high;
+    from += first;
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
     const uint32_t mask = ((1u << high) - 1) & ~((1u << low) - 1);
     if constexpr (sizeof(T) == 8)
-      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8(mask), from + first)};
+      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8(mask), from)};
     else if constexpr (sizeof(T) == 4)
-      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16(mask), from + first)};
+      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16(mask), from)};
     else
-      return widened<T>(_mm256_maskz_loadu_epi16(__mmask16(mask), from + first));
+      return widened<T>(_mm256_maskz_loadu_epi16(__mmask16(mask), from));
 #elif VECTOR_BYTES == 32 && defined(__AVX2__)
     if constexpr (sizeof(T) == 8) {
       const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
       const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(low), lane),
                                                  _mm256_cmpgt_epi64(_mm256_set1_epi64x(high), lane));
-      return {(Lanes)_mm256_maskload_pd(from + first, inside)};
+      return {(Lanes)_mm256_maskload_pd(from, inside)};
     } else if constexpr (sizeof(T) == 4) {
       const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(low)), lane),
                                                  _mm256_cmpgt_epi32(_mm256_set1_epi32(int(high)), lane));
-      return {(Lanes)_mm256_maskload_ps(from + first, inside)};
+      return {(Lanes)_mm256_maskload_ps(from, inside)};
     }
 #endif
     A values[lanes] = {};
-    for (int64_t i = low; i < high; ++i) values[i] = pyinvolution::load(from[first + i]);
+    for (int64_t i = low; i < high; ++i) values[i] = pyinvolution::load(from[i]);
     return load(values);
   }
 
