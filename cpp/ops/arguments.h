@@ -69,6 +69,9 @@ MemoryFormat memory_format_of(const Tensor& input);
 // A new tensor for the result: (N, C, Ho, Wo) in input's dtype, device and memory format. Sets problem.y_stride.
 Tensor new_output(const Tensor& input, Problem& problem);
 
+// An empty tensor of another's shape, dtype, device and memory order.
+Tensor new_like(const Tensor&);
+
 void* address(const Tensor&);
 
 }  // namespace pyinvolution::ops

@@ -75,9 +75,7 @@ void move_towards(const std::optional<Tensor>& running, const float* found, doub
   for (int64_t c = 0; c < channels; ++c) values[c] = float((1.0 - momentum) * values[c] + momentum * found[c]);
 }
 
-Tensor new_vector(const Tensor& input) {
-  return torch::stable::new_empty(input, {input.size(1)}, ScalarType::Float);
-}
+Tensor new_vector(const Tensor& input) { return torch::stable::new_empty(input, {input.size(1)}, ScalarType::Float); }
 
 }  // namespace
 

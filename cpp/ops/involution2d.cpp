@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> involution2d_backward(const Tensor& grad_output, cons
   PYINVOLUTION_CHECK(op, output_mask.size() == 2, "output_mask has ", output_mask.size(), " values, expected 2");
 
   const auto gradient = [&](Pass pass, const Tensor& tensor) {
-    const Tensor result = torch::stable::empty_like(tensor);
+    const Tensor result = new_like(tensor);
     if (result.numel() == 0) return result;
     const bool of_input = pass == Pass::grad_input;
     Problem p = problem;

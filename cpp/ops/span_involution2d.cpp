@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
   PYINVOLUTION_CHECK(op, output_mask.size() == 4, "output_mask has ", output_mask.size(), " values, expected 4");
 
   const auto like = [&](bool wanted, const Tensor& tensor) {
-    return wanted ? torch::stable::empty_like(tensor) : torch::stable::new_empty(input, Sizes{0});
+    return wanted ? new_like(tensor) : torch::stable::new_empty(input, Sizes{0});
   };
   const Gradients gradients{
       like(output_mask[0], input), like(output_mask[1], reduced),

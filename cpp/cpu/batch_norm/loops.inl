@@ -14,8 +14,8 @@ using Floats = Vector<float>;
 // `count` neighbours, a whole vector or the first of one.
 template <bool Whole, class T>
 Floats load_lanes(const T* from, int64_t count) {
-  if constexpr (Whole) return load_vector(from);
-  return load_some(from, count);
+  if constexpr (Whole) return Floats::load(from);
+  return Floats::load_range(from, 0, 0, count);
 }
 template <bool Whole, class T>
 void store_lanes(const Floats& vector, T* to, int64_t count) {
@@ -36,9 +36,15 @@ struct Pointers {
   T *out, *grad_residual;
 
   explicit Pointers(const BatchNormTiling& t, int64_t at)
-      : x(move(t.x, at)), residual(move(t.residual, at)), gy(move(t.gy, at)), y(move(t.y, at)),
-        out(const_cast<T*>(move(t.out, at))), grad_residual(const_cast<T*>(move(t.grad_residual, at))) {}
-  static const T* move(const void* from, int64_t at) { return from == nullptr ? nullptr : static_cast<const T*>(from) + at; }
+      : x(move(t.x, at)),
+        residual(move(t.residual, at)),
+        gy(move(t.gy, at)),
+        y(move(t.y, at)),
+        out(const_cast<T*>(move(t.out, at))),
+        grad_residual(const_cast<T*>(move(t.grad_residual, at))) {}
+  static const T* move(const void* from, int64_t at) {
+    return from == nullptr ? nullptr : static_cast<const T*>(from) + at;
+  }
 };
 
 struct Parameters {
@@ -66,12 +72,14 @@ void put_gradient(const Pointers<T>& p, int64_t at, int64_t count, const Paramet
   // With a residual, the step before has written g.
   const Floats g = p.grad_residual != nullptr ? load_lanes<Whole>(p.grad_residual + at, count)
                                               : gradient_of_z<Whole>(p, at, count, x, parameters);
-  store_lanes<Whole>({parameters.scale.value * g.value + ((x.value - parameters.mean.value) * linear.value + constant.value)},
-                     p.out + at, count);
+  store_lanes<Whole>(
+      {parameters.scale.value * g.value + ((x.value - parameters.mean.value) * linear.value + constant.value)},
+      p.out + at, count);
 }
 
 // Merges a block's mean and squares into those of `before` elements.
-inline void merge(float before, float added, const Floats& mean, const Floats& squares, Floats& all_mean, Floats& all_squares) {
+inline void merge(float before, float added, const Floats& mean, const Floats& squares, Floats& all_mean,
+                  Floats& all_squares) {
   const float total = before + added;
   const Floats difference{mean.value - all_mean.value};
   all_mean.value += difference.value * (added / total);
@@ -231,7 +239,7 @@ void moments_of_plane(const BatchNormTiling& t, const T* x, float* mean, float* 
       if constexpr (!decltype(whole)::value) {
         float values[Floats::lanes];
         difference.store(values);
-        difference = load_some(values, lanes);
+        difference = Floats::load_range(values, 0, 0, lanes);
       }
       sums[k].value += difference.value * difference.value;
     });

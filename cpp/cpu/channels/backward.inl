@@ -179,7 +179,7 @@ float total(const float* from, int64_t count) {
   V sum = V::zero();
   int64_t i = 0;
   for (; i + V::lanes <= count; i += V::lanes) sum.value += V::load(from + i).value;
-  if (i < count) sum.value += V::load_first(from + i, count - i).value;
+  if (i < count) sum.value += V::load_range(from, i, i, count).value;
   float all = 0;
   for (int64_t lane = 0; lane < V::lanes; ++lane) all += sum.value[lane];
   return all;
@@ -383,7 +383,7 @@ struct BackwardRun {
     for (int64_t v = 0; v < columns + backward_margin; v += V::lanes) {
       const int64_t count = columns - v < 0 ? 0 : min(columns - v, V::lanes), taps = p.taps();
       for (int64_t k = 0; k < taps; ++k)
-        V::load_first(from + k * tile_pixels + v, count).store(to + k * tile_pixels + v);
+        V::load_range(from + k * tile_pixels + v, 0, 0, count).store(to + k * tile_pixels + v);
     }
   }
 

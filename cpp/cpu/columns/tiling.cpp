@@ -8,14 +8,19 @@
 namespace pyinvolution::cpu {
 namespace {
 
-// Half of a typical L2 cache, so that a strip's packed rows stay there while each is read once for every tap row.
+// Half of a typical L2 cache, so that a strip's packed rows and sums stay there while W passes by.
 constexpr int64_t strip_bytes = 256 * 1024;
 constexpr int64_t max_chunk = 16;
+// Up to these numbers a strip is one long row even if its rows fill vectors well (measured).
+constexpr int64_t flat_columns = 128, flat_copies = 8, flat_sums = 32;
+// Where W is read by pixel, a task reads at least so many neighbouring bytes of a pixel.
+constexpr int64_t pixel_bytes = 1024;
+// A larger grad_weight would push everything else out of the caches, and be gone itself before it is read.
+constexpr int64_t past_cache_bytes = 8 << 20;
 
 // A packed row has columns s * i + d * j, i = 0 .. padded: the taps of a phase share a run, or each tap has its own
-// where dilation moves them far apart.
-void set_strided_row(ColumnsTiling& tiling, ColumnsTables& tables) {
-  const Problem& p = tiling.problem;
+// where dilation moves them far apart. Returns its width.
+int64_t set_strided_row(const Problem& p, int64_t padded, ColumnsTables& tables) {
   const int64_t reach = p.dilation_w * (p.kernel_w - 1) / p.stride_w;
   std::vector<int64_t> slot_phase;
   std::vector<int64_t> slot(p.kernel_w);
@@ -26,55 +31,85 @@ void set_strided_row(ColumnsTiling& tiling, ColumnsTables& tables) {
     if (found == slot_phase.end()) slot_phase.push_back(phase);
   }
   const int64_t phases = int64_t(slot_phase.size());
-  const int64_t shared = tiling.padded + reach;
+  const int64_t shared = padded + reach;
   tables.tap_offset.resize(p.kernel_w);
-  if (phases * shared <= p.kernel_w * tiling.padded) {
+  if (phases * shared <= p.kernel_w * padded) {
     for (int64_t s = 0; s < phases; ++s)
       tables.segments.push_back({s * shared, slot_phase[s] - p.padding_w, shared, p.stride_w});
     for (int64_t j = 0; j < p.kernel_w; ++j) tables.tap_offset[j] = slot[j] * shared + p.dilation_w * j / p.stride_w;
-    tiling.width = phases * shared;
-  } else {
-    for (int64_t j = 0; j < p.kernel_w; ++j) {
-      tables.segments.push_back({j * tiling.padded, p.dilation_w * j - p.padding_w, tiling.padded, p.stride_w});
-      tables.tap_offset[j] = j * tiling.padded;
-    }
-    tiling.width = p.kernel_w * tiling.padded;
+    return phases * shared;
+  }
+  for (int64_t j = 0; j < p.kernel_w; ++j) {
+    tables.segments.push_back({j * padded, p.dilation_w * j - p.padding_w, padded, p.stride_w});
+    tables.tap_offset[j] = j * padded;
+  }
+  return p.kernel_w * padded;
+}
+
+// A packed row has output columns m - (d * j) / s for m = first_m ...; see ColumnsTiling::taps. Returns its width.
+int64_t set_gathered_row(const Problem& p, int64_t padded, int64_t first_m, ColumnsTables& tables) {
+  const auto shift = [&](int64_t j) { return p.dilation_w * j / p.stride_w; };
+  const int64_t reach = shift(p.kernel_w - 1);
+  const int64_t shared = padded + reach;
+  tables.tap_offset.resize(p.kernel_w);
+  if (shared <= p.kernel_w * padded) {
+    tables.segments.push_back({0, first_m - reach, shared, 1});
+    for (int64_t j = 0; j < p.kernel_w; ++j) tables.tap_offset[j] = reach - shift(j);
+    return shared;
+  }
+  for (int64_t j = 0; j < p.kernel_w; ++j) {
+    tables.segments.push_back({j * padded, first_m - shift(j), padded, 1});
+    tables.tap_offset[j] = j * padded;
+  }
+  return p.kernel_w * padded;
+}
+
+// A long row for each tap column, or for grad_input, whose gradients are not shifted by columns, only one.
+void set_flat_row(const Problem& p, bool gather, int64_t long_row, ColumnsTables& tables) {
+  tables.tap_offset.assign(p.kernel_w, 0);
+  if (gather) {
+    tables.segments.push_back({0, 0, p.out_w, 1});
+    return;
+  }
+  for (int64_t j = 0; j < p.kernel_w; ++j) {
+    tables.tap_offset[j] = j * long_row;
+    tables.segments.push_back({j * long_row, p.dilation_w * j - p.padding_w, p.out_w, p.stride_w});
   }
 }
 
-// A packed row has output columns m - (d * j) / s for m = first_m ...; see ColumnsTiling::phases.
-void set_gathered_row(ColumnsTiling& tiling, ColumnsTables& tables) {
-  const Problem& p = tiling.problem;
-  const auto shift = [&](int64_t j) { return p.dilation_w * j / p.stride_w; };
-  const int64_t reach = shift(p.kernel_w - 1);
-  const int64_t shared = tiling.padded + reach;
-  tables.tap_offset.resize(p.kernel_w);
-  if (shared <= p.kernel_w * tiling.padded) {
-    tables.segments.push_back({0, tiling.first_m - reach, shared, 1});
-    for (int64_t j = 0; j < p.kernel_w; ++j) tables.tap_offset[j] = reach - shift(j);
-    tiling.width = shared;
+// Blocks of whole tap rows, or where a row has too many taps equal parts of it.
+void set_taps(const Problem& p, bool gather, bool flat, ColumnsTables& tables) {
+  if (!gather) {
+    tables.phases.push_back(0);
   } else {
-    for (int64_t j = 0; j < p.kernel_w; ++j) {
-      tables.segments.push_back({j * tiling.padded, tiling.first_m - shift(j), tiling.padded, 1});
-      tables.tap_offset[j] = j * tiling.padded;
-    }
-    tiling.width = p.kernel_w * tiling.padded;
+    const int64_t count = flat ? p.kernel_w : std::min(p.stride_w, p.in_w);
+    for (int64_t f = 0; f < count; ++f) tables.phases.push_back(flat ? f : (p.padding_w + f) % p.stride_w);
   }
-  const int64_t count = std::min(p.stride_w, p.in_w);
   tables.phase_begin.push_back(0);
-  for (int64_t f = 0; f < count; ++f) {
-    tables.phases.push_back((p.padding_w + f) % p.stride_w);
-    for (int64_t j = 0; j < p.kernel_w; ++j)
-      if (p.dilation_w * j % p.stride_w == tables.phases.back()) tables.phase_taps.push_back(j);
-    tables.phase_begin.push_back(int64_t(tables.phase_taps.size()));
+  for (int64_t f = 0; f < int64_t(tables.phases.size()); ++f) {
+    const auto belongs = [&](int64_t j) {
+      return !gather || (flat ? j : p.dilation_w * j % p.stride_w) == tables.phases[size_t(f)];
+    };
+    for (int64_t i = 0; i < p.kernel_h; ++i)
+      for (int64_t j = 0; j < p.kernel_w; ++j)
+        if (belongs(j)) tables.taps.push_back({i, j});
+    const int64_t begin = tables.phase_begin.back(), end = int64_t(tables.taps.size());
+    tables.phase_begin.push_back(end);
+    const int64_t row = (end - begin) / p.kernel_h;
+    if (row == 0) continue;
+    const int64_t rows = std::max<int64_t>(1, max_block_taps / row), parts = ceil_div(row, max_block_taps);
+    for (int64_t at = begin; at < end; at += rows * row) {
+      const int64_t count = std::min(rows * row, end - at);
+      for (int64_t part = 0; part < parts; ++part)
+        tables.blocks.push_back({at + count * part / parts, at + count * (part + 1) / parts, f});
+    }
   }
 }
 
 // How many packed rows a strip of `height` needs when neighbours share them.
-int64_t shared_rows(const ColumnsTiling& tiling, int64_t height) {
-  const Problem& p = tiling.problem;
+int64_t shared_rows(const Problem& p, bool gather, bool flat, int64_t height) {
   const int64_t reach = p.dilation_h * (p.kernel_h - 1);
-  if (tiling.pass == Pass::grad_input) return std::min((height - 1 + reach) / p.stride_h + 1, p.out_h);
+  if (gather && !flat) return std::min((height - 1 + reach) / p.stride_h + 1, p.out_h);
   return (height - 1) * p.stride_h + reach + 1;
 }
 
@@ -87,50 +122,120 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   tiling.pass = pass;
   tiling.buffers = buffers;
   const int64_t bytes = p.dtype == DType::f64 ? 8 : 4;
+  const int64_t stored = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
   const int64_t lanes = vector_bytes / bytes;
   const bool gather = pass == Pass::grad_input;
+  const int64_t group = p.group_channels(), rows = gather ? p.in_h : p.out_h;
+  const int64_t width = gather ? p.in_w : p.out_w;
 
-  tiling.chunk = std::min(p.group_channels(), max_chunk);
-  tiling.first_m = p.padding_w / p.stride_w;
+  tiling.in_place = p.w_stride[5] == 1;
+  tiling.first_m = gather ? p.padding_w / p.stride_w : 0;
   tiling.columns = gather ? (p.padding_w + p.in_w - 1) / p.stride_w - tiling.first_m + 1 : p.out_w;
-  tiling.padded = round_up(tiling.columns, lanes);
-  if (gather) {
-    set_gathered_row(tiling, tables);
-  } else {
-    set_strided_row(tiling, tables);
+  const int64_t padded = round_up(tiling.columns, lanes);
+  tiling.past_cache = pass == Pass::grad_weight && tiling.in_place &&
+                      p.batch * p.groups * p.taps() * p.out_h * p.out_w * stored > past_cache_bytes;
+
+  const int64_t pixel_groups = std::max<int64_t>(1, max_chunk / std::max<int64_t>(1, group));
+  tiling.task_groups = tiling.in_place || group > max_chunk
+                           ? 1
+                           : std::min(p.groups, std::max(pixel_groups, ceil_div(pixel_bytes, p.taps() * stored)));
+  tiling.group_chunks = ceil_div(p.groups, tiling.task_groups);
+  tiling.chunk = std::max<int64_t>(1, group > max_chunk ? max_chunk : group * tiling.task_groups);
+  const bool whole_groups = group <= max_chunk;
+
+  // A long row has no idle lanes and one beginning, at the price of copies of X (or of sums) for each tap column.
+  const int64_t copies = p.kernel_w * tiling.chunk;
+  tiling.flat = tiling.in_place && p.stride_h == 1 && p.w_stride[4] == p.out_w && p.out_h * p.out_w > 0 &&
+                (5 * p.out_w < 4 * round_up(p.out_w, lanes) ||
+                 (p.out_w < flat_columns && copies <= (gather ? flat_sums : flat_copies)));
+
+  set_taps(p, gather, tiling.flat, tables);
+  tiling.phase_count = int64_t(tables.phases.size());
+  int64_t most_taps = 0;
+  for (const TapBlock& block : tables.blocks) most_taps = std::max(most_taps, block.end - block.begin);
+
+  // Everything that depends on the height of a strip.
+  const auto set_height = [&](int64_t height) {
+    tables.segments.clear();
+    tiling.height = height;
+    const int64_t shared = shared_rows(p, gather, tiling.flat, height);
+    tiling.share_rows = tiling.flat || shared <= height * p.kernel_h;
+    tiling.packed_rows = tiling.share_rows ? shared : height * p.kernel_h;
+    int64_t packed;
+    if (tiling.flat) {
+      const int64_t long_row = round_up(tiling.packed_rows * p.out_w + lanes, lanes);
+      set_flat_row(p, gather, long_row, tables);
+      tiling.packed_row = p.out_w;
+      tiling.packed_channel = long_row * int64_t(tables.segments.size());
+      packed = tiling.chunk * tiling.packed_channel;
+      tiling.sum_rows = p.out_w;
+      tiling.sum_channel = round_up(height * p.out_w, lanes);
+      tiling.sum_phase = tiling.chunk * tiling.sum_channel;
+    } else {
+      tiling.packed_channel =
+          gather ? set_gathered_row(p, padded, tiling.first_m, tables) : set_strided_row(p, padded, tables);
+      tiling.packed_row = tiling.chunk * tiling.packed_channel;
+      packed = tiling.packed_rows * tiling.packed_row;
+      tiling.sum_channel = padded;
+      tiling.sum_phase = tiling.chunk * padded;
+      tiling.sum_rows = tiling.phase_count * tiling.sum_phase;
+    }
+    const int64_t sums = tiling.flat ? tiling.phase_count * tiling.sum_phase : height * tiling.sum_rows;
+
+    int64_t weights = 0;
+    if (pass == Pass::grad_weight && !whole_groups) {
+      // Chunks of channels add to the gradients of the whole strip.
+      tiling.weight_row = tiling.flat ? p.out_w : padded;
+      tiling.weight_tap = (tiling.flat ? round_up(height * p.out_w, lanes) : height * padded) + lanes;
+      weights = p.taps() * tiling.weight_tap;
+    } else if (pass == Pass::grad_weight && tiling.in_place) {
+      // Rows follow each other as in W; the end of a row's last vector is overwritten by the next row.
+      tiling.weight_row = p.out_w;
+      tiling.weight_tap = round_up(height * p.out_w + 2 * lanes, lanes);
+      weights = most_taps * tiling.weight_tap;
+    } else if (!tiling.in_place) {
+      tiling.weight_row = 0;
+      tiling.weight_tap = round_up(p.out_w, lanes);
+      weights = p.taps() * tiling.weight_tap;
+    }
+    // A vector of pixels on their way to another order, or rows of grad_input whose phases are joined.
+    const int64_t staging =
+        std::max(lanes * round_up(std::max(p.taps(), tiling.chunk), 4), gather ? tiling.chunk * p.in_w : 0);
+    tiling.sums_at = round_up((packed + lanes) * bytes, 64);
+    tiling.weights_at = tiling.sums_at + round_up((sums + lanes) * bytes, 64);
+    tiling.staging_at = tiling.weights_at + round_up((weights + lanes) * bytes, 64);
+    tiling.list_at = tiling.staging_at + round_up((staging + lanes) * bytes, 64);
+    tiling.scratch_bytes = tiling.list_at + 32 * std::max(most_taps, p.taps());
+  };
+
+  const int64_t chunks = p.batch * tiling.group_chunks;
+  const int64_t wanted = threads > 1 ? tasks_per_thread * threads : 1;
+  const auto even = [&](int64_t strips) { return threads <= 1 || chunks * strips % threads == 0; };
+  int64_t strips = std::min(std::max<int64_t>(1, rows), ceil_div(wanted, std::max<int64_t>(1, chunks)));
+  // Threads share tasks equally: a few more strips are better than a task that one of them does alone.
+  for (int64_t more = strips; chunks * strips < 4 * wanted && more < std::min(rows, strips + threads); ++more)
+    if (even(more)) {
+      strips = more;
+      break;
+    }
+  const int64_t most = ceil_div(std::max<int64_t>(1, rows), strips);
+  int64_t low = 1, high = most;  // the highest strip that fits
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    set_height(middle);
+    if (tiling.scratch_bytes <= strip_bytes)
+      low = middle;
+    else
+      high = middle - 1;
   }
+  set_height(ceil_div(std::max<int64_t>(1, rows), ceil_div(std::max<int64_t>(1, rows), low)));
+  tiling.strips = ceil_div(rows, tiling.height);
+
   tiling.segments = tables.segments.data(), tiling.segment_count = int64_t(tables.segments.size());
   tiling.tap_offset = tables.tap_offset.data();
-  tiling.phases = tables.phases.data(), tiling.phase_count = int64_t(tables.phases.size());
-  tiling.phase_begin = tables.phase_begin.data(), tiling.phase_taps = tables.phase_taps.data();
-  tiling.direct_weight =
-      pass == Pass::forward && (p.dtype == DType::f32 || p.dtype == DType::f64) && p.w_stride[5] == 1;
-
-  const int64_t rows = gather ? p.in_h : p.out_h;
-  const auto rows_for = [&](int64_t height) { return std::min(shared_rows(tiling, height), height * p.kernel_h); };
-  // Scratch memory besides the packed rows, in values: a row (forward, grad_input) or a strip (grad_weight) of results,
-  // and the weights of a row.
-  const auto others_for = [&](int64_t height) {
-    const int64_t weights = p.taps() * tiling.padded;
-    switch (pass) {
-      case Pass::forward: return tiling.chunk * tiling.padded + (tiling.direct_weight ? 0 : weights);
-      case Pass::grad_input: return tiling.chunk * p.in_w + weights;
-      case Pass::grad_weight: return tiling.chunk * tiling.padded + height * weights;
-    }
-    return int64_t{0};
-  };
-  const auto bytes_for = [&](int64_t height) {
-    return (rows_for(height) * tiling.chunk * tiling.width + others_for(height)) * bytes;
-  };
-
-  const int64_t wanted = ceil_div(tasks_per_thread * threads, p.batch * p.groups);
-  const int64_t max_height = std::max<int64_t>(1, rows / std::max<int64_t>(1, std::min(wanted, rows)));
-  tiling.height = 1;
-  while (tiling.height < max_height && bytes_for(tiling.height + 1) <= strip_bytes) ++tiling.height;
-  tiling.strips = ceil_div(rows, tiling.height);
-  tiling.share_rows = shared_rows(tiling, tiling.height) <= tiling.height * p.kernel_h;
-  tiling.packed_rows = rows_for(tiling.height);
-  tiling.scratch_bytes = bytes_for(tiling.height) + 64;
+  tiling.taps = tables.taps.data();
+  tiling.blocks = tables.blocks.data(), tiling.block_count = int64_t(tables.blocks.size());
+  tiling.phases = tables.phases.data(), tiling.phase_begin = tables.phase_begin.data();
   return tiling;
 }
 

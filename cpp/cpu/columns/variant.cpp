@@ -13,7 +13,7 @@ void columns_run(const Problem& problem, Pass pass, const Buffers& buffers, cons
   const Execution where = execution_for(work, execution);
   ColumnsTables tables;
   const ColumnsTiling tiling = make_columns_tiling(problem, pass, buffers, kernels.vector_bytes, where.threads, tables);
-  for_each_task(where, problem.batch * problem.groups * tiling.strips,
+  for_each_task(where, problem.batch * tiling.group_chunks * tiling.strips,
                 [&](int64_t task) { kernels.columns(tiling, task, scratch(tiling.scratch_bytes)); });
 }
 

@@ -1,4 +1,4 @@
-// Vectors of floats from and to memory in any storage type but double.
+// Vectors of floats into memory of any storage type but double. Vector::load reads it.
 #pragma once
 
 #include "cpu/simd/dtype.h"
@@ -10,14 +10,8 @@ namespace {
 typedef uint16_t Shorts __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 
-inline Vector<float> load_vector(const float* from) { return Vector<float>::load(from); }
 inline void store_vector(const Vector<float>& vector, float* to) { vector.store(to); }
 
-inline Vector<float> load_vector(const BFloat16* from) {
-  Shorts bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return {(Vector<float>::Lanes)(__builtin_convertvector(bits, Words) << 16)};
-}
 // Rounded as by `store`.
 inline void store_vector(const Vector<float>& vector, BFloat16* to) {
   const Words bits = (Words)vector.value;
@@ -27,48 +21,22 @@ inline void store_vector(const Vector<float>& vector, BFloat16* to) {
   std::memcpy(to, &result, sizeof result);
 }
 
+inline void store_vector(const Vector<float>& vector, Half* to) {
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
-// (GCC 12 warns of the instructions' forms without a mask.)
-inline Vector<float> load_vector(const Half* from) {
-  return {(Vector<float>::Lanes)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
-}
-inline void store_vector(const Vector<float>& vector, Half* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, (__m512)vector.value, _MM_FROUND_TO_NEAREST_INT));
-}
+  // (GCC 12 warns of the form without a mask.)
+  const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, (__m512)vector.value, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &bits, sizeof bits);
 #elif VECTOR_BYTES == 32 && defined(__F16C__)
-inline Vector<float> load_vector(const Half* from) {
-  return {(Vector<float>::Lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
-}
-inline void store_vector(const Vector<float>& vector, Half* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)vector.value, _MM_FROUND_TO_NEAREST_INT));
-}
+  const __m128i bits = _mm256_cvtps_ph((__m256)vector.value, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &bits, sizeof bits);
 #else
-inline Vector<float> load_vector(const Half* from) {
-  float values[Vector<float>::lanes];
-  for (int64_t i = 0; i < Vector<float>::lanes; ++i) values[i] = load(from[i]);
-  return Vector<float>::load(values);
-}
-inline void store_vector(const Vector<float>& vector, Half* to) {
   float values[Vector<float>::lanes];
   vector.store(values);
   for (int64_t i = 0; i < Vector<float>::lanes; ++i) store(values[i], &to[i]);
-}
 #endif
+}
 
-// The first `count` lanes: the others are zero, and their memory is not touched.
-inline Vector<float> load_some(const float* from, int64_t count) { return Vector<float>::load_first(from, count); }
-template <class T>
-Vector<float> load_some(const T* from, int64_t count) {
-#if VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
-  T values[Vector<float>::lanes];
-  std::memcpy(values, &bits, sizeof bits);
-#else
-  T values[Vector<float>::lanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = from[i];
-#endif
-  return load_vector(values);
-}
+// The first `count` lanes.
 template <class T>
 void store_some(const Vector<float>& vector, T* to, int64_t count) {
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "cpu/simd/float16.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -102,27 +105,71 @@ struct Vector {
     return v;
   }
 
-  // The first `count` lanes; the others are zero and their memory is not touched.
-  static Vector load_first(const A* from, int64_t count) {
+  // Of a 16-bit type, converted.
+  template <class T>
+  static Vector load(const T* from) {
+    static_assert(sizeof(T) == 2 && sizeof(A) == 4);
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4)
-      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from)};
-    else
-      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from)};
+    return widened<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif VECTOR_BYTES == 32 && defined(__AVX2__)
-    if constexpr (sizeof(A) == 4) {
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      return {(Lanes)_mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lane))};
-    } else {
-      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-      return {(Lanes)_mm256_maskload_pd(from, _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lane))};
-    }
+    return widened<T>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
-    Vector v = zero();
-    for (int64_t i = 0; i < count; ++i) v.value[i] = from[i];
-    return v;
+    A values[lanes];
+    for (int64_t i = 0; i < lanes; ++i) values[i] = pyinvolution::load(from[i]);
+    return load(values);
 #endif
   }
+
+  // from[first + lane] where that is one of [begin, end); the other lanes are zero and their memory is not touched.
+  template <class T>
+  static Vector load_range(const T* from, int64_t first, int64_t begin, int64_t end) {
+    int64_t low = begin - first < 0 ? 0 : begin - first, high = end - first < lanes ? end - first : lanes;
+    low = low < lanes ? low : lanes;
+    high = high < low ? low : high;
+    from += first;
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    const uint32_t mask = ((1u << high) - 1) & ~((1u << low) - 1);
+    if constexpr (sizeof(T) == 8)
+      return {(Lanes)_mm512_maskz_loadu_pd(__mmask8(mask), from)};
+    else if constexpr (sizeof(T) == 4)
+      return {(Lanes)_mm512_maskz_loadu_ps(__mmask16(mask), from)};
+    else
+      return widened<T>(_mm256_maskz_loadu_epi16(__mmask16(mask), from));
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+    if constexpr (sizeof(T) == 8) {
+      const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+      const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(low), lane),
+                                                 _mm256_cmpgt_epi64(_mm256_set1_epi64x(high), lane));
+      return {(Lanes)_mm256_maskload_pd(from, inside)};
+    } else if constexpr (sizeof(T) == 4) {
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i inside = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(low)), lane),
+                                                 _mm256_cmpgt_epi32(_mm256_set1_epi32(int(high)), lane));
+      return {(Lanes)_mm256_maskload_ps(from, inside)};
+    }
+#endif
+    A values[lanes] = {};
+    for (int64_t i = low; i < high; ++i) values[i] = pyinvolution::load(from[i]);
+    return load(values);
+  }
+
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+  template <class T>
+  static Vector widened(__m256i bits) {
+    if constexpr (std::is_same_v<T, Half>)
+      return {(Lanes)_mm512_maskz_cvtph_ps(0xffff, bits)};
+    else
+      return {(Lanes)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16)};
+  }
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+  template <class T>
+  static Vector widened(__m128i bits) {
+    if constexpr (std::is_same_v<T, Half>)
+      return {(Lanes)_mm256_cvtph_ps(bits)};
+    else
+      return {(Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)};
+  }
+#endif
 };
 
 typedef float Four __attribute__((vector_size(16)));
