@@ -39,6 +39,19 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
+// The same value, unknown to the compiler: what is derived from it outside a loop is kept in registers, instead of being
+// computed again in the loop.
+__device__ __forceinline__ int kept(int value) { return opaque(value); }
+__device__ __forceinline__ float kept(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+template <class T>
+__device__ __forceinline__ T* kept(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

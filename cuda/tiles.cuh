@@ -131,11 +131,10 @@ struct Line {
 template <int V, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
+    const T* from = memory + line.offset;  // outside the tensor nothing is read
 #pragma unroll 4
-    for (int i = 0; i < line.count; ++i) {
-      const bool valid = i >= line.begin && i < line.end;
-      copy_async<V * sizeof(T)>(shared + i * shared_step, memory + (valid ? line.offset + i * line.step : 0), valid);
-    }
+    for (int i = 0; i < line.count; ++i, from += line.step)
+      copy_async<V * sizeof(T)>(shared + i * shared_step, from, i >= line.begin && i < line.end);
   } else {
     constexpr int batch = 8;
     T zero;

@@ -178,6 +178,10 @@ namespace pyinvolution::cuda {
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 inline int opaque(int value) { return value; }
+template <class T>
+T kept(T value) {
+  return value;
+}
 
 template <int Bytes>
 void copy_async(void* shared, const void* global, bool valid = true, Site site = Site::here()) {
