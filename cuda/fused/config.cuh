@@ -27,16 +27,17 @@ struct StripeParams {
   int groups, chunks;
   int x_height, x_width, y_height, y_width;
   int padding_h, padding_w;
-  int stripes, steps;  // of an image, and of a stripe
+  int stripes, steps;   // of an image, and of a stripe
   int runs, all_steps;  // blocks and steps of a chunk of groups; block i takes the i-th of `runs` equal parts
   View x, y;
 };
 
-// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. With Held there are 16 * Held
-// reduced channels, and a warp keeps the span weights of its group in registers.
-template <int S_, int Rows_, int Columns_, int Held_>
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. With Held there are 16 reduced
+// channels, and a warp keeps the span weights of its group in registers.
+template <int S_, int Rows_, int Columns_, bool Held_>
 struct StripeConfig {
-  static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_, Held = Held_;
+  static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
+  static constexpr bool Held = Held_;
   static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
   static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
   static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
@@ -46,7 +47,7 @@ struct StripeConfig {
   using Ring = Image<depth * batch, positions, true>;
   static constexpr int batch_bytes = batch * positions * Ring::pitch;
   static int bytes(int reduced) {
-    return Ring::bytes + (2 * Rows * Columns + (Held > 0 ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
+    return Ring::bytes + (2 * Rows * Columns + (Held ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
   }
 };
 
@@ -54,19 +55,14 @@ struct StripeConfig {
 // vectors.
 template <class Body>
 auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
-  const bool strided = p.involution.stride_h == 2;
-  if (aligned) {
-    constexpr std::true_type yes;
-    if (strided && p.reduced == 16) return body(StripeConfig<2, 2, 16, 1>{}, yes);
-    if (strided && p.reduced == 32) return body(StripeConfig<2, 2, 16, 2>{}, yes);
-    if (strided) return body(StripeConfig<2, 2, 8, 0>{}, yes);
-    if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 1>{}, yes);
-    if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 2>{}, yes);
-    if (p.reduced <= 64) return body(StripeConfig<1, 4, 16, 0>{}, yes);
-    return body(StripeConfig<1, 2, 8, 0>{}, yes);
-  }
-  if (strided) return body(StripeConfig<2, 2, 8, 0>{}, std::false_type{});
-  return body(StripeConfig<1, 2, 8, 0>{}, std::false_type{});
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (p.involution.stride_h == 2)
+    return aligned ? body(StripeConfig<2, 2, 8, false>{}, yes) : body(StripeConfig<2, 2, 8, false>{}, no);
+  if (!aligned) return body(StripeConfig<1, 2, 8, false>{}, no);
+  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, true>{}, yes);
+  if (p.reduced <= 64) return body(StripeConfig<1, 4, 16, false>{}, yes);
+  return body(StripeConfig<1, 2, 8, false>{}, yes);
 }
 
 // Where the warps of grad_input walk.

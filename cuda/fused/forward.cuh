@@ -15,8 +15,8 @@
 //
 // In a step, a warp first makes the weights of all kernel rows: [2 rows x 8 pixels x 8 taps] = R [16 x R] * S^T [R x 8]
 // for each kernel row and pair of rows; the eighth tap does not exist. The reduced channels are the outer loop, so that
-// a fragment of R is loaded once. With 16 or 32 reduced channels the fragments of S stay in registers for good; else S
-// is in shared memory. The sums begin with b. Rounded to the storage type, as a convolution would write them, a lane
+// a fragment of R is loaded once. With 16 reduced channels the fragments of S stay in registers for good; else S is in
+// shared memory. The sums begin with b. Rounded to the storage type, as a convolution would write them, a lane
 // has two taps of a pixel in each of two rows. The band (../band.cuh) needs another pair of the same pixel, which two
 // shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one shuffle is enough). Then each
 // row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not finite, the warp
@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
             const float* __restrict__ shift, T* __restrict__ y) {
   using Ring = typename C::Ring;
   constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
-  constexpr bool keeps_sums = C::Held == 1;  // the sums with which weights begin, where there are registers for them
-  const int reduced_channels = C::Held > 0 ? 16 * C::Held : span.reduced, pitch = Span::pitch(reduced_channels);
+  const int reduced_channels = C::Held ? 16 : span.reduced, pitch = Span::pitch(reduced_channels);
   const int half_bytes = step_pixels * pitch;  // R of a step
   char* const ring = shared_memory();
   char* const pixels = ring + Ring::bytes;
@@ -68,10 +67,8 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     }
   };
 
-  // What comes next of X: a batch of `next_n`'s stripe `next_stripe`, to `to`.
+  // A thread's vectors of a batch of X. `from` is the channel's first column in the batch that comes next.
   const int thread = int(threadIdx.x), position = thread / 8, channel = thread % 8 * 8;
-  int next_n = n, next_stripe = stripe, next_batch = step;
-  int batches = end - begin + (C::live - 1) * ((end - 1) / q.steps - first + 1);  // not yet brought
   int offsets[C::copies];
 #pragma unroll
   for (int i = 0; i < C::copies; ++i) {
@@ -79,12 +76,12 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     offsets[i] = kept(at / C::positions * q.x.h + at % C::positions * q.x.w);
   }
   char* const first_to = ring + Ring::at(0, position, channel);
-  char* to = first_to;
   const T* from = nullptr;
   uint32_t inside = 0;  // a bit for each copy: whether its column is in the image
-  const auto enter_stripe = [&] {
-    const int first_row = next_batch * C::batch - q.padding_h, first_column = next_stripe * C::Columns * S - q.padding_w;
-    from = x + (next_n * q.x.n + int64_t{first_row} * q.x.h + (first_column * q.x.w + first_group * group_channels + channel));
+  const auto enter_stripe = [&](int image, int of_image, int batch) {
+    const int first_row = batch * C::batch - q.padding_h, first_column = of_image * C::Columns * S - q.padding_w;
+    from = x + (image * q.x.n + int64_t{first_row} * q.x.h +
+                (first_column * q.x.w + first_group * group_channels + channel));
     inside = 0;
 #pragma unroll
     for (int i = 0; i < C::copies; ++i) {
@@ -92,24 +89,17 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
       inside |= unsigned(v) < unsigned(q.x_width) && channel < groups * group_channels ? 1u << i : 0u;
     }
   };
-  enter_stripe();
-  const auto bring_batch = [&] {
+  const auto bring_batch = [&](int batch, int place) {
     // The positions of the batch whose rows are in the image are between two.
-    const int first_row = next_batch * C::batch - q.padding_h, before = max(0, -first_row) * C::positions;
+    const int first_row = batch * C::batch - q.padding_h, before = max(0, -first_row) * C::positions;
     const int count = min(C::batch, q.x_height - first_row) * C::positions - before;
+    char* to = first_to + place;
 #pragma unroll
     for (int i = 0; i < C::copies; ++i) {
       const int at = position - before + i * (C::threads / 8);
       copy(to + i * (C::threads * 16), from + offsets[i], at >= 0 && at < count && (inside >> i & 1) != 0);
     }
     from += int64_t{C::batch} * q.x.h;
-    to += C::batch_bytes;
-    if (to == first_to + C::depth * C::batch_bytes) to = first_to;
-    --batches;
-    if (++next_batch == q.steps + C::live - 1) {
-      next_batch = 0, next_stripe_of(next_n, next_stripe);
-      enter_stripe();
-    }
   };
   // Of R a thread brings the same vector of every at_once-th pixel.
   const int vectors = reduced_channels / 8, at_once = C::threads / vectors;
@@ -124,15 +114,14 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
       copy(to_half + i * pitch, base + (h * span.reduced_h + v * span.reduced_w),
            first_row + h < q.y_height && first_column + v < q.y_width);
     };
-    if constexpr (C::Held > 0) {
-      constexpr int pixels_at_once = C::threads / (2 * C::Held);
-      static_assert(C::threads % (2 * C::Held) == 0 && step_pixels <= pixels_at_once, "");
+    if constexpr (C::Held) {
+      static_assert(step_pixels <= C::threads / 2, "");
       if (own_pixel < step_pixels) bring(own_pixel);
     } else if (own_pixel < at_once) {
       for (int i = own_pixel; i < step_pixels; i += at_once) bring(i);
     }
   };
-  if constexpr (C::Held == 0)
+  if constexpr (!C::Held)
     bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
                          span.row_vector, [&](int i) { return i * span.row; });
   bring_reduced(0, n, stripe, step);
@@ -152,51 +141,58 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   const uint32_t halves = kept(odd ? 0x1054 : 0x5410);  // of the first row, those of the second are two bytes on
 
   // The eighth tap repeats the seventh; the masks leave it out.
-  float sums_of[K][keeps_sums ? 4 : 2];
+  Vector<2, T> biases[K];
+  float first_sums[K][4];
 #pragma unroll
   for (int kh = 0; kh < K; ++kh) {
 #pragma unroll
-    for (int e = 0; e < (keeps_sums ? 4 : 2); ++e) {
-      sums_of[kh][e] = bias != nullptr ? load(bias[own_tap + kh * K + min(2 * t + e % 2, K - 1)]) : 0.0f;
-      if (keeps_sums) sums_of[kh][e] = kept(sums_of[kh][e]);
+    for (int side = 0; side < 2; ++side) {
+      T& own = biases[kh].v[side];
+      store(0.0f, &own);
+      if (bias != nullptr) own = bias[own_tap + kh * K + min(2 * t + side, K - 1)];
     }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(load(biases[kh].v[e % 2]));
   }
-  uint32_t held[C::Held > 0 ? C::Held : 1][K][2];
-  if constexpr (C::Held > 0) {
+  uint32_t held[K][2];
+  if constexpr (C::Held) {
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
       const T* row = weight + (int64_t{own_tap + kh * K + min(pixel, K - 1)} * span.row + 2 * t);
 #pragma unroll
-      for (int c = 0; c < 2 * C::Held; ++c) {
+      for (int c = 0; c < 2; ++c) {
         const Vector<2, T> two{{row[c * 8], row[c * 8 + 1]}};
-        memcpy(&held[c / 2][kh][c % 2], &two, sizeof two);
+        memcpy(&held[kh][c], &two, sizeof two);
       }
     }
   }
   Positions<C, Ring> positions(ring, group, strip, 0, lane);
   positions.row = kept(positions.row);
   const char* pixel_row = kept(pixels + (matrix % 2 * C::Columns + strip * 8 + i) * pitch + matrix / 2 * 16);
-  const char* tap_rows = span_rows + ((group < groups ? group : 0) * taps + matrix / 2 * K + min(i, K - 1)) * pitch +
-                         matrix % 2 * 16;
+  const char* tap_rows =
+      span_rows + ((group < groups ? group : 0) * taps + matrix / 2 * K + min(i, K - 1)) * pitch + matrix % 2 * 16;
   T* out = nullptr;  // of the lane, in the first row of the step
   const auto enter_out = [&] {
     const int own_channel = Aligned ? t % 2 * 8 + t / 2 * 4 : 0;
-    out = y + (n * q.y.n + int64_t{step} * C::Rows * q.y.h +
-               ((stripe * C::Columns + strip * 8 + pixel) * q.y.w + (first_group + group) * group_channels + own_channel));
+    out = y +
+          (n * q.y.n + int64_t{step} * C::Rows * q.y.h +
+           ((stripe * C::Columns + strip * 8 + pixel) * q.y.w + (first_group + group) * group_channels + own_channel));
   };
   enter_out();
 
-  int missing = C::live, base = 0, half = 0;  // batches that have to come; where the step's first one and its R are
+  // Where the step's first batch and its R are, and how many of its batches have come.
+  int base = 0, half = 0, have = 0;
   const auto batch_after = [](int at, int count) {
     at += count * C::batch_bytes;
     return at < C::depth * C::batch_bytes ? at : at - C::depth * C::batch_bytes;
   };
+  enter_stripe(n, stripe, step);
 #pragma unroll 1
   for (int s = begin; s < end; ++s) {
-    if (missing > 0) {  // at the beginning of a stripe
+    if (have < C::live) {  // at the beginning of a stripe
       if (s > begin) __syncthreads();
 #pragma unroll 1
-      for (; missing > 0; --missing) bring_batch();
+      for (; have < C::live; ++have) bring_batch(step + have, batch_after(base, have));
       commit_copies();
     }
     wait_for_copies<0>();
@@ -204,8 +200,11 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const int own_column = stripe * C::Columns + strip * 8, own_row = step * C::Rows;
     const bool last = ++step == q.steps;
     if (last) step = 0, next_stripe_of(n, stripe);
-    if (batches > 0) bring_batch();
-    if (s + 1 < end) bring_reduced(half ^ 1, n, stripe, step);
+    if (s + 1 < end) {
+      if (last) enter_stripe(n, stripe, 0);
+      bring_batch(last ? 0 : step + C::live - 1, batch_after(base, C::live));
+      bring_reduced(half ^ 1, n, stripe, step);
+    }
     commit_copies();
 
     if (group < groups && own_column < q.y_width) {
@@ -217,7 +216,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) w[kh][j][e] = sums_of[kh][keeps_sums ? e : e % 2];
+            for (int e = 0; e < 4; ++e) w[kh][j][e] = C::Held ? first_sums[kh][e] : load(biases[kh].v[e % 2]);
           }
         }
         const auto add = [&](int kh, const uint32_t (&r)[C::pairs][4], uint32_t low, uint32_t high) {
@@ -231,13 +230,10 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
             load_matrices(r[j], pixel_row + half * half_bytes + 2 * j * C::Columns * pitch + c * 2);
         };
         uint32_t r[C::pairs][4];
-        if constexpr (C::Held > 0) {
+        if constexpr (C::Held) {
+          load_reduced(r, 0);
 #pragma unroll
-          for (int c = 0; c < C::Held; ++c) {
-            load_reduced(r, 16 * c);
-#pragma unroll
-            for (int kh = 0; kh < K; ++kh) add(kh, r, held[c][kh][0], held[c][kh][1]);
-          }
+          for (int kh = 0; kh < K; ++kh) add(kh, r, held[kh][0], held[kh][1]);
         } else {
 #pragma unroll 1
           for (int c = 0; c < reduced_channels; c += 16) {
@@ -259,7 +255,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
         for (int kh = 0; kh < K; ++kh) {
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j) {
-            const float(&own)[4] = w[kh][j];
+            const float (&own)[4] = w[kh][j];
             if constexpr (S == 1) {
               weights[kh][j][0] = __shfl_sync(~0u, pack<T>(own[0], own[2]), high_lane);
               weights[kh][j][1] = __shfl_sync(~0u, pack<T>(own[1], own[3]), low_lane);
@@ -286,9 +282,8 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
           for (int r = 0; r < C::Rows; ++r) {
             const int kh = x_row - r * S;
             if (kh < 0 || kh >= K) continue;
-            const uint32_t(&two)[2] = weights[kh][r / 2];
-            const uint32_t band =
-                S == 1 ? __byte_perm(two[0], two[1], halves + (r % 2 == 0 ? 0 : 0x2222)) : two[r % 2];
+            const uint32_t (&two)[2] = weights[kh][r / 2];
+            const uint32_t band = S == 1 ? __byte_perm(two[0], two[1], halves + (r % 2 == 0 ? 0 : 0x2222)) : two[r % 2];
             const uint32_t b[2] = {band & masks[0], band & masks[1]};
             multiply<T>(sums[r], a, b);
             if constexpr (C::fragments > 2) {
@@ -318,9 +313,9 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
 #pragma unroll
               for (int side_of_group = 0; side_of_group < 2; ++side_of_group)
                 again[2 * side_of_group + side] +=
-                    factor * load(*reinterpret_cast<const T*>(
-                                 image + Ring::at(0, v * S + tap % K,
-                                                  group * group_channels + pixel + side_of_group * 8)));
+                    factor *
+                    load(*reinterpret_cast<const T*>(
+                        image + Ring::at(0, v * S + tap % K, group * group_channels + pixel + side_of_group * 8)));
             }
           }
 #pragma unroll
@@ -362,7 +357,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     }
 
     base = batch_after(base, last ? C::live : 1), half ^= 1;
-    if (last) missing = C::live - 1, enter_out();
+    if (last) have = 1, enter_out();
   }
   wait_for_copies<0>();
 }
