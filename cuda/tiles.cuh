@@ -270,16 +270,6 @@ __device__ __forceinline__ void wait_for_tile() {
 
 __device__ __forceinline__ uint32_t bits_at(const char* shared) { return *reinterpret_cast<const uint16_t*>(shared); }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  Vector<2, T> pair;
-  store(low, &pair.v[0]);
-  store(high, &pair.v[1]);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-
 // Writes the sums of all warps, [row][16 channels x 8 pixels], through shared memory that they have finished reading.
 template <class C, class I, class T>
 __device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const KernelParams& q,

@@ -32,12 +32,13 @@ struct StripeParams {
   View x, y;
 };
 
-// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. With Held there are 16 reduced
-// channels, and a warp keeps the span weights of its group in registers.
-template <int S_, int Rows_, int Columns_, bool Held_>
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. Reduced is the number of reduced
+// channels, or 0 for any; with 16, a warp keeps the span weights of its group in registers.
+template <int S_, int Rows_, int Columns_, int Reduced_>
 struct StripeConfig {
   static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
-  static constexpr bool Held = Held_;
+  static constexpr int Reduced = Reduced_;
+  static constexpr bool held = Reduced == 16;
   static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
   static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
   static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
@@ -47,7 +48,7 @@ struct StripeConfig {
   using Ring = Image<depth * batch, positions, true>;
   static constexpr int batch_bytes = batch * positions * Ring::pitch;
   static int bytes(int reduced) {
-    return Ring::bytes + (2 * Rows * Columns + (Held ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
+    return Ring::bytes + (2 * Rows * Columns + (held ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
   }
 };
 
@@ -58,11 +59,13 @@ auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
   constexpr std::true_type yes;
   constexpr std::false_type no;
   if (p.involution.stride_h == 2)
-    return aligned ? body(StripeConfig<2, 2, 8, false>{}, yes) : body(StripeConfig<2, 2, 8, false>{}, no);
-  if (!aligned) return body(StripeConfig<1, 2, 8, false>{}, no);
-  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, true>{}, yes);
-  if (p.reduced <= 64) return body(StripeConfig<1, 4, 16, false>{}, yes);
-  return body(StripeConfig<1, 2, 8, false>{}, yes);
+    return aligned ? body(StripeConfig<2, 2, 8, 0>{}, yes) : body(StripeConfig<2, 2, 8, 0>{}, no);
+  if (!aligned) return body(StripeConfig<1, 2, 8, 0>{}, no);
+  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16>{}, yes);
+  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32>{}, yes);
+  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64>{}, yes);
+  if (p.reduced < 64) return body(StripeConfig<1, 4, 16, 0>{}, yes);
+  return body(StripeConfig<1, 2, 8, 0>{}, yes);
 }
 
 // Where the warps of grad_input walk.

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
             const float* __restrict__ shift, T* __restrict__ y) {
   using Ring = typename C::Ring;
   constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
-  const int reduced_channels = C::Held ? 16 : span.reduced, pitch = Span::pitch(reduced_channels);
+  const int reduced_channels = C::Reduced > 0 ? C::Reduced : span.reduced, pitch = Span::pitch(reduced_channels);
   const int half_bytes = step_pixels * pitch;  // R of a step
   char* const ring = shared_memory();
   char* const pixels = ring + Ring::bytes;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const int at = position + i * (C::threads / 8);
     offsets[i] = kept(at / C::positions * q.x.h + at % C::positions * q.x.w);
   }
-  char* const first_to = ring + Ring::at(0, position, channel);
+  char* const first_to = kept(ring + Ring::at(0, position, channel));
   const T* from = nullptr;
   uint32_t inside = 0;  // a bit for each copy: whether its column is in the image
   const auto enter_stripe = [&](int image, int of_image, int batch) {
@@ -92,12 +92,12 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   const auto bring_batch = [&](int batch, int place) {
     // The positions of the batch whose rows are in the image are between two.
     const int first_row = batch * C::batch - q.padding_h, before = max(0, -first_row) * C::positions;
-    const int count = min(C::batch, q.x_height - first_row) * C::positions - before;
+    const int count = max(0, min(C::batch, q.x_height - first_row) * C::positions - before);
     char* to = first_to + place;
 #pragma unroll
     for (int i = 0; i < C::copies; ++i) {
       const int at = position - before + i * (C::threads / 8);
-      copy(to + i * (C::threads * 16), from + offsets[i], at >= 0 && at < count && (inside >> i & 1) != 0);
+      copy(to + i * (C::threads * 16), from + offsets[i], (unsigned(at) < unsigned(count)) & (inside >> i & 1));
     }
     from += int64_t{C::batch} * q.x.h;
   };
@@ -114,14 +114,16 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
       copy(to_half + i * pitch, base + (h * span.reduced_h + v * span.reduced_w),
            first_row + h < q.y_height && first_column + v < q.y_width);
     };
-    if constexpr (C::Held) {
-      static_assert(step_pixels <= C::threads / 2, "");
-      if (own_pixel < step_pixels) bring(own_pixel);
+    if constexpr (C::Reduced > 0) {
+      constexpr int pixels_at_once = C::threads / (C::Reduced / 8);
+#pragma unroll
+      for (int i = 0; i < step_pixels; i += pixels_at_once)
+        if (own_pixel < step_pixels) bring(i + own_pixel);
     } else if (own_pixel < at_once) {
       for (int i = own_pixel; i < step_pixels; i += at_once) bring(i);
     }
   };
-  if constexpr (!C::Held)
+  if constexpr (!C::held)
     bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
                          span.row_vector, [&](int i) { return i * span.row; });
   bring_reduced(0, n, stripe, step);
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(load(biases[kh].v[e % 2]));
   }
   uint32_t held[K][2];
-  if constexpr (C::Held) {
+  if constexpr (C::held) {
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
       const T* row = weight + (int64_t{own_tap + kh * K + min(pixel, K - 1)} * span.row + 2 * t);
@@ -211,45 +213,50 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
       uint32_t weights[K][C::pairs][2];
       {
         float w[K][C::pairs][4];
+        const auto add = [&](int kh, bool first, const uint32_t (&r)[C::pairs][4], uint32_t low, uint32_t high) {
+          const uint32_t b[2] = {low, high};
+          float sums[4];
 #pragma unroll
-        for (int kh = 0; kh < K; ++kh) {
+          for (int e = 0; e < 4; ++e) sums[e] = C::held ? first_sums[kh][e] : load(biases[kh].v[e % 2]);
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) w[kh][j][e] = C::Held ? first_sums[kh][e] : load(biases[kh].v[e % 2]);
+            if (first) {
+              multiply<T>(w[kh][j], r[j], b, sums);
+            } else {
+              multiply<T>(w[kh][j], r[j], b);
+            }
           }
-        }
-        const auto add = [&](int kh, const uint32_t (&r)[C::pairs][4], uint32_t low, uint32_t high) {
-          const uint32_t b[2] = {low, high};
-#pragma unroll
-          for (int j = 0; j < C::pairs; ++j) multiply<T>(w[kh][j], r[j], b);
         };
-        const auto load_reduced = [&](uint32_t (&r)[C::pairs][4], int c) {
+        // 16 reduced channels, from c on.
+        const auto add_channels = [&](int c, bool first) {
+          uint32_t r[C::pairs][4];
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j)
             load_matrices(r[j], pixel_row + half * half_bytes + 2 * j * C::Columns * pitch + c * 2);
-        };
-        uint32_t r[C::pairs][4];
-        if constexpr (C::Held) {
-          load_reduced(r, 0);
+          if constexpr (C::held) {
 #pragma unroll
-          for (int kh = 0; kh < K; ++kh) add(kh, r, held[kh][0], held[kh][1]);
-        } else {
-#pragma unroll 1
-          for (int c = 0; c < reduced_channels; c += 16) {
-            load_reduced(r, c);
+            for (int kh = 0; kh < K; ++kh) add(kh, first, r, held[kh][0], held[kh][1]);
+          } else {
             const char* tap_row = tap_rows + c * 2;
 #pragma unroll
             for (int kh = 0; kh + 1 < K; kh += 2) {
               uint32_t b[4];
               load_matrices(b, tap_row + kh * K * pitch);
-              add(kh, r, b[0], b[1]);
-              add(kh + 1, r, b[2], b[3]);
+              add(kh, first, r, b[0], b[1]);
+              add(kh + 1, first, r, b[2], b[3]);
             }
             uint32_t b[2];
             load_matrices(b, tap_row + (K - 1) * K * pitch);
-            add(K - 1, r, b[0], b[1]);
+            add(K - 1, first, r, b[0], b[1]);
           }
+        };
+        add_channels(0, true);
+        if constexpr (C::Reduced > 0) {
+#pragma unroll
+          for (int c = 16; c < C::Reduced; c += 16) add_channels(c, false);
+        } else {
+#pragma unroll 1
+          for (int c = 16; c < reduced_channels; c += 16) add_channels(c, false);
         }
 #pragma unroll
         for (int kh = 0; kh < K; ++kh) {
