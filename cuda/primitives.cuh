@@ -53,6 +53,13 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
+// Whether the compiler finds registers for much that a kernel keeps: for older GPUs it would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool keeps_many_registers = false;
+#else
+constexpr bool keeps_many_registers = true;
+#endif
+
 // The same value, unknown to the compiler: what is derived from it outside a loop is kept in registers, instead of being
 // computed again in the loop.
 __device__ __forceinline__ int kept(int value) { return opaque(value); }

@@ -33,12 +33,11 @@ struct StripeParams {
 };
 
 // A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. Reduced is the number of reduced
-// channels, or 0 for any; with 16, a warp keeps the span weights of its group in registers.
+// channels, or 0 for any.
 template <int S_, int Rows_, int Columns_, int Reduced_>
 struct StripeConfig {
   static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
   static constexpr int Reduced = Reduced_;
-  static constexpr bool held = Reduced == 16;
   static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
   static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
   static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
@@ -48,7 +47,7 @@ struct StripeConfig {
   using Ring = Image<depth * batch, positions, true>;
   static constexpr int batch_bytes = batch * positions * Ring::pitch;
   static int bytes(int reduced) {
-    return Ring::bytes + (2 * Rows * Columns + (held ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
+    return Ring::bytes + (2 * Rows * Columns + chunk_groups * taps) * Span::pitch(reduced);
   }
 };
 
@@ -64,7 +63,7 @@ auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
   if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16>{}, yes);
   if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32>{}, yes);
   if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64>{}, yes);
-  if (p.reduced < 64) return body(StripeConfig<1, 4, 16, 0>{}, yes);
+  if (p.reduced == 48) return body(StripeConfig<1, 4, 16, 48>{}, yes);
   return body(StripeConfig<1, 2, 8, 0>{}, yes);
 }
 

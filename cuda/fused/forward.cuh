@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
             const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
             const float* __restrict__ shift, T* __restrict__ y) {
   using Ring = typename C::Ring;
+  constexpr bool held = C::Reduced == 16 && keeps_many_registers;  // the group's rows of S, and what sums begin with
   constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
   const int reduced_channels = C::Reduced > 0 ? C::Reduced : span.reduced, pitch = Span::pitch(reduced_channels);
   const int half_bytes = step_pixels * pitch;  // R of a step
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const int at = position + i * (C::threads / 8);
     offsets[i] = kept(at / C::positions * q.x.h + at % C::positions * q.x.w);
   }
-  char* const first_to = kept(ring + Ring::at(0, position, channel));
+  char* first_to = ring + Ring::at(0, position, channel);
+  if constexpr (Aligned) first_to = kept(first_to);
   const T* from = nullptr;
   uint32_t inside = 0;  // a bit for each copy: whether its column is in the image
   const auto enter_stripe = [&](int image, int of_image, int batch) {
@@ -103,8 +105,8 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   };
   // Of R a thread brings the same vector of every at_once-th pixel.
   const int vectors = reduced_channels / 8, at_once = C::threads / vectors;
-  const int own_pixel = thread / vectors, own_vector = (thread - own_pixel * vectors) * 8;
   const auto bring_reduced = [&](int half, int image, int of_image, int of_stripe) {
+    const int own = opaque(thread), own_pixel = own / vectors, own_vector = (own - own_pixel * vectors) * 8;
     const int first_row = of_stripe * C::Rows, first_column = of_image * C::Columns;
     const T* base = reduced + (image * span.reduced_n + int64_t{first_row} * span.reduced_h +
                                (first_column * span.reduced_w + own_vector));
@@ -118,12 +120,13 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
       constexpr int pixels_at_once = C::threads / (C::Reduced / 8);
 #pragma unroll
       for (int i = 0; i < step_pixels; i += pixels_at_once)
-        if (own_pixel < step_pixels) bring(i + own_pixel);
+        if (own_pixel < pixels_at_once && i + own_pixel < step_pixels) bring(i + own_pixel);
     } else if (own_pixel < at_once) {
+#pragma unroll 1
       for (int i = own_pixel; i < step_pixels; i += at_once) bring(i);
     }
   };
-  if constexpr (!C::held)
+  if constexpr (!held)
     bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
                          span.row_vector, [&](int i) { return i * span.row; });
   bring_reduced(0, n, stripe, step);
@@ -143,28 +146,27 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   const uint32_t halves = kept(odd ? 0x1054 : 0x5410);  // of the first row, those of the second are two bytes on
 
   // The eighth tap repeats the seventh; the masks leave it out.
-  Vector<2, T> biases[K];
+  int biases[K];  // pairs
   float first_sums[K][4];
 #pragma unroll
   for (int kh = 0; kh < K; ++kh) {
+    float two[2] = {};
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      T& own = biases[kh].v[side];
-      store(0.0f, &own);
-      if (bias != nullptr) own = bias[own_tap + kh * K + min(2 * t + side, K - 1)];
-    }
+    for (int side = 0; side < 2; ++side)
+      if (bias != nullptr) two[side] = load(bias[own_tap + kh * K + min(2 * t + side, K - 1)]);
+    biases[kh] = int(pack<T>(two[0], two[1]));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(load(biases[kh].v[e % 2]));
+    for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(two[e % 2]);
   }
-  uint32_t held[K][2];
-  if constexpr (C::held) {
+  uint32_t own_span[K][2];
+  if constexpr (held) {
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
       const T* row = weight + (int64_t{own_tap + kh * K + min(pixel, K - 1)} * span.row + 2 * t);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const Vector<2, T> two{{row[c * 8], row[c * 8 + 1]}};
-        memcpy(&held[kh][c], &two, sizeof two);
+        memcpy(&own_span[kh][c], &two, sizeof two);
       }
     }
   }
@@ -216,8 +218,14 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
         const auto add = [&](int kh, bool first, const uint32_t (&r)[C::pairs][4], uint32_t low, uint32_t high) {
           const uint32_t b[2] = {low, high};
           float sums[4];
+          if (first) {
+            // There are registers for all first sums only where little else is held.
+            Vector<2, T> two;
+            const int bits = held ? 0 : opaque(biases[kh]);
+            memcpy(&two, &bits, sizeof two);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[e] = C::held ? first_sums[kh][e] : load(biases[kh].v[e % 2]);
+            for (int e = 0; e < 4; ++e) sums[e] = held ? first_sums[kh][e] : load(two.v[e % 2]);
+          }
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j) {
             if (first) {
@@ -233,9 +241,9 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j)
             load_matrices(r[j], pixel_row + half * half_bytes + 2 * j * C::Columns * pitch + c * 2);
-          if constexpr (C::held) {
+          if constexpr (held) {
 #pragma unroll
-            for (int kh = 0; kh < K; ++kh) add(kh, first, r, held[kh][0], held[kh][1]);
+            for (int kh = 0; kh < K; ++kh) add(kh, first, r, own_span[kh][0], own_span[kh][1]);
           } else {
             const char* tap_row = tap_rows + c * 2;
 #pragma unroll
