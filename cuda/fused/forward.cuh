@@ -205,8 +205,13 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const bool last = ++step == q.steps;
     if (last) step = 0, next_stripe_of(n, stripe);
     if (s + 1 < end) {
-      if (last) enter_stripe(n, stripe, 0);
-      bring_batch(last ? 0 : step + C::live - 1, batch_after(base, C::live));
+      if (last) {
+        enter_stripe(n, stripe, 0);
+#pragma unroll 1
+        for (int batch = 0; batch < C::Ahead; ++batch) bring_batch(batch, batch_after(base, C::live + batch));
+      } else {
+        bring_batch(step + C::live - 1, batch_after(base, C::live));
+      }
       bring_reduced(half ^ 1, n, stripe, step);
     }
     commit_copies();
@@ -372,7 +377,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     }
 
     base = batch_after(base, last ? C::live : 1), half ^= 1;
-    if (last) have = 1, enter_out();
+    if (last) have = C::Ahead, enter_out();
   }
   wait_for_copies<0>();
 }
