@@ -22,16 +22,50 @@ struct Span {
   __host__ __device__ int pitch() const { return pitch(reduced); }
 };
 
-// Forward: a tile of X, the rows of S and R of the pixels.
-template <class C>
-struct Shared {
-  static constexpr int image_bytes = Image<C::x_rows, C::x_columns, true>::bytes;
-  static constexpr int pixels = C::Rows * C::Columns, all_taps = chunk_groups * taps;
-  static constexpr int bias_bytes = all_taps * 4 + 16;  // a lane reads one past the last
-  static int bytes(int reduced) { return image_bytes + bias_bytes + (pixels + all_taps) * Span::pitch(reduced); }
+// How the blocks of the forward kernel walk.
+struct StripeParams {
+  int groups, chunks;
+  int x_height, x_width, y_height, y_width;
+  int padding_h, padding_w;
+  int stripes, steps;   // of an image, and of a stripe
+  int runs, all_steps;  // blocks and steps of a chunk of groups; block i takes the i-th of `runs` equal parts
+  View x, y;
 };
 
-using StridedTile = TileConfig<K, 2, 4, 8, 4>;
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe, the
+// first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
+template <int S_, int Rows_, int Columns_, int Reduced_, int Ahead_>
+struct StripeConfig {
+  static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
+  static constexpr int Reduced = Reduced_, Ahead = Ahead_;
+  static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
+  static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
+  static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
+  static constexpr int batch = Rows * S, live = (x_rows + batch - 1) / batch, depth = live + Ahead;  // batches
+  static constexpr int copies = batch * positions * 8 / threads;                                     // of a thread
+  static_assert(batch * positions * 8 % threads == 0 && Ahead <= live, "");
+  using Ring = Image<depth * batch, positions, true>;
+  static constexpr int batch_bytes = batch * positions * Ring::pitch;
+  static int bytes(int reduced) {
+    return Ring::bytes + (2 * Rows * Columns + chunk_groups * taps) * Span::pitch(reduced);
+  }
+};
+
+// Calls `body` with the configuration for a problem, and whether it is the one for tensors that cannot be moved in
+// vectors.
+template <class Body>
+auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (p.involution.stride_h == 2)
+    return aligned ? body(StripeConfig<2, 2, 8, 0, 1>{}, yes) : body(StripeConfig<2, 2, 8, 0, 1>{}, no);
+  if (!aligned) return body(StripeConfig<1, 2, 8, 0, 1>{}, no);
+  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16, 3>{}, yes);
+  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32, 3>{}, yes);
+  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64, 1>{}, yes);
+  if (p.reduced == 48) return body(StripeConfig<1, 4, 16, 48, 1>{}, yes);
+  return body(StripeConfig<1, 2, 8, 0, 1>{}, yes);
+}
 
 // Where the warps of grad_input walk.
 struct WalkParams {
