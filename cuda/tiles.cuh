@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "division.cuh"
 #include "launch.cuh"
 
 namespace pyinvolution::cuda {
@@ -93,6 +94,7 @@ struct KernelParams {
   int padding_h, padding_w;
   int shift;  // positions that come before the first tap, so that x can be moved in vectors
   int tiles_h, tiles_w;
+  Division by_chunks, by_tiles_h, by_tiles_w;
   int stages;  // of the gradient of the input
   View x, y;
   WeightView w;
@@ -108,12 +110,12 @@ struct Tile {
 template <class C>
 __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   Tile tile;
-  unsigned block = blockIdx.x;
-  tile.first_group = int(block % unsigned(q.chunks)) * chunk_groups, block /= unsigned(q.chunks);
+  uint32_t block = blockIdx.x;
+  tile.first_group = q.by_chunks.split(block) * chunk_groups;
   tile.groups = min(chunk_groups, q.groups - tile.first_group);
-  tile.column = int(block % unsigned(q.tiles_w)) * C::Columns, block /= unsigned(q.tiles_w);
-  tile.row = int(block % unsigned(q.tiles_h)) * C::Rows;
-  tile.n = block / unsigned(q.tiles_h);
+  tile.column = q.by_tiles_w.split(block) * C::Columns;
+  tile.row = q.by_tiles_h.split(block) * C::Rows;
+  tile.n = block;
   return tile;
 }
 
@@ -353,6 +355,11 @@ WeightView weight_view(const Problem& p, Pass pass, const void* data) {
   return view;
 }
 
+inline void set_tiles(KernelParams& q, int64_t tiles_h, int64_t tiles_w) {
+  q.tiles_h = int(tiles_h), q.tiles_w = int(tiles_w);
+  q.by_chunks = Division(q.chunks), q.by_tiles_h = Division(tiles_h), q.by_tiles_w = Division(tiles_w);
+}
+
 template <class C, class T>
 KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) {
   KernelParams q;
@@ -369,7 +376,7 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) 
   if (x_columns) q.x.vector = std::min(q.x.vector, vector);
   if (w_columns) q.w.vector = std::min(q.w.vector, vector);
   q.stages = 0;
-  q.tiles_h = (q.y_height + C::Rows - 1) / C::Rows, q.tiles_w = (q.y_width + C::Columns - 1) / C::Columns;
+  set_tiles(q, (q.y_height + C::Rows - 1) / C::Rows, (q.y_width + C::Columns - 1) / C::Columns);
   return q;
 }
 
