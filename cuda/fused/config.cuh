@@ -33,6 +33,46 @@ struct Shared {
 
 using StridedTile = TileConfig<K, 2, 4, 8, 4>;
 
+// The block of grad_input with stride 1: a warp for each tile of 8 pixels of each group.
+struct WalkLayout {
+  static constexpr int rows = 2, depth = 4;  // rows of G at a time, and how many such pairs are in the ring
+  static constexpr int most_threads = 512;   // 128 registers each
+  static constexpr int slots = 8 * K;        // of a group: kernel rows have 8, the last without a tap
+  int groups, tiles;                         // 2 or 4 groups
+
+  __host__ __device__ int warps() const { return groups * tiles; }
+  __host__ __device__ int pixels() const { return 8 * tiles; }
+  __host__ __device__ int position_bytes() const { return groups * group_channels * 2; }
+  __host__ __device__ int ring_bytes() const { return depth * rows * pixels() * position_bytes(); }
+  // A piece of 8 channels of G; those of 8 neighbours are in different banks.
+  __host__ __device__ int at(int position, int piece) const {
+    return position * position_bytes() + (piece ^ (groups == 4 ? position & 7 : position >> 1 & 3)) * 16;
+  }
+  int bytes(int reduced) const {
+    return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) + groups * slots * 4 +
+           (warps() + groups) * rows * 32 * 16;
+  }
+  // Blocks next to each other that cover `wanted` tiles; each begins with the last tile of the one before.
+  int64_t blocks(int64_t wanted) const { return wanted <= tiles ? 1 : 1 + (wanted - 2) / (tiles - 1); }
+
+  // As many tiles as are needed, or as fit, so that as few as possible are computed twice.
+  static WalkLayout of(int64_t groups, int64_t width, int reduced) {
+    const int64_t wanted = (width + 7) / 8;
+    WalkLayout best{0, 0};
+    for (const int at_once : {4, 2}) {
+      for (int tiles = 1; at_once * tiles * 32 <= most_threads && tiles <= wanted; ++tiles) {
+        const WalkLayout layout{at_once, tiles};
+        if (layout.bytes(reduced) > max_shared_bytes || (tiles == 1 && wanted > 1)) continue;
+        const auto cost = [&](const WalkLayout& l) {
+          return l.blocks(wanted) * l.tiles * l.groups * ((groups + l.groups - 1) / l.groups);
+        };
+        if (best.groups == 0 || cost(layout) < cost(best)) best = layout;
+      }
+    }
+    return best;
+  }
+};
+
 // Where the warps of grad_input walk.
 struct WalkParams {
   int groups, chunks;
@@ -40,14 +80,15 @@ struct WalkParams {
   int out_height, out_width;  // of G
   int padding_h, padding_w;
   int columns, segments, rows;  // blocks of columns, parts of the height and the rows of one
-  View y, x;                    // G and dX
+  Division by_chunks, by_columns, by_segments;
+  WalkLayout layout;  // with stride 1
+  View y, x;          // G and dX
 };
 
-template <int S_>
-struct WalkConfig {
-  static constexpr int S = S_, warps = 8, threads = 32 * warps, strips = 2;
-  static constexpr int tiles = S == 1 ? 2 : 1;  // of 8 pixels of G, for 8 columns of dX
-  static constexpr int strip_pixels = 8 / S, pixels = (strips - 1) * strip_pixels + 8 * tiles;
+// The block of grad_input with stride 2.
+struct StridedWalk {
+  static constexpr int S = 2, warps = 8, threads = 32 * warps, strips = 2;
+  static constexpr int pixels = (strips - 1) * 4 + 8;
   static constexpr int depth = 4;     // rows in the ring
   static constexpr int live = K - S;  // rows of dX that the next row of G adds to
   using Ring = Image<depth, pixels, true>;
