@@ -94,16 +94,17 @@ struct Positions {
   }
 };
 
-// Whether the first sums of all lanes are finite: zero times a finite number is zero, else NaN.
+// Whether the first sums of all lanes are finite. A product or a sum of numbers of which one is not finite is not finite
+// either; large sums can make it overflow, and are then computed again for nothing.
 template <int Count = 4, int Rows>
 __device__ __forceinline__ bool all_finite(const float (&sums)[Rows][4]) {
-  float zero = 0;
+  float all = 0;
 #pragma unroll
   for (int r = 0; r < Count; ++r) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) zero += sums[r][i] * 0.0f;
+    for (int i = 0; i < 4; i += 2) all += sums[r][i] * sums[r][i + 1];
   }
-  return !__any_sync(~0u, zero != 0.0f);
+  return !__any_sync(~0u, all - all != 0.0f);
 }
 
 }  // namespace pyinvolution::cuda

@@ -37,14 +37,18 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(text);
 }
 
+inline void allow_shared_memory(const void* kernel, int bytes, const char* what) {
+  constexpr int always_allowed = 48 * 1024;
+  if (bytes > always_allowed)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+}
+
 // `what` names the kernel in errors. A kernel that fails while it runs is reported by a later call, as always in CUDA.
 template <class... Parameters>
 void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, const Execution& execution,
             Parameters... arguments) {
-  constexpr int always_allowed = 48 * 1024;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > always_allowed)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes), what);
+  allow_shared_memory(function, grid.shared_bytes, what);
   void* addresses[] = {&arguments...};
   check(cudaLaunchKernel(function, dim3(unsigned(grid.blocks)), dim3(unsigned(grid.threads)), addresses,
                          size_t(grid.shared_bytes), static_cast<cudaStream_t>(execution.stream)),
@@ -59,10 +63,24 @@ inline int multiprocessors() {
   return count;
 }
 
+// How many blocks of a kernel the current device runs at once.
+template <class... Parameters>
+int resident_blocks(const char* what, void (*kernel)(Parameters...), int threads, int shared_bytes) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  allow_shared_memory(function, shared_bytes, what);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, size_t(shared_bytes)), what);
+  return std::max(1, blocks) * multiprocessors();
+}
+
 #else
 
 // So few that small cases give a block more than one piece of work.
 inline int multiprocessors() { return 2; }
+template <class... Parameters>
+int resident_blocks(const char*, void (*)(Parameters...), int, int) {
+  return 2 * multiprocessors();
+}
 
 template <class... Parameters>
 void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, const Execution&,

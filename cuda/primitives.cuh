@@ -26,6 +26,20 @@ __device__ __forceinline__ void store(double value, double* to) { *to = value; }
 __device__ __forceinline__ void store(float value, Half* to) { *to = __float2half_rn(value); }
 __device__ __forceinline__ void store(float value, BFloat16* to) { *to = __float2bfloat16_rn(value); }
 
+// Two numbers, rounded like that, in the halves of a register.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, Half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+}
+
 // The block's dynamic shared memory, of which there is one.
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(1024) char memory[];
@@ -37,6 +51,19 @@ __device__ __forceinline__ char* shared_memory() {
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+// The same value, unknown to the compiler: what is derived from it outside a loop is kept in registers, instead of being
+// computed again in the loop.
+__device__ __forceinline__ int kept(int value) { return opaque(value); }
+__device__ __forceinline__ float kept(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+template <class T>
+__device__ __forceinline__ T* kept(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -99,37 +126,44 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t value) {
   return result;
 }
 
-// d += a * b for T (Half or BFloat16) with sums in float: d is 16 x 8, a is 16 x depth, b is depth x 8, depth 16 or 8.
+// d = a * b + c for T (Half or BFloat16) with sums in float: d is 16 x 8, a is 16 x depth, b is depth x 8, depth 16 or 8.
 // With row = lane/4 and pair = 2*(lane%4), a lane holds d[row][pair, pair+1], d[row+8][pair, pair+1]; a[row][pair..],
 // a[row+8][pair..] and the same 8 columns on; b[pair..][row] and the same 8 rows on.
+#define PYINVOLUTION_MMA(shape, type, a, b, c) \
+  "mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " a ", " b ", " c ";"
 template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         const float (&c)[4]) {
   if constexpr (std::is_same_v<T, Half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(PYINVOLUTION_MMA("m16n8k16", "f16", "{%4, %5, %6, %7}", "{%8, %9}", "{%10, %11, %12, %13}")
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                   "f"(c[3]));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(PYINVOLUTION_MMA("m16n8k16", "bf16", "{%4, %5, %6, %7}", "{%8, %9}", "{%10, %11, %12, %13}")
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                   "f"(c[3]));
   }
 }
 template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1],
+                                         const float (&c)[4]) {
   if constexpr (std::is_same_v<T, Half>) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    asm volatile(PYINVOLUTION_MMA("m16n8k8", "f16", "{%4, %5}", "{%6}", "{%7, %8, %9, %10}")
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    asm volatile(PYINVOLUTION_MMA("m16n8k8", "bf16", "{%4, %5}", "{%6}", "{%7, %8, %9, %10}")
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
+}
+#undef PYINVOLUTION_MMA
+// The same with d for c.
+template <class T, int A, int B>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[A], const uint32_t (&b)[B]) {
+  multiply<T>(d, a, b, d);
 }
 
 }  // namespace pyinvolution::cuda

@@ -133,11 +133,10 @@ struct Line {
 template <int V, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
+    const T* from = memory + line.offset;  // outside the tensor nothing is read
 #pragma unroll 4
-    for (int i = 0; i < line.count; ++i) {
-      const bool valid = i >= line.begin && i < line.end;
-      copy_async<V * sizeof(T)>(shared + i * shared_step, memory + (valid ? line.offset + i * line.step : 0), valid);
-    }
+    for (int i = 0; i < line.count; ++i, from += line.step)
+      copy_async<V * sizeof(T)>(shared + i * shared_step, from, i >= line.begin && i < line.end);
   } else {
     constexpr int batch = 8;
     T zero;
@@ -272,16 +271,6 @@ __device__ __forceinline__ void wait_for_tile() {
 }
 
 __device__ __forceinline__ uint32_t bits_at(const char* shared) { return *reinterpret_cast<const uint16_t*>(shared); }
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  Vector<2, T> pair;
-  store(low, &pair.v[0]);
-  store(high, &pair.v[1]);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
 
 // Writes the sums of all warps, [row][16 channels x 8 pixels], through shared memory that they have finished reading.
 template <class C, class I, class T>

@@ -22,16 +22,51 @@ struct Span {
   __host__ __device__ int pitch() const { return pitch(reduced); }
 };
 
-// Forward: a tile of X, the rows of S and R of the pixels.
-template <class C>
-struct Shared {
-  static constexpr int image_bytes = Image<C::x_rows, C::x_columns, true>::bytes;
-  static constexpr int pixels = C::Rows * C::Columns, all_taps = chunk_groups * taps;
-  static constexpr int bias_bytes = all_taps * 4 + 16;  // a lane reads one past the last
-  static int bytes(int reduced) { return image_bytes + bias_bytes + (pixels + all_taps) * Span::pitch(reduced); }
+// How the blocks of the forward kernel walk.
+struct StripeParams {
+  int groups, chunks;
+  int x_height, x_width, y_height, y_width;
+  int padding_h, padding_w;
+  int stripes, steps;   // of an image, and of a stripe
+  int runs, all_steps;  // blocks and steps of a chunk of groups; block i takes the i-th of `runs` equal parts
+  View x, y;
 };
 
-using StridedTile = TileConfig<K, 2, 4, 8, 4>;
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. Reduced is the number of reduced
+// channels, or 0 for any; with 16, a warp keeps the span weights of its group in registers.
+template <int S_, int Rows_, int Columns_, int Reduced_>
+struct StripeConfig {
+  static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
+  static constexpr int Reduced = Reduced_;
+  static constexpr bool held = Reduced == 16;
+  static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
+  static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
+  static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
+  static constexpr int batch = Rows * S, live = (x_rows + batch - 1) / batch, depth = live + 1;  // batches
+  static constexpr int copies = batch * positions * 8 / threads;                                 // of a thread
+  static_assert(batch * positions * 8 % threads == 0, "");
+  using Ring = Image<depth * batch, positions, true>;
+  static constexpr int batch_bytes = batch * positions * Ring::pitch;
+  static int bytes(int reduced) {
+    return Ring::bytes + (2 * Rows * Columns + (held ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
+  }
+};
+
+// Calls `body` with the configuration for a problem, and whether it is the one for tensors that cannot be moved in
+// vectors.
+template <class Body>
+auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (p.involution.stride_h == 2)
+    return aligned ? body(StripeConfig<2, 2, 8, 0>{}, yes) : body(StripeConfig<2, 2, 8, 0>{}, no);
+  if (!aligned) return body(StripeConfig<1, 2, 8, 0>{}, no);
+  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16>{}, yes);
+  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32>{}, yes);
+  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64>{}, yes);
+  if (p.reduced < 64) return body(StripeConfig<1, 4, 16, 0>{}, yes);
+  return body(StripeConfig<1, 2, 8, 0>{}, yes);
+}
 
 // The block of grad_input with stride 1: a warp for each tile of 8 pixels of each group.
 struct WalkLayout {
@@ -49,8 +84,9 @@ struct WalkLayout {
     return position * position_bytes() + (piece ^ (groups == 4 ? position & 7 : position >> 1 & 3)) * 16;
   }
   int bytes(int reduced) const {
-    return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) + groups * slots * 4 +
-           (warps() + groups) * rows * 32 * 16;
+    const int biases = groups * (K + 1) / 2 * 8 * 16, moves = warps() * 32 * 20;
+    return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) +
+           (warps() + groups) * rows * 32 * 16 + biases + moves;
   }
   // Blocks next to each other that cover `wanted` tiles; each begins with the last tile of the one before.
   int64_t blocks(int64_t wanted) const { return wanted <= tiles ? 1 : 1 + (wanted - 2) / (tiles - 1); }

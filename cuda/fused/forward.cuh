@@ -5,163 +5,368 @@
 //   Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, S*p + k - padding]
 //   Z[n,c,p]   = max(0, scale[c] * Y[n,c,p] + shift[c])     where there is an epilogue
 //
-// X is N,C,H,W; R is N,R,Ho,Wo; S is 49 G,R; Y is N,C,Ho,Wo. Blocks, tiles and warps are those of `mma`: 4 groups, a
-// warp for each group of 4 rows of 8 pixels. X with its halo, the R channels of the tile's pixels and the rows of S of
-// the groups lie in shared memory.
+// X is N,C,H,W; R is N,R,Ho,Wo; S is 49 G,R; Y is N,C,Ho,Wo.
 //
-// For a kernel row the warp computes the weights of 2 x 8 pixels, [16 pixels x 8 taps] = R [16 x R] * S^T [R x 8]; the
-// eighth tap does not exist. A lane then has two taps of a pixel in each of two rows. The band (../band.cuh) needs
-// another pair of the same pixel, which two shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is
-// whole and one shuffle is enough). The weights are rounded to the storage type, as a convolution would write them. A
-// row of X serves 4 rows of Y. Where a sum is not finite, the warp computes weights and sums again, one by one.
+// A block owns a chunk of 4 groups and walks down stripes of Y, `Columns` wide, step by step. A warp works on one group
+// and 8 columns; a step is 4 rows (2 with stride 2 or many reduced channels). The rows of X that the steps read lie in
+// a ring in shared memory, R of two steps beside it. While a step is computed, a batch of rows of X and R of the next
+// step arrive, so that each row is loaded once per stripe. All blocks run at once, and their shares of the steps differ
+// by at most one; a share can begin and end inside a stripe.
+//
+// In a step, a warp first makes the weights of all kernel rows: [2 rows x 8 pixels x 8 taps] = R [16 x R] * S^T [R x 8]
+// for each kernel row and pair of rows; the eighth tap does not exist. The reduced channels are the outer loop, so that
+// a fragment of R is loaded once. With 16 reduced channels the fragments of S stay in registers for good; else S is in
+// shared memory. The sums begin with b. Rounded to the storage type, as a convolution would write them, a lane
+// has two taps of a pixel in each of two rows. The band (../band.cuh) needs another pair of the same pixel, which two
+// shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one shuffle is enough). Then each
+// row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not finite, the warp
+// computes weights and sums again, one by one.
 //
 // Limits, bytes: x, R/C of x, y once: 2.25 elements a channel and pixel with R = C/4, where `mma` and the convolution
-// before it move 5.06 + 3.06 + 0.25. Shared memory is next: for 4 rows of 8 pixels of a group, with stride 1 and R =
-// 16, 30 ldmatrix of 4 cycles and 56 loads, and 14 and 28 more for each 16 more reduced channels. So the composition is
-// better with many reduced channels and with few pixels, whose W stays in the L2 cache.
+// before it move 5.06 + 3.06 + 0.25. Shared memory is next.
 #pragma once
 
 #include "span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-template <class C, class T>
-__global__ void __launch_bounds__(C::threads, 2)
-    forward(KernelParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
+// Aligned: vectors of 8 elements of x, reduced and y can be moved at once.
+template <class C, bool Aligned, class T>
+__global__ void __launch_bounds__(C::threads, 512 / C::threads)
+    forward(StripeParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
             const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
             const float* __restrict__ shift, T* __restrict__ y) {
-  constexpr int S = C::S, rows = 4;
-  using I = Image<C::x_rows, C::x_columns, true>;
-  static_assert(C::K == K && C::Warps == chunk_groups * C::strips * (C::Rows / rows), "");
-  const int pitch = span.pitch();
-  char* image = shared_memory();
-  float* biases = reinterpret_cast<float*>(image + I::bytes);
-  char* span_rows = image + I::bytes + Shared<C>::bias_bytes;
-  char* pixels = span_rows + Shared<C>::all_taps * pitch;
-  const Tile tile = tile_of_block<C>(q);
-  const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
-  const int first_tap = tile.first_group * taps;
+  using Ring = typename C::Ring;
+  constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
+  const int reduced_channels = C::Reduced > 0 ? C::Reduced : span.reduced, pitch = Span::pitch(reduced_channels);
+  const int half_bytes = step_pixels * pitch;  // R of a step
+  char* const ring = shared_memory();
+  char* const pixels = ring + Ring::bytes;
+  char* const span_rows = pixels + 2 * half_bytes;
 
-  bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel)), q.x, channels, q.x_height, q.x_width,
-                           tile.row * S - q.padding_h, tile.column * S - q.padding_w);
-  bring_rows<C::Warps>(span_rows, pitch, weight + int64_t(first_tap) * span.row, tile.groups * taps, span.reduced,
-                       span.row_vector, [&](int i) { return i * span.row; });
-  bring_rows<C::Warps>(pixels, pitch, reduced + tile.n * span.reduced_n, Shared<C>::pixels, span.reduced,
-                       span.reduced_vector, [&](int i) {
-                         const int h = tile.row + i / C::Columns, v = tile.column + i % C::Columns;
-                         return h < q.y_height && v < q.y_width ? h * span.reduced_h + v * span.reduced_w : -1;
-                       });
-  for (int i = int(threadIdx.x); i < tile.groups * taps; i += C::threads)
-    biases[i] = bias != nullptr ? load(bias[first_tap + i]) : 0.0f;
-  wait_for_tile();
+  const int first_group = int(blockIdx.x % unsigned(q.chunks)) * chunk_groups;
+  const int run = int(blockIdx.x / unsigned(q.chunks));
+  const int groups = min(chunk_groups, q.groups - first_group), first_tap = first_group * taps;
+  const int begin = int(int64_t{q.all_steps} * run / q.runs), end = int(int64_t{q.all_steps} * (run + 1) / q.runs);
+  const int first = begin / q.steps;  // of the stripes of all images
+  int step = begin - first * q.steps, n = first / q.stripes, stripe = first - n * q.stripes;
+  const auto next_stripe_of = [&](int& image, int& of_image) {
+    if (++of_image == q.stripes) of_image = 0, ++image;
+  };
+  const auto copy = [](char* to, const T* from, bool valid) {
+    if constexpr (Aligned) {
+      copy_async<16>(to, from, valid);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 8; ++e) {
+        T value;
+        store(0.0f, &value);
+        if (valid) value = from[e];
+        reinterpret_cast<T*>(to)[e] = value;
+      }
+    }
+  };
 
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int group = warp % chunk_groups, strip = warp / chunk_groups % C::strips;
-  const int row = warp / chunk_groups / C::strips * rows;
-  float sums[rows][4] = {};
-  if (group < tile.groups) {
-    const int pixel = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
-    const Pair pair = Pair::of_lane<C>(lane, 0);
-    const uint32_t mask = pair.mask<K>();
-    uint32_t masks[C::fragments];
+  // A thread's vectors of a batch of X. `from` is the channel's first column in the batch that comes next.
+  const int thread = int(threadIdx.x), position = thread / 8, channel = thread % 8 * 8;
+  int offsets[C::copies];
 #pragma unroll
-    for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
-    // Which lanes of the pixel have the taps of the pair, and how they are put together.
-    const bool odd = S == 1 && pixel % 2 == 1;
-    const int high_lane = (lane & ~3) | ((pair.low + 1) / 2 & 3);
-    const int low_lane = odd ? (lane & ~3) | ((pair.low - 1) / 2 & 3) : high_lane;
-    const uint32_t halves = odd ? 0x1054 : 0x5410;  // of the first row, those of the second are two bytes on
+  for (int i = 0; i < C::copies; ++i) {
+    const int at = position + i * (C::threads / 8);
+    offsets[i] = kept(at / C::positions * q.x.h + at % C::positions * q.x.w);
+  }
+  char* const first_to = kept(ring + Ring::at(0, position, channel));
+  const T* from = nullptr;
+  uint32_t inside = 0;  // a bit for each copy: whether its column is in the image
+  const auto enter_stripe = [&](int image, int of_image, int batch) {
+    const int first_row = batch * C::batch - q.padding_h, first_column = of_image * C::Columns * S - q.padding_w;
+    from = x + (image * q.x.n + int64_t{first_row} * q.x.h +
+                (first_column * q.x.w + first_group * group_channels + channel));
+    inside = 0;
+#pragma unroll
+    for (int i = 0; i < C::copies; ++i) {
+      const int v = first_column + (position + i * (C::threads / 8)) % C::positions;
+      inside |= unsigned(v) < unsigned(q.x_width) && channel < groups * group_channels ? 1u << i : 0u;
+    }
+  };
+  const auto bring_batch = [&](int batch, int place) {
+    // The positions of the batch whose rows are in the image are between two.
+    const int first_row = batch * C::batch - q.padding_h, before = max(0, -first_row) * C::positions;
+    const int count = max(0, min(C::batch, q.x_height - first_row) * C::positions - before);
+    char* to = first_to + place;
+#pragma unroll
+    for (int i = 0; i < C::copies; ++i) {
+      const int at = position - before + i * (C::threads / 8);
+      copy(to + i * (C::threads * 16), from + offsets[i], (unsigned(at) < unsigned(count)) & (inside >> i & 1));
+    }
+    from += int64_t{C::batch} * q.x.h;
+  };
+  // Of R a thread brings the same vector of every at_once-th pixel.
+  const int vectors = reduced_channels / 8, at_once = C::threads / vectors;
+  const int own_pixel = thread / vectors, own_vector = (thread - own_pixel * vectors) * 8;
+  const auto bring_reduced = [&](int half, int image, int of_image, int of_stripe) {
+    const int first_row = of_stripe * C::Rows, first_column = of_image * C::Columns;
+    const T* base = reduced + (image * span.reduced_n + int64_t{first_row} * span.reduced_h +
+                               (first_column * span.reduced_w + own_vector));
+    char* to_half = pixels + half * half_bytes + own_vector * 2;
+    const auto bring = [&](int i) {
+      const int h = i / C::Columns, v = i % C::Columns;
+      copy(to_half + i * pitch, base + (h * span.reduced_h + v * span.reduced_w),
+           first_row + h < q.y_height && first_column + v < q.y_width);
+    };
+    if constexpr (C::Reduced > 0) {
+      constexpr int pixels_at_once = C::threads / (C::Reduced / 8);
+#pragma unroll
+      for (int i = 0; i < step_pixels; i += pixels_at_once)
+        if (own_pixel < step_pixels) bring(i + own_pixel);
+    } else if (own_pixel < at_once) {
+      for (int i = own_pixel; i < step_pixels; i += at_once) bring(i);
+    }
+  };
+  if constexpr (!C::held)
+    bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
+                         span.row_vector, [&](int i) { return i * span.row; });
+  bring_reduced(0, n, stripe, step);
 
-    const char* pixel_rows = pixels + ((row + matrix % 2) * C::Columns + strip * 8 + i) * pitch + matrix / 2 * 16;
-    // The eighth tap repeats the seventh; the masks leave it out.
-    const char* tap_rows = span_rows + (group * taps + min(pixel, K - 1)) * pitch + t * 4;
-    const float* tap_biases = biases + group * taps + 2 * t;
-    const Positions<C, I> positions(image, group, strip, row * S, lane);
-    uint32_t a[(rows - 1) * S + K][4], a_last[(rows - 1) * S + K][2];
+  const int lane = thread % 32, warp = thread / 32, group = warp % chunk_groups, strip = warp / chunk_groups;
+  const int pixel = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
+  const int own_tap = first_tap + (group < groups ? group : 0) * taps;
+  const Pair pair = Pair::of_lane<C>(lane, 0);
+  const uint32_t mask = pair.mask<K>();
+  uint32_t masks[C::fragments];
+#pragma unroll
+  for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
+  // Which lanes of the pixel have the taps of the pair, and how they are put together.
+  const bool odd = S == 1 && pixel % 2 == 1;
+  const int high_lane = kept((lane & ~3) | ((pair.low + 1) / 2 & 3));
+  const int low_lane = odd ? kept((lane & ~3) | ((pair.low - 1) / 2 & 3)) : high_lane;
+  const uint32_t halves = kept(odd ? 0x1054 : 0x5410);  // of the first row, those of the second are two bytes on
+
+  // The eighth tap repeats the seventh; the masks leave it out.
+  Vector<2, T> biases[K];
+  float first_sums[K][4];
+#pragma unroll
+  for (int kh = 0; kh < K; ++kh) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      T& own = biases[kh].v[side];
+      store(0.0f, &own);
+      if (bias != nullptr) own = bias[own_tap + kh * K + min(2 * t + side, K - 1)];
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(load(biases[kh].v[e % 2]));
+  }
+  uint32_t held[K][2];
+  if constexpr (C::held) {
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
+      const T* row = weight + (int64_t{own_tap + kh * K + min(pixel, K - 1)} * span.row + 2 * t);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {  // one pair of rows after the other: both at once would need more registers
-        float w[4];
-        w[0] = w[2] = tap_biases[kh * K];
-        w[1] = w[3] = tap_biases[kh * K + 1];
-#pragma unroll 1
-        for (int c = 0; c < span.reduced; c += 16) {
-          const char* operand = tap_rows + kh * K * pitch + c * 2;
-          const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(operand),
-                                 *reinterpret_cast<const uint32_t*>(operand + 16)};
-          uint32_t a_reduced[4];
-          load_matrices(a_reduced, pixel_rows + 2 * j * C::Columns * pitch + c * 2);
-          multiply<T>(w, a_reduced, b);
-        }
-        uint32_t band[2];
-        if constexpr (S == 1) {
-          const uint32_t even_taps = __shfl_sync(~0u, pack<T>(w[0], w[2]), high_lane);
-          const uint32_t odd_taps = __shfl_sync(~0u, pack<T>(w[1], w[3]), low_lane);
-          band[0] = __byte_perm(even_taps, odd_taps, halves);
-          band[1] = __byte_perm(even_taps, odd_taps, halves + 0x2222);
-        } else {
-          band[0] = __shfl_sync(~0u, pack<T>(w[0], w[1]), low_lane);
-          band[1] = __shfl_sync(~0u, pack<T>(w[2], w[3]), low_lane);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int r = 2 * j + half, x_row = r * S + kh;
-          // With stride 1 two rows of X stay in registers for the next kernel row; there is no room for a third.
-          if (S > 1 || kh == 0 || r >= rows - 2) positions.template load<true>(a[x_row], a_last[x_row], x_row);
-          const uint32_t b[2] = {band[half] & masks[0], band[half] & masks[1]};
-          multiply<T>(sums[r], a[x_row], b);
-          if constexpr (C::fragments > 2) {
-            const uint32_t b_last[1] = {band[half] & masks[2]};
-            multiply<T>(sums[r], a_last[x_row], b_last);
-          }
-        }
-      }
-    }
-
-    if (!all_finite(sums)) {
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        float again[4] = {};
-#pragma unroll 1
-        for (int tap = 0; tap < taps; ++tap) {
-          const char* span_row = span_rows + (group * taps + tap) * pitch;
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const int v = strip * 8 + t * 2 + side;
-            const float factor = weight_of<T>(pixels + ((row + r) * C::Columns + v) * pitch, span_row,
-                                              biases[group * taps + tap], span.reduced);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int channel = group * group_channels + pixel + half * 8;
-              again[2 * half + side] +=
-                  factor *
-                  load(*reinterpret_cast<const T*>(image + I::at((row + r) * S + tap / K, v * S + tap % K, channel)));
-            }
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < 4; ++n) sums[r][n] = again[n];
-      }
-    }
-
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int channel = first_channel + group * group_channels + pixel + half * 8;
-      const float factor = span.epilogue ? scale[channel] : 1.0f, offset = span.epilogue ? shift[channel] : 0.0f;
-#pragma unroll
-      for (int r = 0; r < rows; ++r) {
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          float& sum = sums[r][2 * half + side];
-          if (span.epilogue) sum = sum * factor + offset;
-          if (span.relu && sum < 0.0f) sum = 0.0f;  // a NaN stays a NaN
-        }
+      for (int c = 0; c < 2; ++c) {
+        const Vector<2, T> two{{row[c * 8], row[c * 8 + 1]}};
+        memcpy(&held[kh][c], &two, sizeof two);
       }
     }
   }
-  put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, y + (tile.n * q.y.n + int64_t(first_channel)), q, tile,
-                                                group, strip, row);
+  Positions<C, Ring> positions(ring, group, strip, 0, lane);
+  positions.row = kept(positions.row);
+  const char* pixel_row = kept(pixels + (matrix % 2 * C::Columns + strip * 8 + i) * pitch + matrix / 2 * 16);
+  const char* tap_rows =
+      span_rows + ((group < groups ? group : 0) * taps + matrix / 2 * K + min(i, K - 1)) * pitch + matrix % 2 * 16;
+  T* out = nullptr;  // of the lane, in the first row of the step
+  const auto enter_out = [&] {
+    const int own_channel = Aligned ? t % 2 * 8 + t / 2 * 4 : 0;
+    out = y +
+          (n * q.y.n + int64_t{step} * C::Rows * q.y.h +
+           ((stripe * C::Columns + strip * 8 + pixel) * q.y.w + (first_group + group) * group_channels + own_channel));
+  };
+  enter_out();
+
+  // Where the step's first batch and its R are, and how many of its batches have come.
+  int base = 0, half = 0, have = 0;
+  const auto batch_after = [](int at, int count) {
+    at += count * C::batch_bytes;
+    return at < C::depth * C::batch_bytes ? at : at - C::depth * C::batch_bytes;
+  };
+  enter_stripe(n, stripe, step);
+#pragma unroll 1
+  for (int s = begin; s < end; ++s) {
+    if (have < C::live) {  // at the beginning of a stripe
+      if (s > begin) __syncthreads();
+#pragma unroll 1
+      for (; have < C::live; ++have) bring_batch(step + have, batch_after(base, have));
+      commit_copies();
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    const int own_column = stripe * C::Columns + strip * 8, own_row = step * C::Rows;
+    const bool last = ++step == q.steps;
+    if (last) step = 0, next_stripe_of(n, stripe);
+    if (s + 1 < end) {
+      if (last) enter_stripe(n, stripe, 0);
+      bring_batch(last ? 0 : step + C::live - 1, batch_after(base, C::live));
+      bring_reduced(half ^ 1, n, stripe, step);
+    }
+    commit_copies();
+
+    if (group < groups && own_column < q.y_width) {
+      uint32_t weights[K][C::pairs][2];
+      {
+        float w[K][C::pairs][4];
+        const auto add = [&](int kh, bool first, const uint32_t (&r)[C::pairs][4], uint32_t low, uint32_t high) {
+          const uint32_t b[2] = {low, high};
+          float sums[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[e] = C::held ? first_sums[kh][e] : load(biases[kh].v[e % 2]);
+#pragma unroll
+          for (int j = 0; j < C::pairs; ++j) {
+            if (first) {
+              multiply<T>(w[kh][j], r[j], b, sums);
+            } else {
+              multiply<T>(w[kh][j], r[j], b);
+            }
+          }
+        };
+        // 16 reduced channels, from c on.
+        const auto add_channels = [&](int c, bool first) {
+          uint32_t r[C::pairs][4];
+#pragma unroll
+          for (int j = 0; j < C::pairs; ++j)
+            load_matrices(r[j], pixel_row + half * half_bytes + 2 * j * C::Columns * pitch + c * 2);
+          if constexpr (C::held) {
+#pragma unroll
+            for (int kh = 0; kh < K; ++kh) add(kh, first, r, held[kh][0], held[kh][1]);
+          } else {
+            const char* tap_row = tap_rows + c * 2;
+#pragma unroll
+            for (int kh = 0; kh + 1 < K; kh += 2) {
+              uint32_t b[4];
+              load_matrices(b, tap_row + kh * K * pitch);
+              add(kh, first, r, b[0], b[1]);
+              add(kh + 1, first, r, b[2], b[3]);
+            }
+            uint32_t b[2];
+            load_matrices(b, tap_row + (K - 1) * K * pitch);
+            add(K - 1, first, r, b[0], b[1]);
+          }
+        };
+        add_channels(0, true);
+        if constexpr (C::Reduced > 0) {
+#pragma unroll
+          for (int c = 16; c < C::Reduced; c += 16) add_channels(c, false);
+        } else {
+#pragma unroll 1
+          for (int c = 16; c < reduced_channels; c += 16) add_channels(c, false);
+        }
+#pragma unroll
+        for (int kh = 0; kh < K; ++kh) {
+#pragma unroll
+          for (int j = 0; j < C::pairs; ++j) {
+            const float (&own)[4] = w[kh][j];
+            if constexpr (S == 1) {
+              weights[kh][j][0] = __shfl_sync(~0u, pack<T>(own[0], own[2]), high_lane);
+              weights[kh][j][1] = __shfl_sync(~0u, pack<T>(own[1], own[3]), low_lane);
+            } else {
+              weights[kh][j][0] = __shfl_sync(~0u, pack<T>(own[0], own[1]), low_lane);
+              weights[kh][j][1] = __shfl_sync(~0u, pack<T>(own[2], own[3]), low_lane);
+            }
+          }
+        }
+      }
+
+      float sums[C::Rows][4] = {};
+#pragma unroll
+      for (int batch = 0; batch < C::live; ++batch) {
+        Positions<C, Ring> rows = positions;
+        rows.row += batch_after(base, batch);
+#pragma unroll
+        for (int k = 0; k < C::batch; ++k) {
+          const int x_row = batch * C::batch + k;
+          if (x_row >= C::x_rows) continue;
+          uint32_t a[4], a_last[2];
+          rows.template load<true>(a, a_last, k);
+#pragma unroll
+          for (int r = 0; r < C::Rows; ++r) {
+            const int kh = x_row - r * S;
+            if (kh < 0 || kh >= K) continue;
+            const uint32_t (&two)[2] = weights[kh][r / 2];
+            const uint32_t band = S == 1 ? __byte_perm(two[0], two[1], halves + (r % 2 == 0 ? 0 : 0x2222)) : two[r % 2];
+            const uint32_t b[2] = {band & masks[0], band & masks[1]};
+            multiply<T>(sums[r], a, b);
+            if constexpr (C::fragments > 2) {
+              const uint32_t b_last[1] = {band & masks[2]};
+              multiply<T>(sums[r], a_last, b_last);
+            }
+          }
+        }
+      }
+
+      if (!all_finite<C::Rows>(sums)) {
+        const char* step_rows = pixels + half * half_bytes;
+#pragma unroll
+        for (int r = 0; r < C::Rows; ++r) {
+          float again[4] = {};
+#pragma unroll 1
+          for (int tap = 0; tap < taps; ++tap) {
+            const T* row = weight + int64_t{own_tap + tap} * span.row;
+            const float start = bias != nullptr ? load(bias[own_tap + tap]) : 0.0f;
+            const int x_row = r * S + tap / K;
+            const char* image = ring + batch_after(base, x_row / C::batch) + x_row % C::batch * row_bytes;
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+              const int v = strip * 8 + t * 2 + side;
+              const float factor = weight_of<T>(step_rows + (r * C::Columns + v) * pitch,
+                                                reinterpret_cast<const char*>(row), start, reduced_channels);
+#pragma unroll
+              for (int side_of_group = 0; side_of_group < 2; ++side_of_group)
+                again[2 * side_of_group + side] +=
+                    factor *
+                    load(*reinterpret_cast<const T*>(
+                        image + Ring::at(0, v * S + tap % K, group * group_channels + pixel + side_of_group * 8)));
+            }
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[r][e] = again[e];
+        }
+      }
+
+      if (span.epilogue) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int own_channel = (first_group + group) * group_channels + pixel + e * 8;
+          const float factor = scale[own_channel], offset = shift[own_channel];
+#pragma unroll
+          for (int r = 0; r < C::Rows; ++r) {
+#pragma unroll
+            for (int side = 0; side < 2; ++side) sums[r][2 * e + side] = sums[r][2 * e + side] * factor + offset;
+          }
+        }
+      }
+      if (span.relu) {
+#pragma unroll
+        for (int r = 0; r < C::Rows; ++r) {
+#pragma unroll
+          for (float& sum : sums[r]) sum = sum < 0.0f ? 0.0f : sum;  // a NaN stays a NaN
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < C::Rows; ++r, out += q.y.h) {
+        const bool valid = own_column + pixel < q.y_width && own_row + r < q.y_height;
+        const uint32_t low = transpose_matrix(pack<T>(sums[r][0], sums[r][1]));
+        const uint32_t high = transpose_matrix(pack<T>(sums[r][2], sums[r][3]));
+        if constexpr (Aligned) {
+          const Vector<2, uint32_t> four = four_channels(low, high);
+          if (valid) *reinterpret_cast<Vector<2, uint32_t>*>(out) = four;
+        } else {
+          put_channels(out, valid, 1, low, high);
+        }
+      }
+    }
+
+    base = batch_after(base, last ? C::live : 1), half ^= 1;
+    if (last) have = 1, enter_out();
+  }
+  wait_for_copies<0>();
 }
 
 }  // namespace pyinvolution::cuda::fused

@@ -45,10 +45,17 @@ struct WalkPlace {
   }
 };
 
+// What a thread moves of a pair of rows, in elements from the first row of the image and in bytes.
+struct WalkMove {
+  int from, to;  // of G; `to` is negative where there is nothing
+  int reduced_from, reduced_to;
+  int end;  // rows of G from here on are zeros
+};
+
 // Computes 8 columns of the row of the warp's group from memory, a number at a time.
 template <class T>
 __device__ __forceinline__ void again_from_memory(const WalkParams& q, const Span& span, const T* y, const T* reduced,
-                                                  const char* span_rows, const float* biases, T* x, int row, int half) {
+                                                  const char* span_rows, const T* bias, T* x, int row, int half) {
   const WalkPlace at = WalkPlace::here(q);
   reduced += at.n * span.reduced_n;
 #pragma unroll 1
@@ -63,15 +70,16 @@ __device__ __forceinline__ void again_from_memory(const WalkParams& q, const Spa
       if (h < 0 || v < 0 || h >= q.out_height || v >= q.out_width) continue;
       const T* r = reduced + (h * span.reduced_h + v * span.reduced_w);
       const int slot = at.group * WalkLayout::slots + k / K * 8 + k % K;
-      sum +=
-          weight_of<T>(reinterpret_cast<const char*>(r), span_rows + slot * span.pitch(), biases[slot], span.reduced) *
-          load(y[at.n * q.y.n + (h * q.y.h + v * q.y.w + channel)]);
+      sum += weight_of<T>(reinterpret_cast<const char*>(r), span_rows + slot * span.pitch(),
+                          bias != nullptr ? load(bias[(at.first_group + at.group) * taps + k]) : 0.0f, span.reduced) *
+             load(y[at.n * q.y.n + (h * q.y.h + v * q.y.w + channel)]);
     }
     store(sum, x + (at.n * q.x.n + (row * q.x.h + column * q.x.w + channel)));
   }
 }
 
-template <class T>
+// Aligned: G, R, S and dX can be moved 8 channels at a time.
+template <bool Aligned, class T>
 __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
     grad_input(WalkParams q, Span span, const T* __restrict__ y, const T* __restrict__ reduced,
                const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ x) {
@@ -84,7 +92,8 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   char* const reduced_ring = ring + layout.ring_bytes();
   char* const span_rows = reduced_ring + depth * rows * pixels * pitch;
   char* const halves = span_rows + (layout.groups * slots + 8) * pitch;
-  float* const biases = reinterpret_cast<float*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
+  auto* const biases = reinterpret_cast<Vector<4, float>*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
+  auto* const moves = reinterpret_cast<WalkMove*>(biases + layout.groups * kernel_pairs * 8);
 
   const WalkPlace at = WalkPlace::here(q);
   const int last_row = min(at.first_row + q.rows, q.height);
@@ -94,25 +103,31 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   const int first_h = max(0, (at.first_row + q.padding_h - (K - 1)) & ~1);
 
   // In each pair of rows a thread moves one piece, of 8 channels, of a pixel of G, and the pieces of R at the same place
-  // among those of the pixel and as many further on. Consecutive threads have consecutive pieces. All is computed again
-  // each time, because there are no registers to keep it in.
-  const int thread = int(threadIdx.x), lane = thread % 32;
+  // among those of the pixel and as many further on. Consecutive threads have consecutive pieces.
+  const int thread = int(threadIdx.x), lane = thread % 32, pieces = 2 * layout.groups;
   const T* const image = y + (at.n * q.y.n + at.first_group * group_channels);
   const T* const reduced_image = reduced + at.n * span.reduced_n;
+  {
+    const int piece = thread & (pieces - 1), pixel = layout.groups == 4 ? thread / 8 : thread / 4;
+    const int side = pixel >= pixels, v = at.first_pixel + pixel - side * pixels;
+    const bool exists = 2 * at.first_group + piece < 2 * q.groups;
+    moves[thread] = {side * q.y.h + v * q.y.w + piece * 8, exists ? layout.at(pixel, piece) : -1,
+                     side * span.reduced_h + v * span.reduced_w + piece * 8, pixel * pitch + piece * 16,
+                     v < q.out_width ? q.out_height - side : 0};
+  }
   const auto bring = [&](int h, int slot) {
-    const int pieces = 2 * layout.groups, own = opaque(thread), piece = own & (pieces - 1);
-    const int pixel = layout.groups == 4 ? own / 8 : own / 4, side = pixel >= pixels;
-    const int v = at.first_pixel + pixel - side * pixels;
-    const bool inside = h + side < q.out_height && v < q.out_width;
-    if (2 * at.first_group + piece < 2 * q.groups)
-      copy_piece(ring + slot * rows * pixels * position_bytes + layout.at(pixel, piece),
-                 image + ((h + side) * q.y.h + v * q.y.w + piece * 8), inside, q.y.vector);
-    char* const to = reduced_ring + (slot * rows * pixels + pixel) * pitch + piece * 16;
-    const T* const from = reduced_image + ((h + side) * span.reduced_h + v * span.reduced_w + piece * 8);
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      if (piece + p * pieces < 2 * steps)
-        copy_piece(to + p * pieces * 16, from + p * pieces * 8, inside, span.reduced_vector);
+    const WalkMove move = moves[opaque(thread)];
+    const bool inside = h < move.end;
+    if (move.to >= 0)
+      copy_piece(ring + slot * rows * pixels * position_bytes + move.to, image + (h * q.y.h + move.from), inside,
+                 Aligned ? 8 : q.y.vector);
+    char* to = reduced_ring + slot * rows * pixels * pitch + move.reduced_to;
+    const T* from = reduced_image + (h * span.reduced_h + move.reduced_from);
+    const int left = 2 * steps - (opaque(thread) & (pieces - 1));
+    if (left > 0) copy_piece(to, from, inside, Aligned ? 8 : span.reduced_vector);
+#pragma unroll 1
+    for (int p = pieces; p < 2 * steps; p += pieces) {
+      if (p < left) copy_piece(to + 16 * p, from + 8 * p, inside, Aligned ? 8 : span.reduced_vector);
     }
     commit_copies();
   };
@@ -121,8 +136,12 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
     const bool exists = row % 8 < K;
     if (piece < 2 * steps)
       copy_piece(span_rows + row * pitch + piece * 16, weight + (exists ? int64_t{tap} * span.row + piece * 8 : 0),
-                 exists, span.row_vector);
-    if (piece == 0) biases[row] = exists && bias != nullptr ? load(bias[tap]) : 0.0f;
+                 exists, Aligned ? 8 : span.row_vector);
+    if (piece == 0) {
+      const int kh = row % slots / 8;
+      float* const twice = biases[(row / slots * kernel_pairs + kh / 2) * 8 + row % 8].v + kh % 2 * 2;
+      twice[0] = twice[1] = exists && bias != nullptr ? load(bias[tap]) : 0.0f;
+    }
   }
   // To the left of the first tile there is none.
   for (int number = thread; number < layout.groups * rows * 32 * 4; number += 32 * layout.warps())
@@ -140,14 +159,10 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - 1) & 7) * 4 + t;
 
   // Kernel rows have 8 slots; the last one holds zeros. The products of an eighth kernel row are not used.
-  const float* const own_biases = biases + (works ? group : 0) * slots + line;
+  const auto* const own_biases = biases + (works ? group : 0) * kernel_pairs * 8 + line;
   const char* const tap_rows = span_rows + ((works ? group : 0) * slots + matrix % 2 * 8 + i) * pitch + matrix / 2 * 16;
   const char* const pixel_rows = reduced_ring + (matrix / 2 * pixels + tile * 8 + i) * pitch + matrix % 2 * 16;
   const char* const gradients = ring + layout.at(matrix % 2 * pixels + tile * 8 + i, group * 2 + matrix / 2);
-  const auto own_half = [&] {
-    return reinterpret_cast<Vector<4, float>*>(halves) + layout.groups * rows * 32 + opaque(thread) % 32 +
-           opaque(thread) / 32 * rows * 32;
-  };
   const int end = works ? q.out_height : 0;  // of the rows of G that the warp computes with
   // Where the lane writes its column of the left half, or negative: nowhere. The right half is written where there is
   // no tile to the right.
@@ -179,15 +194,16 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
 #pragma unroll
       for (int pair = 0; pair < kernel_pairs; ++pair) {
         float w[2][4];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) w[r][e] = own_biases[min(2 * pair + e / 2, K - 1) * 8];
-        }
+        const Vector<4, float> begin = own_biases[pair * 8];
+        const char* const rows_of_pair = tap_rows + 2 * pair * 8 * pitch;
+        uint32_t a[4], r[4];
+        load_matrices(a, rows_of_pair);
+        load_matrices(r, reduced_row);
+        multiply<T>(w[0], a, {r[0], r[1]}, begin.v);
+        multiply<T>(w[1], a, {r[2], r[3]}, begin.v);
 #pragma unroll 1
-        for (int c = 0; c < steps; ++c) {
-          uint32_t a[4], r[4];
-          load_matrices(a, tap_rows + 2 * pair * 8 * pitch + c * 32);
+        for (int c = 1; c < steps; ++c) {
+          load_matrices(a, rows_of_pair + c * 32);
           load_matrices(r, reduced_row + c * 32);
           multiply<T>(w[0], a, {r[0], r[1]});
           multiply<T>(w[1], a, {r[2], r[3]});
@@ -205,47 +221,59 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
             multiply<T>(sum[0], {left, right}, {g[0]});
             multiply<T>(sum[1], {left, right}, {g[2]});
           } else {
-            multiply<T>(sum[0], {left, right, left_before, right_before}, {g[0], g[1]});
-            multiply<T>(sum[1], {left, right, left_before, right_before}, {g[2], g[3]});
+            const uint32_t band[4] = {left, right, left_before, right_before};
+            if (kh == K - 1) {  // a row of dX begins
+#pragma unroll
+              for (int e = 0; e < 8; ++e) sum[e / 4][e % 4] = 0.0f;
+            }
+            multiply<T>(sum[0], band, {g[0], g[1]});
+            multiply<T>(sum[1], band, {g[2], g[3]});
           }
           left_before = is_left ? second : 0, right_before = is_left ? 0 : second;
         }
       }
-      float (&sum)[2][4] = sums[row_of(K)];
-      multiply<T>(sum[0], {left_before, right_before}, {g[1]});
-      multiply<T>(sum[1], {left_before, right_before}, {g[3]});
+      const float zeros[4] = {};
+      multiply<T>(sums[row_of(K)][0], {left_before, right_before}, {g[1]}, zeros);
+      multiply<T>(sums[row_of(K)][1], {left_before, right_before}, {g[3]}, zeros);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 16; ++e) sums[row_of(K - 1 + e / 8)][e / 4 % 2][e % 4] = 0.0f;
     }
+    // Of both rows the channels 2t and 2t + 1, and 8 more.
+    auto* const own = reinterpret_cast<Vector<2, float>*>(halves) + (layout.groups + opaque(thread) / 32) * rows * 64 +
+                      opaque(thread) % 32 * 2;
+    const auto* const other = own - layout.groups * rows * 64;
 #pragma unroll
     for (int done = 0; done < rows; ++done) {
-      const float (&sum)[2][4] = sums[row_of(done)];
-      own_half()[done * 32] = {{sum[0][2], sum[0][3], sum[1][2], sum[1][3]}};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&sum)[4] = sums[row_of(done)][half];
+        own[done * 64 + half] = {{sum[2], sum[3]}};
+      }
     }
     __syncthreads();
 #pragma unroll
     for (int done = 0; done < rows; ++done) {
       float (&sum)[2][4] = sums[row_of(done)];
       const int row = h - q.padding_h + done;
-      const Vector<4, float> other = own_half()[(done - layout.groups * rows) * 32];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) sum[half][0] += other.v[2 * half], sum[half][1] += other.v[2 * half + 1];
+      for (int half = 0; half < 2; ++half) {
+        const Vector<2, float> more = other[done * 64 + half];
+        sum[half][0] += more.v[0], sum[half][1] += more.v[1];
+      }
       const auto put = [&](int right_half, int own_out) {
         const int e = right_half * 2;
         const float zero = sum[0][e] * 0.0f + sum[0][e + 1] * 0.0f + sum[1][e] * 0.0f + sum[1][e + 1] * 0.0f;
         if (__any_sync(~0u, own_out >= 0 && zero != 0.0f)) {
           again |= 1u << ((phase * rows + done) * 2 + right_half);
         } else {
-          put_channels(out + (row * q.x.h + own_out), own_out >= 0, q.x.vector, pack<T>(sum[0][e], sum[0][e + 1]),
-                       pack<T>(sum[1][e], sum[1][e + 1]));
+          put_channels(out + (row * q.x.h + own_out), own_out >= 0, Aligned ? 8 : q.x.vector,
+                       pack<T>(sum[0][e], sum[0][e + 1]), pack<T>(sum[1][e], sum[1][e + 1]));
         }
       };
       if (row >= at.first_row && row < last_row) {
         put(0, left_out);
         if (ends) put(1, out_of(1));
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[half][e] = 0.0f;
       }
     }
   };
@@ -262,7 +290,7 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
 #pragma unroll 1
     for (int bit = 0; again != 0; ++bit, again >>= 1) {
       if (again % 2 == 0) continue;
-      again_from_memory<T>(q, span, y, reduced, span_rows, biases, x, h - q.padding_h + bit / 2, bit % 2 * 8);
+      again_from_memory<T>(q, span, y, reduced, span_rows, bias, x, h - q.padding_h + bit / 2, bit % 2 * 8);
     }
   }
   wait_for_copies<0>();

@@ -29,24 +29,37 @@ Span span_of(const SpanProblem& p, const SpanBuffers& buffers) {
 
 // --- forward
 
-template <class C, class T>
-void run_tile(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  const KernelParams q = kernel_params<C, T>(p.involution, Pass::forward, {buffers.x, nullptr, buffers.y});
+template <class C, bool Aligned, class T>
+void run_stripes(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  const Problem& i = p.involution;
   const Span span = span_of<T>(p, buffers);
-  const Grid grid{p.involution.batch * q.chunks * q.tiles_h * q.tiles_w, C::threads, Shared<C>::bytes(span.reduced)};
-  launch<KernelParams, Span, const T*, const T*, const T*, const T*, const float*, const float*, T*>(
-      "fused forward", forward<C, T>, grid, execution, q, span, static_cast<T*>(buffers.x),
-      static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span), static_cast<T*>(buffers.bias),
-      static_cast<float*>(buffers.scale), static_cast<float*>(buffers.shift), static_cast<T*>(buffers.y));
+  StripeParams q{};
+  q.groups = int(i.groups), q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
+  q.x_height = int(i.in_h), q.x_width = int(i.in_w), q.y_height = int(i.out_h), q.y_width = int(i.out_w);
+  q.padding_h = int(i.padding_h), q.padding_w = int(i.padding_w);
+  q.x = view<T>(i.x_stride, buffers.x, 0), q.y = view<T>(i.y_stride, buffers.y, 0);
+  q.stripes = (q.y_width + C::Columns - 1) / C::Columns, q.steps = (q.y_height + C::Rows - 1) / C::Rows;
+  q.all_steps = int(i.batch * q.stripes * q.steps);
+  const char* name = "fused forward";
+  const int shared_bytes = C::bytes(span.reduced);
+  const int blocks = resident_blocks(name, forward<C, Aligned, T>, C::threads, shared_bytes);
+  q.runs = std::min(q.all_steps, std::max(1, blocks / q.chunks));
+  launch<StripeParams, Span, const T*, const T*, const T*, const T*, const float*, const float*, T*>(
+      name, forward<C, Aligned, T>, Grid{int64_t{q.runs} * q.chunks, C::threads, shared_bytes}, execution, q, span,
+      static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
+      static_cast<T*>(buffers.bias), static_cast<float*>(buffers.scale), static_cast<float*>(buffers.shift),
+      static_cast<T*>(buffers.y));
 }
 
 template <DType dtype>
 void run_forward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
   using T = Storage<dtype>;
-  if (p.involution.stride_h == 2) return run_tile<StridedTile, T>(p, buffers, execution);
-  if (p.involution.out_w > 8 && Shared<WideTile<K>>::bytes(int(p.reduced)) <= max_shared_bytes)
-    return run_tile<WideTile<K>, T>(p, buffers, execution);
-  run_tile<NarrowTile<K, 1>, T>(p, buffers, execution);
+  const Problem& i = p.involution;
+  const bool aligned = view<T>(i.x_stride, buffers.x, 0).vector == 8 && view<T>(i.y_stride, buffers.y, 0).vector == 8 &&
+                       view<T>(p.reduced_stride, buffers.reduced, 0).vector == 8;
+  with_stripe_config(p, aligned, [&](auto config, auto is_aligned) {
+    run_stripes<decltype(config), is_aligned.value, T>(p, buffers, execution);
+  });
 }
 
 // --- backward
@@ -95,7 +108,9 @@ void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Exec
   q.layout = WalkLayout::of(q.groups, q.out_width, span.reduced);
   const int64_t columns = q.layout.blocks((q.out_width + 7) / 8);
   const int64_t blocks = divide(q, p.involution.batch, q.layout.groups, columns);
-  go("fused grad_input", grad_input<T>, blocks, 32 * q.layout.warps(), q.layout.bytes(span.reduced));
+  const bool aligned = q.y.vector == 8 && q.x.vector == 8 && span.reduced_vector == 8 && span.row_vector == 8;
+  go("fused grad_input", aligned ? grad_input<true, T> : grad_input<false, T>, blocks, 32 * q.layout.warps(),
+     q.layout.bytes(span.reduced));
 }
 
 template <class C, class T>

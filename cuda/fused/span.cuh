@@ -12,19 +12,21 @@ __device__ __forceinline__ void bring_rows(char* shared, int pitch, const T* mem
                                            const At& at) {
   with_vector<true>(vector, [&](auto v) {
     constexpr int V = v.value;
-    for (int channel = int(threadIdx.x) % 32 * V; channel < channels; channel += 32 * V) {
-#pragma unroll 4
-      for (int i = int(threadIdx.x) / 32; i < rows; i += Warps) {
-        const int from = at(i);
-        char* to = shared + i * pitch + channel * 2;
-        if constexpr (V > 1) {
-          copy_async<V * sizeof(T)>(to, memory + (from < 0 ? 0 : from + channel), from >= 0);
-        } else {
-          T value;
-          store(0.0f, &value);
-          if (from >= 0) value = memory[from + channel];
-          *reinterpret_cast<T*>(to) = value;
-        }
+    // Neighbouring threads have neighbouring vectors of as many rows at once as there are threads for.
+    const unsigned vectors = unsigned(channels / V), first = threadIdx.x / vectors, step = 32 * Warps / vectors;
+    if (first >= step) return;
+    const int channel = int(threadIdx.x - first * vectors) * V;
+#pragma unroll 2
+    for (int i = int(first); i < rows; i += int(step)) {
+      const int from = at(i);
+      char* to = shared + i * pitch + channel * 2;
+      if constexpr (V > 1) {
+        copy_async<V * sizeof(T)>(to, memory + (max(from, 0) + channel), from >= 0);
+      } else {
+        T value;
+        store(0.0f, &value);
+        if (from >= 0) value = memory[from + channel];
+        *reinterpret_cast<T*>(to) = value;
       }
     }
   });
@@ -47,7 +49,7 @@ __device__ __forceinline__ void copy_piece(char* to, const T* from, bool valid, 
 template <class T>
 __device__ __forceinline__ float weight_of(const char* reduced, const char* row, float bias, int channels) {
   float sum = bias;
-#pragma unroll 1  // rarely run, and there are no registers for more
+#pragma unroll 1
   for (int c = 0; c < channels; ++c)
     sum += load(reinterpret_cast<const T*>(reduced)[c]) * load(reinterpret_cast<const T*>(row)[c]);
   T rounded;
@@ -55,14 +57,20 @@ __device__ __forceinline__ float weight_of(const char* reduced, const char* row,
   return load(rounded);
 }
 
-// Writes the 16 channels of a pixel, which 4 lanes have: 2t and 2t+1 in `low`, the same plus 8 in `high`.
+// Of the 16 channels of a pixel, 4 lanes have 2t and 2t+1 in `low` and the same plus 8 in `high`. The result has four
+// neighbours, from 8 (t % 2) + 4 (t / 2) on.
+__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high) {
+  const bool odd = threadIdx.x % 2 == 1;
+  const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+  return {{odd ? other : low, odd ? high : other}};
+}
+
+// Writes them.
 template <class T>
 __device__ __forceinline__ void put_channels(T* pixel, bool valid, int vector, uint32_t low, uint32_t high) {
   const int t = int(threadIdx.x) % 4;
   if (vector == 8) {
-    const bool odd = t % 2 == 1;
-    const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
-    const Vector<2, uint32_t> four{{odd ? other : low, odd ? high : other}};
+    const Vector<2, uint32_t> four = four_channels(low, high);
     if (valid) *reinterpret_cast<Vector<2, uint32_t>*>(pixel + (t % 2 * 8 + t / 2 * 4)) = four;
   } else if (valid) {
     const uint32_t bits[2] = {low, high};

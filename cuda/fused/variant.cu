@@ -35,9 +35,11 @@ Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
         "at most 64 reduced channels where the output has at most 64 pixels (a separate span convolution is estimated "
         "to be faster)",
         span.reduced);
-  const int shared_bytes = p.stride_h == 2 ? Shared<StridedTile>::bytes(int(span.reduced))
-                                           : Shared<NarrowTile<K, 1>>::bytes(int(span.reduced));
-  if (shared_bytes > max_shared_bytes) return needs("tiles of at most 101376 bytes of shared memory", shared_bytes);
+  const auto bytes_of = [&](bool aligned) {
+    return with_stripe_config(span, aligned, [&](auto config, auto) { return config.bytes(int(span.reduced)); });
+  };
+  const int shared_bytes = std::max(bytes_of(true), bytes_of(false));
+  if (shared_bytes > max_shared_bytes) return needs("at most 101376 bytes of shared memory", shared_bytes);
 
   Problem image = image_with_margin(p);
   std::fill_n(image.w_stride, 6, 0);
@@ -47,7 +49,7 @@ Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
       reach(rows, span.span_stride) >= tile_limit || reach(input, span.grad_x_stride) >= tile_limit ||
       reach(reduced, span.grad_reduced_stride) >= tile_limit)
     return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
-  return tiles_refusal(p.batch * p.groups * (p.out_h / 4 + 1) * (p.out_w / 8 + 1));
+  return tiles_refusal(p.batch * p.groups * (p.out_h / 2 + 1) * (p.out_w / 8 + 1));
 }
 
 int64_t fused_scratch(const SpanProblem& p, SpanOp op) {

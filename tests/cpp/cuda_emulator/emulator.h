@@ -6,6 +6,7 @@
 // memory ordering between blocks, anything asynchronous but cp.async.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -178,6 +179,10 @@ namespace pyinvolution::cuda {
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 inline int opaque(int value) { return value; }
+template <class T>
+T kept(T value) {
+  return value;
+}
 
 template <int Bytes>
 void copy_async(void* shared, const void* global, bool valid = true, Site site = Site::here()) {
@@ -208,14 +213,25 @@ float value_of_bits(uint16_t bits) {
   return load(T{bits});
 }
 template <class T>
-void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {
-  emulator::Mma operands{d, a, b, 16, value_of_bits<T>};
+uint32_t pack(float low, float high) {
+  T pair[2];
+  store(low, &pair[0]);
+  store(high, &pair[1]);
+  uint32_t bits;
+  std::memcpy(&bits, pair, sizeof bits);
+  return bits;
+}
+template <class T, int A, int B>
+void multiply(float (&d)[4], const uint32_t (&a)[A], const uint32_t (&b)[B], const float (&c)[4],
+              Site site = Site::here()) {
+  static_assert((A == 4 && B == 2) || (A == 2 && B == 1), "m16n8k16 or m16n8k8");
+  std::copy_n(c, 4, d);
+  emulator::Mma operands{d, a, b, 8 * B, value_of_bits<T>};
   emulator::multiply(operands, site);
 }
-template <class T>
-void multiply(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], Site site = Site::here()) {
-  emulator::Mma operands{d, a, b, 8, value_of_bits<T>};
-  emulator::multiply(operands, site);
+template <class T, int A, int B>
+void multiply(float (&d)[4], const uint32_t (&a)[A], const uint32_t (&b)[B], Site site = Site::here()) {
+  multiply<T>(d, a, b, d, site);
 }
 
 }  // namespace pyinvolution::cuda
