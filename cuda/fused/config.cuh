@@ -133,10 +133,11 @@ struct StridedWalk {
 
 // Sums over runs of tiles, in float; the run of tiles of stripe i is the i-th of `stripes` equal parts.
 struct Partial {
-  float* span;     // [stripe][49 G][R] and then [49 G], `stripe` elements each
-  float* reduced;  // [N][Ho][Wo][R], where there is more than one chunk
-  int64_t stripe;
-  int stripes, parts;  // parts of the reduced channels
+  float* span;                   // [stripe and copy][49 G][R]; with R = 16 each half of the pixels has a copy
+  float* bias;                   // [stripe and half][49 G]
+  float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
+  int64_t span_size, bias_size;  // of one stripe and copy
+  int stripes, copies, parts;    // parts of the reduced channels
   int tiles;
   int64_t grad_n;  // strides of dR
   int grad_h, grad_w, grad_vector;
@@ -154,11 +155,8 @@ struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
   static constexpr int slot_pitch = slots * 2 + 16, part_pitch = part * 2 + 16;
   static constexpr int gradients = Input::bytes;  // of W, and before them the tile of G
   static constexpr int reduced = gradients + pixels * slot_pitch;
-  // At the end the sums of dS, in floats, [slot][reduced channel], and those of db are here; until they have been read,
-  // only memory from `rows` on may be written.
-  static constexpr int copies = Tiles > 1 ? 1 : 2, sum_pitch = part + 4;
-  static constexpr int sums_bytes = (copies * sum_pitch + 2) * slots * 4, tile_bytes = reduced + pixels * part_pitch;
-  static constexpr int rows = sums_bytes > tile_bytes ? sums_bytes : tile_bytes;
+  static constexpr int copies = Tiles > 1 ? 1 : 2;
+  static constexpr int rows = reduced + pixels * part_pitch;
   static constexpr int bytes = rows + slots * part_pitch;
   static_assert(Output::bytes <= pixels * slot_pitch && bytes <= max_shared_bytes, "");
 };
@@ -173,12 +171,14 @@ Partial partial_of(const SpanProblem& p) {
   partial.parts = parts_of(p.reduced);
   partial.tiles = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + 7) / 8));
   partial.stripes = std::max(1, std::min(partial.tiles, 2 * multiprocessors() / partial.parts));
-  partial.stripe = p.span_rows() * (p.reduced + 1);
+  partial.copies = p.reduced == 16 ? 2 : 1;
+  partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();
   return partial;
 }
 
-// Floats of the stripes' sums, rounded up so that what follows is aligned.
-inline int64_t span_floats(const Partial& partial) { return (partial.stripes * partial.stripe + 3) / 4 * 4; }
+// Floats of the stripes' sums. 16 divides the first, and the second is rounded up, so that what follows is aligned.
+inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.copies * partial.span_size; }
+inline int64_t bias_floats(const Partial& partial) { return (2 * partial.stripes * partial.bias_size + 3) / 4 * 4; }
 
 // Launch the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.
 template <DType dtype>

@@ -118,7 +118,8 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
   const KernelParams q = kernel_params<C, T>(p.involution, Pass::grad_weight, {buffers.x, nullptr, buffers.y});
   Partial partial = partial_of<C>(p);
   partial.span = static_cast<float*>(buffers.scratch);
-  partial.reduced = partial.span + span_floats(partial);
+  partial.bias = partial.span + span_floats(partial);
+  partial.reduced = partial.bias + bias_floats(partial);
   partial.grad_n = p.grad_reduced_stride[0];
   partial.grad_h = int(p.grad_reduced_stride[2]), partial.grad_w = int(p.grad_reduced_stride[3]);
   partial.grad_vector = view<T>(p.grad_reduced_stride, buffers.grad_reduced, 0).vector;
@@ -128,11 +129,11 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
       static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
       static_cast<T*>(buffers.y), static_cast<T*>(buffers.grad_reduced));
   if (buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;
-  const Grid sums{(partial.stripe + sum_columns - 1) / sum_columns, sum_columns * sum_rows,
+  const int64_t elements = partial.span_size + partial.bias_size;
+  const Grid sums{(elements + sum_columns - 1) / sum_columns, sum_columns * sum_rows,
                   sum_columns * sum_rows * int(sizeof(float))};
-  launch<Partial, int64_t, T*, T*>("fused grad_span, its sums", sum_partials<T>, sums, execution, partial,
-                                   p.span_rows() * p.reduced, static_cast<T*>(buffers.grad_span),
-                                   static_cast<T*>(buffers.grad_bias));
+  launch<Partial, T*, T*>("fused grad_span, its sums", sum_partials<T>, sums, execution, partial,
+                          static_cast<T*>(buffers.grad_span), static_cast<T*>(buffers.grad_bias));
 }
 
 template <int S, class T>
