@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "division.cuh"
 #include "launch.cuh"
 
 namespace pyinvolution::cuda {
@@ -82,7 +83,7 @@ struct View {
 struct WeightView {
   int64_t n;
   int tap, h, w;
-  int vector;  // 4, 2 or 1
+  int vector;  // 4, 2 or 1; 8: pieces of 16 bytes, see first_tap_in_piece
 };
 
 struct KernelParams {
@@ -93,6 +94,7 @@ struct KernelParams {
   int padding_h, padding_w;
   int shift;  // positions that come before the first tap, so that x can be moved in vectors
   int tiles_h, tiles_w;
+  Division by_chunks, by_tiles_h, by_tiles_w;
   int stages;  // of the gradient of the input
   View x, y;
   WeightView w;
@@ -108,12 +110,12 @@ struct Tile {
 template <class C>
 __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   Tile tile;
-  unsigned block = blockIdx.x;
-  tile.first_group = int(block % unsigned(q.chunks)) * chunk_groups, block /= unsigned(q.chunks);
+  uint32_t block = blockIdx.x;
+  tile.first_group = q.by_chunks.split(block) * chunk_groups;
   tile.groups = min(chunk_groups, q.groups - tile.first_group);
-  tile.column = int(block % unsigned(q.tiles_w)) * C::Columns, block /= unsigned(q.tiles_w);
-  tile.row = int(block % unsigned(q.tiles_h)) * C::Rows;
-  tile.n = block / unsigned(q.tiles_h);
+  tile.column = q.by_tiles_w.split(block) * C::Columns;
+  tile.row = q.by_tiles_h.split(block) * C::Rows;
+  tile.n = block;
   return tile;
 }
 
@@ -131,10 +133,14 @@ struct Line {
 template <int V, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
-    const T* from = memory + line.offset;  // outside the tensor nothing is read
+    const T* from = memory + (line.offset + line.begin * line.step);
+    int i = 0;
+#pragma unroll 1
+    for (; i < line.begin; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, memory, false);
 #pragma unroll 4
-    for (int i = 0; i < line.count; ++i, from += line.step)
-      copy_async<V * sizeof(T)>(shared + i * shared_step, from, i >= line.begin && i < line.end);
+    for (; i < line.end; ++i, from += line.step) copy_async<V * sizeof(T)>(shared + i * shared_step, from);
+#pragma unroll 1
+    for (; i < line.count; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, memory, false);
   } else {
     constexpr int batch = 8;
     T zero;
@@ -165,27 +171,27 @@ __device__ __forceinline__ void put_line(const char* shared, int shared_step, T*
         *reinterpret_cast<const Vector<V, T>*>(shared + i * shared_step);
 }
 
-// Calls `body` for everything that this thread moves of an image that begins at (first_row, first_column): with the
-// offset and the step in shared memory, and the line in global memory.
+// Calls `body` for everything that this thread moves of `rows` rows of an image that begins at (first_row,
+// first_column): with the offset and the step in shared memory, and the line in global memory.
 template <class I, int V, int Warps, class Body>
 __device__ __forceinline__ void for_each_line(const View& view, int channels, int height, int width, int first_row,
-                                              int first_column, const Body& body) {
+                                              int first_column, int rows, const Body& body) {
   const int thread = int(threadIdx.x);
   if constexpr (I::channels_inner) {
     constexpr int units = chunk_channels / V;
     const int channel = thread % units * V;
     if (channel >= channels) return;
-    const int begin = max(0, -first_row), end = min(I::Rows, height - first_row);
+    const int begin = min(max(0, -first_row), rows), end = max(begin, min(rows, height - first_row));
     for (int column = thread / units; column < I::Columns; column += 32 * Warps / units) {
       const int v = first_column + column;
       const bool inside = v >= 0 && v < width;
       body(I::at(0, column, channel), I::Columns * I::pitch,
-           Line{first_row * view.h + v * view.w + channel, view.h, I::Rows, begin, inside ? end : begin});
+           Line{first_row * view.h + v * view.w + channel, view.h, rows, begin, inside ? end : begin});
     }
   } else {
     constexpr int units = I::Columns / V;
     const int first = thread / 32, count = (channels - first + Warps - 1) / Warps;
-    for (int i = thread % 32; i < I::Rows * units; i += 32) {
+    for (int i = thread % 32; i < rows * units; i += 32) {
       const int row = i / units, column = i % units * V, h = first_row + row, v = first_column + column;
       const bool inside = h >= 0 && h < height && v >= 0 && v < width;
       body(I::at(row, column, first), Warps * I::pitch,
@@ -194,20 +200,20 @@ __device__ __forceinline__ void for_each_line(const View& view, int channels, in
   }
 }
 
-// The same for the weights of `groups` groups, whose pixels begin at (first_row, first_column).
+// The same for `rows` rows of the weights of `groups` groups, whose pixels begin at (first_row, first_column).
 template <class C, class W, int V, class Body>
 __device__ __forceinline__ void for_each_line(const KernelParams& q, int groups, int first_row, int first_column,
-                                              const Body& body) {
+                                              int rows, const Body& body) {
   const int thread = int(threadIdx.x), taps = groups * C::taps;
   const WeightView& view = q.w;
   if constexpr (W::taps_inner) {
-    const int begin = max(0, -first_row), end = min(C::w_rows, q.w_height - first_row);
+    const int begin = min(max(0, -first_row), rows), end = max(begin, min(rows, q.w_height - first_row));
     for (int tap = thread % 32 * V; tap < taps; tap += 32 * V) {
       for (int column = thread / 32; column < C::w_columns; column += C::Warps) {
         const int v = first_column + column;
         const bool inside = v >= 0 && v < q.w_width;
         body(W::at(0, column, tap), C::w_columns * W::pitch,
-             Line{first_row * view.h + v * view.w + tap, view.h, C::w_rows, begin, inside ? end : begin});
+             Line{first_row * view.h + v * view.w + tap, view.h, rows, begin, inside ? end : begin});
       }
     }
   } else {
@@ -234,10 +240,10 @@ __device__ __forceinline__ void with_vector(int vector, const Body& body) {
 
 template <class I, int Warps, class T>
 __device__ __forceinline__ void bring_image(char* shared, const T* image, const View& view, int channels, int height,
-                                            int width, int first_row, int first_column) {
+                                            int width, int first_row, int first_column, int rows = I::Rows) {
   with_vector<I::channels_inner>(view.vector, [&](auto v) {
     for_each_line<I, v.value, Warps>(
-        view, channels, height, width, first_row, first_column,
+        view, channels, height, width, first_row, first_column, rows,
         [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, image, line); });
   });
 }
@@ -247,16 +253,43 @@ __device__ __forceinline__ void put_image(const char* shared, T* image, const Vi
                                           int width, int first_row, int first_column) {
   with_vector<I::channels_inner>(view.vector, [&](auto v) {
     for_each_line<I, v.value, Warps>(
-        view, channels, height, width, first_row, first_column,
+        view, channels, height, width, first_row, first_column, I::Rows,
         [&](int from, int step, const Line& line) { put_line<v.value>(shared + from, step, image, line); });
   });
 }
 
+// Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces of
+// 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the chunk's weights.
+template <class T>
+__device__ __forceinline__ int first_tap_in_piece(const KernelParams& q, const T* w, int column) {
+  return q.w.vector == 8 ? int((reinterpret_cast<uintptr_t>(w) + column * q.w.w * int(sizeof(T))) & 15) : 0;
+}
+
+// Brings the first `rows` rows of the weights.
 template <class C, class W, class T>
 __device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, int groups,
-                                              int first_row, int first_column) {
+                                              int first_row, int first_column, int rows = C::w_rows) {
+  if constexpr (W::taps_inner) {
+    if (q.w.vector == 8) {
+      // The first and the last piece may reach into what is beside the pixel's taps, in the same tensor.
+      constexpr int pieces = (W::all_taps + 4 + 7) / 8, lanes = pieces > 16 ? 32 : pieces > 8 ? 16 : 8;
+      static_assert(pieces <= lanes && pieces * 16 <= W::pitch, "");
+      const int piece = int(threadIdx.x) % lanes;
+      if (piece >= pieces) return;
+      const int begin = min(max(0, -first_row), rows), end = max(begin, min(rows, q.w_height - first_row));
+      for (int column = int(threadIdx.x) / lanes; column < C::w_columns; column += C::threads / lanes) {
+        const int v = first_column + column;
+        const bool inside = v >= 0 && v < q.w_width;
+        const int before = first_tap_in_piece(q, w, v) / int(sizeof(T));
+        bring_line<8>(
+            shared + W::at(0, column, 0) + piece * 16, C::w_columns * W::pitch, w,
+            Line{first_row * q.w.h + v * q.w.w - before + piece * 8, q.w.h, rows, begin, inside ? end : begin});
+      }
+      return;
+    }
+  }
   with_vector<false>(q.w.vector, [&](auto v) {
-    for_each_line<C, W, v.value>(q, groups, first_row, first_column, [&](int to, int step, const Line& line) {
+    for_each_line<C, W, v.value>(q, groups, first_row, first_column, rows, [&](int to, int step, const Line& line) {
       bring_line<v.value>(shared + to, step, w, line);
     });
   });
@@ -336,10 +369,22 @@ template <class T>
 WeightView weight_view(const Problem& p, Pass pass, const void* data) {
   const int64_t tap = p.w_stride[3];
   WeightView view{p.w_stride[0], int(tap), int(p.w_stride[4]), int(p.w_stride[5]), 1};
-  view.vector = uses_inner_taps(p, pass)
-                    ? vector_of<T>(4, data, {view.n, view.h, view.w, p.groups % chunk_groups * p.taps()})
-                    : vector_of<T>(4, data, {view.n, view.tap, view.h, p.out_w});
+  if (!uses_inner_taps(p, pass)) {
+    view.vector = vector_of<T>(4, data, {view.n, view.tap, view.h, p.out_w});
+    return view;
+  }
+  view.vector = vector_of<T>(4, data, {view.n, view.h, view.w, p.groups % chunk_groups * p.taps()});
+  // Where the last pixel ends a piece, no piece reaches beyond the tensor.
+  const int64_t sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
+  if (pass != Pass::grad_weight && view.vector == 4 && p.groups % chunk_groups == 0 && view.h % 8 == 0 &&
+      vector_of<T>(8, data, {}) == 8 && (reach(sizes, p.w_stride) + 1) % 8 == 0)
+    view.vector = 8;
   return view;
+}
+
+inline void set_tiles(KernelParams& q, int64_t tiles_h, int64_t tiles_w) {
+  q.tiles_h = int(tiles_h), q.tiles_w = int(tiles_w);
+  q.by_chunks = Division(q.chunks), q.by_tiles_h = Division(tiles_h), q.by_tiles_w = Division(tiles_w);
 }
 
 template <class C, class T>
@@ -358,7 +403,7 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) 
   if (x_columns) q.x.vector = std::min(q.x.vector, vector);
   if (w_columns) q.w.vector = std::min(q.w.vector, vector);
   q.stages = 0;
-  q.tiles_h = (q.y_height + C::Rows - 1) / C::Rows, q.tiles_w = (q.y_width + C::Columns - 1) / C::Columns;
+  set_tiles(q, (q.y_height + C::Rows - 1) / C::Rows, (q.y_width + C::Columns - 1) / C::Columns);
   return q;
 }
 

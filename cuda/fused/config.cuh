@@ -67,6 +67,47 @@ auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
   return body(StripeConfig<1, 2, 8, 0, 1>{}, yes);
 }
 
+// The block of grad_input with stride 1: a warp for each tile of 8 pixels of each group.
+struct WalkLayout {
+  static constexpr int rows = 2, depth = 4;  // rows of G at a time, and how many such pairs are in the ring
+  static constexpr int most_threads = 512;   // 128 registers each
+  static constexpr int slots = 8 * K;        // of a group: kernel rows have 8, the last without a tap
+  int groups, tiles;                         // 2 or 4 groups
+
+  __host__ __device__ int warps() const { return groups * tiles; }
+  __host__ __device__ int pixels() const { return 8 * tiles; }
+  __host__ __device__ int position_bytes() const { return groups * group_channels * 2; }
+  __host__ __device__ int ring_bytes() const { return depth * rows * pixels() * position_bytes(); }
+  // A piece of 8 channels of G; those of 8 neighbours are in different banks.
+  __host__ __device__ int at(int position, int piece) const {
+    return position * position_bytes() + (piece ^ (groups == 4 ? position & 7 : position >> 1 & 3)) * 16;
+  }
+  int bytes(int reduced) const {
+    const int biases = groups * (K + 1) / 2 * 8 * 16, moves = warps() * 32 * 20;
+    return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) +
+           (warps() + groups) * rows * 32 * 16 + biases + moves;
+  }
+  // Blocks next to each other that cover `wanted` tiles; each begins with the last tile of the one before.
+  int64_t blocks(int64_t wanted) const { return wanted <= tiles ? 1 : 1 + (wanted - 2) / (tiles - 1); }
+
+  // As many tiles as are needed, or as fit, so that as few as possible are computed twice.
+  static WalkLayout of(int64_t groups, int64_t width, int reduced) {
+    const int64_t wanted = (width + 7) / 8;
+    WalkLayout best{0, 0};
+    for (const int at_once : {4, 2}) {
+      for (int tiles = 1; at_once * tiles * 32 <= most_threads && tiles <= wanted; ++tiles) {
+        const WalkLayout layout{at_once, tiles};
+        if (layout.bytes(reduced) > max_shared_bytes || (tiles == 1 && wanted > 1)) continue;
+        const auto cost = [&](const WalkLayout& l) {
+          return l.blocks(wanted) * l.tiles * l.groups * ((groups + l.groups - 1) / l.groups);
+        };
+        if (best.groups == 0 || cost(layout) < cost(best)) best = layout;
+      }
+    }
+    return best;
+  }
+};
+
 // Where the warps of grad_input walk.
 struct WalkParams {
   int groups, chunks;
@@ -74,14 +115,15 @@ struct WalkParams {
   int out_height, out_width;  // of G
   int padding_h, padding_w;
   int columns, segments, rows;  // blocks of columns, parts of the height and the rows of one
-  View y, x;                    // G and dX
+  Division by_chunks, by_columns, by_segments;
+  WalkLayout layout;  // with stride 1
+  View y, x;          // G and dX
 };
 
-template <int S_>
-struct WalkConfig {
-  static constexpr int S = S_, warps = 8, threads = 32 * warps, strips = 2;
-  static constexpr int tiles = S == 1 ? 2 : 1;  // of 8 pixels of G, for 8 columns of dX
-  static constexpr int strip_pixels = 8 / S, pixels = (strips - 1) * strip_pixels + 8 * tiles;
+// The block of grad_input with stride 2.
+struct StridedWalk {
+  static constexpr int S = 2, warps = 8, threads = 32 * warps, strips = 2;
+  static constexpr int pixels = (strips - 1) * 4 + 8;
   static constexpr int depth = 4;     // rows in the ring
   static constexpr int live = K - S;  // rows of dX that the next row of G adds to
   using Ring = Image<depth, pixels, true>;
@@ -90,10 +132,11 @@ struct WalkConfig {
 
 // Sums over runs of tiles, in float; the run of tiles of stripe i is the i-th of `stripes` equal parts.
 struct Partial {
-  float* span;     // [stripe][49 G][R] and then [49 G], `stripe` elements each
-  float* reduced;  // [N][Ho][Wo][R], where there is more than one chunk
-  int64_t stripe;
-  int stripes, parts;  // parts of the reduced channels
+  float* span;                   // [stripe and copy][49 G][R]; with R = 16 each half of the pixels has a copy
+  float* bias;                   // [stripe and half][49 G]
+  float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
+  int64_t span_size, bias_size;  // of one stripe and copy
+  int stripes, copies, parts;    // parts of the reduced channels
   int tiles;
   int64_t grad_n;  // strides of dR
   int grad_h, grad_w, grad_vector;
@@ -111,11 +154,8 @@ struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
   static constexpr int slot_pitch = slots * 2 + 16, part_pitch = part * 2 + 16;
   static constexpr int gradients = Input::bytes;  // of W, and before them the tile of G
   static constexpr int reduced = gradients + pixels * slot_pitch;
-  // At the end the sums of dS, in floats, [slot][reduced channel], and those of db are here; until they have been read,
-  // only memory from `rows` on may be written.
-  static constexpr int copies = Tiles > 1 ? 1 : 2, sum_pitch = part + 4;
-  static constexpr int sums_bytes = (copies * sum_pitch + 2) * slots * 4, tile_bytes = reduced + pixels * part_pitch;
-  static constexpr int rows = sums_bytes > tile_bytes ? sums_bytes : tile_bytes;
+  static constexpr int copies = Tiles > 1 ? 1 : 2;
+  static constexpr int rows = reduced + pixels * part_pitch;
   static constexpr int bytes = rows + slots * part_pitch;
   static_assert(Output::bytes <= pixels * slot_pitch && bytes <= max_shared_bytes, "");
 };
@@ -130,12 +170,14 @@ Partial partial_of(const SpanProblem& p) {
   partial.parts = parts_of(p.reduced);
   partial.tiles = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + 7) / 8));
   partial.stripes = std::max(1, std::min(partial.tiles, 2 * multiprocessors() / partial.parts));
-  partial.stripe = p.span_rows() * (p.reduced + 1);
+  partial.copies = p.reduced == 16 ? 2 : 1;
+  partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();
   return partial;
 }
 
-// Floats of the stripes' sums, rounded up so that what follows is aligned.
-inline int64_t span_floats(const Partial& partial) { return (partial.stripes * partial.stripe + 3) / 4 * 4; }
+// Floats of the stripes' sums. 16 divides the first, and the second is rounded up, so that what follows is aligned.
+inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.copies * partial.span_size; }
+inline int64_t bias_floats(const Partial& partial) { return (2 * partial.stripes * partial.bias_size + 3) / 4 * 4; }
 
 // Launch the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.
 template <DType dtype>

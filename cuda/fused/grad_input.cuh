@@ -1,248 +1,296 @@
-// The gradient of the input of the fused involution: half and bfloat16, channels_last, kernels of 7 x 7, stride S,
-// dilation 1, 16 channels a group. G is grad_output; W does not exist in memory.
+// The gradient of the input of the fused involution with stride 1: half and bfloat16, channels_last, kernels of 7 x 7,
+// dilation 1, 16 channels a group. G is grad_output; W does not exist in memory. (Stride 2: grad_input_strided.cuh.)
 //
 //   W[n,g,k,p] = b[49 g + k] + sum over r of S[49 g + k, r] * R[n,r,p]
-//   dX[n,c,q]  = sum over taps k, S*p + k - padding = q, of W[n,g(c),k,p] * G[n,c,p]
+//   dX[n,c,q]  = sum over taps k, p + k - padding = q, of W[n,g(c),k,p] * G[n,c,p]
 //
-// A warp has 8 columns of dX of one group and walks down the rows of G. For a row of G it makes the weights of the 16
-// pixels (with stride 2, of the 8) that lead to its columns, [8 taps x 8 pixels] = S * R^T for each kernel row, which
-// lie across the lanes as taps and pairs of pixels. The band [pixels x 8 columns] wants, in a lane, the same pixels at
-// other taps: two shuffles bring them. Each kernel row adds to another row of dX; those that later rows of G add to
-// stay in registers, so that each weight is made once per block of columns and nothing is added atomically. G and R
-// come row by row through a ring in shared memory. A row of dX that is not finite is computed again tap by tap.
+// X, G are N,C,H,W; R is N,R,Ho,Wo; S is 49 G,R. A block has the whole width where 8 tiles of 8 pixels of G reach, 2 or
+// 4 groups, and walks down G two rows at a time; a warp has one tile of one group. For kernel row k of the two rows it
+// makes the weights [8 taps x 8 pixels] = S * R^T, of two kernel rows in one HMMA. They lie across the lanes as taps
+// (lane / 4) and pairs of pixels (lane % 4). The product with G,
+//
+//     dX[16 columns x 16 channels] += band[16 columns x 8 pixels] * G[8 pixels x 16 channels],
+//
+// wants, in a lane, the same pixels at the taps (lane / 4 - pixel) mod 8: a shuffle for each of the two pixels, which
+// carries the weights of both rows. Kernel row k of the first row of G and k - 1 of the second add to the same row of
+// dX, so they are the two halves of a depth of 16. The 8 rows of dX that are not complete stay in registers, and every
+// weight is made once. Of the 16 columns, the right half goes to the warp of the next tile, through shared memory, when
+// a row is complete. Nothing is added atomically. Where the width takes several blocks, each begins with the last tile
+// of the one before. A row of 8 columns that is not finite is computed again tap by tap: the zeros of the band make NaN
+// of an Inf.
+//
+// Bytes: G, R / C of G, dX once: 2.25 elements a channel and pixel with R = C / 4.
 #pragma once
 
 #include "span.cuh"
 
 namespace pyinvolution::cuda::fused {
 
-// Fills row `slot` of the ring from row h of G and of R, with zeros outside the image.
-template <class C, class T>
-__device__ __forceinline__ void bring_row(char* ring, char* pixels, const WalkParams& q, const Span& span, const T* y,
-                                          const T* reduced, int slot, int h, int first, int channels) {
-  const int thread = opaque(int(threadIdx.x));
-  const bool inside = h >= 0 && h < q.out_height;
-  const auto bring = [](char* to, const T* memory, int from, bool valid, int vector) {
-    if (vector == 8) return copy_async<16>(to, memory + (valid ? from : 0), valid);
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i) {
-      T value;
-      store(0.0f, &value);
-      if (valid) value = memory[from + i];
-      reinterpret_cast<T*>(to)[i] = value;
-    }
-  };
-  if (thread < C::pixels * 8) {
-    const int column = thread / 8, channel = thread % 8 * 8, v = first + column;
-    if (channel < channels)
-      bring(ring + C::Ring::at(slot, column, channel), y, h * q.y.h + v * q.y.w + channel,
-            inside && v >= 0 && v < q.out_width, q.y.vector);
+// The work of a block and a warp, computed again where it is wanted: the walk has no registers to keep all of it in.
+struct WalkPlace {
+  int first_group, groups, group, tile, first_pixel, first_row;
+  int64_t n;
+
+  static __device__ __forceinline__ WalkPlace here(const WalkParams& q) {
+    const int warp = opaque(int(threadIdx.x)) / 32;
+    WalkPlace place;
+    uint32_t block = blockIdx.x;
+    place.first_group = q.by_chunks.split(block) * q.layout.groups;
+    place.groups = min(q.layout.groups, q.groups - place.first_group);
+    place.first_pixel = q.by_columns.split(block) * 8 * (q.layout.tiles - 1);
+    place.first_row = q.by_segments.split(block) * q.rows;
+    place.n = block;
+    place.group = warp & (q.layout.groups - 1), place.tile = warp / q.layout.groups;
+    return place;
   }
-  const int channel = thread % 16 * 8;
-  if (channel < span.reduced) {
-    for (int column = thread / 16; column < C::pixels; column += C::threads / 16) {
-      const int v = first + column;
-      bring(pixels + (slot * C::pixels + column) * span.pitch() + channel * 2, reduced,
-            h * span.reduced_h + v * span.reduced_w + channel, inside && v >= 0 && v < q.out_width,
-            span.reduced_vector);
+};
+
+// What a thread moves of a pair of rows, in elements from the first row of the image and in bytes.
+struct WalkMove {
+  int from, to;  // of G; `to` is negative where there is nothing
+  int reduced_from, reduced_to;
+  int end;  // rows of G from here on are zeros
+};
+
+// Computes 8 columns of the row of the warp's group from memory, a number at a time.
+template <class T>
+__device__ __forceinline__ void again_from_memory(const WalkParams& q, const Span& span, const T* y, const T* reduced,
+                                                  const char* span_rows, const T* bias, T* x, int row, int half) {
+  const WalkPlace at = WalkPlace::here(q);
+  reduced += at.n * span.reduced_n;
+#pragma unroll 1
+  for (int number = opaque(int(threadIdx.x)) % 32; number < 8 * group_channels; number += 32) {
+    const int channel = (at.first_group + at.group) * group_channels + number % group_channels;
+    const int column = at.first_pixel + at.tile * 8 - q.padding_w + half + number / group_channels;
+    if (column < 0 || column >= q.width) continue;
+    float sum = 0;
+#pragma unroll 1
+    for (int k = 0; k < taps; ++k) {
+      const int h = row + q.padding_h - k / K, v = column + q.padding_w - k % K;
+      if (h < 0 || v < 0 || h >= q.out_height || v >= q.out_width) continue;
+      const T* r = reduced + (h * span.reduced_h + v * span.reduced_w);
+      const int slot = at.group * WalkLayout::slots + k / K * 8 + k % K;
+      sum += weight_of<T>(reinterpret_cast<const char*>(r), span_rows + slot * span.pitch(),
+                          bias != nullptr ? load(bias[(at.first_group + at.group) * taps + k]) : 0.0f, span.reduced) *
+             load(y[at.n * q.y.n + (h * q.y.h + v * q.y.w + channel)]);
     }
+    store(sum, x + (at.n * q.x.n + (row * q.x.h + column * q.x.w + channel)));
   }
 }
 
-// With Held there are 16 reduced channels, and most span weights of the group stay in registers.
-template <class C, bool Held, class T>
-__global__ void __launch_bounds__(C::threads, 2)
+// Aligned: G, R, S and dX can be moved 8 channels at a time.
+template <bool Aligned, class T>
+__global__ void __launch_bounds__(WalkLayout::most_threads, 1)
     grad_input(WalkParams q, Span span, const T* __restrict__ y, const T* __restrict__ reduced,
                const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ x) {
-  constexpr int S = C::S, kernel_pairs = (K + 1) / 2;
-  const int pitch = span.pitch();
-  char* ring = shared_memory();
-  char* pixels = ring + C::Ring::bytes;
-  char* span_rows = pixels + C::depth * C::pixels * pitch;
+  constexpr int kernel_pairs = (K + 1) / 2, slots = WalkLayout::slots, depth = WalkLayout::depth,
+                rows = WalkLayout::rows, open = K + rows - 1;
+  const int steps = span.reduced / 16, pitch = span.pitch();
+  const WalkLayout layout = q.layout;
+  const int pixels = layout.pixels(), position_bytes = layout.position_bytes();
+  char* const ring = shared_memory();
+  char* const reduced_ring = ring + layout.ring_bytes();
+  char* const span_rows = reduced_ring + depth * rows * pixels * pitch;
+  char* const halves = span_rows + (layout.groups * slots + 8) * pitch;
+  auto* const biases = reinterpret_cast<Vector<4, float>*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
+  auto* const moves = reinterpret_cast<WalkMove*>(biases + layout.groups * kernel_pairs * 8);
 
-  unsigned block = blockIdx.x;
-  const int first_group = int(block % unsigned(q.chunks)) * chunk_groups;
-  block /= unsigned(q.chunks);
-  const int first_column = int(block % unsigned(q.columns)) * 8 * C::strips;
-  block /= unsigned(q.columns);
-  const int first_row = int(block % unsigned(q.segments)) * q.rows;
-  const int64_t n = block / unsigned(q.segments);
-  const int last_row = min(first_row + q.rows, q.height), groups = min(chunk_groups, q.groups - first_group);
-  const int channels = groups * group_channels, first_tap = first_group * taps;
-  y += n * q.y.n + first_group * group_channels;
-  x += n * q.x.n + first_group * group_channels;
-  reduced += n * span.reduced_n;
+  const WalkPlace at = WalkPlace::here(q);
+  const int last_row = min(at.first_row + q.rows, q.height);
+  const int first_tap = at.first_group * taps;
 
-  // Rounded down: a row of G that leads to no row of this segment costs little. The first row of dX that row h leads to
-  // is S*h - padding; the tap of column `first_column` at the first pixel is 7, or 6 or 7 with stride 2.
-  const int before = q.padding_h - (K - 1);
-  const int first_h = (first_row + before + 8 * S) / S - 8;
-  const int first_pixel = S == 1 ? first_column + q.padding_w - K : (first_column + q.padding_w) / 2 - 3;
-  const auto bring = [&](int h) {
-    bring_row<C>(ring, pixels, q, span, y, reduced, (h - first_h) % C::depth, h, first_pixel, channels);
+  // The first pair of rows of G; before it there are none, or they lead to rows above the segment.
+  const int first_h = max(0, (at.first_row + q.padding_h - (K - 1)) & ~1);
+
+  // In each pair of rows a thread moves one piece, of 8 channels, of a pixel of G, and the pieces of R at the same place
+  // among those of the pixel and as many further on. Consecutive threads have consecutive pieces.
+  const int thread = int(threadIdx.x), lane = thread % 32, pieces = 2 * layout.groups;
+  const T* const image = y + (at.n * q.y.n + at.first_group * group_channels);
+  const T* const reduced_image = reduced + at.n * span.reduced_n;
+  {
+    const int piece = thread & (pieces - 1), pixel = layout.groups == 4 ? thread / 8 : thread / 4;
+    const int side = pixel >= pixels, v = at.first_pixel + pixel - side * pixels;
+    const bool exists = 2 * at.first_group + piece < 2 * q.groups;
+    moves[thread] = {side * q.y.h + v * q.y.w + piece * 8, exists ? layout.at(pixel, piece) : -1,
+                     side * span.reduced_h + v * span.reduced_w + piece * 8, pixel * pitch + piece * 16,
+                     v < q.out_width ? q.out_height - side : 0};
+  }
+  const auto bring = [&](int h, int slot) {
+    const WalkMove move = moves[opaque(thread)];
+    const bool inside = h < move.end;
+    if (move.to >= 0)
+      copy_piece(ring + slot * rows * pixels * position_bytes + move.to, image + (h * q.y.h + move.from), inside,
+                 Aligned ? 8 : q.y.vector);
+    char* to = reduced_ring + slot * rows * pixels * pitch + move.reduced_to;
+    const T* from = reduced_image + (h * span.reduced_h + move.reduced_from);
+    const int left = 2 * steps - (opaque(thread) & (pieces - 1));
+    if (left > 0) copy_piece(to, from, inside, Aligned ? 8 : span.reduced_vector);
+#pragma unroll 1
+    for (int p = pieces; p < 2 * steps; p += pieces) {
+      if (p < left) copy_piece(to + 16 * p, from + 8 * p, inside, Aligned ? 8 : span.reduced_vector);
+    }
     commit_copies();
   };
-  bring_rows<C::warps>(span_rows, pitch, weight + int64_t(first_tap) * span.row, groups * taps, span.reduced,
-                       span.row_vector, [&](int i) { return i * span.row; });
-#pragma unroll 1
-  for (int h = first_h; h < first_h + C::depth - 1; ++h) bring(h);
-
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, group = warp % chunk_groups;
-  const int strip = warp / chunk_groups, row = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
-  const int first_q = first_column + strip * 8;
-  const bool works = group < groups && first_q < q.width;
-  // The tap of column `row` at the lane's first pixel. At the second pixel it is S less; 8 pixels on, with stride 1, 8
-  // less.
-  const int tap = (S == 1 ? K : K - 1 + (first_column + q.padding_w) % 2) + row - 2 * S * t;
-  const auto is_tap = [](int k) { return k >= 0 && k < K; };
-  uint32_t masks[C::tiles];
-#pragma unroll
-  for (int j = 0; j < C::tiles; ++j)
-    masks[j] = (is_tap(tap - 8 * j) ? 0xffffu : 0) | (is_tap(tap - 8 * j - S) ? 0xffff0000u : 0);
-  const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - S) & 7) * 4 + t;
-
-  // Pairs of kernel rows with 8 taps each. Taps that do not exist repeat others, and the masks leave them out.
-  Vector<2, T> biases[kernel_pairs];
-#pragma unroll
-  for (int kh = 0; kh < 2 * kernel_pairs; ++kh) {
-    T& own = biases[kh / 2].v[kh % 2];
-    store(0.0f, &own);
-    if (works && bias != nullptr) own = bias[first_tap + group * taps + min(kh, K - 1) * K + min(row, K - 1)];
+  for (int row = thread / 16; row < at.groups * slots; row += 2 * layout.warps()) {
+    const int tap = first_tap + row / slots * taps + row % slots / 8 * K + row % 8, piece = thread % 16;
+    const bool exists = row % 8 < K;
+    if (piece < 2 * steps)
+      copy_piece(span_rows + row * pitch + piece * 16, weight + (exists ? int64_t{tap} * span.row + piece * 8 : 0),
+                 exists, Aligned ? 8 : span.row_vector);
+    if (piece == 0) {
+      const int kh = row % slots / 8;
+      float* const twice = biases[(row / slots * kernel_pairs + kh / 2) * 8 + row % 8].v + kh % 2 * 2;
+      twice[0] = twice[1] = exists && bias != nullptr ? load(bias[tap]) : 0.0f;
+    }
   }
-  const char* tap_rows = span_rows + (works ? group : 0) * taps * pitch + matrix / 2 * 16;
-  int tap_offsets[kernel_pairs];
-#pragma unroll
-  for (int pair = 0; pair < kernel_pairs; ++pair)
-    tap_offsets[pair] = (min(2 * pair + matrix % 2, K - 1) * K + min(i, K - 1)) * pitch;
-  const int pixel_offset =
-      (strip * C::strip_pixels + (C::tiles == 2 ? matrix / 2 * 8 : 0) + i) * pitch + matrix % 2 * 16;
-  const int ring_offset = C::Ring::at(0, strip * C::strip_pixels + (C::tiles == 2 ? matrix / 2 * 8 : 0) + i,
-                                      (works ? group : 0) * group_channels + matrix % 2 * 8);
-  constexpr int ring_row = C::pixels * C::Ring::pitch;
-  constexpr int held_pairs = kernel_pairs - 1;  // as many as there are registers for
-  uint32_t held[held_pairs][4] = {};
+  // To the left of the first tile there is none.
+  for (int number = thread; number < layout.groups * rows * 32 * 4; number += 32 * layout.warps())
+    reinterpret_cast<float*>(halves)[number] = 0.0f;
+#pragma unroll 1
+  for (int stage = 0; stage < depth - 1; ++stage) bring(first_h + rows * stage, stage);
 
-  float live[C::live][4] = {};
-#pragma unroll 1
-  for (int h = first_h; S * h - q.padding_h < last_row; ++h) {
-    wait_for_copies<C::depth - 2>();
+  const int group = at.group, tile = at.tile;
+  const bool works = at.first_group + group < q.groups;
+  const int line = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
+  // The lane's pixels are 2t and 2t + 1; in the left half of the columns it is at their taps line - 2t and one less, in
+  // the right half at 8 more. Only in one of the halves do they exist, or are in the slot that holds zeros.
+  const int tap = line - 2 * t;
+  const bool is_left = tap >= 0;
+  const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - 1) & 7) * 4 + t;
+
+  // Kernel rows have 8 slots; the last one holds zeros. The products of an eighth kernel row are not used.
+  const auto* const own_biases = biases + (works ? group : 0) * kernel_pairs * 8 + line;
+  const char* const tap_rows = span_rows + ((works ? group : 0) * slots + matrix % 2 * 8 + i) * pitch + matrix / 2 * 16;
+  const char* const pixel_rows = reduced_ring + (matrix / 2 * pixels + tile * 8 + i) * pitch + matrix % 2 * 16;
+  const char* const gradients = ring + layout.at(matrix % 2 * pixels + tile * 8 + i, group * 2 + matrix / 2);
+  const int end = works ? q.out_height : 0;  // of the rows of G that the warp computes with
+  // Where the lane writes its column of the left half, or negative: nowhere. The right half is written where there is
+  // no tile to the right.
+  const auto out_of = [&](int right_half) {
+    const int lane = opaque(thread) % 32;
+    const int column = at.first_pixel + tile * 8 - q.padding_w + right_half * 8 + lane / 4;
+    return works && column >= 0 && column < q.width ? column * q.x.w + group * group_channels : -1;
+  };
+  const int left_out = tile > 0 || at.first_pixel == 0 ? out_of(0) : -1;
+  const bool ends = at.first_pixel + pixels >= q.out_width && tile == layout.tiles - 1;
+  T* const out = x + (at.n * q.x.n + at.first_group * group_channels);
+
+  // The rows of dX that are not complete: row o of the pair of rows h is number (o + 2 * phase) % 8.
+  float sums[open][2][4] = {};  // [16 columns][16 channels]
+  uint32_t again = 0;           // rows of 8 columns of a round that are not finite
+  const auto step = [&](auto number, int h) {
+    constexpr int phase = number.value;
+    // Addresses are computed here again, instead of being kept in registers for each phase.
+    const int stage = opaque(phase), filled = opaque((phase + depth - 1) % depth);
+    const auto row_of = [](int o) { return (o + rows * phase) % open; };
+    wait_for_copies<depth - 2>();
     __syncthreads();
-    bring(h + C::depth - 1);
-    if (!works) continue;
-    if (Held && h == first_h) {
-#pragma unroll
-      for (int pair = 0; pair < held_pairs; ++pair) load_matrices(held[pair], tap_rows + tap_offsets[pair]);
-    }
-    float sums[K][4];
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[k][e] = k < C::live ? live[k][e] : 0.0f;
-    }
-    if (h >= 0 && h < q.out_height) {
-      const int slot = (h - first_h) % C::depth;
-      float w[kernel_pairs][C::tiles][4];
-      const auto begin = [&](int pair) {
-#pragma unroll
-        for (int j = 0; j < C::tiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) w[pair][j][e] = load(biases[pair].v[e / 2]);
-        }
-      };
-      const auto add = [&](int pair, const uint32_t (&a)[4], const uint32_t (&r)[2 * C::tiles]) {
-#pragma unroll
-        for (int j = 0; j < C::tiles; ++j) multiply<T>(w[pair][j], a, {r[2 * j], r[2 * j + 1]});
-      };
-      const char* pixel_row = pixels + slot * C::pixels * pitch + pixel_offset;
-      uint32_t r[2 * C::tiles];
-      if constexpr (Held) {  // made pair by pair below
-        load_matrices(r, pixel_row);
-        begin(0), add(0, held[0], r);
-      } else {
-#pragma unroll
-        for (int pair = 0; pair < kernel_pairs; ++pair) begin(pair);
-#pragma unroll 1
-        for (int c = 0; c < span.reduced; c += 16) {
-          load_matrices(r, pixel_row + c * 2);
-#pragma unroll
-          for (int pair = 0; pair < kernel_pairs; ++pair) {
-            uint32_t a[4];
-            load_matrices(a, tap_rows + tap_offsets[pair] + c * 2);
-            add(pair, a, r);
-          }
-        }
-      }
-      uint32_t g[2 * C::tiles];
-      load_matrices_transposed(g, ring + slot * ring_row + ring_offset);
+    bring(h + rows * (depth - 1), filled);
+    if (h < end) {
+      const char* const reduced_row = pixel_rows + stage * rows * pixels * pitch;
+      uint32_t g[4];  // [16 pixels][8 channels], twice
+      load_matrices_transposed(g, gradients + stage * rows * pixels * position_bytes);
+      uint32_t left_before = 0, right_before = 0;  // of the second row of G and the kernel row before
 #pragma unroll
       for (int pair = 0; pair < kernel_pairs; ++pair) {
-        if (Held && pair + 1 < held_pairs) {
-          begin(pair + 1), add(pair + 1, held[pair + 1], r);
-        } else if (Held && pair + 1 < kernel_pairs) {
-          uint32_t a[4];
-          load_matrices(a, tap_rows + tap_offsets[pair + 1]);
-          begin(pair + 1), add(pair + 1, a, r);
-        }
-        // A register has the same pixel of both tiles, or of both kernel rows.
-        uint32_t low[2], high[2], band[2][C::tiles];
-#pragma unroll
-        for (int e = 0; e < C::tiles; ++e) {
-          const auto pick = [&](int at) {
-            if constexpr (C::tiles == 2) return pack<T>(w[pair][0][2 * e + at], w[pair][1][2 * e + at]);
-            return pack<T>(w[pair][0][at], w[pair][0][2 + at]);
-          };
-          if (2 * pair + e >= K) continue;
-          low[e] = __shfl_sync(~0u, pick(0), low_lane), high[e] = __shfl_sync(~0u, pick(1), high_lane);
+        float w[2][4];
+        const Vector<4, float> begin = own_biases[pair * 8];
+        const char* const rows_of_pair = tap_rows + 2 * pair * 8 * pitch;
+        uint32_t a[4], r[4];
+        load_matrices(a, rows_of_pair);
+        load_matrices(r, reduced_row);
+        multiply<T>(w[0], a, {r[0], r[1]}, begin.v);
+        multiply<T>(w[1], a, {r[2], r[3]}, begin.v);
+#pragma unroll 1
+        for (int c = 1; c < steps; ++c) {
+          load_matrices(a, rows_of_pair + c * 32);
+          load_matrices(r, reduced_row + c * 32);
+          multiply<T>(w[0], a, {r[0], r[1]});
+          multiply<T>(w[1], a, {r[2], r[3]});
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int kh = 2 * pair + e;
           if (kh >= K) continue;
+          const uint32_t low = __shfl_sync(~0u, pack<T>(w[0][2 * e], w[1][2 * e]), low_lane);
+          const uint32_t high = __shfl_sync(~0u, pack<T>(w[0][2 * e + 1], w[1][2 * e + 1]), high_lane);
+          const uint32_t first = __byte_perm(low, high, 0x5410), second = __byte_perm(low, high, 0x7632);
+          const uint32_t left = is_left ? first : 0, right = is_left ? 0 : first;
+          float (&sum)[2][4] = sums[row_of(kh)];
+          if (kh == 0) {
+            multiply<T>(sum[0], {left, right}, {g[0]});
+            multiply<T>(sum[1], {left, right}, {g[2]});
+          } else {
+            const uint32_t band[4] = {left, right, left_before, right_before};
+            if (kh == K - 1) {  // a row of dX begins
 #pragma unroll
-          for (int j = 0; j < C::tiles; ++j) {
-            const int from = C::tiles == 2 ? e : 0, half = C::tiles == 2 ? j : e;
-            band[e][j] = __byte_perm(low[from], high[from], half == 0 ? 0x5410 : 0x7632) & masks[j];
+              for (int e = 0; e < 8; ++e) sum[e / 4][e % 4] = 0.0f;
+            }
+            multiply<T>(sum[0], band, {g[0], g[1]});
+            multiply<T>(sum[1], band, {g[2], g[3]});
           }
-          multiply<T>(sums[kh], g, band[e]);
+          left_before = is_left ? second : 0, right_before = is_left ? 0 : second;
         }
       }
-    }
+      const float zeros[4] = {};
+      multiply<T>(sums[row_of(K)][0], {left_before, right_before}, {g[1]}, zeros);
+      multiply<T>(sums[row_of(K)][1], {left_before, right_before}, {g[3]}, zeros);
+    } else {
 #pragma unroll
-    for (int k = 0; k < C::live; ++k) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) live[k][e] = sums[k + S][e];
+      for (int e = 0; e < 16; ++e) sums[row_of(K - 1 + e / 8)][e / 4 % 2][e % 4] = 0.0f;
     }
+    // Of both rows the channels 2t and 2t + 1, and 8 more.
+    auto* const own = reinterpret_cast<Vector<2, float>*>(halves) + (layout.groups + opaque(thread) / 32) * rows * 64 +
+                      opaque(thread) % 32 * 2;
+    const auto* const other = own - layout.groups * rows * 64;
+#pragma unroll
+    for (int done = 0; done < rows; ++done) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&sum)[4] = sums[row_of(done)][half];
+        own[done * 64 + half] = {{sum[2], sum[3]}};
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int done = 0; done < rows; ++done) {
+      float (&sum)[2][4] = sums[row_of(done)];
+      const int row = h - q.padding_h + done;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Vector<2, float> more = other[done * 64 + half];
+        sum[half][0] += more.v[0], sum[half][1] += more.v[1];
+      }
+      const auto put = [&](int right_half, int own_out) {
+        const int e = right_half * 2;
+        const float zero = sum[0][e] * 0.0f + sum[0][e + 1] * 0.0f + sum[1][e] * 0.0f + sum[1][e + 1] * 0.0f;
+        if (__any_sync(~0u, own_out >= 0 && zero != 0.0f)) {
+          again |= 1u << ((phase * rows + done) * 2 + right_half);
+        } else {
+          put_channels(out + (row * q.x.h + own_out), own_out >= 0, Aligned ? 8 : q.x.vector,
+                       pack<T>(sum[0][e], sum[0][e + 1]), pack<T>(sum[1][e], sum[1][e + 1]));
+        }
+      };
+      if (row >= at.first_row && row < last_row) {
+        put(0, left_out);
+        if (ends) put(1, out_of(1));
+      }
+    }
+  };
 
-#pragma unroll
-    for (int done = 0; done < S; ++done) {
-      const int q_row = S * h - q.padding_h + done;
-      if (q_row < first_row || q_row >= last_row) continue;
-      float (&sum)[4] = sums[done];
-      if (__any_sync(~0u, sum[0] * 0.0f + sum[1] * 0.0f + sum[2] * 0.0f + sum[3] * 0.0f != 0.0f)) {
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const int q_column = first_q + 2 * t + side;
-          float again[2] = {};
+  constexpr int phases = open / rows;
+  static_assert(phases == 4 && depth == phases, "the steps of a round");
 #pragma unroll 1
-          for (int k = 0; k < taps; ++k) {
-            const int from_h = q_row + q.padding_h - k / K, from_v = q_column + q.padding_w - k % K;
-            if (from_h < 0 || from_v < 0 || from_h % S != 0 || from_v % S != 0 || from_h / S >= q.out_height ||
-                from_v / S >= q.out_width)
-              continue;
-            const T* r = reduced + (from_h / S * span.reduced_h + from_v / S * span.reduced_w);
-            const T* gradient = y + (from_h / S * q.y.h + from_v / S * q.y.w + group * group_channels + row);
-            const float factor =
-                weight_of<T>(reinterpret_cast<const char*>(r), span_rows + (group * taps + k) * pitch,
-                             bias != nullptr ? load(bias[first_tap + group * taps + k]) : 0.0f, span.reduced);
-            again[0] += factor * load(gradient[0]);
-            again[1] += factor * load(gradient[8]);
-          }
-          sum[side] = again[0], sum[2 + side] = again[1];
-        }
-      }
-      const int q_column = first_q + row;
-      put_channels(x + (q_row * q.x.h + q_column * q.x.w + group * group_channels), q_column < q.width, q.x.vector,
-                   transpose_matrix(pack<T>(sum[0], sum[1])), transpose_matrix(pack<T>(sum[2], sum[3])));
+  for (int h = first_h; h - q.padding_h < last_row; h += rows * phases) {
+    const auto remains = [&](int phase) { return h + rows * phase - q.padding_h < last_row; };
+    step(std::integral_constant<int, 0>{}, h);
+    if (remains(1)) step(std::integral_constant<int, 1>{}, h + rows);
+    if (remains(2)) step(std::integral_constant<int, 2>{}, h + 2 * rows);
+    if (remains(3)) step(std::integral_constant<int, 3>{}, h + 3 * rows);
+#pragma unroll 1
+    for (int bit = 0; again != 0; ++bit, again >>= 1) {
+      if (again % 2 == 0) continue;
+      again_from_memory<T>(q, span, y, reduced, span_rows, bias, x, h - q.padding_h + bit / 2, bit % 2 * 8);
     }
   }
   wait_for_copies<0>();

@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(C::threads, 2)
                                     });
 #pragma unroll 1
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      const int column = tile % q.tiles_w * 8, row = tile / q.tiles_w % q.tiles_h * C::Rows;
-      const int n = tile / q.tiles_w / q.tiles_h;
+      uint32_t number = uint32_t(tile);
+      const int column = q.by_tiles_w.split(number) * 8, row = q.by_tiles_h.split(number) * C::Rows;
+      const int n = int(number);
       __syncthreads();
       bring_image<X, C::Warps>(image, x + (int64_t{n} * q.x.n + first_channel), q.x, groups * group_channels,
                                q.x_height, q.x_width, row * S - q.padding_h, column * S - q.padding_w);
@@ -260,69 +261,59 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
     }
 
-    // The sums of the run go through shared memory, where those of the two halves of the pixels are added.
-    float* const span_sums = reinterpret_cast<float*>(image);
-    float* const bias_sums = span_sums + C::copies * C::slots * C::sum_pitch;
+    // The sums of the run, as they lie in the lanes: 8 neighbouring channels of a tap make a sector.
     const Place end = Place::here();
-    __syncthreads();
+    const int side = Tiles > 1 ? 0 : end.side;
+    float* const out = partial.span + (stripe * C::copies + side) * partial.span_size +
+                       ((first_group + end.group) * taps + 2 * end.t) * span.reduced + first_reduced;
 #pragma unroll
     for (int m = 0; m < span_tiles; ++m) {
-      const int channel = ((Tiles > 1 ? end.side * span_tiles : 0) + m) * 16 + end.quad;
-      float* const to =
-          span_sums + ((Tiles > 1 ? 0 : end.side * C::slots) + end.group * C::group_slots + 2 * end.t) * C::sum_pitch +
-          channel;
 #pragma unroll
-      for (int k = 0; k < K * 4; ++k)
-        to[(k / 4 * 8 + k % 2) * C::sum_pitch + k % 4 / 2 * 8] = span_sum[m][k / 4][k % 4];
+      for (int half = 0; half < 2; ++half) {
+        const int channel = ((Tiles > 1 ? end.side * span_tiles : 0) + m) * 16 + half * 8 + end.quad;
+        if (end.group >= groups || channel >= width) continue;
+#pragma unroll
+        for (int kh = 0; kh < K; ++kh) {
+          out[kh * K * span.reduced + channel] = span_sum[m][kh][2 * half];
+          if (2 * end.t + 1 < K) out[(kh * K + 1) * span.reduced + channel] = span_sum[m][kh][2 * half + 1];
+        }
+      }
     }
-    if (end.quad < K) {
-      float* const to = bias_sums + end.side * C::slots + end.group * C::group_slots + end.quad * 8 + 2 * end.t;
-      to[0] = bias_sum[0], to[1] = bias_sum[1];
+    if (first_reduced == 0 && end.group < groups && end.quad < K) {
+      float* const bias_out = partial.bias + (stripe * 2 + end.side) * partial.bias_size +
+                              ((first_group + end.group) * taps + end.quad * K + 2 * end.t);
+      bias_out[0] = bias_sum[0];
+      if (2 * end.t + 1 < K) bias_out[1] = bias_sum[1];
     }
-    __syncthreads();
-    float* const out = partial.span + stripe * partial.stripe + int64_t{first_group * taps} * span.reduced;
-    float* const bias_out =
-        partial.span + stripe * partial.stripe + int64_t{q.groups} * taps * span.reduced + first_group * taps;
-    const auto slot_of = [](int tap) { return tap / taps * C::group_slots + tap % taps / K * 8 + tap % K; };
-#pragma unroll 1
-    for (int k = end.thread; k < groups * taps * C::part; k += C::threads) {
-      const int tap = k / C::part, channel = k % C::part;
-      const float* from = span_sums + slot_of(tap) * C::sum_pitch + channel;
-      float sum = from[0];
-      if (C::copies > 1) sum += from[C::slots * C::sum_pitch];
-      if (channel < width) out[tap * span.reduced + first_reduced + channel] = sum;
-    }
-    if (first_reduced == 0) {
-      for (int tap = end.thread; tap < groups * taps; tap += C::threads)
-        bias_out[tap] = bias_sums[slot_of(tap)] + bias_sums[C::slots + slot_of(tap)];
-    }
+    __syncthreads();  // the rows of S have been read
   }
 }
 
-// Adds the stripes' sums in order: `first` elements to `span`, the rest to `bias`; nullptr where they are not wanted.
+// Adds the stripes' sums in order; nullptr where they are not wanted.
 constexpr int sum_columns = 32, sum_rows = 8;
 template <class T>
 __global__ void __launch_bounds__(sum_columns* sum_rows)
-    sum_partials(Partial partial, int64_t first, T* __restrict__ span, T* __restrict__ bias) {
+    sum_partials(Partial partial, T* __restrict__ span, T* __restrict__ bias) {
   float* const sums = reinterpret_cast<float*>(shared_memory());
   const int column = int(threadIdx.x) % sum_columns, row = int(threadIdx.x) / sum_columns;
-  const int64_t element = int64_t{blockIdx.x} * sum_columns + column;
+  const int64_t number = int64_t{blockIdx.x} * sum_columns + column;
+  const bool is_bias = number >= partial.span_size;
+  const int64_t element = is_bias ? number - partial.span_size : number;
+  const int64_t size = is_bias ? partial.bias_size : partial.span_size;
+  const int count = partial.stripes * (is_bias ? 2 : partial.copies);
+  const float* const from = is_bias ? partial.bias : partial.span;
+  T* const to = is_bias ? bias : span;
   float sum = 0;
-  if (element < partial.stripe) {
+  if (element < size) {
 #pragma unroll 8
-    for (int stripe = row; stripe < partial.stripes; stripe += sum_rows)
-      sum += partial.span[stripe * partial.stripe + element];
+    for (int part = row; part < count; part += sum_rows) sum += from[part * size + element];
   }
   sums[row * sum_columns + column] = sum;
   __syncthreads();
-  if (row > 0 || element >= partial.stripe) return;
+  if (row > 0 || element >= size || to == nullptr) return;
 #pragma unroll
   for (int other = 1; other < sum_rows; ++other) sum += sums[other * sum_columns + column];
-  if (element >= first) {
-    if (bias != nullptr) store(sum, bias + (element - first));
-  } else if (span != nullptr) {
-    store(sum, span + element);
-  }
+  store(sum, to + element);
 }
 
 }  // namespace pyinvolution::cuda::fused

@@ -5,6 +5,7 @@
 
 #include "forward.cuh"
 #include "grad_input.cuh"
+#include "grad_input_strided.cuh"
 #include "grad_span.cuh"
 
 namespace pyinvolution::cuda::fused {
@@ -63,31 +64,53 @@ void run_forward(const SpanProblem& p, const SpanBuffers& buffers, const Executi
 
 // --- backward
 
-template <int S, class T>
-void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  using C = WalkConfig<S>;
+template <class T>
+WalkParams walk_params(const SpanProblem& p, const SpanBuffers& buffers) {
   const Problem& i = p.involution;
-  const Span span = span_of<T>(p, buffers);
   WalkParams q{};
-  q.groups = int(i.groups), q.chunks = (q.groups + chunk_groups - 1) / chunk_groups;
+  q.groups = int(i.groups);
   q.height = int(i.in_h), q.width = int(i.in_w), q.out_height = int(i.out_h), q.out_width = int(i.out_w);
   q.padding_h = int(i.padding_h), q.padding_w = int(i.padding_w);
   q.y = view<T>(i.y_stride, buffers.y, 0), q.x = view<T>(p.grad_x_stride, buffers.grad_x, 0);
-  // Each segment reads the last rows of G of the one before it again: only as many segments as fill the GPU.
-  constexpr int columns = 8 * C::strips, least_rows = 16;
-  q.columns = (q.width + columns - 1) / columns;
-  const int64_t blocks = i.batch * q.chunks * q.columns, wanted = 4 * multiprocessors();
+  return q;
+}
+
+// Divides the work among blocks of `groups` groups and returns how many there are. Each segment reads the last rows of
+// G of the one before it again: there are only as many segments as fill the GPU.
+inline int64_t divide(WalkParams& q, int64_t batch, int groups, int64_t columns) {
+  constexpr int least_rows = 16;
+  q.chunks = (q.groups + groups - 1) / groups, q.columns = int(columns);
+  const int64_t blocks = batch * q.chunks * columns, wanted = 4 * multiprocessors();
   q.segments = int(std::max<int64_t>(1, std::min<int64_t>(q.height / least_rows, wanted / blocks)));
   q.rows = (q.height + q.segments - 1) / q.segments;
   q.segments = (q.height + q.rows - 1) / q.rows;
-  const auto go = [&](auto held) {
+  q.by_chunks = Division(q.chunks), q.by_columns = Division(q.columns), q.by_segments = Division(q.segments);
+  return blocks * q.segments;
+}
+
+template <class T>
+void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  const Span span = span_of<T>(p, buffers);
+  WalkParams q = walk_params<T>(p, buffers);
+  const auto go = [&](const char* what, auto kernel, int64_t blocks, int threads, int shared_bytes) {
     launch<WalkParams, Span, const T*, const T*, const T*, const T*, T*>(
-        "fused grad_input", grad_input<C, held.value, T>, Grid{blocks * q.segments, C::threads, C::bytes(span.reduced)},
-        execution, q, span, static_cast<T*>(buffers.y), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
-        static_cast<T*>(buffers.bias), static_cast<T*>(buffers.grad_x));
+        what, kernel, Grid{blocks, threads, shared_bytes}, execution, q, span, static_cast<T*>(buffers.y),
+        static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span), static_cast<T*>(buffers.bias),
+        static_cast<T*>(buffers.grad_x));
   };
-  if (span.reduced == 16) return go(std::true_type{});
-  go(std::false_type{});
+  if (p.involution.stride_h == 2) {
+    using C = StridedWalk;
+    constexpr int columns = 8 * C::strips;
+    const int64_t blocks = divide(q, p.involution.batch, chunk_groups, (q.width + columns - 1) / columns);
+    return go("fused grad_input", span.reduced == 16 ? grad_input_strided<true, T> : grad_input_strided<false, T>,
+              blocks, C::threads, C::bytes(span.reduced));
+  }
+  q.layout = WalkLayout::of(q.groups, q.out_width, span.reduced);
+  const int64_t columns = q.layout.blocks((q.out_width + 7) / 8);
+  const int64_t blocks = divide(q, p.involution.batch, q.layout.groups, columns);
+  const bool aligned = q.y.vector == 8 && q.x.vector == 8 && span.reduced_vector == 8 && span.row_vector == 8;
+  go("fused grad_input", aligned ? grad_input<true, T> : grad_input<false, T>, blocks, 32 * q.layout.warps(),
+     q.layout.bytes(span.reduced));
 }
 
 template <class C, class T>
@@ -95,7 +118,8 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
   const KernelParams q = kernel_params<C, T>(p.involution, Pass::grad_weight, {buffers.x, nullptr, buffers.y});
   Partial partial = partial_of<C>(p);
   partial.span = static_cast<float*>(buffers.scratch);
-  partial.reduced = partial.span + span_floats(partial);
+  partial.bias = partial.span + span_floats(partial);
+  partial.reduced = partial.bias + bias_floats(partial);
   partial.grad_n = p.grad_reduced_stride[0];
   partial.grad_h = int(p.grad_reduced_stride[2]), partial.grad_w = int(p.grad_reduced_stride[3]);
   partial.grad_vector = view<T>(p.grad_reduced_stride, buffers.grad_reduced, 0).vector;
@@ -105,16 +129,16 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
       static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
       static_cast<T*>(buffers.y), static_cast<T*>(buffers.grad_reduced));
   if (buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;
-  const Grid sums{(partial.stripe + sum_columns - 1) / sum_columns, sum_columns * sum_rows,
+  const int64_t elements = partial.span_size + partial.bias_size;
+  const Grid sums{(elements + sum_columns - 1) / sum_columns, sum_columns * sum_rows,
                   sum_columns * sum_rows * int(sizeof(float))};
-  launch<Partial, int64_t, T*, T*>("fused grad_span, its sums", sum_partials<T>, sums, execution, partial,
-                                   p.span_rows() * p.reduced, static_cast<T*>(buffers.grad_span),
-                                   static_cast<T*>(buffers.grad_bias));
+  launch<Partial, T*, T*>("fused grad_span, its sums", sum_partials<T>, sums, execution, partial,
+                          static_cast<T*>(buffers.grad_span), static_cast<T*>(buffers.grad_bias));
 }
 
 template <int S, class T>
 void run_gradients(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  if (buffers.grad_x != nullptr) run_grad_input<S, T>(p, buffers, execution);
+  if (buffers.grad_x != nullptr) run_grad_input<T>(p, buffers, execution);
   if (buffers.grad_reduced == nullptr && buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;
   if (p.reduced == 16) return run_grad_span<SpanConfig<S, 1>, T>(p, buffers, execution);
   if (p.reduced == 32) return run_grad_span<SpanConfig<S, 2>, T>(p, buffers, execution);

@@ -32,6 +32,19 @@ __device__ __forceinline__ void bring_rows(char* shared, int pitch, const T* mem
   });
 }
 
+// Eight elements into shared memory, at once where `vector` is 8, or zeros where not `valid`.
+template <class T>
+__device__ __forceinline__ void copy_piece(char* to, const T* from, bool valid, int vector) {
+  if (vector == 8) return copy_async<16>(to, from, valid);
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    T value;
+    store(0.0f, &value);
+    if (valid) value = from[i];
+    reinterpret_cast<T*>(to)[i] = value;
+  }
+}
+
 // A single weight, rounded like those of the products.
 template <class T>
 __device__ __forceinline__ float weight_of(const char* reduced, const char* row, float bias, int channels) {

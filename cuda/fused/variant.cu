@@ -58,7 +58,7 @@ int64_t fused_scratch(const SpanProblem& p, SpanOp op) {
   const Problem& q = p.involution;
   const Partial partial = q.stride_h == 2 ? partial_of<SpanConfig<2, 1>>(p) : partial_of<SpanConfig<1, 1>>(p);
   const int64_t reduced = q.groups > chunk_groups ? q.batch * q.out_h * q.out_w * p.reduced : 0;
-  return (span_floats(partial) + reduced) * int64_t{sizeof(float)};
+  return (span_floats(partial) + bias_floats(partial) + reduced) * int64_t{sizeof(float)};
 }
 
 void fused_run(const SpanProblem& problem, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {

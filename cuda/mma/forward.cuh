@@ -34,25 +34,29 @@ __global__ void __launch_bounds__(C::threads, 2)
   const Tile tile = tile_of_block<C>(q);
   const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
 
+  // Rows of warps that have a pixel of the image.
+  const int rows_inside = min(C::Rows, (q.y_height - tile.row + rows - 1) / rows * rows);
   bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
-                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift);
+                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift,
+                           (rows_inside - 1) * S + K);
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column);
+  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside);
   wait_for_tile();
 
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int group = warp % chunk_groups, strip = warp / chunk_groups % C::strips;
   const int row = warp / chunk_groups / C::strips * rows;
   float sums[rows][4] = {};
-  if (group < tile.groups) {
+  if (group < tile.groups && row < rows_inside && tile.column + strip * 8 < q.y_width) {
     const Pair pair = Pair::of_lane<C>(lane, q.shift);
     const uint32_t mask = pair.mask<K>();
     uint32_t masks[C::fragments];
 #pragma unroll
     for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
     const int column = strip * 8 + lane / 4, taps = group * C::taps;
-    const char* low = weights + W::at(row, column, taps + min(max(pair.low, 0), K - 1));
-    const char* high = weights + W::at(row, column, taps + min(pair.low + 1, K - 1));
+    const int begin = W::at(row, column, taps) + first_tap_in_piece(q, group_weights, tile.column + column);
+    const char* low = weights + begin + W::at(0, 0, min(max(pair.low, 0), K - 1));
+    const char* high = weights + begin + W::at(0, 0, min(pair.low + 1, K - 1));
     const Positions<C, I> positions(image, group, strip, row * S, lane);
 #pragma unroll
     for (int x_row = 0; x_row < (rows - 1) * S + K; ++x_row) {
@@ -83,7 +87,8 @@ __global__ void __launch_bounds__(C::threads, 2)
           for (int i = 0; i < 4; ++i) {
             const int channel = group * group_channels + lane / 4 + i / 2 * 8, v = strip * 8 + lane % 4 * 2 + i % 2;
             const int x_row = (row + r) * S + tap / K, position = v * S + tap % K + q.shift;
-            again[i] += load(*reinterpret_cast<const T*>(weights + W::at(row + r, v, taps + tap))) *
+            const int begin = first_tap_in_piece(q, group_weights, tile.column + v);
+            again[i] += load(*reinterpret_cast<const T*>(weights + begin + W::at(row + r, v, taps + tap))) *
                         load(*reinterpret_cast<const T*>(image + I::at(x_row, position, channel)));
           }
         }

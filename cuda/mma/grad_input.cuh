@@ -125,8 +125,10 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const uint32_t mask = (has_low ? 0xffffu : 0) | (has_high ? 0xffff0000u : 0);
     masks[parity][0] = pair.fragment == 0 ? mask : 0;
     masks[parity][1] = pair.fragment == 1 ? mask : 0;
-    low[parity] = I::bytes + W::at(0, position, group * C::taps + min(max(low_tap, 0), K - 1));
-    high[parity] = I::bytes + W::at(0, position + 1, group * C::taps + min(max(high_tap, 0), K - 1));
+    low[parity] = I::bytes + W::at(0, position, group * C::taps + min(max(low_tap, 0), K - 1)) +
+                  first_tap_in_piece(q, w, first_column + position);
+    high[parity] = I::bytes + W::at(0, position + 1, group * C::taps + min(max(high_tap, 0), K - 1)) +
+                   first_tap_in_piece(q, w, first_column + position + 1);
   }
 
   float sums[C::open_rows * S][4] = {};

@@ -82,9 +82,9 @@ __global__ void __launch_bounds__(C::threads, 2)
   __syncthreads();
   T* out = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
   with_vector<false>(q.w.vector, [&](auto v) {
-    for_each_line<C, W, v.value>(q, tile.groups, tile.row, tile.column, [&](int from, int step, const Line& line) {
-      put_line<v.value>(weights + from, step, out, line);
-    });
+    for_each_line<C, W, v.value>(
+        q, tile.groups, tile.row, tile.column, C::w_rows,
+        [&](int from, int step, const Line& line) { put_line<v.value>(weights + from, step, out, line); });
   });
 }
 

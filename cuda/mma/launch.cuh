@@ -38,12 +38,12 @@ template <class C, class T>
 void run_grad_input(const Problem& p, const Buffers& buffers, const Execution& execution) {
   KernelParams q = kernel_params<C, T>(p, Pass::grad_input, buffers);
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
-  q.tiles_w = int(parts(p.in_w, C::Stride * C::Columns));
+  const int64_t tiles_w = parts(p.in_w, C::Stride * C::Columns);
   const int64_t rows = (p.in_h - 1 + p.padding_h) / C::Stride + 1 - C::first_row(q.padding_h);
-  const int64_t stages = parts(rows, C::Rows), columns = p.batch * q.chunks * q.tiles_w;
+  const int64_t stages = parts(rows, C::Rows), columns = p.batch * q.chunks * tiles_w;
   const int64_t stripes = std::clamp<int64_t>(enough_blocks / columns, 1, parts(stages, min_stages));
   q.stages = int(parts(stages, stripes)) + C::early;
-  q.tiles_h = int(parts(stages, q.stages - C::early));
+  set_tiles(q, parts(stages, q.stages - C::early), tiles_w);
   with_layouts(p, Pass::grad_input, q, [&](auto channels_inner, auto taps_inner) {
     constexpr int shared_bytes =
         2 * (Weights<C, taps_inner.value>::bytes + Image<C::Rows, C::x_columns, channels_inner.value>::bytes);

@@ -1,6 +1,7 @@
 // The sizes of `tiled`'s tiles, and what it takes.
 #pragma once
 
+#include "../division.cuh"
 #include "../launch.cuh"
 
 namespace pyinvolution::cuda::tiled {

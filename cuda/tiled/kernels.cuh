@@ -49,6 +49,7 @@ struct KernelParams {
   int w_height, w_width;  // of the weights' pixels
   int padding_h, padding_w;
   int tiles_h, tiles_w;
+  Division by_groups, by_tiles_h, by_tiles_w;
   View x, y;
   WeightView w;
 };
@@ -63,12 +64,12 @@ struct Tile {
 template <class C, int Classes>
 __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   Tile tile{};
-  unsigned block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   if constexpr (Classes > 1) tile.part = int(block % Classes), block /= Classes;
-  tile.group = int(block % unsigned(q.groups)), block /= unsigned(q.groups);
-  tile.column = int(block % unsigned(q.tiles_w)) * C::Columns, block /= unsigned(q.tiles_w);
-  tile.row = int(block % unsigned(q.tiles_h)) * C::Rows;
-  tile.n = block / unsigned(q.tiles_h);
+  tile.group = q.by_groups.split(block);
+  tile.column = q.by_tiles_w.split(block) * C::Columns;
+  tile.row = q.by_tiles_h.split(block) * C::Rows;
+  tile.n = block;
   return tile;
 }
 

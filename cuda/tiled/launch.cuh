@@ -28,6 +28,7 @@ Grid grid(const Problem& p, KernelParams& q) {
   // A class of a strided gradient has every second row and column.
   const auto tiles = [](int pixels, int tile) { return (pixels + Stride * tile - 1) / (Stride * tile); };
   q.tiles_h = tiles(q.y_height, C::Rows), q.tiles_w = tiles(q.y_width, C::Columns);
+  q.by_groups = Division(q.groups), q.by_tiles_h = Division(q.tiles_h), q.by_tiles_w = Division(q.tiles_w);
   return {p.batch * p.groups * q.tiles_h * q.tiles_w * Stride * Stride, 0, 0};
 }
 

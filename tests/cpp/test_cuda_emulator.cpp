@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "../../cuda/division.cuh"
 #include "../../cuda/launch.cuh"
 #include "check.h"
 #include "oracle.h"
@@ -346,6 +347,25 @@ void bank_conflicts() {
   }
 }
 
+// Beside multiples, where a quotient changes, up to the largest numbers.
+void divisions() {
+  std::mt19937_64 engine(1);
+  const auto any = [&] { return uint32_t(engine() & 0x7fffffff) >> engine() % 31; };
+  int wrong = 0;
+  for (int i = 0; i < 200000; ++i) {
+    const uint32_t divisor = i < 1000 ? uint32_t(i) + 1 : std::max(1u, any());
+    const Division division(divisor);
+    const uint32_t multiple = (i % 2 ? 0x7fffffff : any()) / divisor * divisor;
+    for (const uint32_t number : {any(), multiple, multiple - (multiple > 0), uint32_t{0x7fffffff}}) {
+      uint32_t quotient = number;
+      const int remainder = division.split(quotient);
+      wrong +=
+          quotient != number / divisor || remainder != int(number % divisor) || division.quotient(number) != quotient;
+    }
+  }
+  CHECK(wrong == 0, std::to_string(wrong) + " wrong divisions");
+}
+
 }  // namespace
 
 int main() {
@@ -358,5 +378,6 @@ int main() {
   wrong_kernels();
   races();
   bank_conflicts();
+  divisions();
   return checks::report("cuda emulator");
 }
