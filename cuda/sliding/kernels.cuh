@@ -1,0 +1,345 @@
+// Involution with any kernel, stride, dilation and number of channels in a group.
+//
+//   forward       Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding]
+//   grad_input    X[n,c,q]   = sum over (k,p) with stride*p + dilation*k - padding = q of W[n,g(c),k,p] * Y[n,c,p]
+//
+// X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo (in the gradient, grad_output). The gradient is the same sum over
+// taps in reverse, whose weights lie at the pixel of Y instead of at that of the result; with a stride it is one such
+// sum for each remainder of the pixels of X by the stride, with a part of the taps (config.cuh).
+//
+// A block has a tile of pixels of a few planes; a plane is up to 8 channels of a group of an image. It brings the pixels
+// below the tile into shared memory, with their halo and zeros outside the image, as vectors of channels in the type of
+// the sums: [plane][row][position][channel]. Small images share a block, so that its threads are busy.
+//
+// A thread owns a run of 4 pixels in a row and all channels of a plane. For each kernel row it slides over the taps with
+// 4 positions in registers: the next tap needs one position more and one less, so that a value of X is read from shared
+// memory once for 4 taps, and a weight once for up to 8 channels. Pixels of a run are dilation/gcd(stride, dilation)
+// apart, and taps go in steps of stride/gcd, to make this hold for any stride and dilation.
+//
+// Weights with dense columns (or any other strides) are read from global memory into registers, 16 taps and pixels at a
+// time, coalesced over the runs of a row. Weights with dense taps, whose pixels are far apart, come through shared
+// memory as they are stored, in 16-byte pieces: a few kernel rows of all pixels at a time.
+//
+// Bytes: each weight crosses the memory bus once, and 8 channels share its read from L2; an x is read 1 to 3 times,
+// mostly from L2. Limit: with up to 4 channels in a group, the bytes of W; with many, a pixel and channel takes for each
+// tap 1 FMA, 1/4 of a 16-byte load of x and 1/8 of a load of a weight.
+#pragma once
+
+#include "config.cuh"
+
+namespace pyinvolution::cuda::sliding {
+
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
+  T v[V];
+};
+
+// The work of a block: units [unit, end_unit) from `chunk` on, a tile that begins at pixel (row, column).
+struct Tile {
+  int unit, end_unit, chunk, row, column, class_h, class_w;
+};
+
+__device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
+  // Blocks that run at the same time differ first in what reads the same weights, then in the group, then in the tile.
+  const auto [block, parity] = divide(int(blockIdx.x), q.by_classes);
+  const auto [class_h, class_w] = divide(parity, q.by_classes_w);
+  const auto [units, chunk] = divide(block, q.by_chunk_blocks);
+  const auto [tiles, unit] = divide(units, q.by_unit_blocks);
+  const auto [rows, column] = divide(tiles, q.by_tiles_w);
+  const auto [image, row] = divide(rows, q.by_tiles_h);
+  const int first = image * q.image_units;
+  return {first + unit * q.units, min(first + (unit + 1) * q.units, first + q.image_units),
+          chunk * q.unit_chunks,  row * q.rows,
+          column * q.columns,     class_h,
+          class_w};
+}
+
+// An element of the parameters, whose addresses are constants.
+__device__ __forceinline__ Axis axis_of(const Axis (&axes)[max_classes], int index) {
+  Axis axis = axes[0];
+#pragma unroll
+  for (int i = 1; i < max_classes; ++i)
+    if (index == i) axis = axes[i];
+  return axis;
+}
+
+__device__ __forceinline__ bool inside(int h, int w, int height, int width) {
+  return h >= 0 && h < height && w >= 0 && w < width;
+}
+
+// Brings the planes of an image from pixel (first_row, first_column) on.
+template <int V, int M, class A, class T>
+__device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, const KernelParams& q, const View& view,
+                                            const Tile& tile, int first_row, int first_column) {
+  const auto [outer, inner] = divide(int(threadIdx.x), q.by_load);
+  const int lane = q.channels_inner ? inner : outer, other = q.channels_inner ? outer : inner;
+  if (lane >= q.load_lanes || other >= q.load_others) return;
+  constexpr int batch = 16 / V;
+  for (int vector = lane; vector < q.planes * M; vector += q.load_lanes) {
+    const auto [unit_index, chunk] = divide(vector / M, q.by_unit_chunks);
+    const int unit = tile.unit + unit_index;
+    const auto [n, g] = divide(unit, q.by_groups);
+    const int channel = (tile.chunk + chunk) * (V * M) + vector % M * V, channels = q.group_channels - channel;
+    if (unit >= tile.end_unit || channels <= 0) continue;
+    const T* from = x + (n * view.n + int64_t(g * q.group_channels + channel) * view.c);
+    const bool vectors = view.vectors && channels >= V;
+    Vector<A, V>* to = shared + vector * q.plane;
+#pragma unroll 1
+    for (int first = other; first < q.x_rows * q.x_columns; first += batch * q.load_others) {
+      Vector<T, V> values[batch];
+      bool valid[batch];
+      int at[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const int position = first + i * q.load_others;
+        const auto [row, column] = divide(position, q.by_x_columns);
+        const int h = first_row + row, w = first_column + column;
+        valid[i] = row < q.x_rows && inside(h, w, q.x_height, q.x_width);
+        at[i] = row < q.x_rows ? row * q.pitch + column + q.by_every(column) : -1;
+        const T* pixel = from + (valid[i] ? h * view.h + w * view.w : 0);
+        if (vectors) {
+          values[i] = *reinterpret_cast<const Vector<T, V>*>(pixel);
+        } else {
+#pragma unroll
+          for (int c = 0; c < V; ++c) values[i].v[c] = pixel[(c < channels ? c : 0) * view.c];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        Vector<A, V> all;
+#pragma unroll
+        for (int c = 0; c < V; ++c) all.v[c] = valid[i] && c < channels ? load(values[i].v[c]) : A(0);
+        if (at[i] >= 0) to[at[i]] = all;
+      }
+    }
+  }
+}
+
+// The low bits of an address, in bytes from a multiple of 16.
+template <class T>
+__device__ __forceinline__ int offset_of(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) & 15);
+}
+
+// Brings `length` consecutive weights of each pixel of q.rows x q.w_columns from (first_row, first_column) on, as they
+// are stored: `first` is the offset of the first one from the group's and pixel's own. A pixel's weights keep their
+// offset from a multiple of 16 bytes, and the pieces at both ends have some of its neighbours' in memory.
+template <class T>
+__device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, const Tile& tile,
+                                              int first_row, int first_column, int row_step, int first, int length) {
+  const T* const end = w + q.w.count;
+  const int items = q.units * q.rows * q.w_columns * q.w_pieces;
+#pragma unroll 1
+  for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
+    const auto [pixel, piece] = divide(item, q.by_w_pieces);
+    const auto [rows, column] = divide(pixel, q.by_w_columns);
+    const auto [unit_index, row] = divide(rows, q.by_w_rows);
+    const int unit = tile.unit + unit_index, h = first_row + row * row_step, v = first_column + column;
+    const auto [n, g] = divide(unit, q.by_groups);
+    if (unit >= tile.end_unit || !inside(h, v, q.w_height, q.w_width)) continue;
+    const T* from = w + (n * q.w.n + (g * q.w.g + h * q.w.h + v * q.w.w + first));
+    const int offset = offset_of(from), elements = 16 / int(sizeof(T));
+    const int begin = piece * elements - offset / int(sizeof(T));  // of this piece, from the pixel's first weight on
+    if (begin >= length) continue;
+    char* to = shared + (rows * q.w_row_pitch + column * q.w_pitch + column / run_pixels * 16 + piece * 16);
+    if (offset % int(sizeof(T)) == 0 && from + begin >= w && from + begin + elements <= end) {
+      copy_async<16>(to, from + begin);
+    } else {
+      for (int i = 0; i < elements; ++i)
+        if (begin + i >= 0 && begin + i < length) reinterpret_cast<T*>(to)[i] = from[begin + i];
+    }
+  }
+  commit_copies();
+  wait_for_copies<0>();
+}
+
+template <class T, int V, int M, bool ToInput, bool TapsInner>
+__global__ void __launch_bounds__(max_threads, 2)
+    apply(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
+  using A = Accumulator<T>;
+  constexpr int P = run_pixels;
+  Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
+  const char* staged = shared_memory() + (q.planes * M * q.plane * int(sizeof(Vector<A, V>)) + 15) / 16 * 16;
+  const Tile tile = tile_of_block(q);
+  const Axis rows = ToInput ? axis_of(q.h, tile.class_h) : q.h[0];
+  const Axis columns = ToInput ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
+  if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
+  bring_image<V, M>(image, x, q, q.x, tile, tile.row * rows.stride - rows.padding,
+                    tile.column * columns.stride - columns.padding);
+  if constexpr (!TapsInner) __syncthreads();
+
+  const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
+  const auto [plane, row] = divide(across, q.by_rows);
+  const auto [unit_index, chunk] = divide(plane, q.by_unit_chunks);
+  const auto [span, first_of_span] = divide(run, q.by_spacing);
+  const int unit = tile.unit + unit_index;
+  const auto [n, g] = divide(unit, q.by_groups);
+  const int channel = (tile.chunk + chunk) * (V * M), channels = q.group_channels - channel;
+  const int h = tile.row + row, local = span * P * q.spacing + first_of_span, v = tile.column + local;
+  const bool active =
+      plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
+
+  const Vector<A, V>* positions =
+      image + (plane * M * q.plane + row * rows.stride * q.pitch +
+               span * (q.slides ? q.every + 1 : P * q.step) + first_of_span * columns.stride);
+  const T* kernels = w + (n * q.w.n + int64_t(g) * q.w.g);
+  // The first pixel whose weights the run needs is that of the result, or moves with the tap.
+  const int w_row = ToInput ? h - rows.padding : h, w_column = ToInput ? v - columns.padding : v;
+  const char* own = staged + (unit_index * q.rows + row) * q.w_row_pitch;
+  const int phases = q.slides ? q.step / columns.dilation : columns.taps;
+  int pixel_offset[P];
+  if constexpr (!ToInput && !TapsInner) {
+#pragma unroll
+    for (int i = 0; i < P; ++i) pixel_offset[i] = (v + i * q.spacing < columns.pixels ? i : 0) * q.spacing * q.w.w;
+  }
+
+  A sums[M][P][V] = {};
+#pragma unroll 1
+  for (int kh = 0; kh < rows.taps; ++kh) {
+    const int kernel_row = rows.first_tap + kh * rows.tap_step;
+    if constexpr (TapsInner) {
+      if (ToInput || kh % q.w_rows == 0) {
+        if (kh > 0) __syncthreads();
+        const int count = min(q.w_rows, rows.taps - kh) * q.w.kh;
+        bring_weights(const_cast<char*>(staged), w, q, tile, tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
+                      tile.column - (ToInput ? columns.padding : 0), 1, kernel_row * q.w.kh, count);
+        __syncthreads();
+      }
+    }
+    if (!active) continue;
+    const int from_row = ToInput ? w_row + kh * rows.dilation : w_row;
+    if (ToInput && (from_row < 0 || from_row >= q.w_height)) continue;
+    const T* row_kernels = kernels + (from_row * q.w.h + kernel_row * q.w.kh);
+    if constexpr (!ToInput && !TapsInner) row_kernels += w_column * q.w.w;
+    if constexpr (!ToInput && TapsInner) {
+      // Where in the staged row a pixel's weights of this kernel row begin.
+      const int staged_row = kh - kh % q.w_rows;
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        const int at = local + i * q.spacing;
+        pixel_offset[i] = at * q.w_pitch + at / P * 16 + (kh - staged_row) * q.w.kh * int(sizeof(T)) +
+                          offset_of(kernels + (from_row * q.w.h + (w_column + i * q.spacing) * q.w.w +
+                                               staged_row * q.w.kh));
+      }
+    }
+
+    // The weights of the run at a tap of the row.
+    const auto weights_at = [&](int tap, A(&weights)[P]) {
+      const int kernel_column = columns.first_tap + tap * columns.tap_step;
+      if constexpr (!ToInput && TapsInner) {
+#pragma unroll
+        for (int i = 0; i < P; ++i)
+          weights[i] = load(*reinterpret_cast<const T*>(own + pixel_offset[i] + kernel_column * int(sizeof(T))));
+      } else if constexpr (!ToInput) {
+        const T* from = row_kernels + kernel_column * q.w.kw;
+#pragma unroll
+        for (int i = 0; i < P; ++i) weights[i] = load(from[pixel_offset[i]]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < P; ++i) {
+          const int shift = i * q.spacing + tap * columns.dilation, column = w_column + shift;
+          weights[i] = A(0);
+          if (column < 0 || column >= q.w_width) continue;
+          if constexpr (TapsInner) {
+            const int at = local + shift;
+            weights[i] = load(*reinterpret_cast<const T*>(own + at * q.w_pitch + at / P * 16 +
+                                                          offset_of(row_kernels + column * q.w.w) +
+                                                          kernel_column * int(sizeof(T))));
+          } else {
+            weights[i] = load(row_kernels[column * q.w.w + kernel_column * q.w.kw]);
+          }
+        }
+      }
+    };
+
+    const Vector<A, V>* row_positions = positions + kh * rows.dilation * q.pitch;
+#pragma unroll 1
+    for (int phase = 0; phase < phases; ++phase) {
+      const Vector<A, V>* next = row_positions + phase * columns.dilation;
+      Vector<A, V> window[M][P];
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) window[m][i] = next[m * q.plane + i * q.step];
+      }
+#pragma unroll 1
+      for (int tap = phase; tap < columns.taps; tap += P * phases) {
+        next += q.every + 1;
+        A weights[P][P];
+        bool vectors = false;
+        if constexpr (!ToInput && !TapsInner) {
+          vectors = q.w.vectors;
+          if (vectors) {
+#pragma unroll
+            for (int u = 0; u < P; ++u) {
+              if (tap + u * phases < columns.taps) {
+                const auto four =
+                    *reinterpret_cast<const Vector<T, P>*>(row_kernels + (tap + u * phases) * q.w.kw);
+#pragma unroll
+                for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
+              }
+            }
+          }
+        }
+        if (!vectors) {
+#pragma unroll
+          for (int u = 0; u < P; ++u)
+            if (tap + u * phases < columns.taps) weights_at(tap + u * phases, weights[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < P; ++u) {
+          if (tap + u * phases < columns.taps) {
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+              for (int i = 0; i < P; ++i) {
+#pragma unroll
+                for (int c = 0; c < V; ++c) sums[m][i][c] += weights[u][i] * window[m][(i + u) % P].v[c];
+              }
+            }
+            if (tap + (u + 1) * phases < columns.taps) {
+#pragma unroll
+              for (int m = 0; m < M; ++m) window[m][u] = next[m * q.plane + u * q.step];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  if (!active) return;
+  T* out = y + (n * q.y.n + int64_t(g * q.group_channels + channel) * q.y.c) +
+           ((rows.first + h * rows.every) * q.y.h + (columns.first + v * columns.every) * q.y.w);
+  const int step = q.spacing * columns.every * q.y.w;
+  if (q.store_vectors) {
+#pragma unroll
+    for (int c = 0; c < M * V; ++c) {
+      if (c >= channels) break;
+      Vector<T, P> run_of_pixels;
+#pragma unroll
+      for (int i = 0; i < P; ++i) store(sums[c / V][i][c % V], &run_of_pixels.v[i]);
+      *reinterpret_cast<Vector<T, P>*>(out + c * q.y.c) = run_of_pixels;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < P; ++i) {
+    if (v + i * q.spacing >= columns.pixels) break;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      T* to = out + (i * step + m * V * q.y.c);
+      Vector<T, V> vector;
+#pragma unroll
+      for (int c = 0; c < V; ++c) store(sums[m][i][c], &vector.v[c]);
+      if (q.y.vectors && channels >= (m + 1) * V) {
+        *reinterpret_cast<Vector<T, V>*>(to) = vector;
+      } else {
+#pragma unroll
+        for (int c = 0; c < V; ++c)
+          if (m * V + c < channels) to[c * q.y.c] = vector.v[c];
+      }
+    }
+  }
+}
+
+}  // namespace pyinvolution::cuda::sliding

@@ -1,0 +1,119 @@
+// Launches of `sliding` for one dtype.
+#pragma once
+
+#include "kernels.cuh"
+
+namespace pyinvolution::cuda::sliding {
+
+template <class T>
+View view(const Problem& p, const Plan& plan, const int64_t (&strides)[4], const void* data) {
+  const int64_t group = p.groups > 1 ? p.group_channels() : 0;
+  const bool aligned = vector_of<T>(plan.vector, data, {strides[0], strides[2], strides[3], group}) == plan.vector;
+  return {strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1 && plan.vector > 1 && aligned};
+}
+
+template <class T>
+bool aligned_runs(const void* data, std::initializer_list<int64_t> strides) {
+  return vector_of<T>(run_pixels, data, strides) == run_pixels &&
+         reinterpret_cast<uintptr_t>(data) % (run_pixels * sizeof(T) < 16 ? run_pixels * sizeof(T) : 16) == 0;
+}
+
+template <class T>
+KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const Buffers& buffers) {
+  KernelParams q;
+  const bool to_input = pass == Pass::grad_input;
+  const View x = view<T>(p, plan, p.x_stride, buffers.x), y = view<T>(p, plan, p.y_stride, buffers.y);
+  q.x = to_input ? y : x, q.y = to_input ? x : y;
+  q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
+  q.w_height = int(p.out_h), q.w_width = int(p.out_w);
+  for (int i = 0; i < max_classes; ++i) {
+    q.h[i] = q.w_axis[i] = Axis{};
+    if (!to_input && i == 0) {
+      q.h[i] = forward_axis(p.out_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+      q.w_axis[i] = forward_axis(p.out_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+    }
+    if (to_input && i < p.stride_h)
+      q.h[i] = gradient_axis(i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+    if (to_input && i < p.stride_w)
+      q.w_axis[i] = gradient_axis(i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  }
+  q.group_channels = int(p.group_channels());
+  q.image_units = int(plan.image_units), q.chunks = int(plan.chunks);
+  q.units = plan.units, q.unit_chunks = plan.unit_chunks, q.planes = plan.planes;
+  q.rows = plan.rows, q.runs = plan.runs, q.columns = plan.columns;
+  q.spacing = plan.spacing, q.step = plan.step, q.slides = plan.slides;
+  q.x_rows = plan.x_rows, q.x_columns = plan.x_columns, q.every = plan.every, q.pitch = plan.pitch;
+  q.plane = plan.plane;
+  q.w_columns = plan.w_columns, q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
+  q.w_pieces = plan.w_pitch / 16;
+
+  q.channels_inner = q.x.c == 1;
+  const int all_vectors = plan.planes * plan.vectors, positions = plan.x_rows * plan.x_columns;
+  q.load_lanes = std::min(plan.threads, q.channels_inner ? all_vectors
+                                                         : std::clamp(plan.threads / positions, 1, all_vectors));
+  q.load_others = plan.threads / q.load_lanes;
+
+  q.by_classes_w = divisor(plan.classes_w), q.by_classes = divisor(plan.classes_h * plan.classes_w);
+  q.by_chunk_blocks = divisor(ceil_div(plan.chunks, plan.unit_chunks));
+  q.by_unit_blocks = divisor(ceil_div(plan.image_units, plan.units));
+  q.by_tiles_w = divisor(plan.tiles_w), q.by_tiles_h = divisor(plan.tiles_h);
+  q.by_groups = divisor(p.groups), q.by_runs = divisor(plan.runs), q.by_rows = divisor(plan.rows);
+  q.by_unit_chunks = divisor(plan.unit_chunks), q.by_spacing = divisor(plan.spacing);
+  q.by_load = divisor(q.channels_inner ? q.load_lanes : q.load_others);
+  q.by_x_columns = divisor(plan.x_columns), q.by_every = divisor(plan.every);
+  q.by_w_pieces = divisor(std::max(1, q.w_pieces)), q.by_w_columns = divisor(std::max(1, plan.w_columns));
+  q.by_w_rows = divisor(plan.rows);
+
+  const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
+  q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]),           int(p.w_stride[3]), int(p.w_stride[4]),
+         int(p.w_stride[5]), reach(w_sizes, p.w_stride) + 1, false};
+  const bool whole_runs = plan.spacing == 1 && p.out_w % run_pixels == 0;
+  q.w.vectors = whole_runs && p.w_stride[5] == 1 &&
+                aligned_runs<T>(buffers.w, {p.w_stride[0], p.w_stride[1], p.w_stride[2], p.w_stride[3], p.w_stride[4]});
+  q.store_vectors = plan.spacing == 1 && q.y.w == 1 && q.y.c != 1 &&
+                    (to_input ? p.in_w % run_pixels == 0 && p.stride_w == 1 : whole_runs) &&
+                    aligned_runs<T>(to_input ? buffers.x : buffers.y, {q.y.n, q.y.c, q.y.h});
+  return q;
+}
+
+template <class T, int V, int M, bool ToInput>
+void run_apply(const Plan& plan, const KernelParams& q, const T* x, const T* w, T* y,
+               const Execution& execution) {
+  const Grid grid{plan.blocks(), plan.threads, plan.shared_bytes};
+  const char* name = ToInput ? "sliding grad_input" : "sliding forward";
+  if (plan.w_rows > 0) {
+    launch<KernelParams, const T*, const T*, T*>(name, apply<T, V, M, ToInput, true>, grid, execution, q, x, w, y);
+  } else {
+    launch<KernelParams, const T*, const T*, T*>(name, apply<T, V, M, ToInput, false>, grid, execution, q, x, w, y);
+  }
+}
+
+// Calls `body` with the width and the number of vectors as integral_constants.
+template <class T, class Body>
+void with_vectors(const Plan& plan, const Body& body) {
+  using One = std::integral_constant<int, 1>;
+  if (plan.vector == 1) return body(One{}, One{});
+  if (plan.vector == 2) return body(std::integral_constant<int, 2>{}, One{});
+  if constexpr (!std::is_same_v<T, double>)
+    if (plan.vectors == 2) return body(std::integral_constant<int, 4>{}, std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 4>{}, One{});
+}
+
+template <DType dtype>
+void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& execution) {
+  using T = Storage<dtype>;
+  const Plan plan = plan_of(p, pass);
+  const KernelParams q = kernel_params<T>(p, pass, plan, buffers);
+  T* x = static_cast<T*>(buffers.x);
+  T* w = static_cast<T*>(buffers.w);
+  T* y = static_cast<T*>(buffers.y);
+  with_vectors<T>(plan, [&](auto vector, auto vectors) {
+    if (pass == Pass::forward) {
+      run_apply<T, vector.value, vectors.value, false>(plan, q, x, w, y, execution);
+    } else {
+      run_apply<T, vector.value, vectors.value, true>(plan, q, y, w, x, execution);
+    }
+  });
+}
+
+}  // namespace pyinvolution::cuda::sliding
