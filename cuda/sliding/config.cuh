@@ -75,10 +75,35 @@ inline bool taps_are_inner(const Problem& p) {
   return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && p.w_stride[5] != 1 && p.taps() > 1;
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `all` in nearly equal parts of at most `most`: the size of the first.
+inline int64_t even_part(int64_t all, int64_t most) { return ceil_div(all, ceil_div(all, std::max<int64_t>(1, most))); }
+
+// Bytes that hold so many bytes at any offset from a multiple of 16.
+inline int with_offset(int64_t bytes, int element) { return int((bytes + 16 - element + 15) / 16 * 16); }
+
+// What a pass sums up, along both axes: for the gradient of the input, over one remainder of its pixels.
+struct Sum {
+  int64_t height, width, taps_h, taps_w, stride_h, stride_w, dilation_h, dilation_w;
+};
+inline Sum sum_of(const Problem& p, Pass pass) {
+  if (pass != Pass::grad_input)
+    return {p.out_h, p.out_w, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w};
+  const int64_t common_h = std::gcd(p.stride_h, p.dilation_h), common_w = std::gcd(p.stride_w, p.dilation_w);
+  return {ceil_div(p.in_h, p.stride_h),
+          ceil_div(p.in_w, p.stride_w),
+          ceil_div(p.kernel_h, p.stride_h / common_h),
+          ceil_div(p.kernel_w, p.stride_w / common_w),
+          1,
+          1,
+          p.dilation_h / common_h,
+          p.dilation_w / common_w};
+}
+
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
 // `vector` channels, and a plane is a chunk of a unit.
 struct Plan {
-  bool fits = false;
   int vector, vectors;
   int64_t image_units, images;  // small images count as one, so that a block can have units of several
   int64_t chunks;
@@ -86,126 +111,184 @@ struct Plan {
   int rows, runs, columns;         // of its tile
   int64_t tiles_h, tiles_w;
   int classes_h, classes_w;
-  // The pixels of a run are `spacing` apart, and `step` positions of the image. Taps fall into phases, in each of which
-  // the next tap meets the next pixel's position.
-  int spacing, step;
+  // The pixels of a run are `spacing` apart, and `step` positions of the image. The taps of a kernel row fall into
+  // phases, in each of which the next tap meets the next pixel's position.
+  int spacing, step, phases;
   bool slides;
   // Positions of the image in shared memory, in vectors. After each `every` one is left out, so that neighbouring runs
   // are in different banks.
   int x_rows, x_columns, every, pitch, plane;
-  int w_columns, w_rows, w_bytes, w_pitch, w_row_pitch;  // of weights with inner taps; kernel rows at a time, bytes
-  int threads, shared_bytes;
+  // Weights in shared memory: kernel rows at a time; bytes for a pixel and a row of them.
+  int w_columns, w_rows, w_pitch, w_row_pitch;
+  // The gradient of the weights. A slot is a part of the taps of a phase.
+  int y_every, y_pitch, slots, row_slots, stages;
+  int threads;
+  int64_t shared_bytes;
 
   int64_t blocks() const {
-    const auto parts = [](int64_t all, int64_t of) { return (all + of - 1) / of; };
-    return images * parts(image_units, units) * parts(chunks, unit_chunks) * tiles_h * tiles_w * classes_h * classes_w;
+    return images * ceil_div(image_units, units) * ceil_div(chunks, unit_chunks) * tiles_h * tiles_w * classes_h *
+           classes_w;
   }
+
+  void set_columns(const Sum& sum, int64_t most_spans, int bytes) {
+    const int64_t span = int64_t{run_pixels} * spacing, spans = even_part(ceil_div(sum.width, span), most_spans);
+    runs = int(spans * spacing), columns = int(spans * span);
+    tiles_w = ceil_div(sum.width, columns);
+    x_columns = int((columns - 1) * sum.stride_w + (sum.taps_w - 1) * sum.dilation_w + 1);
+    // Runs of the next row go on in the banks where those of the row before end, where that is possible.
+    const int natural = x_columns + (x_columns - 1) / every, banks = 128 / bytes;
+    const int64_t run_banks = spans * (slides ? every + 1 : span * sum.stride_w);
+    for (pitch = natural; pitch < natural + banks; ++pitch)
+      if ((pitch * sum.stride_h - run_banks) % banks == 0) break;
+    if (pitch == natural + banks) pitch = natural | 1;
+    y_every = int(span), y_pitch = columns + int(spans);
+  }
+  void set_rows(const Sum& sum, int64_t most_rows) {
+    rows = int(even_part(sum.height, most_rows));
+    tiles_h = ceil_div(sum.height, rows);
+    x_rows = int((rows - 1) * sum.stride_h + (sum.taps_h - 1) * sum.dilation_h + 1);
+    plane = x_rows * pitch;
+  }
+  void set_units(const Problem& p) {
+    // Whole images can share a block with others.
+    const bool whole = tiles_h * tiles_w == 1;
+    images = whole ? 1 : p.batch, image_units = whole ? p.batch * p.groups : p.groups;
+  }
+  bool fits(int64_t limit) const { return shared_bytes <= limit; }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Calls `body` with `most` and its halves until it returns true, down to 1.
+template <class Body>
+bool halving(int64_t most, const Body& body) {
+  for (int64_t i = std::max<int64_t>(1, most); i >= 1; i /= 2)
+    if (body(i)) return true;
+  return false;
+}
 
-// `parts` nearly equal parts of at most `most`: the size of one.
-inline int64_t even_part(int64_t all, int64_t most) { return ceil_div(all, ceil_div(all, std::max<int64_t>(1, most))); }
-
-// Bytes that hold so many bytes at any offset from a multiple of 16.
-inline int with_offset(int bytes, int element) { return (bytes + 16 - element + 15) / 16 * 16; }
-
-template <class Accept>
-Plan search(const Problem& p, Pass pass, int vector, int vectors, int element, const Accept& accept) {
-  const bool to_input = pass == Pass::grad_input;
-  const int64_t sums = p.dtype == DType::f64 ? 8 : 4;
-  Plan plan;
+inline Plan start_plan(const Problem& p, Pass pass, const Sum& sum, int vector, int vectors) {
+  Plan plan{};
   plan.vector = vector, plan.vectors = vectors;
   plan.chunks = ceil_div(p.group_channels(), vector * vectors);
-  plan.classes_h = to_input ? int(p.stride_h) : 1, plan.classes_w = to_input ? int(p.stride_w) : 1;
-  const int64_t stride_h = to_input ? 1 : p.stride_h, stride_w = to_input ? 1 : p.stride_w;
-  const int64_t dilation_h = to_input ? p.dilation_h / std::gcd(p.stride_h, p.dilation_h) : p.dilation_h;
-  const int64_t dilation_w = to_input ? p.dilation_w / std::gcd(p.stride_w, p.dilation_w) : p.dilation_w;
-  const int64_t taps_h = to_input ? ceil_div(p.kernel_h, p.stride_h / std::gcd(p.stride_h, p.dilation_h)) : p.kernel_h;
-  const int64_t taps_w = to_input ? ceil_div(p.kernel_w, p.stride_w / std::gcd(p.stride_w, p.dilation_w)) : p.kernel_w;
-  const int64_t height = ceil_div(to_input ? p.in_h : p.out_h, plan.classes_h);
-  const int64_t width = ceil_div(to_input ? p.in_w : p.out_w, plan.classes_w);
-
-  const int64_t common = std::lcm(stride_w, dilation_w);
-  const int64_t spacing = common / stride_w, phases = common / dilation_w;
-  plan.slides = (spacing == 1 || phases == 1) && spacing <= 8 && phases < taps_w;
+  plan.classes_h = pass == Pass::grad_input ? int(p.stride_h) : 1;
+  plan.classes_w = pass == Pass::grad_input ? int(p.stride_w) : 1;
+  const int64_t common = std::lcm(sum.stride_w, sum.dilation_w);
+  const int64_t spacing = common / sum.stride_w, phases = common / sum.dilation_w;
+  plan.slides = (spacing == 1 || phases == 1) && spacing <= 8 && phases < sum.taps_w;
   plan.spacing = plan.slides ? int(spacing) : 1;
-  plan.step = plan.spacing * int(stride_w);
+  plan.phases = int(plan.slides ? phases : sum.taps_w);
+  plan.step = plan.spacing * int(sum.stride_w);
   plan.every = plan.slides ? run_pixels * plan.step : 1 << 30;
-
-  const int64_t span = int64_t{run_pixels} * plan.spacing;
-  const bool taps_inner = taps_are_inner(p);
-  for (int64_t most_spans = std::max<int64_t>(1, 32 / span);; most_spans /= 2) {
-    const int64_t spans = even_part(ceil_div(width, span), most_spans);
-    plan.runs = int(spans * plan.spacing), plan.columns = int(spans * span);
-    plan.tiles_w = ceil_div(width, plan.columns);
-    const int64_t x_columns = (plan.columns - 1) * stride_w + (taps_w - 1) * dilation_w + 1;
-    const int64_t natural = x_columns + (x_columns - 1) / plan.every;
-    // Runs of the next row go on in the banks where those of the row before end, where that is possible.
-    const int64_t banks = 128 / (vector * sums), run_banks = spans * (plan.slides ? plan.every + 1 : span * stride_w);
-    int64_t pitch = natural;
-    while (pitch < natural + banks && (pitch * stride_h - run_banks) % banks != 0) ++pitch;
-    if (pitch == natural + banks) pitch = natural | 1;
-    if (x_columns < (1 << 20)) {
-      for (int64_t most_rows = std::max(1, max_threads / 2 / plan.runs);; most_rows /= 2) {
-        const int64_t rows = even_part(height, most_rows), x_rows = (rows - 1) * stride_h + (taps_h - 1) * dilation_h + 1;
-        plan.rows = int(rows), plan.tiles_h = ceil_div(height, rows);
-        plan.x_rows = int(std::min<int64_t>(x_rows, 1 << 20)), plan.x_columns = int(x_columns), plan.pitch = int(pitch);
-        // Whole images can share a block with others.
-        const bool whole = plan.tiles_h * plan.tiles_w == 1;
-        plan.images = whole ? 1 : p.batch, plan.image_units = whole ? p.batch * p.groups : p.groups;
-        for (int64_t most_planes = std::max<int64_t>(1, max_threads / (rows * plan.runs));; most_planes /= 2) {
-          plan.unit_chunks = int(even_part(plan.chunks, std::min(plan.chunks, most_planes)));
-          plan.units = plan.unit_chunks == plan.chunks
-                           ? int(std::clamp<int64_t>(most_planes / plan.chunks, 1, plan.image_units))
-                           : 1;
-          plan.planes = plan.units * plan.unit_chunks;
-          plan.threads = int(ceil_div(rows * plan.runs * plan.planes, 32) * 32);
-          const int64_t plane = int64_t{plan.x_rows} * pitch, x_bytes = plane * plan.planes * vectors * vector * sums;
-          int64_t w_bytes = 0;
-          plan.w_rows = 0, plan.w_columns = plan.w_pitch = plan.w_row_pitch = 0;
-          if (taps_inner) {
-            const int64_t halo = to_input ? (taps_w - 1) * dilation_w : 0;
-            plan.w_columns = int(plan.columns + halo);
-            const auto bytes = [&](int64_t kernel_rows) {
-              plan.w_pitch = with_offset(int(kernel_rows * p.kernel_w * element), element);
-              plan.w_row_pitch = plan.w_columns * plan.w_pitch + int(ceil_div(plan.w_columns, run_pixels)) * 16;
-              return int64_t{plan.units} * rows * plan.w_row_pitch;
-            };
-            plan.w_rows = to_input ? 1 : int(std::min<int64_t>(p.kernel_h, 64));
-            while (plan.w_rows > 1 && bytes(plan.w_rows) > wanted_shared_bytes / 2)
-              plan.w_rows = int(even_part(p.kernel_h, (plan.w_rows + 1) / 2));
-            w_bytes = bytes(plan.w_rows);
-          }
-          plan.w_bytes = int(std::min<int64_t>(w_bytes, 1 << 30));
-          const int64_t shared = ceil_div(x_bytes, 16) * 16 + w_bytes;
-          if (shared <= max_shared_bytes) {
-            plan.plane = int(plane), plan.shared_bytes = int(shared);
-            if (accept(plan)) {
-              plan.fits = true;
-              return plan;
-            }
-          }
-          if (most_planes == 1) break;
-        }
-        if (most_rows == 1) break;
-      }
-    }
-    if (most_spans == 1) break;
-  }
   return plan;
 }
 
+inline int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline int sum_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// The shared memory of `apply`, and how many kernel rows of weights are there.
+inline void set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum) {
+  plan.w_rows = plan.w_columns = plan.w_pitch = plan.w_row_pitch = 0;
+  int64_t w_bytes = 0;
+  if (taps_are_inner(p)) {
+    const int element = element_bytes(p.dtype);
+    plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
+    const auto bytes = [&](int64_t kernel_rows) {
+      plan.w_rows = int(kernel_rows);
+      plan.w_pitch = with_offset(kernel_rows * p.kernel_w * element, element);
+      plan.w_row_pitch = plan.w_columns * plan.w_pitch + int(ceil_div(plan.w_columns, run_pixels)) * 16;
+      return w_bytes = int64_t{plan.units} * plan.rows * plan.w_row_pitch;
+    };
+    halving(pass == Pass::grad_input ? 1 : std::min<int64_t>(p.kernel_h, 64), [&](int64_t most) {
+      return bytes(even_part(p.kernel_h, most)) <= wanted_shared_bytes / 2;
+    });
+  }
+  const int64_t x_bytes = int64_t{plan.plane} * plan.planes * plan.vectors * plan.vector * sum_bytes(p.dtype);
+  plan.shared_bytes = (x_bytes + 15) / 16 * 16 + w_bytes;
+}
+
+inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit) {
+  return halving(32 / (run_pixels * plan.spacing), [&](int64_t most_spans) {
+    plan.set_columns(sum, most_spans, plan.vector * sum_bytes(p.dtype));
+    return halving(max_threads / 2 / plan.runs, [&](int64_t most_rows) {
+      plan.set_rows(sum, most_rows);
+      plan.set_units(p);
+      return halving(max_threads / (plan.rows * plan.runs), [&](int64_t most_planes) {
+        plan.unit_chunks = int(even_part(plan.chunks, most_planes));
+        plan.units = plan.unit_chunks == plan.chunks
+                         ? int(std::clamp<int64_t>(most_planes / plan.chunks, 1, plan.image_units))
+                         : 1;
+        plan.planes = plan.units * plan.unit_chunks;
+        plan.threads = int(ceil_div(plan.rows * plan.runs * plan.planes, 32) * 32);
+        set_memory(plan, p, pass, sum);
+        return plan.fits(limit);
+      });
+    });
+  });
+}
+
+// The number of taps of a slot: fewer for small kernels.
+inline int slot_taps(const Plan& plan, const Problem& p) {
+  return ceil_div(p.kernel_w, plan.phases) <= 4 ? 4 : 8;
+}
+
+// In the gradient of the weights, a chunk is the vectors that are in shared memory at a time, and `w_rows` kernel rows
+// have slots at a time.
+inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64_t limit, int64_t min_pixels) {
+  const int64_t vectors = plan.chunks, bytes = plan.vector * sum_bytes(p.dtype);
+  const bool taps_inner = taps_are_inner(p);
+  plan.chunks = plan.unit_chunks = 1;
+  plan.row_slots = int(plan.phases * ceil_div(ceil_div(p.kernel_w, plan.phases), slot_taps(plan, p)));
+  return halving(vectors, [&](int64_t most_vectors) {
+    plan.vectors = int(even_part(vectors, most_vectors)), plan.stages = int(ceil_div(vectors, plan.vectors));
+    // X comes once for the kernel rows that have slots at a time, unless it stays for all.
+    return halving(plan.stages > 1 || taps_inner ? p.kernel_h : 1, [&](int64_t most_kernel_rows) {
+      plan.w_rows = int(even_part(p.kernel_h, most_kernel_rows)), plan.slots = plan.w_rows * plan.row_slots;
+      const int64_t most_runs = max_threads / plan.slots;
+      if (most_runs < plan.spacing) return false;
+      return halving(std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing),
+                     [&](int64_t most_spans) {
+        plan.set_columns(sum, most_spans, int(bytes));
+        return halving(most_runs / plan.runs, [&](int64_t most_rows) {
+          plan.set_rows(sum, most_rows);
+          plan.set_units(p);
+          if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
+          plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
+          plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
+          return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
+            plan.units = plan.planes = int(std::min(most_units, plan.image_units));
+            plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
+            const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
+            plan.shared_bytes = plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
+            return plan.fits(limit);
+          });
+        });
+      });
+    });
+  });
+}
+
+// The first plan that fits, of those with much and with little shared memory; else one without threads.
 inline Plan plan_of(const Problem& p, Pass pass) {
-  const int element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
   const int64_t channels = p.group_channels();
   const int vector = channels <= 2 ? int(channels) : 4, vectors = channels > 4 && p.dtype != DType::f64 ? 2 : 1;
-  Plan plan;
+  const Sum sum = sum_of(p, pass);
+  // So that sizes fit in 32 bits below.
+  if ((double(sum.taps_h * sum.dilation_h) + 256.0 * double(sum.stride_h)) *
+          (double(sum.taps_w * sum.dilation_w) + 32.0 * double(sum.stride_w)) > 64.0 * max_shared_bytes)
+    return {};
   for (const int limit : {wanted_shared_bytes, max_shared_bytes}) {
-    for (int each = vectors; each >= 1 && !plan.fits; --each)
-      plan = search(p, pass, vector, each, element, [&](const Plan& found) { return found.shared_bytes <= limit; });
+    if (pass == Pass::grad_weight) {
+      for (const int64_t min_pixels : {96, 32, 1}) {
+        Plan plan = start_plan(p, pass, sum, vector, 1);
+        if (plan_grad_weight(plan, p, sum, limit, min_pixels)) return plan;
+      }
+      continue;
+    }
+    for (int each = vectors; each >= 1; --each) {
+      Plan plan = start_plan(p, pass, sum, vector, each);
+      if (plan_apply(plan, p, pass, sum, limit)) return plan;
+    }
   }
-  return plan;
+  return {};
 }
 
 // How the channels and pixels of an image lie in memory, in elements.
@@ -213,6 +296,16 @@ struct View {
   int64_t n;
   int c, h, w;
   bool vectors;  // a vector of channels can be moved at once
+};
+
+// A part of an image in shared memory, [vector of channels][row][position], and how the threads bring it there: `lanes`
+// of them along vectors and `others` along positions, neighbours along what is consecutive in memory.
+struct Area {
+  int rows, columns, pitch, plane;
+  int height, width;  // of the image
+  int lanes, others;
+  bool channels_inner;
+  Divisor by_load, by_columns, by_every;
 };
 
 // The same for weights.
@@ -225,20 +318,18 @@ struct WeightView {
 
 struct KernelParams {
   int group_channels;
-  int x_height, x_width;  // of the image that has a halo
-  int w_height, w_width;  // of the weights' pixels
+  int w_height, w_width, kernel_h, kernel_w;
   Axis h[max_classes], w_axis[max_classes];
-  int image_units, chunks, units, unit_chunks, planes;
-  int rows, runs, columns;
-  int spacing, step;
+  int image_units, units, unit_vectors, unit_chunks, planes;
+  int rows, columns;
+  int spacing, step, phases, every, y_every;
   bool slides, store_vectors;
-  int x_rows, x_columns, every, pitch, plane;
   int w_columns, w_rows, w_pitch, w_row_pitch, w_pieces;
-  int load_lanes, load_others;  // threads along vectors of channels, and along positions; which are neighbours:
-  bool channels_inner;
+  int slots, stages, vectors;  // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
-  Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_spacing, by_load, by_x_columns, by_every;
-  Divisor by_w_pieces, by_w_columns, by_w_rows;
+  Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
+  Divisor by_w_pieces, by_w_columns, by_slots, by_row_slots, by_phases, by_taps;
+  Area x_area, y_area;
   View x, y;
   WeightView w;
 };

@@ -2,10 +2,11 @@
 //
 //   forward       Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding]
 //   grad_input    X[n,c,q]   = sum over (k,p) with stride*p + dilation*k - padding = q of W[n,g(c),k,p] * Y[n,c,p]
+//   grad_weight  W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, stride*p + dilation*k - padding]
 //
-// X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo (in the gradient, grad_output). The gradient is the same sum over
-// taps in reverse, whose weights lie at the pixel of Y instead of at that of the result; with a stride it is one such
-// sum for each remainder of the pixels of X by the stride, with a part of the taps (config.cuh).
+// X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo (in the gradients, grad_output). The gradient of the input is the
+// forward's sum over taps in reverse, whose weights lie at the pixel of Y instead of at that of the result; with a
+// stride it is one such sum for each remainder of the pixels of X by the stride, with a part of the taps (config.cuh).
 //
 // A block has a tile of pixels of a few planes; a plane is up to 8 channels of a group of an image. It brings the pixels
 // below the tile into shared memory, with their halo and zeros outside the image, as vectors of channels in the type of
@@ -67,35 +68,36 @@ __device__ __forceinline__ bool inside(int h, int w, int height, int width) {
   return h >= 0 && h < height && w >= 0 && w < width;
 }
 
-// Brings the planes of an image from pixel (first_row, first_column) on.
-template <int V, int M, class A, class T>
+// Brings vectors of channels of the block's units, from `first_vector` of each on and from pixel (first_row,
+// first_column) on.
+template <int V, class A, class T>
 __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, const KernelParams& q, const View& view,
-                                            const Tile& tile, int first_row, int first_column) {
-  const auto [outer, inner] = divide(int(threadIdx.x), q.by_load);
-  const int lane = q.channels_inner ? inner : outer, other = q.channels_inner ? outer : inner;
-  if (lane >= q.load_lanes || other >= q.load_others) return;
+                                            const Area& area, const Tile& tile, int first_vector, int first_row,
+                                            int first_column) {
+  const auto [outer, inner] = divide(int(threadIdx.x), area.by_load);
+  const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
+  if (lane >= area.lanes || other >= area.others) return;
   constexpr int batch = 16 / V;
-  for (int vector = lane; vector < q.planes * M; vector += q.load_lanes) {
-    const auto [unit_index, chunk] = divide(vector / M, q.by_unit_chunks);
+  for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
+    const auto [unit_index, of_unit] = divide(vector, q.by_unit_vectors);
     const int unit = tile.unit + unit_index;
     const auto [n, g] = divide(unit, q.by_groups);
-    const int channel = (tile.chunk + chunk) * (V * M) + vector % M * V, channels = q.group_channels - channel;
+    const int channel = (first_vector + of_unit) * V, channels = q.group_channels - channel;
     if (unit >= tile.end_unit || channels <= 0) continue;
     const T* from = x + (n * view.n + int64_t(g * q.group_channels + channel) * view.c);
     const bool vectors = view.vectors && channels >= V;
-    Vector<A, V>* to = shared + vector * q.plane;
+    Vector<A, V>* to = shared + vector * area.plane;
 #pragma unroll 1
-    for (int first = other; first < q.x_rows * q.x_columns; first += batch * q.load_others) {
+    for (int first = other; first < area.rows * area.columns; first += batch * area.others) {
       Vector<T, V> values[batch];
       bool valid[batch];
       int at[batch];
 #pragma unroll
       for (int i = 0; i < batch; ++i) {
-        const int position = first + i * q.load_others;
-        const auto [row, column] = divide(position, q.by_x_columns);
+        const auto [row, column] = divide(first + i * area.others, area.by_columns);
         const int h = first_row + row, w = first_column + column;
-        valid[i] = row < q.x_rows && inside(h, w, q.x_height, q.x_width);
-        at[i] = row < q.x_rows ? row * q.pitch + column + q.by_every(column) : -1;
+        valid[i] = row < area.rows && inside(h, w, area.height, area.width);
+        at[i] = row < area.rows ? row * area.pitch + column + area.by_every(column) : -1;
         const T* pixel = from + (valid[i] ? h * view.h + w * view.w : 0);
         if (vectors) {
           values[i] = *reinterpret_cast<const Vector<T, V>*>(pixel);
@@ -133,7 +135,7 @@ __device__ __forceinline__ void bring_weights(char* shared, const T* w, const Ke
   for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
     const auto [pixel, piece] = divide(item, q.by_w_pieces);
     const auto [rows, column] = divide(pixel, q.by_w_columns);
-    const auto [unit_index, row] = divide(rows, q.by_w_rows);
+    const auto [unit_index, row] = divide(rows, q.by_rows);
     const int unit = tile.unit + unit_index, h = first_row + row * row_step, v = first_column + column;
     const auto [n, g] = divide(unit, q.by_groups);
     if (unit >= tile.end_unit || !inside(h, v, q.w_height, q.w_width)) continue;
@@ -159,13 +161,13 @@ __global__ void __launch_bounds__(max_threads, 2)
   using A = Accumulator<T>;
   constexpr int P = run_pixels;
   Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
-  const char* staged = shared_memory() + (q.planes * M * q.plane * int(sizeof(Vector<A, V>)) + 15) / 16 * 16;
+  const char* staged = shared_memory() + (q.planes * M * q.x_area.plane * int(sizeof(Vector<A, V>)) + 15) / 16 * 16;
   const Tile tile = tile_of_block(q);
   const Axis rows = ToInput ? axis_of(q.h, tile.class_h) : q.h[0];
   const Axis columns = ToInput ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
-  bring_image<V, M>(image, x, q, q.x, tile, tile.row * rows.stride - rows.padding,
-                    tile.column * columns.stride - columns.padding);
+  bring_image<V>(image, x, q, q.x, q.x_area, tile, tile.chunk * M, tile.row * rows.stride - rows.padding,
+                 tile.column * columns.stride - columns.padding);
   if constexpr (!TapsInner) __syncthreads();
 
   const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
@@ -180,13 +182,13 @@ __global__ void __launch_bounds__(max_threads, 2)
       plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
 
   const Vector<A, V>* positions =
-      image + (plane * M * q.plane + row * rows.stride * q.pitch +
+      image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
                span * (q.slides ? q.every + 1 : P * q.step) + first_of_span * columns.stride);
   const T* kernels = w + (n * q.w.n + int64_t(g) * q.w.g);
   // The first pixel whose weights the run needs is that of the result, or moves with the tap.
   const int w_row = ToInput ? h - rows.padding : h, w_column = ToInput ? v - columns.padding : v;
   const char* own = staged + (unit_index * q.rows + row) * q.w_row_pitch;
-  const int phases = q.slides ? q.step / columns.dilation : columns.taps;
+  const int phases = q.slides ? q.phases : columns.taps;
   int pixel_offset[P];
   if constexpr (!ToInput && !TapsInner) {
 #pragma unroll
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(max_threads, 2)
       }
     };
 
-    const Vector<A, V>* row_positions = positions + kh * rows.dilation * q.pitch;
+    const Vector<A, V>* row_positions = positions + kh * rows.dilation * q.x_area.pitch;
 #pragma unroll 1
     for (int phase = 0; phase < phases; ++phase) {
       const Vector<A, V>* next = row_positions + phase * columns.dilation;
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(max_threads, 2)
 #pragma unroll
       for (int i = 0; i < P; ++i) {
 #pragma unroll
-        for (int m = 0; m < M; ++m) window[m][i] = next[m * q.plane + i * q.step];
+        for (int m = 0; m < M; ++m) window[m][i] = next[m * q.x_area.plane + i * q.step];
       }
 #pragma unroll 1
       for (int tap = phase; tap < columns.taps; tap += P * phases) {
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(max_threads, 2)
             }
             if (tap + (u + 1) * phases < columns.taps) {
 #pragma unroll
-              for (int m = 0; m < M; ++m) window[m][u] = next[m * q.plane + u * q.step];
+              for (int m = 0; m < M; ++m) window[m][u] = next[m * q.x_area.plane + u * q.step];
             }
           }
         }
@@ -338,6 +340,128 @@ __global__ void __launch_bounds__(max_threads, 2)
         for (int c = 0; c < V; ++c)
           if (m * V + c < channels) to[c * q.y.c] = vector.v[c];
       }
+    }
+  }
+}
+
+template <class T, int V, int Taps>
+__global__ void __launch_bounds__(max_threads, 2)
+    grad_weight(KernelParams q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
+  using A = Accumulator<T>;
+  constexpr int P = run_pixels;
+  const int vectors = q.units * q.unit_vectors;
+  Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
+  Vector<A, V>* gradient = image + vectors * q.x_area.plane;
+  A* staged = reinterpret_cast<A*>(gradient + vectors * q.y_area.plane);
+  const Tile tile = tile_of_block(q);
+  const Axis rows = q.h[0], columns = q.w_axis[0];
+  const int first_row = tile.row * rows.stride - rows.padding;
+  const int first_column = tile.column * columns.stride - columns.padding;
+
+  const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
+  const auto [part, row] = divide(across, q.by_rows);
+  const auto [unit_index, slot] = divide(part, q.by_slots);
+  const auto [slot_row, slot_part] = divide(slot, q.by_row_slots);
+  const auto [first_taps, phase] = divide(slot_part, q.by_phases);
+  const auto [span, first_of_span] = divide(run, q.by_spacing);
+  const int unit = tile.unit + unit_index;
+  const auto [n, g] = divide(unit, q.by_groups);
+  const int h = tile.row + row, local = span * P * q.spacing + first_of_span, v = tile.column + local;
+  // The taps of the slot: first_tap, first_tap + phases and so on.
+  const int first_tap = phase + first_taps * Taps * q.phases;
+  const int count = min(Taps, (columns.taps - first_tap + q.phases - 1) / q.phases);
+  const bool active =
+      unit_index < q.units && unit < tile.end_unit && h < rows.pixels && v < columns.pixels && count > 0;
+  const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
+  const Vector<A, V>* positions =
+      image + (unit_index * q.unit_vectors * q.x_area.plane + row * rows.stride * q.x_area.pitch + span * block +
+               first_of_span * columns.stride + phase * columns.dilation + first_taps * (Taps / P) * (q.every + 1));
+  const Vector<A, V>* gradients = gradient + (unit_index * q.unit_vectors * q.y_area.plane + row * q.y_area.pitch +
+                                              span * (q.y_every + 1) + first_of_span);
+
+#pragma unroll 1
+  for (int first_kernel_row = 0; first_kernel_row < rows.taps; first_kernel_row += q.w_rows) {
+    const int kernel_row = first_kernel_row + slot_row;
+    A sums[Taps][P] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < q.stages; ++stage) {
+      if (stage + first_kernel_row == 0 || q.stages > 1) {
+        if (stage + first_kernel_row > 0) __syncthreads();
+        bring_image<V>(image, x, q, q.x, q.x_area, tile, stage * q.unit_vectors, first_row, first_column);
+        bring_image<V>(gradient, y, q, q.y, q.y_area, tile, stage * q.unit_vectors, tile.row, tile.column);
+        __syncthreads();
+      }
+      if (!active || kernel_row >= rows.taps) continue;
+      const Vector<A, V>* xs = positions + kernel_row * rows.dilation * q.x_area.pitch;
+      const Vector<A, V>* ys = gradients;
+#pragma unroll 1
+      for (int vector = min(q.unit_vectors, q.vectors - stage * q.unit_vectors); vector > 0; --vector) {
+        Vector<A, V> own[P];
+#pragma unroll
+        for (int i = 0; i < P; ++i) own[i] = ys[i * q.spacing];
+#pragma unroll
+        for (int position = 0; position < P + Taps - 1; ++position) {
+          if (position < count + P - 1) {
+            const Vector<A, V> value = xs[position / P * (q.every + 1) + position % P * q.step];
+#pragma unroll
+            for (int i = 0; i < P; ++i) {
+              const int tap = position - i;
+              if (tap < 0 || tap >= Taps) continue;
+#pragma unroll
+              for (int c = 0; c < V; ++c) sums[tap][i] += own[i].v[c] * value.v[c];
+            }
+          }
+        }
+        xs += q.x_area.plane, ys += q.y_area.plane;
+      }
+    }
+
+    if (q.w_pieces == 0) {
+      if (!active || kernel_row >= rows.taps) continue;
+      T* out = w + (n * q.w.n + int64_t(g) * q.w.g) + (kernel_row * q.w.kh + h * q.w.h + v * q.w.w);
+#pragma unroll
+      for (int t = 0; t < Taps; ++t) {
+        if (t >= count) break;
+        T* to = out + (first_tap + t * q.phases) * q.w.kw;
+        if (q.w.vectors) {
+          Vector<T, P> all;
+#pragma unroll
+          for (int i = 0; i < P; ++i) store(sums[t][i], &all.v[i]);
+          *reinterpret_cast<Vector<T, P>*>(to) = all;
+        } else {
+#pragma unroll
+          for (int i = 0; i < P; ++i)
+            if (v + i * q.spacing < columns.pixels) store(sums[t][i], &to[i * q.spacing * q.w.w]);
+        }
+      }
+      continue;
+    }
+    // Through shared memory, [pixel][tap], so that consecutive threads write consecutive taps.
+    if (first_kernel_row > 0 && q.stages == 1) __syncthreads();
+    if (active && kernel_row < rows.taps) {
+      A* to = staged + ((unit_index * q.rows + row) * q.w_row_pitch + slot_row * q.kernel_w + first_tap);
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        const int at = local + i * q.spacing;
+#pragma unroll
+        for (int t = 0; t < Taps; ++t)
+          if (t < count) to[at * q.w_pitch + at / P + t * q.phases] = sums[t][i];
+      }
+    }
+    __syncthreads();
+    const int taps = min(q.w_rows, rows.taps - first_kernel_row) * q.kernel_w;
+    const int items = q.units * q.rows * q.columns * int(q.by_taps.divisor);
+#pragma unroll 1
+    for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
+      const auto [pixel, tap] = divide(item, q.by_taps);
+      const auto [pixel_rows, column] = divide(pixel, q.by_w_columns);
+      const auto [of_unit, pixel_row] = divide(pixel_rows, q.by_rows);
+      const int to_unit = tile.unit + of_unit, to_h = tile.row + pixel_row, to_v = tile.column + column;
+      const auto [to_n, to_g] = divide(to_unit, q.by_groups);
+      if (tap >= taps || to_unit >= tile.end_unit || to_h >= rows.pixels || to_v >= columns.pixels) continue;
+      T* to = w + (to_n * q.w.n + int64_t(to_g) * q.w.g) + (to_h * q.w.h + to_v * q.w.w);
+      store(staged[pixel_rows * q.w_row_pitch + column * q.w_pitch + column / P + tap],
+            &to[first_kernel_row * q.w.kh + tap]);
     }
   }
 }

@@ -18,51 +18,61 @@ bool aligned_runs(const void* data, std::initializer_list<int64_t> strides) {
          reinterpret_cast<uintptr_t>(data) % (run_pixels * sizeof(T) < 16 ? run_pixels * sizeof(T) : 16) == 0;
 }
 
+inline Area area(const Plan& plan, const View& view, int rows, int columns, int pitch, int every, int64_t height,
+                 int64_t width) {
+  Area area{rows, columns, pitch, rows * pitch, int(height), int(width), 0, 0, view.c == 1, {}, {}, {}};
+  const int vectors = plan.planes * plan.vectors;
+  // As many threads along positions as there are, where these are consecutive in memory.
+  area.lanes = std::min(plan.threads,
+                        area.channels_inner ? vectors : std::clamp(plan.threads / (rows * columns), 1, vectors));
+  area.others = plan.threads / area.lanes;
+  area.by_load = divisor(area.channels_inner ? area.lanes : area.others);
+  area.by_columns = divisor(columns), area.by_every = divisor(every);
+  return area;
+}
+
 template <class T>
 KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const Buffers& buffers) {
-  KernelParams q;
+  KernelParams q{};
   const bool to_input = pass == Pass::grad_input;
   const View x = view<T>(p, plan, p.x_stride, buffers.x), y = view<T>(p, plan, p.y_stride, buffers.y);
   q.x = to_input ? y : x, q.y = to_input ? x : y;
-  q.x_height = int(to_input ? p.out_h : p.in_h), q.x_width = int(to_input ? p.out_w : p.in_w);
   q.w_height = int(p.out_h), q.w_width = int(p.out_w);
-  for (int i = 0; i < max_classes; ++i) {
-    q.h[i] = q.w_axis[i] = Axis{};
-    if (!to_input && i == 0) {
-      q.h[i] = forward_axis(p.out_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-      q.w_axis[i] = forward_axis(p.out_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
-    }
-    if (to_input && i < p.stride_h)
-      q.h[i] = gradient_axis(i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-    if (to_input && i < p.stride_w)
-      q.w_axis[i] = gradient_axis(i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  q.kernel_h = int(p.kernel_h), q.kernel_w = int(p.kernel_w);
+  if (!to_input) {
+    q.h[0] = forward_axis(p.out_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+    q.w_axis[0] = forward_axis(p.out_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
   }
-  q.group_channels = int(p.group_channels());
-  q.image_units = int(plan.image_units), q.chunks = int(plan.chunks);
-  q.units = plan.units, q.unit_chunks = plan.unit_chunks, q.planes = plan.planes;
-  q.rows = plan.rows, q.runs = plan.runs, q.columns = plan.columns;
-  q.spacing = plan.spacing, q.step = plan.step, q.slides = plan.slides;
-  q.x_rows = plan.x_rows, q.x_columns = plan.x_columns, q.every = plan.every, q.pitch = plan.pitch;
-  q.plane = plan.plane;
-  q.w_columns = plan.w_columns, q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
-  q.w_pieces = plan.w_pitch / 16;
+  for (int i = 0; to_input && i < p.stride_h; ++i)
+    q.h[i] = gradient_axis(i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+  for (int i = 0; to_input && i < p.stride_w; ++i)
+    q.w_axis[i] = gradient_axis(i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 
-  q.channels_inner = q.x.c == 1;
-  const int all_vectors = plan.planes * plan.vectors, positions = plan.x_rows * plan.x_columns;
-  q.load_lanes = std::min(plan.threads, q.channels_inner ? all_vectors
-                                                         : std::clamp(plan.threads / positions, 1, all_vectors));
-  q.load_others = plan.threads / q.load_lanes;
+  q.group_channels = int(p.group_channels());
+  q.image_units = int(plan.image_units), q.units = plan.units;
+  q.unit_chunks = plan.unit_chunks, q.planes = plan.planes, q.unit_vectors = plan.unit_chunks * plan.vectors;
+  q.rows = plan.rows, q.columns = plan.columns;
+  q.spacing = plan.spacing, q.step = plan.step, q.phases = plan.phases, q.slides = plan.slides;
+  q.every = plan.every, q.y_every = plan.y_every;
+  q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
+  q.w_columns = pass == Pass::grad_weight ? plan.columns : plan.w_columns;
+  q.w_pieces = taps_are_inner(p) ? std::max(1, plan.w_pitch / 16) : 0;
+  q.slots = plan.slots, q.stages = plan.stages;
+  q.vectors = int(ceil_div(p.group_channels(), plan.vector));
 
   q.by_classes_w = divisor(plan.classes_w), q.by_classes = divisor(plan.classes_h * plan.classes_w);
   q.by_chunk_blocks = divisor(ceil_div(plan.chunks, plan.unit_chunks));
   q.by_unit_blocks = divisor(ceil_div(plan.image_units, plan.units));
   q.by_tiles_w = divisor(plan.tiles_w), q.by_tiles_h = divisor(plan.tiles_h);
   q.by_groups = divisor(p.groups), q.by_runs = divisor(plan.runs), q.by_rows = divisor(plan.rows);
-  q.by_unit_chunks = divisor(plan.unit_chunks), q.by_spacing = divisor(plan.spacing);
-  q.by_load = divisor(q.channels_inner ? q.load_lanes : q.load_others);
-  q.by_x_columns = divisor(plan.x_columns), q.by_every = divisor(plan.every);
-  q.by_w_pieces = divisor(std::max(1, q.w_pieces)), q.by_w_columns = divisor(std::max(1, plan.w_columns));
-  q.by_w_rows = divisor(plan.rows);
+  q.by_unit_chunks = divisor(plan.unit_chunks), q.by_unit_vectors = divisor(q.unit_vectors);
+  q.by_spacing = divisor(plan.spacing), q.by_phases = divisor(plan.phases);
+  q.by_w_pieces = divisor(std::max(1, q.w_pieces)), q.by_w_columns = divisor(std::max(1, q.w_columns));
+  q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
+  q.by_taps = divisor(std::max<int64_t>(1, plan.w_rows * p.kernel_w));
+  q.x_area = area(plan, q.x, plan.x_rows, plan.x_columns, plan.pitch, plan.every, to_input ? p.out_h : p.in_h,
+                  to_input ? p.out_w : p.in_w);
+  q.y_area = area(plan, q.y, plan.rows, plan.columns, plan.y_pitch, plan.y_every, p.out_h, p.out_w);
 
   const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
   q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]),           int(p.w_stride[3]), int(p.w_stride[4]),
@@ -77,25 +87,21 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
 }
 
 template <class T, int V, int M, bool ToInput>
-void run_apply(const Plan& plan, const KernelParams& q, const T* x, const T* w, T* y,
+void run_apply(bool staged, const Grid& grid, const KernelParams& q, const T* x, const T* w, T* y,
                const Execution& execution) {
-  const Grid grid{plan.blocks(), plan.threads, plan.shared_bytes};
-  const char* name = ToInput ? "sliding grad_input" : "sliding forward";
-  if (plan.w_rows > 0) {
-    launch<KernelParams, const T*, const T*, T*>(name, apply<T, V, M, ToInput, true>, grid, execution, q, x, w, y);
-  } else {
-    launch<KernelParams, const T*, const T*, T*>(name, apply<T, V, M, ToInput, false>, grid, execution, q, x, w, y);
-  }
+  launch<KernelParams, const T*, const T*, T*>(ToInput ? "sliding grad_input" : "sliding forward",
+                                               staged ? apply<T, V, M, ToInput, true> : apply<T, V, M, ToInput, false>,
+                                               grid, execution, q, x, w, y);
 }
 
 // Calls `body` with the width and the number of vectors as integral_constants.
 template <class T, class Body>
-void with_vectors(const Plan& plan, const Body& body) {
+void with_vectors(int vector, int vectors, const Body& body) {
   using One = std::integral_constant<int, 1>;
-  if (plan.vector == 1) return body(One{}, One{});
-  if (plan.vector == 2) return body(std::integral_constant<int, 2>{}, One{});
+  if (vector == 1) return body(One{}, One{});
+  if (vector == 2) return body(std::integral_constant<int, 2>{}, One{});
   if constexpr (!std::is_same_v<T, double>)
-    if (plan.vectors == 2) return body(std::integral_constant<int, 4>{}, std::integral_constant<int, 2>{});
+    if (vectors == 2) return body(std::integral_constant<int, 4>{}, std::integral_constant<int, 2>{});
   body(std::integral_constant<int, 4>{}, One{});
 }
 
@@ -104,14 +110,23 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
   using T = Storage<dtype>;
   const Plan plan = plan_of(p, pass);
   const KernelParams q = kernel_params<T>(p, pass, plan, buffers);
+  const Grid grid{plan.blocks(), plan.threads, int(plan.shared_bytes)};
   T* x = static_cast<T*>(buffers.x);
   T* w = static_cast<T*>(buffers.w);
   T* y = static_cast<T*>(buffers.y);
-  with_vectors<T>(plan, [&](auto vector, auto vectors) {
+  if (pass == Pass::grad_weight)
+    return with_vectors<T>(plan.vector, 1, [&](auto vector, auto) {
+      launch<KernelParams, const T*, T*, const T*>(
+          "sliding grad_weight",
+          slot_taps(plan, p) == 4 ? grad_weight<T, vector.value, 4> : grad_weight<T, vector.value, 8>, grid, execution, q,
+          x, w, y);
+    });
+  with_vectors<T>(plan.vector, plan.vectors, [&](auto vector, auto vectors) {
+    const bool staged = taps_are_inner(p);
     if (pass == Pass::forward) {
-      run_apply<T, vector.value, vectors.value, false>(plan, q, x, w, y, execution);
+      run_apply<T, vector.value, vectors.value, false>(staged, grid, q, x, w, y, execution);
     } else {
-      run_apply<T, vector.value, vectors.value, true>(plan, q, y, w, x, execution);
+      run_apply<T, vector.value, vectors.value, true>(staged, grid, q, y, w, x, execution);
     }
   });
 }
