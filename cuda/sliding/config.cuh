@@ -13,9 +13,9 @@ constexpr int run_pixels = 4;
 constexpr int max_threads = 256;
 constexpr int max_classes = 4;  // of the pixels of X in one direction, in the gradient of a strided involution
 
-// With more shared memory, fewer than four blocks would run on a multiprocessor; the second is what a block can have on
+// With more shared memory, fewer than three blocks would run on a multiprocessor; the second is what a block can have on
 // every GPU since compute capability 8.0.
-constexpr int wanted_shared_bytes = 56 * 1024, max_shared_bytes = 99 * 1024;
+constexpr int wanted_shared_bytes = 72 * 1024, max_shared_bytes = 99 * 1024;
 
 // Division of a number below 2^31 by one that is known at the launch, without dividing.
 struct Divisor {
@@ -101,6 +101,9 @@ inline Sum sum_of(const Problem& p, Pass pass) {
           p.dilation_w / common_w};
 }
 
+// Whether weights come through shared memory, in pieces of up to 32 threads.
+inline bool is_staged(const Problem& p) { return taps_are_inner(p) && p.kernel_w <= 48; }
+
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
 // `vector` channels, and a plane is a chunk of a unit.
 struct Plan {
@@ -118,8 +121,9 @@ struct Plan {
   // Positions of the image in shared memory, in vectors. After each `every` one is left out, so that neighbouring runs
   // are in different banks.
   int x_rows, x_columns, every, pitch, plane;
-  // Weights in shared memory: kernel rows at a time; bytes for a pixel and a row of them.
-  int w_columns, w_rows, w_pitch, w_row_pitch;
+  // Weights in shared memory: pixels of a row, kernel rows at a time, 16-byte pieces of a pixel's, elements from a tap to
+  // the next and from a row to the next, bytes before them.
+  int w_columns, w_rows, w_pieces, w_pitch, w_row_pitch, w_offset;
   // The gradient of the weights. A slot is a part of the taps of a phase.
   int y_every, y_pitch, slots, row_slots, stages;
   int threads;
@@ -185,24 +189,24 @@ inline int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype =
 inline int sum_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 // The shared memory of `apply`, and how many kernel rows of weights are there.
-inline void set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum) {
-  plan.w_rows = plan.w_columns = plan.w_pitch = plan.w_row_pitch = 0;
-  int64_t w_bytes = 0;
-  if (taps_are_inner(p)) {
-    const int element = element_bytes(p.dtype);
-    plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
-    const auto bytes = [&](int64_t kernel_rows) {
-      plan.w_rows = int(kernel_rows);
-      plan.w_pitch = with_offset(kernel_rows * p.kernel_w * element, element);
-      plan.w_row_pitch = plan.w_columns * plan.w_pitch + int(ceil_div(plan.w_columns, run_pixels)) * 16;
-      return w_bytes = int64_t{plan.units} * plan.rows * plan.w_row_pitch;
-    };
-    halving(pass == Pass::grad_input ? 1 : std::min<int64_t>(p.kernel_h, 64), [&](int64_t most) {
-      return bytes(even_part(p.kernel_h, most)) <= wanted_shared_bytes / 2;
-    });
-  }
-  const int64_t x_bytes = int64_t{plan.plane} * plan.planes * plan.vectors * plan.vector * sum_bytes(p.dtype);
-  plan.shared_bytes = (x_bytes + 15) / 16 * 16 + w_bytes;
+inline void set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit) {
+  const int element = element_bytes(p.dtype), bytes = plan.vector * sum_bytes(p.dtype);
+  // A window may be read one block of positions beyond the last one.
+  const int64_t beyond = plan.slides ? plan.every + 1 + run_pixels * plan.step : 0;
+  const int64_t x_bytes = (int64_t{plan.plane} * plan.planes * plan.vectors + beyond) * bytes;
+  plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
+  if (!is_staged(p)) return;
+  plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
+  plan.w_pitch = plan.columns;
+  halving(pass == Pass::grad_input ? 1 : p.kernel_h, [&](int64_t most) {
+    plan.w_rows = int(even_part(p.kernel_h, most));
+    if (pass == Pass::grad_input) plan.w_rows = 1;
+    const int64_t taps = plan.w_rows * p.kernel_w;
+    plan.w_pieces = with_offset(taps * element, element) / 16;
+    plan.w_row_pitch = int(ceil_div(taps, 4) * 4 * (plan.w_pitch + 1));
+    plan.shared_bytes = plan.w_offset + int64_t{plan.units} * plan.rows * plan.w_row_pitch * element;
+    return plan.shared_bytes <= limit && plan.w_pieces <= 32;
+  });
 }
 
 inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit) {
@@ -218,7 +222,7 @@ inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
                          : 1;
         plan.planes = plan.units * plan.unit_chunks;
         plan.threads = int(ceil_div(plan.rows * plan.runs * plan.planes, 32) * 32);
-        set_memory(plan, p, pass, sum);
+        set_memory(plan, p, pass, sum, limit);
         return plan.fits(limit);
       });
     });
@@ -323,12 +327,12 @@ struct KernelParams {
   int image_units, units, unit_vectors, unit_chunks, planes;
   int rows, columns;
   int spacing, step, phases, every, y_every;
-  bool slides, store_vectors;
-  int w_columns, w_rows, w_pitch, w_row_pitch, w_pieces;
+  bool slides, store_vectors, taps_inner;
+  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_pieces, w_lanes;  // w_offset in bytes
   int slots, stages, vectors;  // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
   Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
-  Divisor by_w_pieces, by_w_columns, by_slots, by_row_slots, by_phases, by_taps;
+  Divisor by_w_pieces, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
   Area x_area, y_area;
   View x, y;
   WeightView w;

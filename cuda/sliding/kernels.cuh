@@ -123,36 +123,76 @@ __device__ __forceinline__ int offset_of(const T* address) {
   return int(reinterpret_cast<uintptr_t>(address) & 15);
 }
 
-// Brings `length` consecutive weights of each pixel of q.rows x q.w_columns from (first_row, first_column) on, as they
-// are stored: `first` is the offset of the first one from the group's and pixel's own. A pixel's weights keep their
-// offset from a multiple of 16 bytes, and the pieces at both ends have some of its neighbours' in memory.
-template <class T>
-__device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, const Tile& tile,
-                                              int first_row, int first_column, int row_step, int first, int length) {
-  const T* const end = w + q.w.count;
-  const int items = q.units * q.rows * q.w_columns * q.w_pieces;
+// The place in a row of weights in shared memory: pixels of a run are neighbours.
+__device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) {
+  if (q.spacing == 1) return column;
+  const auto [span, of_span] = divide(column, q.by_span);
+  const auto [i, first] = divide(of_span, q.by_spacing);
+  return (span * q.spacing + first) * run_pixels + i;
+}
+
+// Brings `length` consecutive weights, which begin with kernel row `kernel_row`, of the pixels of q.rows x q.w_columns
+// from (first_row, first_column) on, in 16-byte pieces; those at both ends have some of the neighbours' weights too. In
+// shared memory they are [unit][row][tap][pixel], with a gap of 4 after each 4 taps, which puts pieces into different
+// banks. For the gradient of the input they lie with the pixel of the result that they lead to, zero where Y has no
+// pixel, and their place among the taps is that of the sum.
+template <bool ToInput, class T>
+__device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
+                                              const Axis& columns, int first_row, int first_column, int kernel_row,
+                                              int length) {
+  constexpr int elements = 16 / int(sizeof(T)), batch = 4;
+  const auto [first, piece] = divide(int(threadIdx.x), q.by_w_pieces);
+  const int pixels = q.units * q.rows * q.w_columns;
+  if (first >= q.w_lanes) return;
 #pragma unroll 1
-  for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
-    const auto [pixel, piece] = divide(item, q.by_w_pieces);
-    const auto [rows, column] = divide(pixel, q.by_w_columns);
-    const auto [unit_index, row] = divide(rows, q.by_rows);
-    const int unit = tile.unit + unit_index, h = first_row + row * row_step, v = first_column + column;
-    const auto [n, g] = divide(unit, q.by_groups);
-    if (unit >= tile.end_unit || !inside(h, v, q.w_height, q.w_width)) continue;
-    const T* from = w + (n * q.w.n + (g * q.w.g + h * q.w.h + v * q.w.w + first));
-    const int offset = offset_of(from), elements = 16 / int(sizeof(T));
-    const int begin = piece * elements - offset / int(sizeof(T));  // of this piece, from the pixel's first weight on
-    if (begin >= length) continue;
-    char* to = shared + (rows * q.w_row_pitch + column * q.w_pitch + column / run_pixels * 16 + piece * 16);
-    if (offset % int(sizeof(T)) == 0 && from + begin >= w && from + begin + elements <= end) {
-      copy_async<16>(to, from + begin);
-    } else {
-      for (int i = 0; i < elements; ++i)
-        if (begin + i >= 0 && begin + i < length) reinterpret_cast<T*>(to)[i] = from[begin + i];
+  for (int start = first; start < pixels; start += batch * q.w_lanes) {
+    Vector<T, elements> values[batch];
+    int to_row[batch], at_column[batch], begin[batch];  // of the piece, from the pixel's first weight on; `length` for no piece
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const int pixel = start + i * q.w_lanes;
+      const auto [rows, column] = divide(pixel, q.by_w_columns);
+      const auto [unit_index, row] = divide(rows, q.by_rows);
+      const int unit = tile.unit + unit_index, h = first_row + row, v = first_column + column;
+      to_row[i] = rows * q.w_row_pitch, at_column[i] = column;
+      begin[i] = length;
+      if (pixel >= pixels || unit >= tile.end_unit || h < 0 || h >= q.w_height) continue;
+      if (v < 0 || v >= q.w_width) {
+        if (ToInput) begin[i] = piece * elements;
+#pragma unroll
+        for (int e = 0; e < elements; ++e) store(Accumulator<T>(0), &values[i].v[e]);
+        continue;
+      }
+      const auto [n, g] = divide(unit, q.by_groups);
+      const int64_t at = n * q.w.n + (g * q.w.g + h * q.w.h + v * q.w.w + kernel_row * q.w.kh);
+      begin[i] = piece * elements - offset_of(w + at) / int(sizeof(T));
+      const T* from = w + (at + begin[i]);
+      if (begin[i] >= length) continue;
+      if (at + begin[i] >= 0 && at + begin[i] + elements <= q.w.count) {
+        values[i] = *reinterpret_cast<const Vector<T, elements>*>(from);
+      } else {
+#pragma unroll
+        for (int e = 0; e < elements; ++e)
+          if (begin[i] + e >= 0 && begin[i] + e < length) values[i].v[e] = from[e];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+#pragma unroll
+      for (int e = 0; e < elements; ++e) {
+        const int tap = begin[i] + e;
+        if (tap < 0 || tap >= length) continue;
+        int place = tap, column = at_column[i];
+        if constexpr (ToInput) {
+          if (tap > columns.first_tap) continue;
+          const auto [of_sum, rest] = divide(columns.first_tap - tap, q.by_tap_step);
+          place = of_sum, column -= of_sum * columns.dilation;
+          if (rest != 0 || place >= columns.taps || column < 0 || column >= q.columns) continue;
+        }
+        shared[to_row[i] + place * q.w_pitch + place / 4 * 4 + place_in_runs(column, q)] = values[i].v[e];
+      }
     }
   }
-  commit_copies();
-  wait_for_copies<0>();
 }
 
 template <class T, int V, int M, bool ToInput, bool TapsInner>
@@ -161,7 +201,7 @@ __global__ void __launch_bounds__(max_threads, 2)
   using A = Accumulator<T>;
   constexpr int P = run_pixels;
   Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
-  const char* staged = shared_memory() + (q.planes * M * q.x_area.plane * int(sizeof(Vector<A, V>)) + 15) / 16 * 16;
+  T* staged = reinterpret_cast<T*>(shared_memory() + q.w_offset);
   const Tile tile = tile_of_block(q);
   const Axis rows = ToInput ? axis_of(q.h, tile.class_h) : q.h[0];
   const Axis columns = ToInput ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
@@ -177,87 +217,47 @@ __global__ void __launch_bounds__(max_threads, 2)
   const int unit = tile.unit + unit_index;
   const auto [n, g] = divide(unit, q.by_groups);
   const int channel = (tile.chunk + chunk) * (V * M), channels = q.group_channels - channel;
-  const int h = tile.row + row, local = span * P * q.spacing + first_of_span, v = tile.column + local;
+  const int h = tile.row + row, v = tile.column + span * P * q.spacing + first_of_span;
   const bool active =
       plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
 
-  const Vector<A, V>* positions =
-      image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
-               span * (q.slides ? q.every + 1 : P * q.step) + first_of_span * columns.stride);
+  const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
+  const Vector<A, V>* positions = image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
+                                           span * block + first_of_span * columns.stride);
   const T* kernels = w + (n * q.w.n + int64_t(g) * q.w.g);
-  // The first pixel whose weights the run needs is that of the result, or moves with the tap.
-  const int w_row = ToInput ? h - rows.padding : h, w_column = ToInput ? v - columns.padding : v;
-  const char* own = staged + (unit_index * q.rows + row) * q.w_row_pitch;
+  const T* own = staged + ((unit_index * q.rows + row) * q.w_row_pitch + run * P);
   const int phases = q.slides ? q.phases : columns.taps;
-  int pixel_offset[P];
-  if constexpr (!ToInput && !TapsInner) {
-#pragma unroll
-    for (int i = 0; i < P; ++i) pixel_offset[i] = (v + i * q.spacing < columns.pixels ? i : 0) * q.spacing * q.w.w;
-  }
+  // From a tap of a phase to the next. In the gradient of the input, the weights' pixel moves along.
+  const int64_t tap_step = int64_t(phases) * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
+  const int from_column = ToInput ? v - columns.padding : v;
 
   A sums[M][P][V] = {};
 #pragma unroll 1
   for (int kh = 0; kh < rows.taps; ++kh) {
     const int kernel_row = rows.first_tap + kh * rows.tap_step;
+    const int from_row = ToInput ? h - rows.padding + kh * rows.dilation : h;
+    int staged_taps = 0;
     if constexpr (TapsInner) {
-      if (ToInput || kh % q.w_rows == 0) {
+      const int after = ToInput ? 0 : kh % q.w_rows;
+      if (after == 0) {
         if (kh > 0) __syncthreads();
-        const int count = min(q.w_rows, rows.taps - kh) * q.w.kh;
-        bring_weights(const_cast<char*>(staged), w, q, tile, tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
-                      tile.column - (ToInput ? columns.padding : 0), 1, kernel_row * q.w.kh, count);
+        bring_weights<ToInput>(staged, w, q, tile, columns,
+                               tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
+                               tile.column - (ToInput ? columns.padding : 0), kernel_row,
+                               min(q.w_rows, rows.taps - kh) * q.kernel_w);
         __syncthreads();
       }
+      staged_taps = after * q.kernel_w;
     }
-    if (!active) continue;
-    const int from_row = ToInput ? w_row + kh * rows.dilation : w_row;
-    if (ToInput && (from_row < 0 || from_row >= q.w_height)) continue;
-    const T* row_kernels = kernels + (from_row * q.w.h + kernel_row * q.w.kh);
-    if constexpr (!ToInput && !TapsInner) row_kernels += w_column * q.w.w;
-    if constexpr (!ToInput && TapsInner) {
-      // Where in the staged row a pixel's weights of this kernel row begin.
-      const int staged_row = kh - kh % q.w_rows;
-#pragma unroll
-      for (int i = 0; i < P; ++i) {
-        const int at = local + i * q.spacing;
-        pixel_offset[i] = at * q.w_pitch + at / P * 16 + (kh - staged_row) * q.w.kh * int(sizeof(T)) +
-                          offset_of(kernels + (from_row * q.w.h + (w_column + i * q.spacing) * q.w.w +
-                                               staged_row * q.w.kh));
-      }
-    }
-
-    // The weights of the run at a tap of the row.
-    const auto weights_at = [&](int tap, A(&weights)[P]) {
-      const int kernel_column = columns.first_tap + tap * columns.tap_step;
-      if constexpr (!ToInput && TapsInner) {
-#pragma unroll
-        for (int i = 0; i < P; ++i)
-          weights[i] = load(*reinterpret_cast<const T*>(own + pixel_offset[i] + kernel_column * int(sizeof(T))));
-      } else if constexpr (!ToInput) {
-        const T* from = row_kernels + kernel_column * q.w.kw;
-#pragma unroll
-        for (int i = 0; i < P; ++i) weights[i] = load(from[pixel_offset[i]]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < P; ++i) {
-          const int shift = i * q.spacing + tap * columns.dilation, column = w_column + shift;
-          weights[i] = A(0);
-          if (column < 0 || column >= q.w_width) continue;
-          if constexpr (TapsInner) {
-            const int at = local + shift;
-            weights[i] = load(*reinterpret_cast<const T*>(own + at * q.w_pitch + at / P * 16 +
-                                                          offset_of(row_kernels + column * q.w.w) +
-                                                          kernel_column * int(sizeof(T))));
-          } else {
-            weights[i] = load(row_kernels[column * q.w.w + kernel_column * q.w.kw]);
-          }
-        }
-      }
-    };
-
+    if (!active || (ToInput && (from_row < 0 || from_row >= q.w_height))) continue;
     const Vector<A, V>* row_positions = positions + kh * rows.dilation * q.x_area.pitch;
 #pragma unroll 1
     for (int phase = 0; phase < phases; ++phase) {
       const Vector<A, V>* next = row_positions + phase * columns.dilation;
+      int column = from_column + (ToInput ? phase * columns.dilation : 0);
+      const T* kernel = kernels + (from_row * q.w.h + column * q.w.w + kernel_row * q.w.kh +
+                                   (columns.first_tap + phase * columns.tap_step) * q.w.kw);
+      int staged_tap = staged_taps + phase;
       Vector<A, V> window[M][P];
 #pragma unroll
       for (int i = 0; i < P; ++i) {
@@ -265,32 +265,38 @@ __global__ void __launch_bounds__(max_threads, 2)
         for (int m = 0; m < M; ++m) window[m][i] = next[m * q.x_area.plane + i * q.step];
       }
 #pragma unroll 1
-      for (int tap = phase; tap < columns.taps; tap += P * phases) {
-        next += q.every + 1;
-        A weights[P][P];
-        bool vectors = false;
-        if constexpr (!ToInput && !TapsInner) {
-          vectors = q.w.vectors;
-          if (vectors) {
+      for (int left = (columns.taps - phase + phases - 1) / phases; left > 0; left -= P) {
+        A weights[P][P];  // of a tap and a pixel
+        if (TapsInner || (!ToInput && q.w.vectors)) {
 #pragma unroll
-            for (int u = 0; u < P; ++u) {
-              if (tap + u * phases < columns.taps) {
-                const auto four =
-                    *reinterpret_cast<const Vector<T, P>*>(row_kernels + (tap + u * phases) * q.w.kw);
+          for (int u = 0; u < P; ++u) {
+            if (u < left) {
+              const T* from = TapsInner ? own + (staged_tap * q.w_pitch + staged_tap / 4 * 4) : kernel;
+              const auto four = *reinterpret_cast<const Vector<T, P>*>(from);
 #pragma unroll
-                for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
+              for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
+            }
+            kernel += tap_step, staged_tap += phases;
+          }
+        } else if constexpr (!TapsInner) {
+#pragma unroll
+          for (int u = 0; u < P; ++u) {
+            if (u < left) {
+#pragma unroll
+              for (int i = 0; i < P; ++i) {
+                const int at = column + i * q.spacing;
+                const bool exists = ToInput ? at >= 0 && at < q.w_width : at < q.w_width;
+                weights[u][i] = exists ? load(kernel[i * q.spacing * q.w.w]) : A(0);
               }
             }
+            kernel += tap_step;
+            if (ToInput) column += phases * columns.dilation;
           }
         }
-        if (!vectors) {
-#pragma unroll
-          for (int u = 0; u < P; ++u)
-            if (tap + u * phases < columns.taps) weights_at(tap + u * phases, weights[u]);
-        }
+        next += q.every + 1;
 #pragma unroll
         for (int u = 0; u < P; ++u) {
-          if (tap + u * phases < columns.taps) {
+          if (u < left) {
 #pragma unroll
             for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -298,10 +304,8 @@ __global__ void __launch_bounds__(max_threads, 2)
 #pragma unroll
                 for (int c = 0; c < V; ++c) sums[m][i][c] += weights[u][i] * window[m][(i + u) % P].v[c];
               }
-            }
-            if (tap + (u + 1) * phases < columns.taps) {
-#pragma unroll
-              for (int m = 0; m < M; ++m) window[m][u] = next[m * q.x_area.plane + u * q.step];
+              // After the last tap this is not used; the image in shared memory is followed by that much.
+              if (q.slides) window[m][u] = next[m * q.x_area.plane + u * q.step];
             }
           }
         }
@@ -416,7 +420,7 @@ __global__ void __launch_bounds__(max_threads, 2)
       }
     }
 
-    if (q.w_pieces == 0) {
+    if (!q.taps_inner) {
       if (!active || kernel_row >= rows.taps) continue;
       T* out = w + (n * q.w.n + int64_t(g) * q.w.g) + (kernel_row * q.w.kh + h * q.w.h + v * q.w.w);
 #pragma unroll

@@ -56,7 +56,8 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.every = plan.every, q.y_every = plan.y_every;
   q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
   q.w_columns = pass == Pass::grad_weight ? plan.columns : plan.w_columns;
-  q.w_pieces = taps_are_inner(p) ? std::max(1, plan.w_pitch / 16) : 0;
+  q.w_offset = plan.w_offset, q.w_pieces = plan.w_pieces, q.w_lanes = plan.threads / std::max(1, plan.w_pieces);
+  q.taps_inner = taps_are_inner(p);
   q.slots = plan.slots, q.stages = plan.stages;
   q.vectors = int(ceil_div(p.group_channels(), plan.vector));
 
@@ -68,6 +69,8 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.by_unit_chunks = divisor(plan.unit_chunks), q.by_unit_vectors = divisor(q.unit_vectors);
   q.by_spacing = divisor(plan.spacing), q.by_phases = divisor(plan.phases);
   q.by_w_pieces = divisor(std::max(1, q.w_pieces)), q.by_w_columns = divisor(std::max(1, q.w_columns));
+  q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
+  q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
   q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
   q.by_taps = divisor(std::max<int64_t>(1, plan.w_rows * p.kernel_w));
   q.x_area = area(plan, q.x, plan.x_rows, plan.x_columns, plan.pitch, plan.every, to_input ? p.out_h : p.in_h,
@@ -122,7 +125,7 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
           x, w, y);
     });
   with_vectors<T>(plan.vector, plan.vectors, [&](auto vector, auto vectors) {
-    const bool staged = taps_are_inner(p);
+    const bool staged = is_staged(p);
     if (pass == Pass::forward) {
       run_apply<T, vector.value, vectors.value, false>(staged, grid, q, x, w, y, execution);
     } else {
