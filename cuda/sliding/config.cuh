@@ -80,9 +80,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `all` in nearly equal parts of at most `most`: the size of the first.
 inline int64_t even_part(int64_t all, int64_t most) { return ceil_div(all, ceil_div(all, std::max<int64_t>(1, most))); }
 
-// Bytes that hold so many bytes at any offset from a multiple of 16.
-inline int with_offset(int64_t bytes, int element) { return int((bytes + 16 - element + 15) / 16 * 16); }
-
 // What a pass sums up, along both axes: for the gradient of the input, over one remainder of its pixels.
 struct Sum {
   int64_t height, width, taps_h, taps_w, stride_h, stride_w, dilation_h, dilation_w;
@@ -101,9 +98,6 @@ inline Sum sum_of(const Problem& p, Pass pass) {
           p.dilation_w / common_w};
 }
 
-// Whether weights come through shared memory, in pieces of up to 32 threads.
-inline bool is_staged(const Problem& p) { return taps_are_inner(p) && p.kernel_w <= 48; }
-
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
 // `vector` channels, and a plane is a chunk of a unit.
 struct Plan {
@@ -121,9 +115,9 @@ struct Plan {
   // Positions of the image in shared memory, in vectors. After each `every` one is left out, so that neighbouring runs
   // are in different banks.
   int x_rows, x_columns, every, pitch, plane;
-  // Weights in shared memory: pixels of a row, kernel rows at a time, 16-byte pieces of a pixel's, elements from a tap to
-  // the next and from a row to the next, bytes before them.
-  int w_columns, w_rows, w_pieces, w_pitch, w_row_pitch, w_offset;
+  // Weights in shared memory: pixels of a row, kernel rows at a time, elements from a tap to the next and
+  // from a row to the next, bytes before them.
+  int w_columns, w_rows, w_pitch, w_row_pitch, w_offset;
   // The gradient of the weights. A slot is a part of the taps of a phase.
   int y_every, y_pitch, slots, row_slots, stages;
   int threads;
@@ -195,17 +189,16 @@ inline void set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
   const int64_t beyond = plan.slides ? plan.every + 1 + run_pixels * plan.step : 0;
   const int64_t x_bytes = (int64_t{plan.plane} * plan.planes * plan.vectors + beyond) * bytes;
   plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
-  if (!is_staged(p)) return;
+  if (!taps_are_inner(p)) return;
   plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
-  plan.w_pitch = plan.columns;
+  plan.w_pitch = plan.columns % 8 == 0 ? plan.columns + 4 : plan.columns;
   halving(pass == Pass::grad_input ? 1 : p.kernel_h, [&](int64_t most) {
     plan.w_rows = int(even_part(p.kernel_h, most));
     if (pass == Pass::grad_input) plan.w_rows = 1;
     const int64_t taps = plan.w_rows * p.kernel_w;
-    plan.w_pieces = with_offset(taps * element, element) / 16;
-    plan.w_row_pitch = int(ceil_div(taps, 4) * 4 * (plan.w_pitch + 1));
+    plan.w_row_pitch = int(taps * plan.w_pitch);
     plan.shared_bytes = plan.w_offset + int64_t{plan.units} * plan.rows * plan.w_row_pitch * element;
-    return plan.shared_bytes <= limit && plan.w_pieces <= 32;
+    return plan.shared_bytes <= limit;
   });
 }
 
@@ -317,7 +310,7 @@ struct WeightView {
   int64_t n;
   int g, kh, kw, h, w;
   int64_t count;  // elements from the first to the last, with what is between them
-  bool vectors;   // the pixels of a run can be read at once
+  bool vectors, dense;  // the pixels of a run can be read at once; are neighbours
 };
 
 struct KernelParams {
@@ -328,11 +321,11 @@ struct KernelParams {
   int rows, columns;
   int spacing, step, phases, every, y_every;
   bool slides, store_vectors, taps_inner;
-  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_pieces, w_lanes;  // w_offset in bytes
+  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch;  // w_offset in bytes
   int slots, stages, vectors;  // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
   Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
-  Divisor by_w_pieces, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
+  Divisor by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
   Area x_area, y_area;
   View x, y;
   WeightView w;

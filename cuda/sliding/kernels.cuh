@@ -133,63 +133,65 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
 
 // Brings `length` consecutive weights, which begin with kernel row `kernel_row`, of the pixels of q.rows x q.w_columns
 // from (first_row, first_column) on, in 16-byte pieces; those at both ends have some of the neighbours' weights too. In
-// shared memory they are [unit][row][tap][pixel], with a gap of 4 after each 4 taps, which puts pieces into different
-// banks. For the gradient of the input they lie with the pixel of the result that they lead to, zero where Y has no
-// pixel, and their place among the taps is that of the sum.
+// shared memory they are [unit][row][tap][pixel]. 4 threads bring the pieces of a pixel: their loads have 64 bytes in a
+// row, and their stores meet in few banks. For the gradient of the input the weights lie with the pixel of the result
+// that they lead to, zero where Y has no pixel, and a tap's place is that in the sum.
 template <bool ToInput, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int length) {
-  constexpr int elements = 16 / int(sizeof(T)), batch = 4;
-  const auto [first, piece] = divide(int(threadIdx.x), q.by_w_pieces);
+  constexpr int elements = 16 / int(sizeof(T)), lanes = 4, batch = 4;
   const int pixels = q.units * q.rows * q.w_columns;
-  if (first >= q.w_lanes) return;
 #pragma unroll 1
-  for (int start = first; start < pixels; start += batch * q.w_lanes) {
-    Vector<T, elements> values[batch];
-    int to_row[batch], at_column[batch], begin[batch];  // of the piece, from the pixel's first weight on; `length` for no piece
+  for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+    const auto [rows, column] = divide(pixel, q.by_w_columns);
+    const auto [unit_index, row] = divide(rows, q.by_rows);
+    const int unit = tile.unit + unit_index, h = first_row + row, v = first_column + column;
+    if (unit >= tile.end_unit || h < 0 || h >= q.w_height) continue;
+    const bool exists = v >= 0 && v < q.w_width;
+    if (!ToInput && !exists) continue;
+    const auto [n, g] = divide(unit, q.by_groups);
+    const int64_t at = exists ? n * q.w.n + (g * q.w.g + h * q.w.h + v * q.w.w + kernel_row * q.w.kh) : 0;
+    const T* from = w + at;
+    const bool within = at >= elements && at + length + elements <= q.w.count;
+    T* to = shared + (rows * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
+    // Pieces are numbered from the 16 bytes on in which the first weight is.
+    int begin = int(threadIdx.x) % lanes * elements - offset_of(from) / int(sizeof(T));
+#pragma unroll 1
+    for (; begin < length; begin += lanes * batch * elements) {
+      Vector<T, elements> values[batch];
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      const int pixel = start + i * q.w_lanes;
-      const auto [rows, column] = divide(pixel, q.by_w_columns);
-      const auto [unit_index, row] = divide(rows, q.by_rows);
-      const int unit = tile.unit + unit_index, h = first_row + row, v = first_column + column;
-      to_row[i] = rows * q.w_row_pitch, at_column[i] = column;
-      begin[i] = length;
-      if (pixel >= pixels || unit >= tile.end_unit || h < 0 || h >= q.w_height) continue;
-      if (v < 0 || v >= q.w_width) {
-        if (ToInput) begin[i] = piece * elements;
+      for (int i = 0; i < batch; ++i) {
+        const int first = begin + i * lanes * elements;
+        if (first >= length) break;
+        if (within && exists) {
+          values[i] = *reinterpret_cast<const Vector<T, elements>*>(from + first);
+        } else {
 #pragma unroll
-        for (int e = 0; e < elements; ++e) store(Accumulator<T>(0), &values[i].v[e]);
-        continue;
-      }
-      const auto [n, g] = divide(unit, q.by_groups);
-      const int64_t at = n * q.w.n + (g * q.w.g + h * q.w.h + v * q.w.w + kernel_row * q.w.kh);
-      begin[i] = piece * elements - offset_of(w + at) / int(sizeof(T));
-      const T* from = w + (at + begin[i]);
-      if (begin[i] >= length) continue;
-      if (at + begin[i] >= 0 && at + begin[i] + elements <= q.w.count) {
-        values[i] = *reinterpret_cast<const Vector<T, elements>*>(from);
-      } else {
-#pragma unroll
-        for (int e = 0; e < elements; ++e)
-          if (begin[i] + e >= 0 && begin[i] + e < length) values[i].v[e] = from[e];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-#pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        const int tap = begin[i] + e;
-        if (tap < 0 || tap >= length) continue;
-        int place = tap, column = at_column[i];
-        if constexpr (ToInput) {
-          if (tap > columns.first_tap) continue;
-          const auto [of_sum, rest] = divide(columns.first_tap - tap, q.by_tap_step);
-          place = of_sum, column -= of_sum * columns.dilation;
-          if (rest != 0 || place >= columns.taps || column < 0 || column >= q.columns) continue;
+          for (int e = 0; e < elements; ++e) {
+            store(Accumulator<T>(0), &values[i].v[e]);
+            if (exists && first + e >= 0 && first + e < length) values[i].v[e] = from[first + e];
+          }
         }
-        shared[to_row[i] + place * q.w_pitch + place / 4 * 4 + place_in_runs(column, q)] = values[i].v[e];
+      }
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const int first = begin + i * lanes * elements;
+        if (first >= length) break;
+#pragma unroll
+        for (int e = 0; e < elements; ++e) {
+          const int tap = first + e;
+          if (unsigned(tap) >= unsigned(length)) continue;
+          if constexpr (ToInput) {
+            if (tap > columns.first_tap) continue;
+            const auto [place, rest] = divide(columns.first_tap - tap, q.by_tap_step);
+            const int to_column = column - place * columns.dilation;
+            if (rest == 0 && place < columns.taps && unsigned(to_column) < unsigned(q.columns))
+              to[place * q.w_pitch + place_in_runs(to_column, q)] = values[i].v[e];
+          } else {
+            to[tap * q.w_pitch] = values[i].v[e];
+          }
+        }
       }
     }
   }
@@ -264,52 +266,59 @@ __global__ void __launch_bounds__(max_threads, 2)
 #pragma unroll
         for (int m = 0; m < M; ++m) window[m][i] = next[m * q.x_area.plane + i * q.step];
       }
-#pragma unroll 1
-      for (int left = (columns.taps - phase + phases - 1) / phases; left > 0; left -= P) {
+      // Slides over 4 taps, or over the `left` ones at the end.
+      const auto slide = [&](auto all, int left) {
         A weights[P][P];  // of a tap and a pixel
         if (TapsInner || (!ToInput && q.w.vectors)) {
 #pragma unroll
           for (int u = 0; u < P; ++u) {
-            if (u < left) {
-              const T* from = TapsInner ? own + (staged_tap * q.w_pitch + staged_tap / 4 * 4) : kernel;
-              const auto four = *reinterpret_cast<const Vector<T, P>*>(from);
+            if (!all.value && u >= left) break;
+            const auto four = *reinterpret_cast<const Vector<T, P>*>(TapsInner ? own + staged_tap * q.w_pitch : kernel);
 #pragma unroll
-              for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
-            }
+            for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
             kernel += tap_step, staged_tap += phases;
           }
         } else if constexpr (!TapsInner) {
+          const auto bring = [&](auto distance) {
 #pragma unroll
-          for (int u = 0; u < P; ++u) {
-            if (u < left) {
+            for (int u = 0; u < P; ++u) {
+              if (!all.value && u >= left) break;
 #pragma unroll
               for (int i = 0; i < P; ++i) {
                 const int at = column + i * q.spacing;
-                const bool exists = ToInput ? at >= 0 && at < q.w_width : at < q.w_width;
-                weights[u][i] = exists ? load(kernel[i * q.spacing * q.w.w]) : A(0);
+                weights[u][i] = unsigned(at) < unsigned(q.w_width) ? load(kernel[i * distance]) : A(0);
               }
+              kernel += tap_step;
+              if (ToInput) column += phases * columns.dilation;
             }
-            kernel += tap_step;
-            if (ToInput) column += phases * columns.dilation;
+          };
+          if (q.w.dense) {
+            bring(std::integral_constant<int, 1>{});
+          } else {
+            bring(q.spacing * q.w.w);
           }
         }
         next += q.every + 1;
 #pragma unroll
         for (int u = 0; u < P; ++u) {
-          if (u < left) {
+          if (!all.value && u >= left) break;
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
+          for (int m = 0; m < M; ++m) {
 #pragma unroll
-              for (int i = 0; i < P; ++i) {
+            for (int i = 0; i < P; ++i) {
 #pragma unroll
-                for (int c = 0; c < V; ++c) sums[m][i][c] += weights[u][i] * window[m][(i + u) % P].v[c];
-              }
-              // After the last tap this is not used; the image in shared memory is followed by that much.
-              if (q.slides) window[m][u] = next[m * q.x_area.plane + u * q.step];
+              for (int c = 0; c < V; ++c) sums[m][i][c] += weights[u][i] * window[m][(i + u) % P].v[c];
             }
+            // After the last tap this is not used; the image in shared memory is followed by that much.
+            if (all.value) window[m][u] = next[m * q.x_area.plane + u * q.step];
+            if (!all.value && u + 1 < left) window[m][u] = next[m * q.x_area.plane + u * q.step];
           }
         }
-      }
+      };
+      int left = (columns.taps - phase + phases - 1) / phases;
+#pragma unroll 1
+      for (; left >= P; left -= P) slide(std::true_type{}, P);
+      if (left > 0) slide(std::false_type{}, left);
     }
   }
 

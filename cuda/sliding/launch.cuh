@@ -56,8 +56,7 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.every = plan.every, q.y_every = plan.y_every;
   q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
   q.w_columns = pass == Pass::grad_weight ? plan.columns : plan.w_columns;
-  q.w_offset = plan.w_offset, q.w_pieces = plan.w_pieces, q.w_lanes = plan.threads / std::max(1, plan.w_pieces);
-  q.taps_inner = taps_are_inner(p);
+  q.w_offset = plan.w_offset, q.taps_inner = taps_are_inner(p);
   q.slots = plan.slots, q.stages = plan.stages;
   q.vectors = int(ceil_div(p.group_channels(), plan.vector));
 
@@ -68,7 +67,7 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.by_groups = divisor(p.groups), q.by_runs = divisor(plan.runs), q.by_rows = divisor(plan.rows);
   q.by_unit_chunks = divisor(plan.unit_chunks), q.by_unit_vectors = divisor(q.unit_vectors);
   q.by_spacing = divisor(plan.spacing), q.by_phases = divisor(plan.phases);
-  q.by_w_pieces = divisor(std::max(1, q.w_pieces)), q.by_w_columns = divisor(std::max(1, q.w_columns));
+  q.by_w_columns = divisor(std::max(1, q.w_columns));
   q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
   q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
   q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
@@ -79,7 +78,7 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
 
   const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
   q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]),           int(p.w_stride[3]), int(p.w_stride[4]),
-         int(p.w_stride[5]), reach(w_sizes, p.w_stride) + 1, false};
+         int(p.w_stride[5]), reach(w_sizes, p.w_stride) + 1, false, plan.spacing == 1 && p.w_stride[5] == 1};
   const bool whole_runs = plan.spacing == 1 && p.out_w % run_pixels == 0;
   q.w.vectors = whole_runs && p.w_stride[5] == 1 &&
                 aligned_runs<T>(buffers.w, {p.w_stride[0], p.w_stride[1], p.w_stride[2], p.w_stride[3], p.w_stride[4]});
@@ -125,7 +124,7 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
           x, w, y);
     });
   with_vectors<T>(plan.vector, plan.vectors, [&](auto vector, auto vectors) {
-    const bool staged = is_staged(p);
+    const bool staged = taps_are_inner(p);
     if (pass == Pass::forward) {
       run_apply<T, vector.value, vectors.value, false>(staged, grid, q, x, w, y, execution);
     } else {
