@@ -279,23 +279,23 @@ __global__ void __launch_bounds__(max_threads, 2)
             kernel += tap_step, staged_tap += phases;
           }
         } else if constexpr (!TapsInner) {
-          const auto bring = [&](auto distance) {
+          const auto bring = [&](auto dense) {
 #pragma unroll
             for (int u = 0; u < P; ++u) {
               if (!all.value && u >= left) break;
 #pragma unroll
               for (int i = 0; i < P; ++i) {
                 const int at = column + i * q.spacing;
-                weights[u][i] = unsigned(at) < unsigned(q.w_width) ? load(kernel[i * distance]) : A(0);
+                weights[u][i] = unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
               }
               kernel += tap_step;
               if (ToInput) column += phases * columns.dilation;
             }
           };
           if (q.w.dense) {
-            bring(std::integral_constant<int, 1>{});
+            bring(std::true_type{});
           } else {
-            bring(q.spacing * q.w.w);
+            bring(std::false_type{});
           }
         }
         next += q.every + 1;
