@@ -98,6 +98,11 @@ inline Sum sum_of(const Problem& p, Pass pass) {
           p.dilation_w / common_w};
 }
 
+// Whether weights come through shared memory: where their columns are not dense, or many threads need them.
+inline bool is_staged(const Problem& p, int64_t chunks) {
+  return taps_are_inner(p) || chunks > 2 || (chunks == 2 && p.out_w % run_pixels != 0);
+}
+
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
 // `vector` channels, and a plane is a chunk of a unit.
 struct Plan {
@@ -182,27 +187,30 @@ inline Plan start_plan(const Problem& p, Pass pass, const Sum& sum, int vector, 
 inline int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 inline int sum_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
-// The shared memory of `apply`, and how many kernel rows of weights are there.
-inline void set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit) {
+// The shared memory of `apply`, and how many kernel rows of weights are there. Returns whether these are enough, for a
+// `choosy` caller.
+inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit, bool choosy) {
   const int element = element_bytes(p.dtype), bytes = plan.vector * sum_bytes(p.dtype);
   // A window may be read one block of positions beyond the last one.
   const int64_t beyond = plan.slides ? plan.every + 1 + run_pixels * plan.step : 0;
   const int64_t x_bytes = (int64_t{plan.plane} * plan.planes * plan.vectors + beyond) * bytes;
   plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
-  if (!taps_are_inner(p)) return;
+  if (!is_staged(p, plan.chunks)) return true;
   plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
   plan.w_pitch = plan.columns % 8 == 0 ? plan.columns + 4 : plan.columns;
-  halving(pass == Pass::grad_input ? 1 : p.kernel_h, [&](int64_t most) {
-    plan.w_rows = int(even_part(p.kernel_h, most));
-    if (pass == Pass::grad_input) plan.w_rows = 1;
-    const int64_t taps = plan.w_rows * p.kernel_w;
-    plan.w_row_pitch = int(taps * plan.w_pitch);
+  for (int64_t stages = pass == Pass::grad_input ? p.kernel_h : 1; stages <= p.kernel_h; ++stages) {
+    plan.w_rows = int(ceil_div(p.kernel_h, stages));
+    plan.w_row_pitch = int(plan.w_rows * p.kernel_w * plan.w_pitch);
     plan.shared_bytes = plan.w_offset + int64_t{plan.units} * plan.rows * plan.w_row_pitch * element;
-    return plan.shared_bytes <= limit;
-  });
+    if (plan.fits(limit)) break;
+  }
+  // In short pieces, addresses cost more than what is copied.
+  const int64_t piece = plan.w_rows * p.kernel_w * element;
+  return !choosy || !taps_are_inner(p) || pass == Pass::grad_input || plan.w_rows == p.kernel_h ||
+         piece * plan.unit_chunks >= 96;
 }
 
-inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit) {
+inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit, bool choosy) {
   return halving(32 / (run_pixels * plan.spacing), [&](int64_t most_spans) {
     plan.set_columns(sum, most_spans, plan.vector * sum_bytes(p.dtype));
     return halving(max_threads / 2 / plan.runs, [&](int64_t most_rows) {
@@ -215,8 +223,7 @@ inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
                          : 1;
         plan.planes = plan.units * plan.unit_chunks;
         plan.threads = int(ceil_div(plan.rows * plan.runs * plan.planes, 32) * 32);
-        set_memory(plan, p, pass, sum, limit);
-        return plan.fits(limit);
+        return set_memory(plan, p, pass, sum, limit, choosy) && plan.fits(limit);
       });
     });
   });
@@ -280,9 +287,11 @@ inline Plan plan_of(const Problem& p, Pass pass) {
       }
       continue;
     }
-    for (int each = vectors; each >= 1; --each) {
-      Plan plan = start_plan(p, pass, sum, vector, each);
-      if (plan_apply(plan, p, pass, sum, limit)) return plan;
+    for (const bool choosy : {true, false}) {
+      for (int each = vectors; each >= 1; --each) {
+        Plan plan = start_plan(p, pass, sum, vector, each);
+        if (plan_apply(plan, p, pass, sum, limit, choosy)) return plan;
+      }
     }
   }
   return {};
@@ -295,14 +304,14 @@ struct View {
   bool vectors;  // a vector of channels can be moved at once
 };
 
-// A part of an image in shared memory, [vector of channels][row][position], and how the threads bring it there: `lanes`
-// of them along vectors and `others` along positions, neighbours along what is consecutive in memory.
+// A part of an image in shared memory, [vector of channels][row][position], and how many threads bring it along
+// vectors, rows and columns. Neighbours are along what is consecutive in memory.
 struct Area {
   int rows, columns, pitch, plane;
   int height, width;  // of the image
-  int lanes, others;
+  int lanes, row_lanes, column_lanes;
   bool channels_inner;
-  Divisor by_load, by_columns, by_every;
+  Divisor by_load, by_column_lanes, by_every;
 };
 
 // The same for weights.
@@ -325,7 +334,7 @@ struct KernelParams {
   int slots, stages, vectors;  // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
   Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
-  Divisor by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
+  Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
   Area x_area, y_area;
   View x, y;
   WeightView w;

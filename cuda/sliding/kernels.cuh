@@ -76,8 +76,10 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
                                             int first_column) {
   const auto [outer, inner] = divide(int(threadIdx.x), area.by_load);
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
-  if (lane >= area.lanes || other >= area.others) return;
+  const auto [own_row, own_column] = divide(other, area.by_column_lanes);
+  if (lane >= area.lanes || own_row >= area.row_lanes) return;
   constexpr int batch = 16 / V;
+#pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
     const auto [unit_index, of_unit] = divide(vector, q.by_unit_vectors);
     const int unit = tile.unit + unit_index;
@@ -86,36 +88,45 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
     if (unit >= tile.end_unit || channels <= 0) continue;
     const T* from = x + (n * view.n + int64_t(g * q.group_channels + channel) * view.c);
     const bool vectors = view.vectors && channels >= V;
-    Vector<A, V>* to = shared + vector * area.plane;
+    const T* of_channel[V];
+#pragma unroll
+    for (int c = 0; c < V; ++c) of_channel[c] = from + (c < channels ? c : 0) * view.c;
 #pragma unroll 1
-    for (int first = other; first < area.rows * area.columns; first += batch * area.others) {
-      Vector<T, V> values[batch];
-      bool valid[batch];
-      int at[batch];
+    for (int column = own_column; column < area.columns; column += area.column_lanes) {
+      const int w = first_column + column;
+      const bool column_exists = w >= 0 && w < area.width;
+      const int row_offset = column_exists ? w * view.w : 0;
+      Vector<A, V>* to = shared + (vector * area.plane + column + area.by_every(column));
+#pragma unroll 1
+      for (int first = own_row; first < area.rows; first += batch * area.row_lanes) {
+        Vector<T, V> values[batch];
 #pragma unroll
-      for (int i = 0; i < batch; ++i) {
-        const auto [row, column] = divide(first + i * area.others, area.by_columns);
-        const int h = first_row + row, w = first_column + column;
-        valid[i] = row < area.rows && inside(h, w, area.height, area.width);
-        at[i] = row < area.rows ? row * area.pitch + column + area.by_every(column) : -1;
-        const T* pixel = from + (valid[i] ? h * view.h + w * view.w : 0);
-        if (vectors) {
-          values[i] = *reinterpret_cast<const Vector<T, V>*>(pixel);
-        } else {
+        for (int i = 0; i < batch; ++i) {
+          const int h = first_row + first + i * area.row_lanes;
+          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          const int pixel = exists ? h * view.h + row_offset : 0;
+          if (vectors) {
+            values[i] = *reinterpret_cast<const Vector<T, V>*>(from + pixel);
+          } else {
 #pragma unroll
-          for (int c = 0; c < V; ++c) values[i].v[c] = pixel[(c < channels ? c : 0) * view.c];
+            for (int c = 0; c < V; ++c) values[i].v[c] = of_channel[c][pixel];
+          }
         }
-      }
 #pragma unroll
-      for (int i = 0; i < batch; ++i) {
-        Vector<A, V> all;
+        for (int i = 0; i < batch; ++i) {
+          const int row = first + i * area.row_lanes, h = first_row + row;
+          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          Vector<A, V> all;
 #pragma unroll
-        for (int c = 0; c < V; ++c) all.v[c] = valid[i] && c < channels ? load(values[i].v[c]) : A(0);
-        if (at[i] >= 0) to[at[i]] = all;
+          for (int c = 0; c < V; ++c) all.v[c] = exists && c < channels ? load(values[i].v[c]) : A(0);
+          if (row < area.rows) to[row * area.pitch] = all;
+        }
       }
     }
   }
 }
+
+__device__ __forceinline__ int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The low bits of an address, in bytes from a multiple of 16.
 template <class T>
@@ -131,65 +142,102 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
   return (span * q.spacing + first) * run_pixels + i;
 }
 
-// Brings `length` consecutive weights, which begin with kernel row `kernel_row`, of the pixels of q.rows x q.w_columns
-// from (first_row, first_column) on, in 16-byte pieces; those at both ends have some of the neighbours' weights too. In
-// shared memory they are [unit][row][tap][pixel]. 4 threads bring the pieces of a pixel: their loads have 64 bytes in a
-// row, and their stores meet in few banks. For the gradient of the input the weights lie with the pixel of the result
-// that they lead to, zero where Y has no pixel, and a tap's place is that in the sum.
+// Brings the weights of `kernel_rows` kernel rows from `kernel_row` on, of the tile's pixels, into shared memory:
+// [unit][row][tap][pixel]. For the gradient of the input, the pixels are those of the result, to which the weights of
+// others lead; a tap's place is that in the sum, and weights that do not exist are zero.
+//
+// Where taps are inner, 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
+// neighbours' too. Loads have 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
+// tap, and its neighbours those of the next pixels.
 template <bool ToInput, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
-                                              int length) {
+                                              int kernel_rows) {
   constexpr int elements = 16 / int(sizeof(T)), lanes = 4, batch = 4;
-  const int pixels = q.units * q.rows * q.w_columns;
+  const int length = kernel_rows * q.kernel_w;
 #pragma unroll 1
-  for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
-    const auto [rows, column] = divide(pixel, q.by_w_columns);
-    const auto [unit_index, row] = divide(rows, q.by_rows);
-    const int unit = tile.unit + unit_index, h = first_row + row, v = first_column + column;
-    if (unit >= tile.end_unit || h < 0 || h >= q.w_height) continue;
-    const bool exists = v >= 0 && v < q.w_width;
-    if (!ToInput && !exists) continue;
-    const auto [n, g] = divide(unit, q.by_groups);
-    const int64_t at = exists ? n * q.w.n + (g * q.w.g + h * q.w.h + v * q.w.w + kernel_row * q.w.kh) : 0;
-    const T* from = w + at;
-    const bool within = at >= elements && at + length + elements <= q.w.count;
-    T* to = shared + (rows * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
-    // Pieces are numbered from the 16 bytes on in which the first weight is.
-    int begin = int(threadIdx.x) % lanes * elements - offset_of(from) / int(sizeof(T));
+  for (int unit_index = 0; unit_index < min(q.units, tile.end_unit - tile.unit); ++unit_index) {
+    const auto [n, g] = divide(tile.unit + unit_index, q.by_groups);
+    const int64_t of_unit = n * q.w.n + (g * q.w.g + kernel_row * q.w.kh);
+    T* const to_unit = shared + unit_index * q.rows * q.w_row_pitch;
+    if (!q.taps_inner) {
+      const int pixels = q.rows * q.columns;
 #pragma unroll 1
-    for (; begin < length; begin += lanes * batch * elements) {
-      Vector<T, elements> values[batch];
-#pragma unroll
-      for (int i = 0; i < batch; ++i) {
-        const int first = begin + i * lanes * elements;
-        if (first >= length) break;
-        if (within && exists) {
-          values[i] = *reinterpret_cast<const Vector<T, elements>*>(from + first);
-        } else {
-#pragma unroll
-          for (int e = 0; e < elements; ++e) {
-            store(Accumulator<T>(0), &values[i].v[e]);
-            if (exists && first + e >= 0 && first + e < length) values[i].v[e] = from[first + e];
+      for (int pixel = int(threadIdx.x); pixel < pixels; pixel += int(blockDim.x)) {
+        const auto [row, column] = divide(pixel, q.by_columns);
+        const int h = first_row + row, first_tap = ToInput ? columns.first_tap : 0;
+        int v = first_column + column;
+        if (h < 0 || h >= q.w_height) continue;
+        T* to = to_unit + (row * q.w_row_pitch + place_in_runs(column, q));
+#pragma unroll 1
+        for (int kh = 0; kh < kernel_rows; ++kh) {
+          const T* from = w + (of_unit + (h * q.w.h + v * q.w.w + kh * q.w.kh + first_tap * q.w.kw));
+          const int taps = ToInput ? columns.taps : q.kernel_w;
+          const int step = ToInput ? columns.tap_step * q.w.kw + columns.dilation * q.w.w : q.w.kw;
+#pragma unroll 4
+          for (int tap = 0; tap < taps; ++tap) {
+            T value;
+            store(Accumulator<T>(0), &value);
+            if (unsigned(v) < unsigned(q.w_width)) value = *from;
+            *to = value;
+            from += step, to += q.w_pitch;
+            if (ToInput) v += columns.dilation;
           }
         }
       }
+      continue;
+    }
+    // Pixels whose pieces are inside the tensor altogether, by their offset from the unit's first weight.
+    const int64_t before = of_unit - elements, after = q.w.count - of_unit - length - elements;
+    const int first_within = int(before >= 0 ? 0 : -before), last_within = int(min64(after, int64_t(1) << 30));
+    const int pixels = q.rows * q.w_columns;
+#pragma unroll 1
+    for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+      const auto [row, column] = divide(pixel, q.by_w_columns);
+      const int h = first_row + row, v = first_column + column;
+      if (h < 0 || h >= q.w_height) continue;
+      const bool exists = v >= 0 && v < q.w_width;
+      if (!ToInput && !exists) continue;
+      const int at = exists ? h * q.w.h + v * q.w.w : 0;
+      const T* from = w + (of_unit + at);
+      const bool within = exists && at >= first_within && at <= last_within;
+      T* to = to_unit + (row * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
+      // Pieces are numbered from the 16 bytes on in which the first weight is.
+      int begin = int(threadIdx.x) % lanes * elements - offset_of(from) / int(sizeof(T));
+#pragma unroll 1
+      for (; begin < length; begin += lanes * batch * elements) {
+        Vector<T, elements> values[batch];
 #pragma unroll
-      for (int i = 0; i < batch; ++i) {
-        const int first = begin + i * lanes * elements;
-        if (first >= length) break;
-#pragma unroll
-        for (int e = 0; e < elements; ++e) {
-          const int tap = first + e;
-          if (unsigned(tap) >= unsigned(length)) continue;
-          if constexpr (ToInput) {
-            if (tap > columns.first_tap) continue;
-            const auto [place, rest] = divide(columns.first_tap - tap, q.by_tap_step);
-            const int to_column = column - place * columns.dilation;
-            if (rest == 0 && place < columns.taps && unsigned(to_column) < unsigned(q.columns))
-              to[place * q.w_pitch + place_in_runs(to_column, q)] = values[i].v[e];
+        for (int i = 0; i < batch; ++i) {
+          const int first = begin + i * lanes * elements;
+          if (first >= length) break;
+          if (within) {
+            values[i] = *reinterpret_cast<const Vector<T, elements>*>(from + first);
           } else {
-            to[tap * q.w_pitch] = values[i].v[e];
+#pragma unroll
+            for (int e = 0; e < elements; ++e) {
+              store(Accumulator<T>(0), &values[i].v[e]);
+              if (exists && first + e >= 0 && first + e < length) values[i].v[e] = from[first + e];
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+          const int first = begin + i * lanes * elements;
+          if (first >= length) break;
+#pragma unroll
+          for (int e = 0; e < elements; ++e) {
+            const int tap = first + e;
+            if (unsigned(tap) >= unsigned(length)) continue;
+            if constexpr (ToInput) {
+              if (tap > columns.first_tap) continue;
+              const auto [place, rest] = divide(columns.first_tap - tap, q.by_tap_step);
+              const int to_column = column - place * columns.dilation;
+              if (rest == 0 && place < columns.taps && unsigned(to_column) < unsigned(q.columns))
+                to[place * q.w_pitch + place_in_runs(to_column, q)] = values[i].v[e];
+            } else {
+              to[tap * q.w_pitch] = values[i].v[e];
+            }
           }
         }
       }
@@ -197,7 +245,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
   }
 }
 
-template <class T, int V, int M, bool ToInput, bool TapsInner>
+template <class T, int V, int M, bool ToInput, bool Staged>
 __global__ void __launch_bounds__(max_threads, 2)
     apply(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   using A = Accumulator<T>;
@@ -210,7 +258,7 @@ __global__ void __launch_bounds__(max_threads, 2)
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
   bring_image<V>(image, x, q, q.x, q.x_area, tile, tile.chunk * M, tile.row * rows.stride - rows.padding,
                  tile.column * columns.stride - columns.padding);
-  if constexpr (!TapsInner) __syncthreads();
+  if constexpr (!Staged) __syncthreads();
 
   const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
   const auto [plane, row] = divide(across, q.by_rows);
@@ -239,14 +287,14 @@ __global__ void __launch_bounds__(max_threads, 2)
     const int kernel_row = rows.first_tap + kh * rows.tap_step;
     const int from_row = ToInput ? h - rows.padding + kh * rows.dilation : h;
     int staged_taps = 0;
-    if constexpr (TapsInner) {
+    if constexpr (Staged) {
       const int after = ToInput ? 0 : kh % q.w_rows;
       if (after == 0) {
         if (kh > 0) __syncthreads();
         bring_weights<ToInput>(staged, w, q, tile, columns,
                                tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
                                tile.column - (ToInput ? columns.padding : 0), kernel_row,
-                               min(q.w_rows, rows.taps - kh) * q.kernel_w);
+                               min(q.w_rows, rows.taps - kh));
         __syncthreads();
       }
       staged_taps = after * q.kernel_w;
@@ -269,16 +317,16 @@ __global__ void __launch_bounds__(max_threads, 2)
       // Slides over 4 taps, or over the `left` ones at the end.
       const auto slide = [&](auto all, int left) {
         A weights[P][P];  // of a tap and a pixel
-        if (TapsInner || (!ToInput && q.w.vectors)) {
+        if (Staged || (!ToInput && q.w.vectors)) {
 #pragma unroll
           for (int u = 0; u < P; ++u) {
             if (!all.value && u >= left) break;
-            const auto four = *reinterpret_cast<const Vector<T, P>*>(TapsInner ? own + staged_tap * q.w_pitch : kernel);
+            const auto four = *reinterpret_cast<const Vector<T, P>*>(Staged ? own + staged_tap * q.w_pitch : kernel);
 #pragma unroll
             for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
             kernel += tap_step, staged_tap += phases;
           }
-        } else if constexpr (!TapsInner) {
+        } else if constexpr (!Staged) {
           const auto bring = [&](auto dense) {
 #pragma unroll
             for (int u = 0; u < P; ++u) {

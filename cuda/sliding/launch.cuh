@@ -20,14 +20,15 @@ bool aligned_runs(const void* data, std::initializer_list<int64_t> strides) {
 
 inline Area area(const Plan& plan, const View& view, int rows, int columns, int pitch, int every, int64_t height,
                  int64_t width) {
-  Area area{rows, columns, pitch, rows * pitch, int(height), int(width), 0, 0, view.c == 1, {}, {}, {}};
+  Area area{rows, columns, pitch, rows * pitch, int(height), int(width), 0, 0, 0, view.c == 1, {}, {}, {}};
   const int vectors = plan.planes * plan.vectors;
   // As many threads along positions as there are, where these are consecutive in memory.
   area.lanes = std::min(plan.threads,
                         area.channels_inner ? vectors : std::clamp(plan.threads / (rows * columns), 1, vectors));
-  area.others = plan.threads / area.lanes;
-  area.by_load = divisor(area.channels_inner ? area.lanes : area.others);
-  area.by_columns = divisor(columns), area.by_every = divisor(every);
+  const int others = plan.threads / area.lanes;
+  area.column_lanes = std::min(columns, others), area.row_lanes = others / area.column_lanes;
+  area.by_load = divisor(area.channels_inner ? area.lanes : others);
+  area.by_column_lanes = divisor(area.column_lanes), area.by_every = divisor(every);
   return area;
 }
 
@@ -67,7 +68,7 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.by_groups = divisor(p.groups), q.by_runs = divisor(plan.runs), q.by_rows = divisor(plan.rows);
   q.by_unit_chunks = divisor(plan.unit_chunks), q.by_unit_vectors = divisor(q.unit_vectors);
   q.by_spacing = divisor(plan.spacing), q.by_phases = divisor(plan.phases);
-  q.by_w_columns = divisor(std::max(1, q.w_columns));
+  q.by_columns = divisor(plan.columns), q.by_w_columns = divisor(std::max(1, q.w_columns));
   q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
   q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
   q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
@@ -124,7 +125,7 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
           x, w, y);
     });
   with_vectors<T>(plan.vector, plan.vectors, [&](auto vector, auto vectors) {
-    const bool staged = taps_are_inner(p);
+    const bool staged = is_staged(p, plan.chunks);
     if (pass == Pass::forward) {
       run_apply<T, vector.value, vectors.value, false>(staged, grid, q, x, w, y, execution);
     } else {
