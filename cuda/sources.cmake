@@ -5,6 +5,11 @@ set(PYINVOLUTION_CUDA_KERNELS
   ${CMAKE_CURRENT_LIST_DIR}/generic/instances/f64.cu
   ${CMAKE_CURRENT_LIST_DIR}/generic/instances/f16.cu
   ${CMAKE_CURRENT_LIST_DIR}/generic/instances/bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/sliding/variant.cu
+  ${CMAKE_CURRENT_LIST_DIR}/sliding/instances/f32.cu
+  ${CMAKE_CURRENT_LIST_DIR}/sliding/instances/f64.cu
+  ${CMAKE_CURRENT_LIST_DIR}/sliding/instances/f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/sliding/instances/bf16.cu
   ${CMAKE_CURRENT_LIST_DIR}/tiled/variant.cu
   ${CMAKE_CURRENT_LIST_DIR}/tiled/instances/f32.cu
   ${CMAKE_CURRENT_LIST_DIR}/tiled/instances/f16.cu

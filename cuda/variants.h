@@ -11,6 +11,10 @@ namespace pyinvolution::cuda {
 Refusal generic_refusal(const Problem&, Pass);
 void generic_run(const Problem&, Pass, const Buffers&, const Execution&);
 
+// A sliding window in registers: every kernel and number of channels whose windows fit into shared memory.
+Refusal sliding_refusal(const Problem&, Pass);
+void sliding_run(const Problem&, Pass, const Buffers&, const Execution&);
+
 // Tiles in shared memory: float32 and 16-bit types.
 Refusal tiled_refusal(const Problem&, Pass);
 void tiled_run(const Problem&, Pass, const Buffers&, const Execution&);

@@ -48,6 +48,7 @@ Refusal never(const SpanProblem&, SpanOp) { return {}; }
 constexpr Variant table[] = {
     CUDA_VARIANT(mma),      //
     CUDA_VARIANT(tiled),    //
+    CUDA_VARIANT(sliding),  //
     CUDA_VARIANT(generic),  //
     CPU_VARIANT(channels),  //
     CPU_VARIANT(columns),   //

@@ -1,0 +1,7 @@
+#include "../launch.cuh"
+
+namespace pyinvolution::cuda::sliding {
+
+template void run<DType::f16>(const Problem&, Pass, const Buffers&, const Execution&);
+
+}  // namespace pyinvolution::cuda::sliding

@@ -1,0 +1,530 @@
+// Involution with any kernel, stride, dilation and number of channels in a group.
+//
+//   forward       Y[n,c,p]   = sum over taps k of W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding]
+//   grad_input    X[n,c,q]   = sum over (k,p) with stride*p + dilation*k - padding = q of W[n,g(c),k,p] * Y[n,c,p]
+//   grad_weight  W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, stride*p + dilation*k - padding]
+//
+// X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo (in the gradients, grad_output). The gradient of the input is the
+// forward's sum over taps in reverse, whose weights lie at the pixel of Y instead of at that of the result; with a
+// stride it is one such sum for each remainder of the pixels of X by the stride, with a part of the taps (config.cuh).
+//
+// A block has a tile of pixels of a few planes; a plane is up to 8 channels of a group of an image. It brings the pixels
+// below the tile into shared memory, with their halo and zeros outside the image, as vectors of channels in the type of
+// the sums: [plane][row][position][channel]. Small images share a block, so that its threads are busy.
+//
+// A thread owns a run of 4 pixels in a row and all channels of a plane. For each kernel row it slides over the taps with
+// 4 positions in registers: the next tap needs one position more and one less, so that a value of X is read from shared
+// memory once for 4 taps, and a weight once for up to 8 channels. Pixels of a run are dilation/gcd(stride, dilation)
+// apart, and taps go in steps of stride/gcd, to make this hold for any stride and dilation.
+//
+// Weights with dense columns (or any other strides) are read from global memory into registers, 16 taps and pixels at a
+// time, coalesced over the runs of a row. Weights with dense taps, whose pixels are far apart, come through shared
+// memory as they are stored, in 16-byte pieces: a few kernel rows of all pixels at a time.
+//
+// Bytes: each weight crosses the memory bus once, and 8 channels share its read from L2; an x is read 1 to 3 times,
+// mostly from L2. Limit: with up to 4 channels in a group, the bytes of W; with many, a pixel and channel takes for each
+// tap 1 FMA, 1/4 of a 16-byte load of x and 1/8 of a load of a weight.
+#pragma once
+
+#include "config.cuh"
+
+namespace pyinvolution::cuda::sliding {
+
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
+  T v[V];
+};
+
+// The work of a block: units [unit, end_unit) from `chunk` on, a tile that begins at pixel (row, column).
+struct Tile {
+  int unit, end_unit, chunk, row, column, class_h, class_w;
+};
+
+__device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
+  // Blocks that run at the same time differ first in what reads the same weights, then in the group, then in the tile.
+  const auto [block, parity] = divide(int(blockIdx.x), q.by_classes);
+  const auto [class_h, class_w] = divide(parity, q.by_classes_w);
+  const auto [units, chunk] = divide(block, q.by_chunk_blocks);
+  const auto [tiles, unit] = divide(units, q.by_unit_blocks);
+  const auto [rows, column] = divide(tiles, q.by_tiles_w);
+  const auto [image, row] = divide(rows, q.by_tiles_h);
+  const int first = image * q.image_units;
+  return {first + unit * q.units, min(first + (unit + 1) * q.units, first + q.image_units),
+          chunk * q.unit_chunks,  row * q.rows,
+          column * q.columns,     class_h,
+          class_w};
+}
+
+// An element of the parameters, whose addresses are constants.
+__device__ __forceinline__ Axis axis_of(const Axis (&axes)[max_classes], int index) {
+  Axis axis = axes[0];
+#pragma unroll
+  for (int i = 1; i < max_classes; ++i)
+    if (index == i) axis = axes[i];
+  return axis;
+}
+
+__device__ __forceinline__ bool inside(int h, int w, int height, int width) {
+  return h >= 0 && h < height && w >= 0 && w < width;
+}
+
+// Brings vectors of channels of the block's units, from `first_vector` of each on and from pixel (first_row,
+// first_column) on.
+template <int V, class A, class T>
+__device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, const KernelParams& q, const View& view,
+                                            const Area& area, const Tile& tile, int first_vector, int first_row,
+                                            int first_column) {
+  const auto [outer, inner] = divide(int(threadIdx.x), area.by_load);
+  const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
+  const auto [own_row, own_column] = divide(other, area.by_column_lanes);
+  if (lane >= area.lanes || own_row >= area.row_lanes) return;
+  constexpr int batch = 16 / V;
+#pragma unroll 1
+  for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
+    const auto [unit_index, of_unit] = divide(vector, q.by_unit_vectors);
+    const int unit = tile.unit + unit_index;
+    const auto [n, g] = divide(unit, q.by_groups);
+    const int channel = (first_vector + of_unit) * V, channels = q.group_channels - channel;
+    if (unit >= tile.end_unit || channels <= 0) continue;
+    const T* from = x + (n * view.n + int64_t(g * q.group_channels + channel) * view.c);
+    const bool vectors = view.vectors && channels >= V;
+    const T* of_channel[V];
+#pragma unroll
+    for (int c = 0; c < V; ++c) of_channel[c] = from + (c < channels ? c : 0) * view.c;
+#pragma unroll 1
+    for (int column = own_column; column < area.columns; column += area.column_lanes) {
+      const int w = first_column + column;
+      const bool column_exists = w >= 0 && w < area.width;
+      const int row_offset = column_exists ? w * view.w : 0;
+      Vector<A, V>* to = shared + (vector * area.plane + column + area.by_every(column));
+#pragma unroll 1
+      for (int first = own_row; first < area.rows; first += batch * area.row_lanes) {
+        Vector<T, V> values[batch];
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+          const int h = first_row + first + i * area.row_lanes;
+          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          const int pixel = exists ? h * view.h + row_offset : 0;
+          if (vectors) {
+            values[i] = *reinterpret_cast<const Vector<T, V>*>(from + pixel);
+          } else {
+#pragma unroll
+            for (int c = 0; c < V; ++c) values[i].v[c] = of_channel[c][pixel];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+          const int row = first + i * area.row_lanes, h = first_row + row;
+          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          Vector<A, V> all;
+#pragma unroll
+          for (int c = 0; c < V; ++c) all.v[c] = exists && c < channels ? load(values[i].v[c]) : A(0);
+          if (row < area.rows) to[row * area.pitch] = all;
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The low bits of an address, in bytes from a multiple of 16.
+template <class T>
+__device__ __forceinline__ int offset_of(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) & 15);
+}
+
+// The place in a row of weights in shared memory: pixels of a run are neighbours.
+__device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) {
+  if (q.spacing == 1) return column;
+  const auto [span, of_span] = divide(column, q.by_span);
+  const auto [i, first] = divide(of_span, q.by_spacing);
+  return (span * q.spacing + first) * run_pixels + i;
+}
+
+// Brings the weights of `kernel_rows` kernel rows from `kernel_row` on, of the tile's pixels, into shared memory:
+// [unit][row][tap][pixel]. For the gradient of the input, the pixels are those of the result, to which the weights of
+// others lead; a tap's place is that in the sum, and weights that do not exist are zero.
+//
+// Where taps are inner, 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
+// neighbours' too. Loads have 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
+// tap, and its neighbours those of the next pixels.
+template <bool ToInput, class T>
+__device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
+                                              const Axis& columns, int first_row, int first_column, int kernel_row,
+                                              int kernel_rows) {
+  constexpr int elements = 16 / int(sizeof(T)), lanes = 4, batch = 4;
+  const int length = kernel_rows * q.kernel_w;
+#pragma unroll 1
+  for (int unit_index = 0; unit_index < min(q.units, tile.end_unit - tile.unit); ++unit_index) {
+    const auto [n, g] = divide(tile.unit + unit_index, q.by_groups);
+    const int64_t of_unit = n * q.w.n + (g * q.w.g + kernel_row * q.w.kh);
+    T* const to_unit = shared + unit_index * q.rows * q.w_row_pitch;
+    if (!q.taps_inner) {
+      const int pixels = q.rows * q.columns;
+#pragma unroll 1
+      for (int pixel = int(threadIdx.x); pixel < pixels; pixel += int(blockDim.x)) {
+        const auto [row, column] = divide(pixel, q.by_columns);
+        const int h = first_row + row, first_tap = ToInput ? columns.first_tap : 0;
+        int v = first_column + column;
+        if (h < 0 || h >= q.w_height) continue;
+        T* to = to_unit + (row * q.w_row_pitch + place_in_runs(column, q));
+#pragma unroll 1
+        for (int kh = 0; kh < kernel_rows; ++kh) {
+          const T* from = w + (of_unit + (h * q.w.h + v * q.w.w + kh * q.w.kh + first_tap * q.w.kw));
+          const int taps = ToInput ? columns.taps : q.kernel_w;
+          const int step = ToInput ? columns.tap_step * q.w.kw + columns.dilation * q.w.w : q.w.kw;
+#pragma unroll 4
+          for (int tap = 0; tap < taps; ++tap) {
+            T value;
+            store(Accumulator<T>(0), &value);
+            if (unsigned(v) < unsigned(q.w_width)) value = *from;
+            *to = value;
+            from += step, to += q.w_pitch;
+            if (ToInput) v += columns.dilation;
+          }
+        }
+      }
+      continue;
+    }
+    // Pixels whose pieces are inside the tensor altogether, by their offset from the unit's first weight.
+    const int64_t before = of_unit - elements, after = q.w.count - of_unit - length - elements;
+    const int first_within = int(before >= 0 ? 0 : -before), last_within = int(min64(after, int64_t(1) << 30));
+    const int pixels = q.rows * q.w_columns;
+#pragma unroll 1
+    for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+      const auto [row, column] = divide(pixel, q.by_w_columns);
+      const int h = first_row + row, v = first_column + column;
+      if (h < 0 || h >= q.w_height) continue;
+      const bool exists = v >= 0 && v < q.w_width;
+      if (!ToInput && !exists) continue;
+      const int at = exists ? h * q.w.h + v * q.w.w : 0;
+      const T* from = w + (of_unit + at);
+      const bool within = exists && at >= first_within && at <= last_within;
+      T* to = to_unit + (row * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
+      // Pieces are numbered from the 16 bytes on in which the first weight is.
+      int begin = int(threadIdx.x) % lanes * elements - offset_of(from) / int(sizeof(T));
+#pragma unroll 1
+      for (; begin < length; begin += lanes * batch * elements) {
+        Vector<T, elements> values[batch];
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+          const int first = begin + i * lanes * elements;
+          if (first >= length) break;
+          if (within) {
+            values[i] = *reinterpret_cast<const Vector<T, elements>*>(from + first);
+          } else {
+#pragma unroll
+            for (int e = 0; e < elements; ++e) {
+              store(Accumulator<T>(0), &values[i].v[e]);
+              if (exists && first + e >= 0 && first + e < length) values[i].v[e] = from[first + e];
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+          const int first = begin + i * lanes * elements;
+          if (first >= length) break;
+#pragma unroll
+          for (int e = 0; e < elements; ++e) {
+            const int tap = first + e;
+            if (unsigned(tap) >= unsigned(length)) continue;
+            if constexpr (ToInput) {
+              if (tap > columns.first_tap) continue;
+              const auto [place, rest] = divide(columns.first_tap - tap, q.by_tap_step);
+              const int to_column = column - place * columns.dilation;
+              if (rest == 0 && place < columns.taps && unsigned(to_column) < unsigned(q.columns))
+                to[place * q.w_pitch + place_in_runs(to_column, q)] = values[i].v[e];
+            } else {
+              to[tap * q.w_pitch] = values[i].v[e];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, int V, int M, bool ToInput, bool Staged>
+__global__ void __launch_bounds__(max_threads, 2)
+    apply(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
+  using A = Accumulator<T>;
+  constexpr int P = run_pixels;
+  Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
+  T* staged = reinterpret_cast<T*>(shared_memory() + q.w_offset);
+  const Tile tile = tile_of_block(q);
+  const Axis rows = ToInput ? axis_of(q.h, tile.class_h) : q.h[0];
+  const Axis columns = ToInput ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
+  if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
+  bring_image<V>(image, x, q, q.x, q.x_area, tile, tile.chunk * M, tile.row * rows.stride - rows.padding,
+                 tile.column * columns.stride - columns.padding);
+  if constexpr (!Staged) __syncthreads();
+
+  const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
+  const auto [plane, row] = divide(across, q.by_rows);
+  const auto [unit_index, chunk] = divide(plane, q.by_unit_chunks);
+  const auto [span, first_of_span] = divide(run, q.by_spacing);
+  const int unit = tile.unit + unit_index;
+  const auto [n, g] = divide(unit, q.by_groups);
+  const int channel = (tile.chunk + chunk) * (V * M), channels = q.group_channels - channel;
+  const int h = tile.row + row, v = tile.column + span * P * q.spacing + first_of_span;
+  const bool active =
+      plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
+
+  const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
+  const Vector<A, V>* positions = image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
+                                           span * block + first_of_span * columns.stride);
+  const T* kernels = w + (n * q.w.n + int64_t(g) * q.w.g);
+  const T* own = staged + ((unit_index * q.rows + row) * q.w_row_pitch + run * P);
+  const int phases = q.slides ? q.phases : columns.taps;
+  // From a tap of a phase to the next. In the gradient of the input, the weights' pixel moves along.
+  const int64_t tap_step = int64_t(phases) * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
+  const int from_column = ToInput ? v - columns.padding : v;
+
+  A sums[M][P][V] = {};
+#pragma unroll 1
+  for (int kh = 0; kh < rows.taps; ++kh) {
+    const int kernel_row = rows.first_tap + kh * rows.tap_step;
+    const int from_row = ToInput ? h - rows.padding + kh * rows.dilation : h;
+    int staged_taps = 0;
+    if constexpr (Staged) {
+      const int after = ToInput ? 0 : kh % q.w_rows;
+      if (after == 0) {
+        if (kh > 0) __syncthreads();
+        bring_weights<ToInput>(staged, w, q, tile, columns,
+                               tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
+                               tile.column - (ToInput ? columns.padding : 0), kernel_row,
+                               min(q.w_rows, rows.taps - kh));
+        __syncthreads();
+      }
+      staged_taps = after * q.kernel_w;
+    }
+    if (!active || (ToInput && (from_row < 0 || from_row >= q.w_height))) continue;
+    const Vector<A, V>* row_positions = positions + kh * rows.dilation * q.x_area.pitch;
+#pragma unroll 1
+    for (int phase = 0; phase < phases; ++phase) {
+      const Vector<A, V>* next = row_positions + phase * columns.dilation;
+      int column = from_column + (ToInput ? phase * columns.dilation : 0);
+      const T* kernel = kernels + (from_row * q.w.h + column * q.w.w + kernel_row * q.w.kh +
+                                   (columns.first_tap + phase * columns.tap_step) * q.w.kw);
+      int staged_tap = staged_taps + phase;
+      Vector<A, V> window[M][P];
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) window[m][i] = next[m * q.x_area.plane + i * q.step];
+      }
+      // Slides over 4 taps, or over the `left` ones at the end.
+      const auto slide = [&](auto all, int left) {
+        A weights[P][P];  // of a tap and a pixel
+        if (Staged || (!ToInput && q.w.vectors)) {
+#pragma unroll
+          for (int u = 0; u < P; ++u) {
+            if (!all.value && u >= left) break;
+            const auto four = *reinterpret_cast<const Vector<T, P>*>(Staged ? own + staged_tap * q.w_pitch : kernel);
+#pragma unroll
+            for (int i = 0; i < P; ++i) weights[u][i] = load(four.v[i]);
+            kernel += tap_step, staged_tap += phases;
+          }
+        } else if constexpr (!Staged) {
+          const auto bring = [&](auto dense) {
+#pragma unroll
+            for (int u = 0; u < P; ++u) {
+              if (!all.value && u >= left) break;
+#pragma unroll
+              for (int i = 0; i < P; ++i) {
+                const int at = column + i * q.spacing;
+                weights[u][i] = unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
+              }
+              kernel += tap_step;
+              if (ToInput) column += phases * columns.dilation;
+            }
+          };
+          if (q.w.dense) {
+            bring(std::true_type{});
+          } else {
+            bring(std::false_type{});
+          }
+        }
+        next += q.every + 1;
+#pragma unroll
+        for (int u = 0; u < P; ++u) {
+          if (!all.value && u >= left) break;
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int i = 0; i < P; ++i) {
+#pragma unroll
+              for (int c = 0; c < V; ++c) sums[m][i][c] += weights[u][i] * window[m][(i + u) % P].v[c];
+            }
+            // After the last tap this is not used; the image in shared memory is followed by that much.
+            if (all.value) window[m][u] = next[m * q.x_area.plane + u * q.step];
+            if (!all.value && u + 1 < left) window[m][u] = next[m * q.x_area.plane + u * q.step];
+          }
+        }
+      };
+      int left = (columns.taps - phase + phases - 1) / phases;
+#pragma unroll 1
+      for (; left >= P; left -= P) slide(std::true_type{}, P);
+      if (left > 0) slide(std::false_type{}, left);
+    }
+  }
+
+  if (!active) return;
+  T* out = y + (n * q.y.n + int64_t(g * q.group_channels + channel) * q.y.c) +
+           ((rows.first + h * rows.every) * q.y.h + (columns.first + v * columns.every) * q.y.w);
+  const int step = q.spacing * columns.every * q.y.w;
+  if (q.store_vectors) {
+#pragma unroll
+    for (int c = 0; c < M * V; ++c) {
+      if (c >= channels) break;
+      Vector<T, P> run_of_pixels;
+#pragma unroll
+      for (int i = 0; i < P; ++i) store(sums[c / V][i][c % V], &run_of_pixels.v[i]);
+      *reinterpret_cast<Vector<T, P>*>(out + c * q.y.c) = run_of_pixels;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < P; ++i) {
+    if (v + i * q.spacing >= columns.pixels) break;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      T* to = out + (i * step + m * V * q.y.c);
+      Vector<T, V> vector;
+#pragma unroll
+      for (int c = 0; c < V; ++c) store(sums[m][i][c], &vector.v[c]);
+      if (q.y.vectors && channels >= (m + 1) * V) {
+        *reinterpret_cast<Vector<T, V>*>(to) = vector;
+      } else {
+#pragma unroll
+        for (int c = 0; c < V; ++c)
+          if (m * V + c < channels) to[c * q.y.c] = vector.v[c];
+      }
+    }
+  }
+}
+
+template <class T, int V, int Taps>
+__global__ void __launch_bounds__(max_threads, 2)
+    grad_weight(KernelParams q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
+  using A = Accumulator<T>;
+  constexpr int P = run_pixels;
+  const int vectors = q.units * q.unit_vectors;
+  Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
+  Vector<A, V>* gradient = image + vectors * q.x_area.plane;
+  A* staged = reinterpret_cast<A*>(gradient + vectors * q.y_area.plane);
+  const Tile tile = tile_of_block(q);
+  const Axis rows = q.h[0], columns = q.w_axis[0];
+  const int first_row = tile.row * rows.stride - rows.padding;
+  const int first_column = tile.column * columns.stride - columns.padding;
+
+  const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
+  const auto [part, row] = divide(across, q.by_rows);
+  const auto [unit_index, slot] = divide(part, q.by_slots);
+  const auto [slot_row, slot_part] = divide(slot, q.by_row_slots);
+  const auto [first_taps, phase] = divide(slot_part, q.by_phases);
+  const auto [span, first_of_span] = divide(run, q.by_spacing);
+  const int unit = tile.unit + unit_index;
+  const auto [n, g] = divide(unit, q.by_groups);
+  const int h = tile.row + row, local = span * P * q.spacing + first_of_span, v = tile.column + local;
+  // The taps of the slot: first_tap, first_tap + phases and so on.
+  const int first_tap = phase + first_taps * Taps * q.phases;
+  const int count = min(Taps, (columns.taps - first_tap + q.phases - 1) / q.phases);
+  const bool active =
+      unit_index < q.units && unit < tile.end_unit && h < rows.pixels && v < columns.pixels && count > 0;
+  const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
+  const Vector<A, V>* positions =
+      image + (unit_index * q.unit_vectors * q.x_area.plane + row * rows.stride * q.x_area.pitch + span * block +
+               first_of_span * columns.stride + phase * columns.dilation + first_taps * (Taps / P) * (q.every + 1));
+  const Vector<A, V>* gradients = gradient + (unit_index * q.unit_vectors * q.y_area.plane + row * q.y_area.pitch +
+                                              span * (q.y_every + 1) + first_of_span);
+
+#pragma unroll 1
+  for (int first_kernel_row = 0; first_kernel_row < rows.taps; first_kernel_row += q.w_rows) {
+    const int kernel_row = first_kernel_row + slot_row;
+    A sums[Taps][P] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < q.stages; ++stage) {
+      if (stage + first_kernel_row == 0 || q.stages > 1) {
+        if (stage + first_kernel_row > 0) __syncthreads();
+        bring_image<V>(image, x, q, q.x, q.x_area, tile, stage * q.unit_vectors, first_row, first_column);
+        bring_image<V>(gradient, y, q, q.y, q.y_area, tile, stage * q.unit_vectors, tile.row, tile.column);
+        __syncthreads();
+      }
+      if (!active || kernel_row >= rows.taps) continue;
+      const Vector<A, V>* xs = positions + kernel_row * rows.dilation * q.x_area.pitch;
+      const Vector<A, V>* ys = gradients;
+#pragma unroll 1
+      for (int vector = min(q.unit_vectors, q.vectors - stage * q.unit_vectors); vector > 0; --vector) {
+        Vector<A, V> own[P];
+#pragma unroll
+        for (int i = 0; i < P; ++i) own[i] = ys[i * q.spacing];
+#pragma unroll
+        for (int position = 0; position < P + Taps - 1; ++position) {
+          if (position < count + P - 1) {
+            const Vector<A, V> value = xs[position / P * (q.every + 1) + position % P * q.step];
+#pragma unroll
+            for (int i = 0; i < P; ++i) {
+              const int tap = position - i;
+              if (tap < 0 || tap >= Taps) continue;
+#pragma unroll
+              for (int c = 0; c < V; ++c) sums[tap][i] += own[i].v[c] * value.v[c];
+            }
+          }
+        }
+        xs += q.x_area.plane, ys += q.y_area.plane;
+      }
+    }
+
+    if (!q.taps_inner) {
+      if (!active || kernel_row >= rows.taps) continue;
+      T* out = w + (n * q.w.n + int64_t(g) * q.w.g) + (kernel_row * q.w.kh + h * q.w.h + v * q.w.w);
+#pragma unroll
+      for (int t = 0; t < Taps; ++t) {
+        if (t >= count) break;
+        T* to = out + (first_tap + t * q.phases) * q.w.kw;
+        if (q.w.vectors) {
+          Vector<T, P> all;
+#pragma unroll
+          for (int i = 0; i < P; ++i) store(sums[t][i], &all.v[i]);
+          *reinterpret_cast<Vector<T, P>*>(to) = all;
+        } else {
+#pragma unroll
+          for (int i = 0; i < P; ++i)
+            if (v + i * q.spacing < columns.pixels) store(sums[t][i], &to[i * q.spacing * q.w.w]);
+        }
+      }
+      continue;
+    }
+    // Through shared memory, [pixel][tap], so that consecutive threads write consecutive taps.
+    if (first_kernel_row > 0 && q.stages == 1) __syncthreads();
+    if (active && kernel_row < rows.taps) {
+      A* to = staged + ((unit_index * q.rows + row) * q.w_row_pitch + slot_row * q.kernel_w + first_tap);
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        const int at = local + i * q.spacing;
+#pragma unroll
+        for (int t = 0; t < Taps; ++t)
+          if (t < count) to[at * q.w_pitch + at / P + t * q.phases] = sums[t][i];
+      }
+    }
+    __syncthreads();
+    const int taps = min(q.w_rows, rows.taps - first_kernel_row) * q.kernel_w;
+    const int items = q.units * q.rows * q.columns * int(q.by_taps.divisor);
+#pragma unroll 1
+    for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
+      const auto [pixel, tap] = divide(item, q.by_taps);
+      const auto [pixel_rows, column] = divide(pixel, q.by_w_columns);
+      const auto [of_unit, pixel_row] = divide(pixel_rows, q.by_rows);
+      const int to_unit = tile.unit + of_unit, to_h = tile.row + pixel_row, to_v = tile.column + column;
+      const auto [to_n, to_g] = divide(to_unit, q.by_groups);
+      if (tap >= taps || to_unit >= tile.end_unit || to_h >= rows.pixels || to_v >= columns.pixels) continue;
+      T* to = w + (to_n * q.w.n + int64_t(to_g) * q.w.g) + (to_h * q.w.h + to_v * q.w.w);
+      store(staged[pixel_rows * q.w_row_pitch + column * q.w_pitch + column / P + tap],
+            &to[first_kernel_row * q.w.kh + tap]);
+    }
+  }
+}
+
+}  // namespace pyinvolution::cuda::sliding

@@ -1,0 +1,137 @@
+// Launches of `sliding` for one dtype.
+#pragma once
+
+#include "kernels.cuh"
+
+namespace pyinvolution::cuda::sliding {
+
+template <class T>
+View view(const Problem& p, const Plan& plan, const int64_t (&strides)[4], const void* data) {
+  const int64_t group = p.groups > 1 ? p.group_channels() : 0;
+  const bool aligned = vector_of<T>(plan.vector, data, {strides[0], strides[2], strides[3], group}) == plan.vector;
+  return {strides[0], int(strides[1]), int(strides[2]), int(strides[3]), strides[1] == 1 && plan.vector > 1 && aligned};
+}
+
+template <class T>
+bool aligned_runs(const void* data, std::initializer_list<int64_t> strides) {
+  return vector_of<T>(run_pixels, data, strides) == run_pixels &&
+         reinterpret_cast<uintptr_t>(data) % (run_pixels * sizeof(T) < 16 ? run_pixels * sizeof(T) : 16) == 0;
+}
+
+inline Area area(const Plan& plan, const View& view, int rows, int columns, int pitch, int every, int64_t height,
+                 int64_t width) {
+  Area area{rows, columns, pitch, rows * pitch, int(height), int(width), 0, 0, 0, view.c == 1, {}, {}, {}};
+  const int vectors = plan.planes * plan.vectors;
+  // As many threads along positions as there are, where these are consecutive in memory.
+  area.lanes = std::min(plan.threads,
+                        area.channels_inner ? vectors : std::clamp(plan.threads / (rows * columns), 1, vectors));
+  const int others = plan.threads / area.lanes;
+  area.column_lanes = std::min(columns, others), area.row_lanes = others / area.column_lanes;
+  area.by_load = divisor(area.channels_inner ? area.lanes : others);
+  area.by_column_lanes = divisor(area.column_lanes), area.by_every = divisor(every);
+  return area;
+}
+
+template <class T>
+KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const Buffers& buffers) {
+  KernelParams q{};
+  const bool to_input = pass == Pass::grad_input;
+  const View x = view<T>(p, plan, p.x_stride, buffers.x), y = view<T>(p, plan, p.y_stride, buffers.y);
+  q.x = to_input ? y : x, q.y = to_input ? x : y;
+  q.w_height = int(p.out_h), q.w_width = int(p.out_w);
+  q.kernel_h = int(p.kernel_h), q.kernel_w = int(p.kernel_w);
+  if (!to_input) {
+    q.h[0] = forward_axis(p.out_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+    q.w_axis[0] = forward_axis(p.out_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  }
+  for (int i = 0; to_input && i < p.stride_h; ++i)
+    q.h[i] = gradient_axis(i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+  for (int i = 0; to_input && i < p.stride_w; ++i)
+    q.w_axis[i] = gradient_axis(i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+
+  q.group_channels = int(p.group_channels());
+  q.image_units = int(plan.image_units), q.units = plan.units;
+  q.unit_chunks = plan.unit_chunks, q.planes = plan.planes, q.unit_vectors = plan.unit_chunks * plan.vectors;
+  q.rows = plan.rows, q.columns = plan.columns;
+  q.spacing = plan.spacing, q.step = plan.step, q.phases = plan.phases, q.slides = plan.slides;
+  q.every = plan.every, q.y_every = plan.y_every;
+  q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
+  q.w_columns = pass == Pass::grad_weight ? plan.columns : plan.w_columns;
+  q.w_offset = plan.w_offset, q.taps_inner = taps_are_inner(p);
+  q.slots = plan.slots, q.stages = plan.stages;
+  q.vectors = int(ceil_div(p.group_channels(), plan.vector));
+
+  q.by_classes_w = divisor(plan.classes_w), q.by_classes = divisor(plan.classes_h * plan.classes_w);
+  q.by_chunk_blocks = divisor(ceil_div(plan.chunks, plan.unit_chunks));
+  q.by_unit_blocks = divisor(ceil_div(plan.image_units, plan.units));
+  q.by_tiles_w = divisor(plan.tiles_w), q.by_tiles_h = divisor(plan.tiles_h);
+  q.by_groups = divisor(p.groups), q.by_runs = divisor(plan.runs), q.by_rows = divisor(plan.rows);
+  q.by_unit_chunks = divisor(plan.unit_chunks), q.by_unit_vectors = divisor(q.unit_vectors);
+  q.by_spacing = divisor(plan.spacing), q.by_phases = divisor(plan.phases);
+  q.by_columns = divisor(plan.columns), q.by_w_columns = divisor(std::max(1, q.w_columns));
+  q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
+  q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
+  q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
+  q.by_taps = divisor(std::max<int64_t>(1, plan.w_rows * p.kernel_w));
+  q.x_area = area(plan, q.x, plan.x_rows, plan.x_columns, plan.pitch, plan.every, to_input ? p.out_h : p.in_h,
+                  to_input ? p.out_w : p.in_w);
+  q.y_area = area(plan, q.y, plan.rows, plan.columns, plan.y_pitch, plan.y_every, p.out_h, p.out_w);
+
+  const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
+  q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]),           int(p.w_stride[3]), int(p.w_stride[4]),
+         int(p.w_stride[5]), reach(w_sizes, p.w_stride) + 1, false, plan.spacing == 1 && p.w_stride[5] == 1};
+  const bool whole_runs = plan.spacing == 1 && p.out_w % run_pixels == 0;
+  q.w.vectors = whole_runs && p.w_stride[5] == 1 &&
+                aligned_runs<T>(buffers.w, {p.w_stride[0], p.w_stride[1], p.w_stride[2], p.w_stride[3], p.w_stride[4]});
+  q.store_vectors = plan.spacing == 1 && q.y.w == 1 && q.y.c != 1 &&
+                    (to_input ? p.in_w % run_pixels == 0 && p.stride_w == 1 : whole_runs) &&
+                    aligned_runs<T>(to_input ? buffers.x : buffers.y, {q.y.n, q.y.c, q.y.h});
+  return q;
+}
+
+template <class T, int V, int M, bool ToInput>
+void run_apply(bool staged, const Grid& grid, const KernelParams& q, const T* x, const T* w, T* y,
+               const Execution& execution) {
+  launch<KernelParams, const T*, const T*, T*>(ToInput ? "sliding grad_input" : "sliding forward",
+                                               staged ? apply<T, V, M, ToInput, true> : apply<T, V, M, ToInput, false>,
+                                               grid, execution, q, x, w, y);
+}
+
+// Calls `body` with the width and the number of vectors as integral_constants.
+template <class T, class Body>
+void with_vectors(int vector, int vectors, const Body& body) {
+  using One = std::integral_constant<int, 1>;
+  if (vector == 1) return body(One{}, One{});
+  if (vector == 2) return body(std::integral_constant<int, 2>{}, One{});
+  if constexpr (!std::is_same_v<T, double>)
+    if (vectors == 2) return body(std::integral_constant<int, 4>{}, std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 4>{}, One{});
+}
+
+template <DType dtype>
+void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& execution) {
+  using T = Storage<dtype>;
+  const Plan plan = plan_of(p, pass);
+  const KernelParams q = kernel_params<T>(p, pass, plan, buffers);
+  const Grid grid{plan.blocks(), plan.threads, int(plan.shared_bytes)};
+  T* x = static_cast<T*>(buffers.x);
+  T* w = static_cast<T*>(buffers.w);
+  T* y = static_cast<T*>(buffers.y);
+  if (pass == Pass::grad_weight)
+    return with_vectors<T>(plan.vector, 1, [&](auto vector, auto) {
+      launch<KernelParams, const T*, T*, const T*>(
+          "sliding grad_weight",
+          slot_taps(plan, p) == 4 ? grad_weight<T, vector.value, 4> : grad_weight<T, vector.value, 8>, grid, execution, q,
+          x, w, y);
+    });
+  with_vectors<T>(plan.vector, plan.vectors, [&](auto vector, auto vectors) {
+    const bool staged = is_staged(p, plan.chunks);
+    if (pass == Pass::forward) {
+      run_apply<T, vector.value, vectors.value, false>(staged, grid, q, x, w, y, execution);
+    } else {
+      run_apply<T, vector.value, vectors.value, true>(staged, grid, q, y, w, x, execution);
+    }
+  });
+}
+
+}  // namespace pyinvolution::cuda::sliding

@@ -1,0 +1,28 @@
+#include "../variants.h"
+#include "config.cuh"
+
+namespace pyinvolution::cuda {
+
+Refusal sliding_refusal(const Problem& p, Pass pass) {
+  if (const Refusal refusal = pixels_refusal(p)) return refusal;
+  if (p.batch < 1 || p.channels < 1) return needs("images with channels", p.batch, p.channels);
+  if (pass == Pass::grad_input && (p.stride_h > sliding::max_classes || p.stride_w > sliding::max_classes))
+    return needs("a stride of at most 4 (vertical and horizontal)", p.stride_h, p.stride_w);
+  Problem image = p;
+  image.batch = 1;
+  if (!within(image, tile_limit))
+    return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
+  if (p.batch * p.groups >= tile_limit) return needs("fewer than 2^30 groups of images", p.batch * p.groups);
+  const sliding::Plan plan = sliding::plan_of(p, pass);
+  if (plan.threads == 0)
+    return needs("the pixels below four outputs in 99 KB of shared memory (reach of the kernel)",
+                 p.dilation_h * (p.kernel_h - 1) + 1, p.dilation_w * (p.kernel_w - 1) + 1);
+  return tiles_refusal(plan.blocks());
+}
+
+void sliding_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
+  if (problem.batch == 0) return;
+  with_dtype(problem.dtype, [&](auto dtype) { sliding::run<dtype.value>(problem, pass, buffers, execution); });
+}
+
+}  // namespace pyinvolution::cuda

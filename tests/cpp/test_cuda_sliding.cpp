@@ -1,0 +1,103 @@
+// The CUDA variant `sliding` in the emulator: kernels, strides, dilations, widths of groups, layouts and dtypes; every
+// schedule gives the same bits; each removed synchronisation is noticed.
+#include "cuda/variants.h"
+
+#include "variant.h"
+
+namespace {
+
+constexpr CudaVariant sliding{cuda::sliding_refusal, cuda::sliding_run};
+
+void run_and_check(const Trial& trial, uint64_t seed = 1) {
+  run_and_check(sliding, trial, strides_of(trial.shape, trial.layout, trial.pass), seed);
+}
+
+// Every parameter class in every layout, each dtype in its turn.
+void parameters() {
+  int next = 0;
+  std::vector<Case> all = basic_cases();
+  for (const Case& shape : random_cases(40, 5)) all.push_back(shape);
+  for (const Case& shape : all)
+    for (const Layout layout : layouts)
+      for (const Pass pass : passes) {
+        if (shape.n == 0 || shape.out_h() == 0 || shape.out_w() == 0) continue;
+        run_and_check({shape, layout, dtypes[++next % 4], pass}, uint64_t(next));
+      }
+}
+
+// What networks have: one group, a group for each few channels, large kernels, many small images.
+void networks() {
+  int next = 0;
+  for (const Case& shape : {
+           Case{1, 3, 1, 30, 37, 7, 7, 1, 1, 3, 3},       Case{1, 40, 1, 9, 13, 3, 3, 1, 1, 1, 1},
+           Case{1, 20, 1, 14, 14, 7, 7, 1, 1, 3, 3},      Case{2, 6, 6, 17, 36, 7, 7, 1, 1, 3, 3},
+           Case{1, 8, 4, 20, 20, 5, 5, 2, 2, 2, 2},       Case{2, 8, 2, 15, 40, 7, 7, 2, 2, 3, 3},
+           Case{9, 24, 2, 11, 11, 3, 3, 1, 1, 1, 1},      Case{5, 9, 3, 13, 13, 5, 5, 1, 1, 2, 2},
+           Case{33, 4, 2, 5, 5, 3, 3, 1, 1, 1, 1},        Case{1, 4, 1, 12, 34, 15, 15, 1, 1, 7, 7},
+           Case{1, 2, 2, 24, 20, 21, 21, 1, 1, 10, 10},   Case{1, 4, 1, 40, 9, 31, 3, 1, 1, 15, 1},
+           Case{1, 16, 2, 19, 21, 3, 3, 1, 1, 3, 3, 3, 3}, Case{1, 3, 3, 40, 70, 3, 3, 1, 1, 12, 12, 12, 12},
+           Case{2, 32, 2, 8, 70, 7, 7, 1, 1, 3, 3},       Case{1, 8, 1, 21, 22, 3, 5, 4, 4, 1, 2, 2, 3},
+       })
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+      for (const Pass pass : passes) run_and_check({shape, layout, dtypes[++next % 4], pass}, uint64_t(next));
+}
+
+// Layouts that differ between the tensors, and channels_last memory whose rows are not aligned to vectors.
+void mixed_layouts() {
+  for (int mix = 0; mix < 32; ++mix)
+    for (const Pass pass : passes) {
+      const int64_t s = 1 + mix / 16;
+      const Case shape{2, 16, 2, 9, 16, 5, 5, s, s, 2, 2};
+      Strides strides = mixed_strides(shape, mix);
+      if (mix & 8) {
+        strides.x = strides_in_order({2, 19, 9, 16}, {0, 2, 3, 1});
+        strides.y = strides_in_order({2, 17, 9, 16}, {0, 2, 3, 1});
+      }
+      run_and_check(sliding, {shape, Layout::contiguous, dtypes[mix % 4], pass}, strides, uint64_t(mix));
+    }
+}
+
+void special_values() {
+  for (const Case& shape : {Case{2, 4, 2, 8, 9, 3, 3, 1, 1, 1, 1}, Case{1, 16, 1, 9, 9, 7, 7, 2, 2, 3, 3},
+                            Case{1, 6, 2, 8, 6, 5, 5, 2, 2, 2, 1}, Case{3, 3, 3, 5, 5, 3, 3, 1, 1, 2, 2, 2, 2},
+                            Case{1, 12, 1, 5, 17, 7, 7, 1, 1, 3, 3}})
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+      for (const Pass pass : passes)
+        for (uint64_t seed = 1; seed <= 4; ++seed)
+          run_and_check({shape, layout, dtypes[seed % 4], pass, Values::special}, seed);
+}
+
+void schedules_and_races() {
+  for (const DType dtype : {DType::f32, DType::bf16})
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+      for (const Pass pass : passes)
+        for (const int64_t s : {1, 2}) {
+          const Trial trial{{1, 16, 4, 10, 17, 5, 5, s, s, 2, 2}, layout, dtype, pass};
+          check_schedules(sliding, trial, strides_of(trial.shape, layout, pass));
+        }
+}
+
+void refusals() {
+  const Case good{1, 32, 2, 8, 8, 3, 3, 1, 1, 1, 1};
+  const auto refused = [&](const std::function<void(Case&)>& change, const char* part, Pass pass = Pass::forward) {
+    Case shape = good;
+    change(shape);
+    check_refused(sliding, shape, DType::f32, Layout::contiguous, pass, part);
+  };
+  refused([](Case& k) { k.h = 2, k.ph = 0; }, "with pixels", Pass::grad_input);
+  refused([](Case& k) { k.h = k.w = 40000; }, "32 bits");
+  refused([](Case& k) { k.sh = 5; }, "stride of at most 4 (vertical and horizontal), got 5 x 1", Pass::grad_input);
+  refused([](Case& k) { k.dh = k.dw = k.ph = k.pw = 300; }, "shared memory (reach of the kernel), got 601 x 601");
+}
+
+}  // namespace
+
+int main() {
+  parameters();
+  networks();
+  mixed_layouts();
+  special_values();
+  schedules_and_races();
+  refusals();
+  return checks::report("cuda sliding");
+}
