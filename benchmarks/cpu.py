@@ -1,4 +1,4 @@
-"""Operators, layers and models on a CPU, against what they replace: `python -m benchmarks.cpu` (about 5 minutes).
+"""Operators, layers and models on a CPU, against what they replace: `python -m benchmarks.cpu` (about 9 minutes).
 
 Everything that is compared runs in one process, by turns; a ratio is the median of the ratios of neighbouring runs,
 with their quartiles. A result is compared with the reference before it is timed. Written to benchmarks/results: JSON
@@ -11,6 +11,7 @@ half of its time. Its columns are therefore there twice: as found, and with the 
 
 import argparse
 import ctypes
+import math
 import os
 import platform
 import statistics
@@ -22,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from cases import REDNET50, Case, tensors
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, cross_entropy
+from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, pad
 
 from benchmarks import ROOT
 from benchmarks.harness import (
     RESULTS,
     about,
+    check_alike,
     check_involution,
     check_span,
     convolution,
@@ -179,6 +182,81 @@ def unfold_table(report: Report, threads: Sequence[int], tuned: bool) -> None:
                 unfolding(report, name, case, layout, count, suffix, compiled if use else None)
 
 
+# --- users' shapes ----------------------------------------------------------------------------------------------------
+
+# What others use the operator for: few channels a group, large windows, filters of an image, patches. N, C, G, K, size.
+USERS = {
+    f"{n}x{c}@{size} G{g} K{k}": Case((n, c, size, size), g, (k, k), padding=(k // 2,) * 2)
+    for n, c, g, k, size in (
+        (2, 64, 64, 3, 56), (2, 64, 64, 7, 56), (2, 64, 32, 5, 56), (2, 64, 16, 7, 56), (1, 180, 60, 7, 48),
+        (1, 3, 1, 7, 256), (1, 1, 1, 15, 256), (1, 3, 1, 21, 128), (1, 384, 1, 7, 64), (128, 96, 48, 3, 11),
+        (64, 64, 32, 5, 13), (64, 96, 8, 3, 17), (64, 96, 32, 5, 25),
+    )
+}  # fmt: skip
+CHANNELS_LAST = ("2x64@56 G64 K3", "2x64@56 G32 K5", "2x64@56 G16 K7", "1x3@256 G1 K7", "128x96@11 G48 K3")
+COMPILED = ("2x64@56 G64 K3", "128x96@11 G48 K3")
+"""Compiling the sum of shifted products takes from seconds (9 taps) to a minute (49); these are always compiled."""
+UNFOLDED = 1 << 26
+"""Unfolding to more elements takes seconds a call, and is left out."""
+
+
+def shifted_sum(case: Case, x: Tensor, w: Tensor) -> Tensor:
+    """The operator as a sum of shifted products, at stride 1: what a compiler can turn into one loop."""
+    (n, c, *_), (height, width) = case.input, case.output
+    padded = pad(x, (case.padding[1],) * 2 + (case.padding[0],) * 2).unflatten(1, (case.groups, c // case.groups))
+    taps = [
+        w[:, :, i, j, None] * padded[..., i : i + height, j : j + width]
+        for i in range(case.kernel[0])
+        for j in range(case.kernel[1])
+    ]
+    return sum(taps[1:], taps[0]).reshape(n, c, height, width)
+
+
+def user(report: Report, name: str, case: Case, layout: str, threads: int, compiled: bool) -> None:
+    """Each pass of involution2d against unfolding, and against the compiled sum of shifted products."""
+    x, w, gy = tensors(case, torch.float32, layout)
+    results = check_involution(case, x, w, gy)
+    leaves = (x.clone().requires_grad_(), w.contiguous().clone().requires_grad_())
+
+    def gradient(output: Tensor, *of: Tensor) -> Function:
+        return lambda: torch.autograd.grad(output, of, gy, retain_graph=True)
+
+    def ours(*mask: bool) -> Function:
+        return lambda: ops.involution2d_backward(gy, x, w, *case.geometry, mask)
+
+    passes: dict[str, dict[str, Function]] = {
+        "forward": {"ours": lambda: ops.involution2d(x, w, *case.geometry)},
+        "grad_input": {"ours": ours(True, False)},
+        "grad_weight": {"ours": ours(False, True)},
+    }
+    if math.prod((*case.input[:2], *case.kernel, *case.output)) <= UNFOLDED:
+        unfolded = reference.involution2d(*leaves, None, *case.geometry)
+        passes["forward"]["unfold"] = lambda: reference.involution2d(x, w, None, *case.geometry)
+        passes["grad_input"]["unfold"] = gradient(unfolded, leaves[0])
+        passes["grad_weight"]["unfold"] = gradient(unfolded, leaves[1])
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(partial(shifted_sum, case), dynamic=False)
+        shifted = function(*leaves)
+        check_alike((shifted, *gradient(shifted, *leaves)()), results, f"compiled shifts of {case}")
+        passes["forward"]["shifts, compiled"] = lambda: function(x, w)
+        passes["both gradients"] = {"ours": ours(True, True), "shifts, compiled": gradient(shifted, *leaves)}
+    for what, functions in passes.items():
+        # Each of them has to do with X, W and Y once; both gradients with more.
+        work = Work.of("involution2d backward" if what == "both gradients" else "involution2d", case, "float32")
+        report.add(f"users' shapes, {what}", f"{name} {layout}", threads, "ours", interleaved(functions, 0.1, 3), work)
+
+
+def users(report: Report, threads: Sequence[int], shifts: bool) -> None:
+    with torch._functorch.config.patch(donated_buffer=False):  # gradients are taken many times
+        for count in threads:
+            torch.set_num_threads(count)
+            for name, case in USERS.items():
+                user(report, name, case, "contiguous", count, shifts or name in COMPILED)
+                if name in CHANNELS_LAST:
+                    user(report, name, case, "channels_last", count, shifts)
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -301,12 +379,34 @@ def summary(report: Report, about: dict[str, Any]) -> str:
         if r["what"].startswith("host overhead")
     ]
 
+    shapes: dict[tuple[str, int], list[object]] = {}
+    for (what, name, threads), r in by.items():
+        if what.startswith("users' shapes"):
+            cells = shapes.setdefault((name, threads), [])
+            if what.endswith("both gradients"):
+                cells[0] = f"{cells[0]}, both gradients: {Ratio.from_row(r, 'shifts, compiled')}"
+                continue
+            if not cells:
+                cells.append(Ratio.from_row(r, "shifts, compiled") if "shifts, compiled: ratio" in r else "")
+            cells += [
+                f"{r['ms']:.2f} ({100 * r['copy_share']:.0f}%)",
+                f"{r['unfold: ratio']:.1f}" if "unfold: ratio" in r else "",
+            ]
+    narrow = [(name, threads, *cells[1:], cells[0]) for (name, threads), cells in shapes.items()]
+    passes = ("forward", "grad_input", "grad_weight")
+    narrow_head = ("shape", "threads", *(t for pass_ in passes for t in (f"{pass_}, ms", "unfold")), "compiled shifts")
+    narrow_text = (
+        "involution2d on users' shapes: ms (share of the copy bandwidth of this run), and how many times faster "
+    )
+    narrow_text += "than unfold + einsum and than the compiled sum of shifted products."
+
     share = "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate."
     parts = (
         (head, ("RedNet-50 against ResNet-50", "threads", "ms", "faster"), models),
         (share, ("layer of RedNet-50", "threads", "fused ms", "share, %", "fused", "whole layer", "backward"), layers),
         ("One pixel, one thread.", ("overhead of a call", "us", "conv2d, us", "times conv2d's"), calls),
         ("", ("involution2d against unfold + einsum", "slowest layer", "median layer"), unfolded),
+        (narrow_text, narrow_head, narrow),
     )
     texts = []
     for text, columns, cells in parts:
@@ -318,7 +418,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
 
 def chart(report: Report, path: Path) -> None:
     plots = pyplot()
-    figure, (left, right) = plots.subplots(1, 2, figsize=(13, 5))
+    figure, (left, right, below) = plots.subplots(1, 3, figsize=(20, 6))
     rows = [r for r in report.rows if r["what"] == "whole layer" and r["threads"] == 1 and r["name"].endswith("N=1")]
     left.bar([r["name"].removesuffix(" N=1") for r in rows], [r["oneDNN 3x3: ratio"] for r in rows], color="#c0392b")
     left.axhline(3, color="gray", linestyle="--", linewidth=1)
@@ -335,6 +435,17 @@ def chart(report: Report, path: Path) -> None:
     )
     right.axvline(1, color="gray", linestyle="--", linewidth=1)
     right.set(xlabel="times faster", title="RedNet-50 against ResNet-50, same tooling")
+    rows = [r for r in report.rows if r["what"].startswith("users' shapes") and r["threads"] == 1]
+    places = {name: -place for place, name in enumerate(dict.fromkeys(r["name"] for r in rows))}
+    for shift, (pass_, color) in enumerate(
+        (("forward", "#c0392b"), ("grad_input", "#2980b9"), ("grad_weight", "gray"))
+    ):
+        of = [r for r in rows if r["what"].endswith(pass_)]
+        heights, shares = [places[r["name"]] - 0.27 * shift for r in of], [100 * r["copy_share"] for r in of]
+        below.barh(heights, shares, 0.25, color=color, label=pass_)
+    below.set_yticks([place - 0.27 for place in places.values()], list(places))
+    below.set(xlabel="%", title="Users' shapes: share of the copy bandwidth, 1 thread")
+    below.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -343,7 +454,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=8, help="the larger batch of models and of a training step")
-    parser.add_argument("--only", nargs="+", choices=["overhead", "layers", "unfold", "inference", "training"])
+    parser.add_argument("--only", nargs="+", choices=["overhead", "layers", "users", "unfold", "inference", "training"])
+    parser.add_argument("--shifts", action="store_true", help="compile the shifted products of every one of the users' "
+                        "shapes (up to a minute each)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
     parser.add_argument("--peak-memory", choices=list(MODELS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -365,6 +478,8 @@ def main() -> None:
             torch.set_num_threads(threads)
             for name, case in REDNET50.items():
                 layer(report, name, case, threads)
+    if wanted("users"):
+        users(report, arguments.threads, arguments.shifts)
     if wanted("unfold"):
         unfold_table(report, arguments.threads, tuned=False)
     if wanted("inference"):
