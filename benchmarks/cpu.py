@@ -17,8 +17,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ from benchmarks.harness import (
     write_rows,
 )
 from benchmarks.roofline import Work
-from pyinvolution import ops, optimize_for_inference, reference
+from benchmarks.systems import systems
+from pyinvolution import Involution2d, ops, optimize_for_inference, reference
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.models import create_model
 from pyinvolution.studies.timing import Function, Ratio, high_water, interleaved
@@ -272,42 +275,89 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"RedNet-50": lambda: create_model(
 def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) -> None:
     import torch._inductor.config
 
-    models = {name: optimize_for_inference(make().eval()) for name, make in MODELS.items()}
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        for count in threads:
-            torch.set_num_threads(count)
-            for batch in batches:
-                x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):
+        suffix, tolerance = ("", 1e-3) if dtype is torch.float32 else (", bfloat16", 5e-2)
+        models = {name: optimize_for_inference(make().eval().to(dtype)) for name, make in MODELS.items()}
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            for count, batch in product(threads, batches):
+                torch.set_num_threads(count)
+                x = torch.randn(batch, 3, 224, 224, dtype=dtype).to(memory_format=torch.channels_last)
                 seconds = 6.0 if batch == 1 else 10.0
-                eager: dict[str, Function] = {name: partial(model, x) for name, model in models.items()}
-                report.add("inference, eager", f"N={batch}", count, "RedNet-50", interleaved(eager, seconds))
+                if dtype is torch.float32:
+                    eager: dict[str, Function] = {name: partial(model, x) for name, model in models.items()}
+                    report.add("inference, eager", f"N={batch}", count, "RedNet-50", interleaved(eager, seconds))
                 torch._dynamo.reset()
                 compiled = {name: torch.compile(m, fullgraph=True) for name, m in models.items()}
                 for name, model in compiled.items():
-                    torch.testing.assert_close(model(x), models[name](x), rtol=1e-3, atol=1e-3)
+                    torch.testing.assert_close(model(x), models[name](x), rtol=tolerance, atol=tolerance)
                 frozen: dict[str, Function] = {name: partial(model, x) for name, model in compiled.items()}
                 times = interleaved(frozen, seconds)
-                report.add("inference, compile + freezing", f"N={batch}", count, "RedNet-50", times)
+                report.add(f"inference, compile + freezing{suffix}", f"N={batch}", count, "RedNet-50", times)
 
 
-def training_step(model: nn.Module, batch: int) -> Function:
+def training_step(
+    model: nn.Module, batch: int, size: int = 224, amp: bool = False, compiled: bool = False, classes: int = 1000
+) -> Function:
+    """A step of SGD with momentum, which returns the loss; with ``amp`` under bfloat16 autocast."""
     model = model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
-    y = torch.randint(0, 1000, (batch,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    y = torch.randint(0, classes, (batch,))
 
-    def step() -> None:
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return cross_entropy(model(x), y)
+
+    run = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
+
+    def step() -> float:
         optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
+        loss = run(x, y)
+        loss.backward()
         optimizer.step()
+        return loss.item()
 
     return step
 
 
 def training(report: Report, threads: int, batch: int) -> None:
     torch.set_num_threads(threads)
-    steps = {name: training_step(make(), batch) for name, make in MODELS.items()}
-    report.add("training step, eager", f"N={batch}", threads, "RedNet-50", interleaved(steps, 20.0))
+    for compiled, amp in product((False, True), repeat=2):
+        torch._dynamo.reset()
+        steps = {}
+        for name, make in MODELS.items():
+            torch.manual_seed(0)
+            expected = training_step(make(), batch)()
+            torch.manual_seed(0)
+            step, start = training_step(make(), batch, amp=amp, compiled=compiled), time.perf_counter()
+            assert abs(step() - expected) < (0.1 if amp else 1e-3), f"{name}: another loss than in float32"
+            if compiled:
+                print(f"first step of {name}, compiled{', bfloat16' * amp}: {time.perf_counter() - start:.1f} s")
+            steps[name] = step
+        what = f"training step, {'compiled' if compiled else 'eager'}{', bfloat16' if amp else ''}"
+        report.add(what, f"N={batch}", threads, "RedNet-50", interleaved(steps, 15.0))
+
+
+def cifar_twins() -> dict[str, nn.Module]:
+    """A RedNet for images of 32 x 32, and the ResNet with 3x3 convolutions in its involutions' places."""
+    options: dict[str, Any] = {"layers": (2, 2, 2), "num_classes": 10, "stem": "small", "base_channels": 16}
+    red, res = (create_model("rednet", stem_channels=32, **options) for _ in range(2))
+    for module in res.modules():
+        if isinstance(getattr(module, "involution", None), Involution2d):
+            layer: Any = module.involution
+            convolution = nn.Conv2d(layer.channels, layer.channels, 3, layer.stride, 1, bias=False)
+            module.involution = convolution
+    return {"RedNet": red, "ResNet-50": res}
+
+
+def small_training(report: Report, threads: Sequence[int]) -> None:
+    for count in threads:
+        torch.set_num_threads(count)
+        steps = {name: training_step(model, 128, 32, classes=10) for name, model in cifar_twins().items()}
+        for name, step in steps.items():
+            assert math.isfinite(step()), name
+        what = "training step at CIFAR's size, against a ResNet of the same structure"
+        report.add(what, "N=128", count, "RedNet", interleaved(steps, 10.0))
 
 
 def peak_memory(name: str, batch: int) -> None:
@@ -351,7 +401,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
             models.append(
                 (f"{r['what']}, {r['name']}", "", f"{r['mb']:.0f} MB", f"(ResNet-50: {r['ResNet-50: mb']:.0f} MB)")
             )
-        elif r["what"].startswith(("inference", "training")):
+        elif r["what"].startswith(("inference", "training", "system")):
             models.append((f"{r['what']}, {r['name']}", r["threads"], f"{r['ms']:.1f}", Ratio.from_row(r, "ResNet-50")))
 
     layers = []
@@ -450,11 +500,14 @@ def chart(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+PARTS = ("overhead", "layers", "users", "unfold", "inference", "training", "systems")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=8, help="the larger batch of models and of a training step")
-    parser.add_argument("--only", nargs="+", choices=["overhead", "layers", "users", "unfold", "inference", "training"])
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--shifts", action="store_true", help="compile the shifted products of every one of the users' "
                         "shapes (up to a minute each)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
@@ -486,7 +539,10 @@ def main() -> None:
         inference(report, arguments.threads, (1, arguments.batch))
     if wanted("training"):
         training(report, max(arguments.threads), arguments.batch)
+        small_training(report, arguments.threads)
         memory(report, arguments.batch)
+    if wanted("systems"):
+        systems(report, max(arguments.threads))
     if wanted("unfold") and platform.system() == "Linux":
         # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; last, since they stay.
         libc = ctypes.CDLL(None)

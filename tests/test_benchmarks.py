@@ -10,10 +10,11 @@ import pytest
 import torch
 from cases import REDNET50, same
 
-from benchmarks import ROOT, counts, cpu, gpu, harness, operators, predict, roofline, targets
+from benchmarks import ROOT, counts, cpu, gpu, harness, operators, predict, roofline, systems, targets
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
 from pyinvolution.studies import timing
+from pyinvolution.studies.compare_systems import Workload
 
 pytest.importorskip("matplotlib")
 
@@ -53,6 +54,33 @@ def test_layers_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     text = files[".md"].read_text()
     assert "| 32@14 s2 N=1 | 1 |" in text
     assert "ResNet-50 |" not in text, "a table without rows"
+
+
+def test_systems_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torchvision", "timm"):
+        pytest.importorskip(module)
+    small = [replace(system, size=size) for system, size in zip(systems.SYSTEMS, ((64, 96), (96, 128)), strict=True)]
+    small[1] = replace(small[1], prepare=lambda size: Workload(size, proposals=4, masks=2))
+    monkeypatch.setattr(systems, "SYSTEMS", small)
+    monkeypatch.setattr(systems, "interleaved", lambda functions, *rest: timing.interleaved(functions, 0.0, 1))
+    report = cpu.Report({})
+    systems.systems(report, 1)
+    assert [row["what"] for row in report.rows] == ["system: semantic FPN"] * 4 + ["system: Mask R-CNN"] * 4
+    assert [row["name"] for row in report.rows[:4]] == [
+        f"{name}, 64 x 96, {mode}"
+        for mode in ("eager", "optimized")
+        for name in ("RedNet-50", "RedNet-50, involution neck")
+    ]
+    for row in report.rows:
+        assert row["ResNet-50: ratio"] == pytest.approx(row["ResNet-50: ms"] / row["ms"])
+
+
+def test_a_training_step_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    for model in cpu.cifar_twins().values():
+        step = cpu.training_step(model, 8, 32, classes=10)
+        first = step()
+        assert min(step() for _ in range(8)) < first
 
 
 def dry_run(folder: Path, *more: str) -> None:
