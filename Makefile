@@ -32,7 +32,8 @@ test-cpp: $(VENV)/.installed
 
 # dist/: a wheel for this Python and every torch from 2.10 on. Where nvcc is found it has CUDA code for all architectures of
 # cuda/CMakeLists.txt (an hour on two cores), or for those of `make wheel PYINVOLUTION_CUDA_ARCHITECTURES="80;90"`. The second
-# wheel is tagged for the oldest glibc that it runs with, torch's library and our own left out.
+# wheel is tagged for the oldest glibc that it runs with, torch's library and our own left out. The version of nvcc decides which
+# drivers it runs with; for those of the oldest torch it is 12.8 (tool.cibuildwheel in pyproject.toml).
 wheel: export PYINVOLUTION_CUDA_ARCHITECTURES =
 wheel: $(VENV)/.installed
 	rm -rf dist

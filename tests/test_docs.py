@@ -151,6 +151,7 @@ def test_options_of_programs_in_the_text() -> None:
     sources = [*ROOT.glob("benchmarks/*.py"), *Path(commands.__file__).parent.glob("*.py"), Path(cli.__file__)]
     text = "".join(source.read_text() for source in sources)
     known = {"--print_config", "--ckpt_path", "--no-build-isolation"}  # of Lightning and pip
+    known |= set(re.findall(r"(--[\w-]+)\)", (ROOT / "benchmarks/gpu_session.sh").read_text()))
     for span in spans(r"--[\w-]+( .*)?"):
         for option in re.findall(r"--[\w-]+(?!\.|[\w-])", span):
             assert option in known or f'"{option}"' in text or option == "--config", span

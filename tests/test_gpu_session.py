@@ -1,5 +1,6 @@
 """benchmarks/gpu_session.sh as a dry run: a part at a time, limits, and what earlier parts left."""
 
+import argparse
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pyinvolution.commands import doctor
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks/gpu_session.sh"
@@ -55,24 +58,41 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_parts_by_themselves_keep_what_others_left(tmp_path: Path) -> None:
-    first = session("--dry-run", tmp_path, "build", "doctor")
-    assert first.returncode == 0, first.stdout + first.stderr
-    status = (tmp_path / "build.status").read_text()
-    assert re.match(r"exit status 0 after \d+ s\ndate \d{4}-\S+\nGPU none, a dry run\ncommit \w+", status)
-    log = (tmp_path / "build.log").read_text()
-    assert "'version'" in log
-    assert (tmp_path / "doctor/doctor.json").stat().st_size > 0
-    assert "checks are right" in (tmp_path / "doctor.log").read_text()
+STUB = """#!/bin/sh
+echo "ran: $*"
+case "$*" in *"--only models"*) sleep 60 ;; *"--only ops"*) echo row >"$6/rows.csv" ;; *"-m pytest"*) exit 3 ;; esac
+"""
 
-    # One that is stopped does not stop the next; one that succeeded is not repeated.
-    second = session("--dry-run", "--resume", tmp_path, "models", "build", "sanitize", MODELS_MINUTES="0.01")
+
+def test_parts_by_themselves_keep_what_others_left(tmp_path: Path) -> None:
+    stub, out = tmp_path / "python", tmp_path / "out"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    first = session("--dry-run", out, "build", "ops", PYTHON=str(stub))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.splitlines()[-3:-1] == [
+        f"{part}: {(out / part).with_suffix('.status').read_text().splitlines()[0]}" for part in ("build", "ops")
+    ]
+    status, log = (out / "ops.status").read_text(), (out / "ops.log").read_text()
+    assert re.match(r"exit status 0 after \d+ s\ndate \d{4}-\S+\nGPU none, a dry run\ncommit \w+", status)
+    assert log == f"ran: -m benchmarks.gpu --only ops --output {out}/ops --minutes 7.65 --device cpu --quick\n"
+
+    # One that fails, or is stopped, does not stop the next; one that succeeded is not repeated.
+    variables = {"PYTHON": str(stub), "MODELS_MINUTES": "0.01"}
+    second = session("--dry-run", "--resume", out, "tests", "models", "ops", "doctor", **variables)
     assert second.returncode == 1
-    lines = second.stdout.splitlines()[-4:]
-    assert re.fullmatch(r"models: exit status 124 after \d+ s, stopped after 0.01 minutes", lines[0])
-    assert lines[1] == "build: done before"
-    assert lines[2].startswith("sanitize: exit status 0")
-    assert (tmp_path / "models.status").read_text().startswith("exit status 124")
-    assert (tmp_path / "build.status").read_text() == status
-    assert (tmp_path / "build.log").read_text() == log
-    assert (tmp_path / "doctor/doctor.json").exists()
+    lines = second.stdout.splitlines()[-5:-1]
+    assert lines[0].startswith("tests: exit status 3 after ")
+    assert re.fullmatch(r"models: exit status 124 after \d+ s, stopped after 0.01 minutes", lines[1])
+    assert lines[2] == "ops: done before"
+    assert lines[3].startswith("doctor: exit status 0 after ")
+    assert (out / "tests.status").read_text().startswith("exit status 3")
+    assert (out / "ops.status").read_text() == status
+    assert (out / "ops.log").read_text() == log
+    assert (out / "ops/rows.csv").read_text() == "row\n"
+    # The commands are understood by what they call.
+    (line,) = (out / "doctor.log").read_text().splitlines()
+    parser = argparse.ArgumentParser()
+    doctor.configure(parser)
+    options = parser.parse_args(line.partition(" doctor ")[2].split())
+    assert (options.json, options.quick, options.device) == (out / "doctor/doctor.json", True, ["cpu"])

@@ -197,6 +197,15 @@ void measure(const Tensor& where, Device device, const std::string& problem, int
   measure_on_stream(where, device, problem, checked, candidates);
 }
 
+int64_t images_to_check(const Problem& p) {
+  const int64_t multiply_adds = p.channels * p.taps() * p.out_h * p.out_w;
+  return std::clamp<int64_t>((int64_t{1} << 26) / std::max<int64_t>(multiply_adds, 1), 1, p.batch);
+}
+
+Tensor first_images(Tensor result, int64_t checked) {
+  return checked > 0 ? torch::stable::narrow(result, 0, 0, checked) : result;
+}
+
 Tensor trial_result(const Tensor& tensor, int64_t checked) {
   const Tensor result = torch::stable::empty_like(tensor);
   return checked > 0 ? torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN()) : result;

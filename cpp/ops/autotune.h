@@ -13,7 +13,8 @@
 
 namespace pyinvolution::ops {
 
-// What a candidate computes, in new tensors. `checked` > 0: only the first so many images, in memory that held NaN.
+// What a candidate computes, in new tensors. `checked` > 0: the results to compare, of the first so many images, in memory
+// that held NaN.
 using Trial = std::function<std::vector<torch::stable::Tensor>(int64_t checked)>;
 
 struct Candidate {
@@ -47,6 +48,12 @@ void tune(const torch::stable::Tensor& where, Device device, const Problem& prob
     trials.push_back({variant->name, [&run, variant](int64_t images) { return run(*variant, images); }});
   if (!trials.empty()) measure(where, device, describe(problem, op), checked, trials);
 }
+
+// How many images of a batch are compared: all are computed alike, and a few are enough for the slowest variant.
+int64_t images_to_check(const Problem&);
+
+// The first images of a result, all for 0.
+torch::stable::Tensor first_images(torch::stable::Tensor result, int64_t checked);
 
 // An empty tensor like `tensor`, filled with NaN where it is to be checked.
 torch::stable::Tensor trial_result(const torch::stable::Tensor& tensor, int64_t checked);

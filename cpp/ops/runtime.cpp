@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
@@ -66,17 +65,13 @@ void* current_stream(const torch::stable::Tensor& where) { return current_cuda_s
 void compute(const torch::stable::Tensor& where, const Problem& problem, Pass pass, Buffers buffers,
              const torch::stable::Tensor& result) {
   void*& place = pass == Pass::forward ? buffers.y : pass == Pass::grad_input ? buffers.x : buffers.w;
-  // All images are computed alike: a few of them are enough for the slowest variant, which the others are compared with.
-  const int64_t multiply_adds = problem.channels * problem.taps() * problem.out_h * problem.out_w;
-  const int64_t images =
-      std::clamp<int64_t>((int64_t{1} << 26) / std::max<int64_t>(multiply_adds, 1), 1, problem.batch);
-  tune(where, problem.device, problem, pass, images, [&](const Variant& variant, int64_t checked) {
-    torch::stable::Tensor trial = trial_result(result, checked);
+  tune(where, problem.device, problem, pass, images_to_check(problem), [&](const Variant& variant, int64_t checked) {
+    const torch::stable::Tensor trial = trial_result(result, checked);
     place = trial.mutable_data_ptr();
     Problem part = problem;
     if (checked > 0) part.batch = checked;
     launch(where, variant, part, pass, buffers);
-    return std::vector<torch::stable::Tensor>{checked > 0 ? torch::stable::narrow(trial, 0, 0, checked) : trial};
+    return std::vector<torch::stable::Tensor>{first_images(trial, checked)};
   });
   place = result.mutable_data_ptr();
   launch(where, choose(problem, pass), problem, pass, buffers);

@@ -167,8 +167,8 @@ Tensor apply(const SpanProblem& span, SpanOp op, const Arguments& given, const T
     return op == SpanOp::layer ? run_reduced(span, given, to) : run_unfused(span, given, to);
   };
   const Problem& p = span.involution;
-  tune(given.input, p.device, span, op, p.batch, [&](const SpanVariant& variant, int64_t checked) {
-    return std::vector<Tensor>{run(variant, trial_result(output, checked))};
+  tune(given.input, p.device, span, op, images_to_check(p), [&](const SpanVariant& variant, int64_t checked) {
+    return std::vector<Tensor>{first_images(run(variant, trial_result(output, checked)), checked)};
   });
   return run(choose(span, op), output);
 }
@@ -256,13 +256,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> span_involution2d_backward(const Tens
     buffers.grad_span = wanted(2, to.span_weight), buffers.grad_bias = wanted(3, to.span_bias);
     launch(input, variant, span, SpanOp::backward, buffers);
   };
-  tune(input, p.device, span, SpanOp::backward, p.batch, [&](const SpanVariant& variant, int64_t checked) {
+  tune(input, p.device, span, SpanOp::backward, images_to_check(p), [&](const SpanVariant& variant, int64_t checked) {
     const auto trial = [&](const Tensor& tensor) { return trial_result(tensor, checked); };
     const Gradients to{trial(gradients.input), trial(gradients.reduced), trial(gradients.span_weight),
                        trial(gradients.span_bias)};
     run(variant, to);
     std::vector<Tensor> results;
-    for (const Tensor& result : {to.input, to.reduced, to.span_weight, to.span_bias})
+    for (const Tensor& result : {to.input, to.reduced})
+      if (result.numel() > 0) results.push_back(first_images(result, checked));
+    for (const Tensor& result : {to.span_weight, to.span_bias})
       if (result.numel() > 0) results.push_back(result);
     return results;
   });
