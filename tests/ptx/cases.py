@@ -79,7 +79,7 @@ def fused() -> Iterator[Problem]:
         one = partial(Problem, "fused", pass_, "bfloat16", "nhwc")
         yield one(2, 64, 16, 16, 4, 7, stride, reduced=16)
         yield one(1, 48, 9, 18, 3, 7, stride, reduced=48, offset=1)
-        yield one(1, 16, 17, 21, 1, 7, stride, reduced=112)
+        yield one(1, 16, 17, 21, 1, 7, stride, reduced=96)
         yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
         yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
     for stride, reduced in ((1, 16), (2, 32)):
