@@ -62,6 +62,11 @@ def sources() -> list[Path]:
     return [ROOT / "cuda" / name for name in names]
 
 
+def strategies(problem: str = r"\w*Problem") -> list[str]:
+    """The strategies that cuda/variants.h declares, for problems of this type."""
+    return re.findall(rf"Refusal (\w+)_refusal\(const {problem}&", (ROOT / "cuda/variants.h").read_text())
+
+
 def _headers(source: Path) -> list[Path]:
     """Whatever a source may include: the shared headers and those of its strategy."""
     strategy = ROOT / "cuda" / source.relative_to(ROOT / "cuda").parts[0]
@@ -166,12 +171,11 @@ class Recorder:
         recorder = Path(__file__).with_name("recorder.cpp")
         headers = sorted((ROOT / "cpp/include").rglob("*.h"))
         names = sorted(folder.name for folder in self.folders)
-        declared = (ROOT / "cuda/variants.h").read_text()
         macros = [
-            f"-D{macro}={''.join(f'{kind}({name})' for name in re.findall(pattern, declared))}"
-            for kind, macro, pattern in (
-                ("STRATEGY", "STRATEGIES", r"Refusal (\w+)_refusal\(const Problem&"),
-                ("SPAN_STRATEGY", "SPAN_STRATEGIES", r"Refusal (\w+)_refusal\(const SpanProblem&"),
+            f"-D{macro}={''.join(f'{kind}({name})' for name in strategies(problem))}"
+            for kind, macro, problem in (
+                ("STRATEGY", "STRATEGIES", "Problem"),
+                ("SPAN_STRATEGY", "SPAN_STRATEGIES", "SpanProblem"),
             )
         ]
         target = BUILD / f"recorder-{_digest([recorder, *headers, ROOT / 'cuda/variants.h'], *names)}.so"
