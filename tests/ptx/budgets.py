@@ -86,6 +86,12 @@ PROPERTIES = re.compile(
 )
 
 
+def occupancy(path: str, name: str, threads: int, shared_bytes: int) -> int:
+    """Blocks on a multiprocessor, as the CUDA runtime answers."""
+    compiled = _properties(_assemble(path, {name}))[name]
+    return blocks_per_multiprocessor(threads, compiled.registers, compiled.static_shared + shared_bytes)
+
+
 def compile_kernels(launches: Iterable[Launch]) -> dict[str, Compiled]:
     """Registers and spills of each kernel."""
     assert PTXAS is not None
@@ -95,11 +101,14 @@ def compile_kernels(launches: Iterable[Launch]) -> dict[str, Compiled]:
     jobs = [(path, {name}) for path, names in by_path.items() for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = list(pool.map(lambda job: _assemble(*job), jobs))
+    return {name: properties for log in logs for name, properties in _properties(log).items()}
+
+
+def _properties(log: str) -> dict[str, Compiled]:
     result = {}
-    for log in logs:
-        for match in PROPERTIES.finditer(log):
-            shared = re.search(r"(\d+) bytes smem", match[5])
-            result[match[1]] = Compiled(int(match[4]), int(match[2]) + int(match[3]), int(shared[1]) if shared else 0)
+    for match in PROPERTIES.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", match[5])
+        result[match[1]] = Compiled(int(match[4]), int(match[2]) + int(match[3]), int(shared[1]) if shared else 0)
     return result
 
 
@@ -181,7 +190,7 @@ def rounded(value: float) -> float:
 
 def measure_row(shape: str, problem: Problem) -> tuple[list[dict[str, Any]], list[Launch]]:
     """A row for each launch, still without what ptxas says."""
-    prepared = prepare(problem, None, count_writes=False)
+    prepared = prepare(problem, None, count_writes=False, occupancy=occupancy)
     rows = []
     for launch in prepared.launches:
         counts = count_launch(prepared, launch)

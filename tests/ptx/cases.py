@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
+from .launches import strategies
 from .problems import Problem
 
 PASSES = ("forward", "grad_input", "grad_weight")
@@ -79,7 +80,7 @@ def fused() -> Iterator[Problem]:
         one = partial(Problem, "fused", pass_, "bfloat16", "nhwc")
         yield one(2, 64, 16, 16, 4, 7, stride, reduced=16)
         yield one(1, 48, 9, 18, 3, 7, stride, reduced=48, offset=1)
-        yield one(1, 16, 17, 21, 1, 7, stride, reduced=112)
+        yield one(1, 16, 17, 21, 1, 7, stride, reduced=96)
         yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
         yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
     for stride, reduced in ((1, 16), (2, 32)):
@@ -88,6 +89,22 @@ def fused() -> Iterator[Problem]:
         )
 
 
+def sliding() -> Iterator[Problem]:
+    for pass_, dtype, layout in product(PASSES, ("float32", "float64", *HALVES), ("nhwc", "nchw")):
+        one = partial(Problem, "sliding", pass_, dtype, layout)
+        yield one(1, 16, 9, 17, 2, 3)
+        yield one(1, 6, 11, 13, 2, 5, 2)
+        yield one(2, 3, 7, 9, 3, 3, 3, padding=2, dilation=2)
+        yield one(1, 40, 5, 21, 1, 7, offset=1)
+    for pass_, layout in product(PASSES, ("nhwc", "nchw", "mixed")):
+        one = partial(Problem, "sliding", pass_, "float32", layout)
+        yield one(9, 8, 6, 5, 2, 3)
+        yield one(1, 4, 12, 34, 1, 9)
+        yield one(1, 8, 9, 10, 2, 7, spoil=True)
+
+
 def cases() -> Iterator[Problem]:
-    for part in (mma, tiled, generic, fused):
-        yield from part()
+    declared = strategies()
+    for part in (mma, tiled, generic, fused, sliding):
+        if part.__name__ in declared:
+            yield from part()

@@ -11,6 +11,8 @@
 // the manual's groupID and threadID_in_group. The emulator of the C++ tests is compared with it
 // (test_cuda_emulator.cpp), and the PTX interpreter reads it (fragments.py).
 
+// clang-format off
+
 // mma.m16n8k16: A is 16 x 16, B is 16 x 8, C and D are 16 x 8.
 ELEMENT(m16n8k16, a, 0, 0, group, thread * 2)
 ELEMENT(m16n8k16, a, 0, 1, group, thread * 2 + 1)

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,6 +60,11 @@ def _compiler() -> str:
 def sources() -> list[Path]:
     names = re.findall(r"LIST_DIR}/(\S+\.cu)", (ROOT / "cuda/sources.cmake").read_text())
     return [ROOT / "cuda" / name for name in names]
+
+
+def strategies(problem: str = r"\w*Problem") -> list[str]:
+    """The strategies that cuda/variants.h declares, for problems of this type."""
+    return re.findall(rf"Refusal (\w+)_refusal\(const {problem}&", (ROOT / "cuda/variants.h").read_text())
 
 
 def _headers(source: Path) -> list[Path]:
@@ -125,9 +130,20 @@ class Launch:
     arguments: tuple[bytes, ...]
 
 
-CALLBACK = ctypes.CFUNCTYPE(
+ON_LAUNCH = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p)
 )
+ON_OCCUPANCY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64)
+Occupancy = Callable[[str, str, int, int], int]
+"""How many blocks of a kernel (path of the PTX, name) with so many threads and bytes a multiprocessor can hold."""
+
+
+class Caller(ctypes.Structure):
+    _fields_ = (("multiprocessors", ctypes.c_int), ("on_launch", ON_LAUNCH), ("on_occupancy", ON_OCCUPANCY))
+
+
+def two_blocks(path: str, name: str, threads: int, shared_bytes: int) -> int:
+    return 2
 
 
 class Refused(Exception):
@@ -155,12 +171,11 @@ class Recorder:
         recorder = Path(__file__).with_name("recorder.cpp")
         headers = sorted((ROOT / "cpp/include").rglob("*.h"))
         names = sorted(folder.name for folder in self.folders)
-        declared = (ROOT / "cuda/variants.h").read_text()
         macros = [
-            f"-D{macro}={''.join(f'{kind}({name})' for name in re.findall(pattern, declared))}"
-            for kind, macro, pattern in (
-                ("STRATEGY", "STRATEGIES", r"Refusal (\w+)_refusal\(const Problem&"),
-                ("SPAN_STRATEGY", "SPAN_STRATEGIES", r"Refusal (\w+)_refusal\(const SpanProblem&"),
+            f"-D{macro}={''.join(f'{kind}({name})' for name in strategies(problem))}"
+            for kind, macro, problem in (
+                ("STRATEGY", "STRATEGIES", "Problem"),
+                ("SPAN_STRATEGY", "SPAN_STRATEGIES", "SpanProblem"),
             )
         ]
         target = BUILD / f"recorder-{_digest([recorder, *headers, ROOT / 'cuda/variants.h'], *names)}.so"
@@ -178,7 +193,7 @@ class Recorder:
 
     def launches(
         self, strategy: str, pass_: int, numbers: Sequence[int], addresses: Sequence[int], *, multiprocessors: int,
-        span: bool,
+        span: bool, occupancy: Occupancy = two_blocks,
     ) -> list[Launch]:  # fmt: skip
         """What a strategy launches; ``numbers`` as recorder.cpp reads them. Raises Refused or RuntimeError."""
         found: list[Launch] = []
@@ -193,9 +208,17 @@ class Recorder:
             except BaseException as error:
                 errors.append(error)
 
+        def on_occupancy(name: bytes, threads: int, shared_bytes: int) -> int:
+            try:
+                return occupancy(self.paths[name.decode()], name.decode(), threads, shared_bytes)
+            except BaseException as error:
+                errors.append(error)
+                return 1
+
+        caller = Caller(multiprocessors, ON_LAUNCH(on_launch), ON_OCCUPANCY(on_occupancy))
         arguments = (
             strategy.encode(), pass_, (ctypes.c_int64 * len(numbers))(*numbers),
-            (ctypes.c_void_p * len(addresses))(*addresses), multiprocessors, CALLBACK(on_launch),
+            (ctypes.c_void_p * len(addresses))(*addresses), ctypes.byref(caller),
         )  # fmt: skip
         function = self.library.record_span if span else self.library.record
         self._check(function(*arguments, *([None] if span else [])), errors)
@@ -203,9 +226,10 @@ class Recorder:
 
     def scratch_bytes(self, strategy: str, op: int, numbers: Sequence[int], multiprocessors: int) -> int:
         size = ctypes.c_int64()
+        caller = Caller(multiprocessors, ON_LAUNCH(lambda *_: None), ON_OCCUPANCY(lambda *_: 2))
         answer = self.library.record_span(
             strategy.encode(), op, (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_void_p * 14)(),
-            multiprocessors, CALLBACK(lambda *_: None), ctypes.byref(size),
+            ctypes.byref(caller), ctypes.byref(size),
         )  # fmt: skip
         self._check(answer, [])
         return size.value

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import fragments
 from .machine import PARAMETERS, WARP, Action, Active, Late, Machine
-from .memory import Fault
+from .memory import BASE, Fault
 from .program import Instruction, PtxError, split_operands
 
 Array = NDArray[Any]
@@ -511,6 +511,29 @@ def store_shared(machine: Machine, instruction: Instruction, match: "re.Match[st
     return run
 
 
+def generic(shared: Build, global_: Build) -> Build:
+    """An access by a generic address: those below 4 GB are in shared memory, as cvta leaves them."""
+
+    def build(machine: Machine, instruction: Instruction, match: "re.Match[str]") -> Action:
+        in_shared, in_global = (part(machine, instruction, match) for part in (shared, global_))
+        operand = instruction.operands[1 if instruction.opcode.startswith("ld") else 0]
+        address = global_addresses(machine, operand)
+
+        def run(active: Active) -> None:
+            small = address(active) < BASE
+            for action, some in ((in_shared, small), (in_global, ~small)):
+                if some.all():
+                    action(active)
+                elif some.any():
+                    lanes = np.zeros(machine.lanes, bool)
+                    lanes[active.idx[some]] = True
+                    action(Active(machine, lanes))
+
+        return run
+
+    return build
+
+
 def copy_async(machine: Machine, instruction: Instruction, match: "re.Match[str]") -> Action:
     """Bytes beyond the size of the source (the last operand) are zeros."""
     size = int(instruction.operands[2])
@@ -796,7 +819,7 @@ OPCODES: tuple[Opcode, ...] = (
     Opcode(rf"max\.{FLOAT}", "float", elementwise(np.fmax, 2)),
     Opcode(rf"max\.NaN\.{FLOAT}", "float", elementwise(np.maximum, 2)),
     Opcode(r"mov\.(?P<type>pred|[bsuf](16|32|64))", "other", move),
-    Opcode(r"cvta(\.to)?\.(global|shared)\.(?P<type>u64)", "other", move),
+    Opcode(r"cvta(\.to)?\.(global|shared)\.(?P<type>u(32|64))", "other", move),
     Opcode(r"cvt\.rn\.(?P<to>f16|bf16)x2\.f32", "float", convert_pair),
     Opcode(
         r"cvt(\.r(?P<integer>[nzmp])i)?(\.rn)?(?P<relu>\.relu)?\.(?P<to>f16|bf16|f32|f64)\.(?P<from>f16|bf16|f32|f64)",
@@ -810,6 +833,8 @@ OPCODES: tuple[Opcode, ...] = (
     Opcode(rf"st\.global{VECTOR}\.{ANY}", "global store", store_global),
     Opcode(rf"ld\.shared{VECTOR}\.{ANY}", "shared load", load_shared),
     Opcode(rf"st\.shared{VECTOR}\.{ANY}", "shared store", store_shared),
+    Opcode(rf"ld{VECTOR}\.{ANY}", "global load", generic(load_shared, load_global)),
+    Opcode(rf"st{VECTOR}\.{ANY}", "global store", generic(store_shared, store_global)),
     Opcode(r"cp\.async\.(?P<cache>ca|cg)\.shared\.global(\.L2::\w+)?", "async copy", copy_async),
     Opcode(r"cp\.async\.commit_group", "other", commit_copies),
     Opcode(r"cp\.async\.wait_group", "other", wait_for_copies),

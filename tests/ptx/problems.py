@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tolerance import assert_accurate
 
-from .launches import Launch, recorder
+from .launches import Launch, Occupancy, recorder, two_blocks
 from .machine import Counts, Machine
 from .memory import Memory
 from .opcodes import bf16_of_float, float_of_bf16
@@ -251,7 +251,9 @@ def outputs_of(p: Problem) -> tuple[str, ...]:
     return ({"forward": "y", "grad_input": "x", "grad_weight": "w"}[p.pass_],)
 
 
-def prepare(p: Problem, inputs: dict[str, Array] | None, *, count_writes: bool = True) -> Prepared:
+def prepare(
+    p: Problem, inputs: dict[str, Array] | None, *, count_writes: bool = True, occupancy: Occupancy = two_blocks
+) -> Prepared:
     """Puts the tensors into memory and gets the launches; without inputs they are zeros that take no memory."""
     tensors, outputs = tensors_of(p), outputs_of(p)
     dtype = STORAGE[p.dtype]
@@ -287,7 +289,13 @@ def prepare(p: Problem, inputs: dict[str, Array] | None, *, count_writes: bool =
     if not p.span:
         addresses = [tensors[name].address for name in "xwy"]
         launches = recorder().launches(
-            p.strategy, PASSES[p.pass_], numbers, addresses, multiprocessors=p.multiprocessors, span=False
+            p.strategy,
+            PASSES[p.pass_],
+            numbers,
+            addresses,
+            multiprocessors=p.multiprocessors,
+            span=False,
+            occupancy=occupancy,
         )
     else:
         at = {name: tensor.address for name, tensor in tensors.items()}
@@ -303,7 +311,13 @@ def prepare(p: Problem, inputs: dict[str, Array] | None, *, count_writes: bool =
         fields += ("grad_x", "grad_reduced", "grad_span", "grad_bias", "scratch")
         addresses = [at.get(name, 0) for name in fields]
         launches = recorder().launches(
-            p.strategy, SPAN_OPS[p.pass_], numbers, addresses, multiprocessors=p.multiprocessors, span=True
+            p.strategy,
+            SPAN_OPS[p.pass_],
+            numbers,
+            addresses,
+            multiprocessors=p.multiprocessors,
+            span=True,
+            occupancy=occupancy,
         )
     return Prepared(p, memory, tensors, launches, outputs)
 

@@ -39,14 +39,21 @@ std::unordered_map<const void*, int>& dynamic_limits() {
   return limits;
 }
 using OnLaunch = void (*)(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes, void** arguments);
-OnLaunch on_launch;
-int multiprocessor_count;
+// How many blocks a multiprocessor can hold.
+using OnOccupancy = int (*)(const char* kernel, int threads, int64_t shared_bytes);
+struct Caller {
+  int multiprocessors;
+  OnLaunch on_launch;
+  OnOccupancy on_occupancy;
+};
+Caller caller;
 std::string answer;
 
 template <class T>
 const T& named(const char* name, const T* begin, const T* end) {
   const T* found = std::find_if(begin, end, [&](const T& s) { return std::string(s.name) == name; });
-  if (found == end) throw std::invalid_argument(std::string("strategy is ") + name + ", expected one of cuda/variants.h");
+  if (found == end)
+    throw std::invalid_argument(std::string("strategy is ") + name + ", expected one of cuda/variants.h");
   return *found;
 }
 std::string refused(const Refusal& refusal) { return std::string("refused: requires ") + refusal.requirement; }
@@ -65,8 +72,7 @@ extern "C" {
 
 // What the caller sees: the same numbers as in `Problem`, one after another (launches.py has their order). Returns ""
 // or why nothing was launched.
-const char* record(const char* strategy, int pass, const int64_t* numbers, void* const* addresses, int multiprocessors,
-                   OnLaunch callback) {
+const char* record(const char* strategy, int pass, const int64_t* numbers, void* const* addresses, const Caller* from) {
   try {
     const auto next = [&] { return *numbers++; };
     Problem p{};
@@ -79,7 +85,7 @@ const char* record(const char* strategy, int pass, const int64_t* numbers, void*
     for (int64_t& stride : p.w_stride) stride = next();
     for (int64_t& stride : p.y_stride) stride = next();
     const Buffers buffers{addresses[0], addresses[1], addresses[2]};
-    on_launch = callback, multiprocessor_count = multiprocessors;
+    caller = *from;
     const Strategy& s = named(strategy, std::begin(strategies), std::end(strategies));
     if (const Refusal refusal = s.refusal(p, Pass(pass))) return (answer = refused(refusal)).c_str();
     s.run(p, Pass(pass), buffers, {});
@@ -91,7 +97,7 @@ const char* record(const char* strategy, int pass, const int64_t* numbers, void*
 
 // The same for a span involution. With the address of `scratch_bytes` it only says how many bytes of scratch it needs.
 const char* record_span(const char* strategy, int op, const int64_t* numbers, void* const* addresses,
-                        int multiprocessors, OnLaunch callback, int64_t* scratch_bytes) {
+                        const Caller* from, int64_t* scratch_bytes) {
   try {
     const auto next = [&] { return *numbers++; };
     SpanProblem span{};
@@ -114,7 +120,7 @@ const char* record_span(const char* strategy, int op, const int64_t* numbers, vo
     for (void** field : {&b.x, &b.reduced, &b.reduce, &b.reduce_bias, &b.span, &b.bias, &b.scale, &b.shift, &b.y,
                          &b.grad_x, &b.grad_reduced, &b.grad_span, &b.grad_bias, &b.scratch})
       *field = *address++;
-    on_launch = callback, multiprocessor_count = multiprocessors;
+    caller = *from;
     const SpanStrategy& s = named(strategy, std::begin(span_strategies), std::end(span_strategies));
     if (const Refusal refusal = s.refusal(span, SpanOp(op))) return (answer = refused(refusal)).c_str();
     if (scratch_bytes != nullptr) {
@@ -157,13 +163,17 @@ int cudaLaunchKernel(const void* function, Three grid, Three block, void** argum
   if (kernels().count(function) == 0 || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 || grid.x == 0 ||
       block.x == 0 || block.x > 1024 || int64_t(shared_bytes) > limit)
     return 9;  // cudaErrorInvalidConfiguration
-  on_launch(kernels()[function].c_str(), grid.x, int(block.x), int64_t(shared_bytes), arguments);
+  caller.on_launch(kernels()[function].c_str(), grid.x, int(block.x), int64_t(shared_bytes), arguments);
+  return 0;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads, size_t shared_bytes) {
+  *blocks = caller.on_occupancy(kernels().at(function).c_str(), threads, int64_t(shared_bytes));
   return 0;
 }
 int cudaGetDevice(int* device) { return *device = 0; }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   if (attribute != 16) return 1;  // cudaDevAttrMultiProcessorCount
-  *value = multiprocessor_count;
+  *value = caller.multiprocessors;
   return 0;
 }
 int cudaGetLastError() { return 0; }

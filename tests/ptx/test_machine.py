@@ -226,6 +226,14 @@ def test_movmatrix(run):
     assert (out == in_registers(np.ascontiguousarray(matrix.T), "movmatrix", "a")[0]).all()
 
 
+def test_generic_addresses(run):
+    """Even lanes go to shared memory and odd ones to the output, by one instruction each."""
+    body = "cvt.u64.u32 %d6, %r6; cvta.shared.u64 %d7, %d6; and.b32 %r8, %r0, 1; setp.eq.u32 %p1, %r8, 0;"
+    body += "selp.b64 %d8, %d7, %d3, %p1; st.u32 [%d8], %r0; bar.sync 0; selp.b64 %d9, %d7, %d5, %p1;"
+    body += "ld.u32 %r9, [%d9]; @%p1 st.global.u32 [%d3], %r9;"
+    assert run(body).tolist() == list(range(32))
+
+
 # --- what kernels do wrong
 
 OTHER = "xor.b32 %r7, %r4, 4; add.s32 %r7, %r5, %r7;"  # the neighbour's word
