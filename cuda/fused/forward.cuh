@@ -32,7 +32,7 @@ namespace pyinvolution::cuda::fused {
 
 // Aligned: vectors of 8 elements of x, reduced and y can be moved at once.
 template <class C, bool Aligned, class T>
-__global__ void __launch_bounds__(C::threads, 512 / C::threads)
+__global__ void __launch_bounds__(C::threads, C::blocks)
     forward(StripeParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
             const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
             const float* __restrict__ shift, T* __restrict__ y) {
