@@ -1,23 +1,16 @@
 """What the CUDA compiler makes of the kernels, on machines that have one; no GPU is needed."""
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from ptx.launches import NVCC, find_tool
 
 ROOT = Path(__file__).parents[1]
 SOURCES = re.findall(r"LIST_DIR}/(\S+\.cu)", (ROOT / "cuda/sources.cmake").read_text())
 
 
-def find_tool(name: str, variable: str) -> str | None:
-    default = f"/usr/local/cuda/bin/{name}"
-    return os.environ.get(variable) or shutil.which(name) or (default if Path(default).exists() else None)
-
-
-NVCC = find_tool("nvcc", "CUDACXX")
 CUOBJDUMP = find_tool("cuobjdump", "CUOBJDUMP")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
