@@ -32,8 +32,8 @@ struct StripeParams {
   View x, y;
 };
 
-// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe, the
-// first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe,
+// the first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
 template <int S_, int Rows_, int Columns_, int Reduced_, int Ahead_>
 struct StripeConfig {
   static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
