@@ -56,7 +56,9 @@ def test_wanted_instructions(compiled):
             assert len(re.findall(r"HMMA\.(?:16816|1688)\.F32", code)) >= 6, f"{name} does not multiply matrices"
             assert "LDSM.16" in code, f"{name} reads matrices in small pieces"
             assert "LDGSTS" in code, f"{name} does not copy to shared memory in the background"
-            assert re.search(r"STG\S*\.(64|128)", code), f"{name} writes in small pieces"
+            # The fused forward kernel has templates for tensors that cannot be moved in vectors.
+            elements = source.startswith("fused/instances/forward") and "Lb0E" in name
+            assert elements or re.search(r"STG\S*\.(64|128)", code), f"{name} writes in small pieces"
         if source.startswith("tiled/"):
             assert "LDS.128" in code, f"{name} reads shared memory in small pieces"
         if source == "tiled/instances/f32.cu":

@@ -32,14 +32,15 @@ struct StripeParams {
   View x, y;
 };
 
-// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe, the
-// first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe,
+// the first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
 template <int S_, int Rows_, int Columns_, int Reduced_, int Ahead_>
 struct StripeConfig {
   static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
   static constexpr int Reduced = Reduced_, Ahead = Ahead_;
   static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
-  static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
+  static constexpr int blocks = Columns == 8 ? 3 : 2;  // that registers are left for, on a multiprocessor
+  static constexpr int fragments = S + 1;              // of 8 positions each, below a strip
   static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
   static constexpr int batch = Rows * S, live = (x_rows + batch - 1) / batch, depth = live + Ahead;  // batches
   static constexpr int copies = batch * positions * 8 / threads;                                     // of a thread
@@ -62,8 +63,9 @@ auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
   if (!aligned) return body(StripeConfig<1, 2, 8, 0, 1>{}, no);
   if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16, 3>{}, yes);
   if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32, 3>{}, yes);
-  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64, 1>{}, yes);
   if (p.reduced == 48) return body(StripeConfig<1, 4, 16, 48, 1>{}, yes);
+  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64, 1>{}, yes);
+  if (p.reduced < 128) return body(StripeConfig<1, 4, 8, 0, 1>{}, yes);
   return body(StripeConfig<1, 2, 8, 0, 1>{}, yes);
 }
 

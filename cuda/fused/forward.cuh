@@ -7,23 +7,26 @@
 //
 // X is N,C,H,W; R is N,R,Ho,Wo; S is 49 G,R; Y is N,C,Ho,Wo.
 //
-// A block owns a chunk of 4 groups and walks down stripes of Y, `Columns` wide, step by step. A warp works on one group
-// and 8 columns; a step is 4 rows (2 with stride 2 or many reduced channels). The rows of X that the steps read lie in
-// a ring in shared memory, R of two steps beside it. While a step is computed, a batch of rows of X and R of the next
-// step arrive, so that each row is loaded once per stripe. All blocks run at once, and their shares of the steps differ
-// by at most one; a share can begin and end inside a stripe.
+// A block owns a chunk of 4 groups and walks down stripes of Y, C::Columns wide, step by step; warp w has group w % 4
+// and columns 8 (w / 4) on. A step is C::Rows rows. The rows of X that the steps read lie in a ring in shared memory,
+// with R of two steps and the rows of S beside it. While a step is computed, the rows of X that the next one reads
+// besides, a batch, and its R arrive, so that each row is loaded once per stripe. All blocks run at once, and their
+// shares of the steps differ by at most one; a share can begin and end inside a stripe.
 //
 // In a step, a warp first makes the weights of all kernel rows: [2 rows x 8 pixels x 8 taps] = R [16 x R] * S^T [R x 8]
 // for each kernel row and pair of rows; the eighth tap does not exist. The reduced channels are the outer loop, so that
-// a fragment of R is loaded once. With 16 reduced channels the fragments of S stay in registers for good; else S is in
-// shared memory. The sums begin with b. Rounded to the storage type, as a convolution would write them, a lane
-// has two taps of a pixel in each of two rows. The band (../band.cuh) needs another pair of the same pixel, which two
-// shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one shuffle is enough). Then each
-// row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not finite, the warp
-// computes weights and sums again, one by one.
+// a fragment of R is loaded once. The sums begin with b. With 16 reduced channels the group's rows of S stay in
+// registers for good. The weights are rounded to the storage type, as a convolution would write them. In the fragment,
+// lane l has taps 2 (l % 4) and the next of pixel l / 4 in both rows. The band (../band.cuh) needs another pair of the
+// same pixel, which two shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one shuffle
+// is enough). Then each row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not
+// finite, the warp computes weights and sums again, one by one.
 //
 // Limits, bytes: x, R/C of x, y once: 2.25 elements a channel and pixel with R = C/4, where `mma` and the convolution
-// before it move 5.06 + 3.06 + 0.25. Shared memory is next.
+// before it move 5.06 + 3.06 + 0.25. X comes 1.5 times from the L2 cache, since stripes have halos. Then shared memory:
+// for 4 rows of 8 pixels of a group at stride 1, 10 ldmatrix of 4 cycles for X; 2 for R, 3.5 for S and 14 HMMA for each
+// 16 reduced channels; 28 HMMA and 28 shuffles. With R = 16 these are 460 instructions, counted in the PTX with all
+// that surrounds them, of which 42 are HMMA.
 #pragma once
 
 #include "span.cuh"
@@ -32,7 +35,7 @@ namespace pyinvolution::cuda::fused {
 
 // Aligned: vectors of 8 elements of x, reduced and y can be moved at once.
 template <class C, bool Aligned, class T>
-__global__ void __launch_bounds__(C::threads, 512 / C::threads)
+__global__ void __launch_bounds__(C::threads, C::blocks)
     forward(StripeParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
             const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
             const float* __restrict__ shift, T* __restrict__ y) {

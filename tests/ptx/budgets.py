@@ -163,6 +163,8 @@ def tile_of(launch: Launch, problem: Problem) -> list[int] | None:
             return [numbers[2], numbers[3], chunk]
         if name == "Config":
             return [numbers[2], numbers[3], problem.channels // problem.groups]
+        if name == "StripeConfig":
+            return [numbers[1], numbers[2], chunk]
         if name == "SpanConfig":
             return [8 if numbers[0] == 1 else 4, 8, chunk]
         if name == "WalkConfig":  # of grad_input: rows of a step, columns

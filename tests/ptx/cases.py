@@ -73,14 +73,16 @@ def generic() -> Iterator[Problem]:
 
 def fused() -> Iterator[Problem]:
     sizes: tuple[tuple[int, int, int], ...] = ((9, 18, 1), (10, 7, 1), (11, 18, 2))
-    for dtype, reduced, (height, width, stride) in product(HALVES, (16, 32, 64), sizes):
+    for dtype, reduced, (height, width, stride) in product(HALVES, (16, 32, 48, 64, 80, 128), sizes):
+        if reduced > 96 and (stride == 2 or height * width <= 64):
+            continue  # too little shared memory, or refused
         yield Problem("fused", "forward", dtype, "nhwc", 1, 80, height, width, 5, 7, stride, reduced=reduced)
         yield Problem("fused", "backward", dtype, "nhwc", 1, 80, height, width, 5, 7, stride, reduced=reduced)
     for pass_, stride in product(("forward", "backward"), (1, 2)):
         one = partial(Problem, "fused", pass_, "bfloat16", "nhwc")
         yield one(2, 64, 16, 16, 4, 7, stride, reduced=16)
         yield one(1, 48, 9, 18, 3, 7, stride, reduced=48, offset=1)
-        yield one(1, 16, 17, 21, 1, 7, stride, reduced=96)
+        yield one(1, 16, 17, 21, 1, 7, stride, reduced=112 if stride == 1 else 96)
         yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
         yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
     for stride, reduced in ((1, 16), (2, 32)):
