@@ -285,7 +285,8 @@ __global__ void __launch_bounds__(C::threads, 2)
       bias_out[0] = bias_sum[0];
       if (2 * end.t + 1 < K) bias_out[1] = bias_sum[1];
     }
-    __syncthreads();  // the rows of S have been read
+    if constexpr (slot_parts == 1)
+      __syncthreads();  // the rows of S have been read; else so they are since the sums met
   }
 }
 

@@ -329,7 +329,7 @@ void schedules_and_races() {
     const SpanCase trial{{1, 64, 4, 9, 18, 7, 7, s, s, 3, 3}, 32};
     // Forward with stride 2 a warp reads and writes all pixels of its group, and no other's.
     schedules_and_races<SpanSetting>(trial, s == 1);
-    const Case shape{1, 80, 5, 18, 21, 7, 7, s, s, 3, 3};
+    const Case shape{1, 80, 5, 22, 37, 7, 7, s, s, 3, 3};
     for (const int64_t reduced : {16, 32}) schedules_and_races<GradientSetting>({shape, reduced}, true);
   }
   emulator::options() = {};
