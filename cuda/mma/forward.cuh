@@ -5,6 +5,7 @@
 //
 // X is N,C,H,W; W is N,G,K,K,Ho,Wo; Y is N,C,Ho,Wo. A block has a tile of Rows x Columns pixels of Y and a chunk of up
 // to 4 groups; X below it with its halo and zeros outside the image, W and Y lie in shared memory as they are stored.
+// Rows and strips outside the image are neither brought nor computed.
 //
 // A kernel row of 8 pixels of a group is one or two HMMA with the weights as a band (../band.cuh). X goes through
 // ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows: for K = 7, S = 1, 28 HMMA, 10 ldmatrix
@@ -12,7 +13,7 @@
 // finite, the warp computes it again tap by tap.
 //
 // Limits, K = 7, S = 1, a tile of 8 x 16 pixels of 4 groups on one SM of an H200, by counting: memory 83 KB (x, w, y
-// once), 4500 clocks at the copy rate; shared memory about 2200; issue about 1700; HMMA 450 of 16 x 8 x 16. So memory
+// once), 4500 clocks at the copy rate; shared memory about 2200; issue 3000 by executed PTX; HMMA 450 of 16 x 8 x 16. So memory
 // is the limit, where `tiled` is bound by shared memory: it keeps 4 bytes a number and issues an FMA for each 32
 // products, an HMMA makes 2048 (896 of them inside a kernel).
 #pragma once
