@@ -94,8 +94,8 @@ struct Positions {
   }
 };
 
-// Whether the first sums of all lanes are finite. A product or a sum of numbers of which one is not finite is not finite
-// either; large sums can make it overflow, and are then computed again for nothing.
+// Whether the first sums of all lanes are finite. A product or a sum of numbers of which one is not finite is not
+// finite either; large sums can make it overflow, and are then computed again for nothing.
 template <int Count = 4, int Rows>
 __device__ __forceinline__ bool all_finite(const float (&sums)[Rows][4]) {
   float all = 0;

@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace pyinvolution::cuda {
@@ -53,8 +54,15 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-// The same value, unknown to the compiler: what is derived from it outside a loop is kept in registers, instead of being
-// computed again in the loop.
+// Whether the compiler finds registers for much that a kernel keeps: for older GPUs it would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool keeps_many_registers = false;
+#else
+constexpr bool keeps_many_registers = true;
+#endif
+
+// The same value, unknown to the compiler: what is derived from it outside a loop is kept in registers, instead of
+// being computed again in the loop.
 __device__ __forceinline__ int kept(int value) { return opaque(value); }
 __device__ __forceinline__ float kept(float value) {
   asm volatile("" : "+f"(value));
@@ -126,9 +134,10 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t value) {
   return result;
 }
 
-// d = a * b + c for T (Half or BFloat16) with sums in float: d is 16 x 8, a is 16 x depth, b is depth x 8, depth 16 or 8.
-// With row = lane/4 and pair = 2*(lane%4), a lane holds d[row][pair, pair+1], d[row+8][pair, pair+1]; a[row][pair..],
-// a[row+8][pair..] and the same 8 columns on; b[pair..][row] and the same 8 rows on.
+// d = a * b + c for T (Half or BFloat16) with sums in float: d is 16 x 8, a is 16 x depth, b is depth x 8, depth 16 or
+// 8. With row = lane/4 and pair = 2*(lane%4), a lane holds d[row][pair, pair+1], d[row+8][pair, pair+1];
+// a[row][pair..], a[row+8][pair..] and the same 8 columns on; b[pair..][row] and the same 8 rows on. Volatile, or the
+// compiler could move one into a branch that a part of the warp takes.
 #define PYINVOLUTION_MMA(shape, type, a, b, c) \
   "mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " a ", " b ", " c ";"
 template <class T>

@@ -75,9 +75,10 @@ def cuda_mma(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
 
 def cuda_fused(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     small = case.reduced > 64 and case.output[0] * case.output[1] <= 64
+    most = 96 if case.stride == (2, 2) else 128
     return (
         in_tiles(case) and case.kernel == (7, 7) and dtype.itemsize == 2 and layout == "channels_last"
-        and case.group_channels == 16 and case.reduced in range(16, 129, 16) and not small
+        and case.group_channels == 16 and case.reduced in range(16, most + 1, 16) and not small
     )  # fmt: skip
 
 

@@ -1,23 +1,16 @@
 """What the CUDA compiler makes of the kernels, on machines that have one; no GPU is needed."""
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from ptx.launches import NVCC, find_tool
 
 ROOT = Path(__file__).parents[1]
 SOURCES = re.findall(r"LIST_DIR}/(\S+\.cu)", (ROOT / "cuda/sources.cmake").read_text())
 
 
-def find_tool(name: str, variable: str) -> str | None:
-    default = f"/usr/local/cuda/bin/{name}"
-    return os.environ.get(variable) or shutil.which(name) or (default if Path(default).exists() else None)
-
-
-NVCC = find_tool("nvcc", "CUDACXX")
 CUOBJDUMP = find_tool("cuobjdump", "CUOBJDUMP")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
@@ -62,7 +55,9 @@ def test_wanted_instructions(compiled):
             assert len(re.findall(r"HMMA\.(?:16816|1688)\.F32", code)) >= 6, f"{name} does not multiply matrices"
             assert "LDSM.16" in code, f"{name} reads matrices in small pieces"
             assert "LDGSTS" in code, f"{name} does not copy to shared memory in the background"
-            assert re.search(r"STG\S*\.(64|128)", code), f"{name} writes in small pieces"
+            # The fused forward kernel has templates for tensors that cannot be moved in vectors.
+            elements = source.startswith("fused/instances/forward") and "Lb0E" in name
+            assert elements or re.search(r"STG\S*\.(64|128)", code), f"{name} writes in small pieces"
         if source.startswith("tiled/"):
             assert "LDS.128" in code, f"{name} reads shared memory in small pieces"
         if source == "tiled/instances/f32.cu":

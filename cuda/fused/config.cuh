@@ -32,23 +32,23 @@ struct StripeParams {
   View x, y;
 };
 
-// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. Reduced is the number of reduced
-// channels, or 0 for any; with 16, a warp keeps the span weights of its group in registers.
-template <int S_, int Rows_, int Columns_, int Reduced_>
+// A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe,
+// the first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
+template <int S_, int Rows_, int Columns_, int Reduced_, int Ahead_>
 struct StripeConfig {
   static constexpr int K = fused::K, S = S_, Rows = Rows_, Columns = Columns_;
-  static constexpr int Reduced = Reduced_;
-  static constexpr bool held = Reduced == 16;
+  static constexpr int Reduced = Reduced_, Ahead = Ahead_;
   static constexpr int pairs = Rows / 2, strips = Columns / 8, warps = chunk_groups * strips, threads = 32 * warps;
-  static constexpr int fragments = S + 1;  // of 8 positions each, below a strip
+  static constexpr int blocks = Columns == 8 ? 3 : 2;  // that registers are left for, on a multiprocessor
+  static constexpr int fragments = S + 1;              // of 8 positions each, below a strip
   static constexpr int positions = S * Columns + 8, x_rows = (Rows - 1) * S + K;
-  static constexpr int batch = Rows * S, live = (x_rows + batch - 1) / batch, depth = live + 1;  // batches
-  static constexpr int copies = batch * positions * 8 / threads;                                 // of a thread
-  static_assert(batch * positions * 8 % threads == 0, "");
+  static constexpr int batch = Rows * S, live = (x_rows + batch - 1) / batch, depth = live + Ahead;  // batches
+  static constexpr int copies = batch * positions * 8 / threads;                                     // of a thread
+  static_assert(batch * positions * 8 % threads == 0 && Ahead <= live, "");
   using Ring = Image<depth * batch, positions, true>;
   static constexpr int batch_bytes = batch * positions * Ring::pitch;
   static int bytes(int reduced) {
-    return Ring::bytes + (2 * Rows * Columns + (held ? 0 : chunk_groups * taps)) * Span::pitch(reduced);
+    return Ring::bytes + (2 * Rows * Columns + chunk_groups * taps) * Span::pitch(reduced);
   }
 };
 
@@ -59,13 +59,14 @@ auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
   constexpr std::true_type yes;
   constexpr std::false_type no;
   if (p.involution.stride_h == 2)
-    return aligned ? body(StripeConfig<2, 2, 8, 0>{}, yes) : body(StripeConfig<2, 2, 8, 0>{}, no);
-  if (!aligned) return body(StripeConfig<1, 2, 8, 0>{}, no);
-  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16>{}, yes);
-  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32>{}, yes);
-  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64>{}, yes);
-  if (p.reduced < 64) return body(StripeConfig<1, 4, 16, 0>{}, yes);
-  return body(StripeConfig<1, 2, 8, 0>{}, yes);
+    return aligned ? body(StripeConfig<2, 2, 8, 0, 1>{}, yes) : body(StripeConfig<2, 2, 8, 0, 1>{}, no);
+  if (!aligned) return body(StripeConfig<1, 2, 8, 0, 1>{}, no);
+  if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16, 3>{}, yes);
+  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32, 3>{}, yes);
+  if (p.reduced == 48) return body(StripeConfig<1, 4, 16, 48, 1>{}, yes);
+  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64, 1>{}, yes);
+  if (p.reduced < 128) return body(StripeConfig<1, 4, 8, 0, 1>{}, yes);
+  return body(StripeConfig<1, 2, 8, 0, 1>{}, yes);
 }
 
 // The block of grad_input with stride 1: a warp for each tile of 8 pixels of each group.

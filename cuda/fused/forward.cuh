@@ -7,23 +7,26 @@
 //
 // X is N,C,H,W; R is N,R,Ho,Wo; S is 49 G,R; Y is N,C,Ho,Wo.
 //
-// A block owns a chunk of 4 groups and walks down stripes of Y, `Columns` wide, step by step. A warp works on one group
-// and 8 columns; a step is 4 rows (2 with stride 2 or many reduced channels). The rows of X that the steps read lie in
-// a ring in shared memory, R of two steps beside it. While a step is computed, a batch of rows of X and R of the next
-// step arrive, so that each row is loaded once per stripe. All blocks run at once, and their shares of the steps differ
-// by at most one; a share can begin and end inside a stripe.
+// A block owns a chunk of 4 groups and walks down stripes of Y, C::Columns wide, step by step; warp w has group w % 4
+// and columns 8 (w / 4) on. A step is C::Rows rows. The rows of X that the steps read lie in a ring in shared memory,
+// with R of two steps and the rows of S beside it. While a step is computed, the rows of X that the next one reads
+// besides, a batch, and its R arrive, so that each row is loaded once per stripe. All blocks run at once, and their
+// shares of the steps differ by at most one; a share can begin and end inside a stripe.
 //
 // In a step, a warp first makes the weights of all kernel rows: [2 rows x 8 pixels x 8 taps] = R [16 x R] * S^T [R x 8]
 // for each kernel row and pair of rows; the eighth tap does not exist. The reduced channels are the outer loop, so that
-// a fragment of R is loaded once. With 16 reduced channels the fragments of S stay in registers for good; else S is in
-// shared memory. The sums begin with b. Rounded to the storage type, as a convolution would write them, a lane
-// has two taps of a pixel in each of two rows. The band (../band.cuh) needs another pair of the same pixel, which two
-// shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one shuffle is enough). Then each
-// row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not finite, the warp
-// computes weights and sums again, one by one.
+// a fragment of R is loaded once. The sums begin with b. With 16 reduced channels the group's rows of S stay in
+// registers for good. The weights are rounded to the storage type, as a convolution would write them. In the fragment,
+// lane l has taps 2 (l % 4) and the next of pixel l / 4 in both rows. The band (../band.cuh) needs another pair of the
+// same pixel, which two shuffles among the 4 lanes of the pixel bring (with stride 2 the pair is whole and one shuffle
+// is enough). Then each row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not
+// finite, the warp computes weights and sums again, one by one.
 //
 // Limits, bytes: x, R/C of x, y once: 2.25 elements a channel and pixel with R = C/4, where `mma` and the convolution
-// before it move 5.06 + 3.06 + 0.25. Shared memory is next.
+// before it move 5.06 + 3.06 + 0.25. X comes 1.5 times from the L2 cache, since stripes have halos. Then shared memory:
+// for 4 rows of 8 pixels of a group at stride 1, 10 ldmatrix of 4 cycles for X; 2 for R, 3.5 for S and 14 HMMA for each
+// 16 reduced channels; 28 HMMA and 28 shuffles. With R = 16 these are 460 instructions, counted in the PTX with all
+// that surrounds them, of which 42 are HMMA.
 #pragma once
 
 #include "span.cuh"
@@ -32,11 +35,12 @@ namespace pyinvolution::cuda::fused {
 
 // Aligned: vectors of 8 elements of x, reduced and y can be moved at once.
 template <class C, bool Aligned, class T>
-__global__ void __launch_bounds__(C::threads, 512 / C::threads)
+__global__ void __launch_bounds__(C::threads, C::blocks)
     forward(StripeParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
             const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
             const float* __restrict__ shift, T* __restrict__ y) {
   using Ring = typename C::Ring;
+  constexpr bool held = C::Reduced == 16 && keeps_many_registers;  // the group's rows of S, and what sums begin with
   constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
   const int reduced_channels = C::Reduced > 0 ? C::Reduced : span.reduced, pitch = Span::pitch(reduced_channels);
   const int half_bytes = step_pixels * pitch;  // R of a step
@@ -75,7 +79,8 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const int at = position + i * (C::threads / 8);
     offsets[i] = kept(at / C::positions * q.x.h + at % C::positions * q.x.w);
   }
-  char* const first_to = kept(ring + Ring::at(0, position, channel));
+  char* first_to = ring + Ring::at(0, position, channel);
+  if constexpr (Aligned) first_to = kept(first_to);
   const T* from = nullptr;
   uint32_t inside = 0;  // a bit for each copy: whether its column is in the image
   const auto enter_stripe = [&](int image, int of_image, int batch) {
@@ -103,8 +108,8 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   };
   // Of R a thread brings the same vector of every at_once-th pixel.
   const int vectors = reduced_channels / 8, at_once = C::threads / vectors;
-  const int own_pixel = thread / vectors, own_vector = (thread - own_pixel * vectors) * 8;
   const auto bring_reduced = [&](int half, int image, int of_image, int of_stripe) {
+    const int own = opaque(thread), own_pixel = own / vectors, own_vector = (own - own_pixel * vectors) * 8;
     const int first_row = of_stripe * C::Rows, first_column = of_image * C::Columns;
     const T* base = reduced + (image * span.reduced_n + int64_t{first_row} * span.reduced_h +
                                (first_column * span.reduced_w + own_vector));
@@ -118,12 +123,13 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
       constexpr int pixels_at_once = C::threads / (C::Reduced / 8);
 #pragma unroll
       for (int i = 0; i < step_pixels; i += pixels_at_once)
-        if (own_pixel < step_pixels) bring(i + own_pixel);
+        if (own_pixel < pixels_at_once && i + own_pixel < step_pixels) bring(i + own_pixel);
     } else if (own_pixel < at_once) {
+#pragma unroll 1
       for (int i = own_pixel; i < step_pixels; i += at_once) bring(i);
     }
   };
-  if constexpr (!C::held)
+  if constexpr (!held)
     bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
                          span.row_vector, [&](int i) { return i * span.row; });
   bring_reduced(0, n, stripe, step);
@@ -143,28 +149,27 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   const uint32_t halves = kept(odd ? 0x1054 : 0x5410);  // of the first row, those of the second are two bytes on
 
   // The eighth tap repeats the seventh; the masks leave it out.
-  Vector<2, T> biases[K];
+  int biases[K];  // pairs
   float first_sums[K][4];
 #pragma unroll
   for (int kh = 0; kh < K; ++kh) {
+    float two[2] = {};
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      T& own = biases[kh].v[side];
-      store(0.0f, &own);
-      if (bias != nullptr) own = bias[own_tap + kh * K + min(2 * t + side, K - 1)];
-    }
+    for (int side = 0; side < 2; ++side)
+      if (bias != nullptr) two[side] = load(bias[own_tap + kh * K + min(2 * t + side, K - 1)]);
+    biases[kh] = int(pack<T>(two[0], two[1]));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(load(biases[kh].v[e % 2]));
+    for (int e = 0; e < 4; ++e) first_sums[kh][e] = kept(two[e % 2]);
   }
-  uint32_t held[K][2];
-  if constexpr (C::held) {
+  uint32_t own_span[K][2];
+  if constexpr (held) {
 #pragma unroll
     for (int kh = 0; kh < K; ++kh) {
       const T* row = weight + (int64_t{own_tap + kh * K + min(pixel, K - 1)} * span.row + 2 * t);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const Vector<2, T> two{{row[c * 8], row[c * 8 + 1]}};
-        memcpy(&held[kh][c], &two, sizeof two);
+        memcpy(&own_span[kh][c], &two, sizeof two);
       }
     }
   }
@@ -203,8 +208,13 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     const bool last = ++step == q.steps;
     if (last) step = 0, next_stripe_of(n, stripe);
     if (s + 1 < end) {
-      if (last) enter_stripe(n, stripe, 0);
-      bring_batch(last ? 0 : step + C::live - 1, batch_after(base, C::live));
+      if (last) {
+        enter_stripe(n, stripe, 0);
+#pragma unroll 1
+        for (int batch = 0; batch < C::Ahead; ++batch) bring_batch(batch, batch_after(base, C::live + batch));
+      } else {
+        bring_batch(step + C::live - 1, batch_after(base, C::live));
+      }
       bring_reduced(half ^ 1, n, stripe, step);
     }
     commit_copies();
@@ -216,8 +226,14 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
         const auto add = [&](int kh, bool first, const uint32_t (&r)[C::pairs][4], uint32_t low, uint32_t high) {
           const uint32_t b[2] = {low, high};
           float sums[4];
+          if (first) {
+            // There are registers for all first sums only where little else is held.
+            Vector<2, T> two;
+            const int bits = held ? 0 : opaque(biases[kh]);
+            memcpy(&two, &bits, sizeof two);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[e] = C::held ? first_sums[kh][e] : load(biases[kh].v[e % 2]);
+            for (int e = 0; e < 4; ++e) sums[e] = held ? first_sums[kh][e] : load(two.v[e % 2]);
+          }
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j) {
             if (first) {
@@ -233,9 +249,9 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
 #pragma unroll
           for (int j = 0; j < C::pairs; ++j)
             load_matrices(r[j], pixel_row + half * half_bytes + 2 * j * C::Columns * pitch + c * 2);
-          if constexpr (C::held) {
+          if constexpr (held) {
 #pragma unroll
-            for (int kh = 0; kh < K; ++kh) add(kh, first, r, held[kh][0], held[kh][1]);
+            for (int kh = 0; kh < K; ++kh) add(kh, first, r, own_span[kh][0], own_span[kh][1]);
           } else {
             const char* tap_row = tap_rows + c * 2;
 #pragma unroll
@@ -364,7 +380,7 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
     }
 
     base = batch_after(base, last ? C::live : 1), half ^= 1;
-    if (last) have = 1, enter_out();
+    if (last) have = C::Ahead, enter_out();
   }
   wait_for_copies<0>();
 }

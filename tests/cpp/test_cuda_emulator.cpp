@@ -92,43 +92,99 @@ void warp_operations() {
   CHECK(right, "shuffles, votes and byte_perm");
 }
 
-// D = A * B for 16 x 16 x 8 and 16 x 8 x 8 through shared memory, ldmatrix and mma, A also by way of its transpose.
+// What the manual says of matrices in registers (../ptx/fragments.inl).
+struct Element {
+  const char *instruction, *operand;
+  size_t index, half;  // of the register
+  int (*row)(int group, int thread);
+  int (*column)(int group, int thread);
+};
+const Element elements[] = {
+#define ELEMENT(instruction, operand, index, half, row, column)                 \
+  {#instruction,                                                                \
+   #operand,                                                                    \
+   index,                                                                       \
+   half,                                                                        \
+   []([[maybe_unused]] int group, [[maybe_unused]] int thread) { return row; }, \
+   []([[maybe_unused]] int group, [[maybe_unused]] int thread) { return column; }},
+#include "../ptx/fragments.inl"
+#undef ELEMENT
+};
+
+// Calls `body` with the place of each element of an operand in a lane's registers, and its row and column.
+template <class Body>
+void for_each_element(const std::string& instruction, const std::string& operand, int lane, const Body& body) {
+  int found = 0;
+  for (const Element& e : elements) {
+    if (e.instruction != instruction || e.operand != operand) continue;
+    body(e.index, e.half, e.row(lane / 4, lane % 4), e.column(lane / 4, lane % 4)), ++found;
+  }
+  CHECK(found > 0, "the table has rows for " + instruction + " " + operand);
+}
+
+// D = A * B + C with A, B and C put into registers as the table says.
+void products() {
+  for (const int depth : {16, 8}) {
+    const std::string name = "m16n8k" + std::to_string(depth);
+    float a[16][16], b[16][8], c[16][8];
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < 16; ++k) a[i][k] = float((i * 7 + k * 3) % 11 - 5);
+      for (int j = 0; j < 8; ++j) b[i][j] = float((i * 5 + j * 13) % 17 - 8), c[i][j] = float(i * 8 + j);
+    }
+    double worst = 0;
+    launch_test(1, 32, 0, [&] {
+      const int lane = int(threadIdx.x);
+      uint32_t as[4] = {}, bs[2] = {};
+      float d[4] = {};
+      const auto put = [](uint32_t& to, size_t half, float value) { to |= uint32_t(element_bits(value)) << 16 * half; };
+      for_each_element(name, "a", lane, [&](size_t i, size_t half, int row, int k) { put(as[i], half, a[row][k]); });
+      for_each_element(name, "b", lane, [&](size_t i, size_t half, int k, int col) { put(bs[i], half, b[k][col]); });
+      for_each_element(name, "d", lane, [&](size_t i, size_t, int row, int column) { d[i] = c[row][column]; });
+      if (depth == 16) {
+        multiply<BFloat16>(d, as, bs);
+      } else {
+        multiply<BFloat16>(d, {as[0], as[1]}, {bs[0]});
+      }
+      for_each_element(name, "d", lane, [&](size_t i, size_t, int row, int column) {
+        double want = c[row][column];
+        for (int k = 0; k < depth; ++k) want += a[row][k] * b[k][column];
+        worst += std::fabs(d[i] - want);
+      });
+    });
+    CHECK(worst == 0, name + " off by " + std::to_string(worst));
+  }
+}
+
+// ldmatrix of two and four matrices, plain and transposed, and movmatrix: element (row, column) of matrix m is
+// 64 * m + 8 * row + column.
 void matrices() {
-  float a[16][16], b[16][8];
-  double worst = 0;
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) a[i][j] = float((i * 7 + j * 3) % 11 - 5);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 8; ++j) b[i][j] = float((i * 5 + j * 13) % 17 - 8);
-  launch_test(1, 32, 4096, [&] {
-    auto* rows =
-        reinterpret_cast<uint16_t*>(shared_memory());  // [16][16], then A transposed, then B transposed [8][16]
-    uint16_t *columns = rows + 256, *b_columns = columns + 256;
+  int wrong = 0;
+  launch_test(1, 32, 512, [&] {
+    auto* memory = reinterpret_cast<uint16_t*>(shared_memory());
     const int lane = int(threadIdx.x);
-    for (int i = lane; i < 256; i += 32) {
-      rows[i] = uint16_t(element_bits(a[i / 16][i % 16]));
-      columns[i] = uint16_t(element_bits(a[i % 16][i / 16]));
-      if (i < 128) b_columns[i] = uint16_t(element_bits(b[i % 16][i / 16]));
-    }
+    for (int i = lane; i < 256; i += 32) memory[i] = uint16_t(i);
     __syncwarp();
-    uint32_t direct[4], turned[4], bs[4];
-    load_matrices(direct, rows + (lane % 16) * 16 + lane / 16 * 8);
-    load_matrices_transposed(turned, columns + (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * 8);
-    load_matrices(bs, b_columns + lane % 8 * 16 + lane / 8 % 2 * 8);
-    for (int i = 0; i < 4; ++i) worst += direct[i] != turned[i];
-    worst += transpose_matrix(transpose_matrix(direct[1])) != direct[1];
-    float d[4] = {1, 2, 3, 4}, half_depth[4] = {};
-    multiply<BFloat16>(d, direct, {bs[0], bs[1]});
-    multiply<BFloat16>(half_depth, {direct[0], direct[1]}, {bs[0]});
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      double want = i + 1, want_half = 0;
-      for (int k = 0; k < 16; ++k) want += a[row][k] * b[k][column];
-      for (int k = 0; k < 8; ++k) want_half += a[row][k] * b[k][column];
-      worst += std::fabs(d[i] - want) + std::fabs(half_depth[i] - want_half);
-    }
+    const auto check = [&](const char* name, const char* operand, uint32_t value, int matrix) {
+      for_each_element(name, operand, lane, [&](size_t, size_t half, int row, int column) {
+        wrong += (value >> 16 * half & 0xffff) != uint32_t(64 * matrix + 8 * row + column);
+      });
+    };
+    uint32_t four[4], two[2];
+    load_matrices(four, memory + 8 * lane);
+    for (int m = 0; m < 4; ++m) check("ldmatrix", "d", four[m], m);
+    load_matrices(two, memory + 8 * (lane % 16));
+    for (int m = 0; m < 2; ++m) check("ldmatrix", "d", two[m], m);
+    load_matrices_transposed(four, memory + 8 * lane);
+    for (int m = 0; m < 4; ++m) check("ldmatrix_trans", "d", four[m], m);
+    load_matrices_transposed(two, memory + 8 * (lane % 16));
+    for (int m = 0; m < 2; ++m) check("ldmatrix_trans", "d", two[m], m);
+    uint32_t source = 0;
+    for_each_element("movmatrix", "a", lane, [&](size_t, size_t half, int row, int column) {
+      source |= uint32_t(8 * row + column) << 16 * half;
+    });
+    check("movmatrix", "d", transpose_matrix(source), 0);
   });
-  CHECK(worst == 0, "matrix product off by " + std::to_string(worst));
+  CHECK(wrong == 0, std::to_string(wrong) + " elements of ldmatrix and movmatrix are in the wrong place");
 }
 
 void copies() {
@@ -316,6 +372,7 @@ int main() {
   numbers();
   indices_and_blocks();
   warp_operations();
+  products();
   matrices();
   copies();
   wrong_kernels();

@@ -1,0 +1,95 @@
+"""Which problems run in the interpreter: together they launch every kernel (test_kernels.py), each class of layout,
+alignment, window and chunk at least once. A new kernel needs rows here."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+from .problems import Problem
+
+PASSES = ("forward", "grad_input", "grad_weight")
+HALVES = ("float16", "bfloat16")
+WINDOWS = (3, 5, 7)
+
+
+def mma() -> Iterator[Problem]:
+    # Every template: dtype, window, stride, width and layout. Five groups are a whole chunk and a part of one.
+    sizes = {
+        ("forward", 1): ((9, 7), (9, 18)), ("forward", 2): ((11, 18),),
+        ("grad_input", 1): ((10, 8), (9, 18)), ("grad_input", 2): ((9, 16), (9, 19)),
+        ("grad_weight", 1): ((9, 11),), ("grad_weight", 2): ((11, 18),),
+    }  # fmt: skip
+    for (pass_, stride), shapes in sizes.items():
+        for dtype, kernel, layout, size in product(HALVES, WINDOWS, ("nhwc", "nchw", "mixed"), shapes):
+            yield Problem("mma", pass_, dtype, layout, 1, 80, *size, 5, kernel, stride)
+    for pass_, layout, stride in product(PASSES, ("nhwc", "nchw"), (1, 2)):
+        one = partial(Problem, "mma", pass_, "bfloat16", layout)
+        yield one(2, 64, 16, 16, 4, 7, stride)  # whole tiles, several images
+        yield one(1, 48, 9, 18, 3, 7, stride, offset=1)  # moved element by element
+        yield one(1, 32, 12, 20, 2, 5, stride, offset=2)
+        yield one(1, 16, 11, 13, 1, 7, stride, padding=0)
+        yield one(1, 16, 6, 9, 1, 3, stride, padding=4)
+        yield one(1, 32, 10, 17, 2, 7, stride, spoil=True)
+    for dtype in HALVES:
+        yield Problem("mma", "forward", dtype, "nhwc", 1, 16, 9, 12, 1, 7, spoil=True)
+        yield Problem("mma", "forward", dtype, "nchw", 1, 16, 9, 12, 1, 7, 2, spoil=True)
+
+
+def tiled() -> Iterator[Problem]:
+    sizes = {
+        ("forward", 1): ((9, 7), (9, 18)), ("forward", 2): ((11, 18),),
+        ("grad_input", 1): ((9, 8), (9, 18)), ("grad_input", 2): ((9, 16), (9, 19)),
+        ("grad_weight", 1): ((9, 8), (9, 18)), ("grad_weight", 2): ((11, 18),),
+    }  # fmt: skip
+    for (pass_, stride), shapes in sizes.items():
+        for dtype, kernel, size in product(("float32", *HALVES), WINDOWS, shapes):
+            for layout, channels in (("nhwc", 32), ("nchw", 16)):
+                yield Problem("tiled", pass_, dtype, layout, 1, channels, *size, 2, kernel, stride)
+    for pass_, layout, stride in product(PASSES, ("nhwc", "nchw", "mixed"), (1, 2)):
+        one = partial(Problem, "tiled", pass_, "float32", layout)
+        yield one(2, 24, 9, 17, 1, 3, stride)
+        yield one(1, 32, 9, 12, 1, 7, stride, offset=1)
+        yield one(1, 16, 11, 13, 1, 5, stride, padding=0)
+        yield one(1, 8, 6, 9, 1, 3, stride, padding=4)
+        yield one(1, 16, 9, 10, 2, 7, stride, spoil=True)
+    for stride in (1, 2):
+        yield Problem("tiled", "forward", "float32", "nchw", 1, 16, 9, 10, 2, 7, stride, expanded=True)
+
+
+def generic() -> Iterator[Problem]:
+    for pass_, dtype in product(PASSES, ("float32", "float64", *HALVES)):
+        one = partial(Problem, "generic", pass_, dtype)
+        yield one("nchw", 2, 6, 7, 9, 2, 3)
+        yield one("nhwc", 1, 6, 11, 8, 2, 3, 3, padding=2, dilation=2)
+        yield one("mixed", 1, 3, 6, 7, 3, 4, 2, padding=0, offset=1)
+        # Only the tap in the middle is inside; numbers of rows beyond 32 bits.
+        far = 1 << 30
+        yield one("nchw", 1, 4, 5, 6, 2, 3, padding=far, dilation=far)
+    for pass_ in PASSES:
+        yield Problem("generic", pass_, "float32", "nchw", 1, 6, 7, 8, 2, 5, spoil=True)
+    yield Problem("generic", "forward", "float32", "nchw", 1, 6, 7, 8, 2, 5, expanded=True)
+
+
+def fused() -> Iterator[Problem]:
+    sizes: tuple[tuple[int, int, int], ...] = ((9, 18, 1), (10, 7, 1), (11, 18, 2))
+    for dtype, reduced, (height, width, stride) in product(HALVES, (16, 32, 48, 64, 80, 128), sizes):
+        if reduced > 96 and (stride == 2 or height * width <= 64):
+            continue  # too little shared memory, or refused
+        yield Problem("fused", "forward", dtype, "nhwc", 1, 80, height, width, 5, 7, stride, reduced=reduced)
+        yield Problem("fused", "backward", dtype, "nhwc", 1, 80, height, width, 5, 7, stride, reduced=reduced)
+    for pass_, stride in product(("forward", "backward"), (1, 2)):
+        one = partial(Problem, "fused", pass_, "bfloat16", "nhwc")
+        yield one(2, 64, 16, 16, 4, 7, stride, reduced=16)
+        yield one(1, 48, 9, 18, 3, 7, stride, reduced=48, offset=1)
+        yield one(1, 16, 17, 21, 1, 7, stride, reduced=112 if stride == 1 else 96)
+        yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
+        yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
+    for stride, reduced in ((1, 16), (2, 32)):
+        yield Problem(
+            "fused", "forward", "bfloat16", "nhwc", 1, 32, 10, 17, 2, 7, stride, reduced=reduced, epilogue=True
+        )
+
+
+def cases() -> Iterator[Problem]:
+    for part in (mma, tiled, generic, fused):
+        yield from part()
