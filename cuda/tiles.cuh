@@ -130,17 +130,25 @@ struct Line {
   int offset, step, count, begin, end;
 };
 
-template <int V, class T>
+// Few: there are so few that loops cost more than the test of each.
+template <int V, bool Few, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
-    const T* from = memory + (line.offset + line.begin * line.step);
+    const T* const first = memory + line.offset;  // aligned, also where nothing is read
+    if constexpr (Few) {
+#pragma unroll 2
+      for (int i = 0; i < line.count; ++i)
+        copy_async<V * sizeof(T)>(shared + i * shared_step, first + i * line.step, i >= line.begin && i < line.end);
+      return;
+    }
+    const T* from = first + line.begin * line.step;
     int i = 0;
 #pragma unroll 1
-    for (; i < line.begin; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, memory, false);
+    for (; i < line.begin; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, first, false);
 #pragma unroll 4
     for (; i < line.end; ++i, from += line.step) copy_async<V * sizeof(T)>(shared + i * shared_step, from);
 #pragma unroll 1
-    for (; i < line.count; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, memory, false);
+    for (; i < line.count; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, first, false);
   } else {
     constexpr int batch = 8;
     T zero;
@@ -244,7 +252,7 @@ __device__ __forceinline__ void bring_image(char* shared, const T* image, const 
   with_vector<I::channels_inner>(view.vector, [&](auto v) {
     for_each_line<I, v.value, Warps>(
         view, channels, height, width, first_row, first_column, rows,
-        [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, image, line); });
+        [&](int to, int step, const Line& line) { bring_line<v.value, I::Rows <= 2>(shared + to, step, image, line); });
   });
 }
 
@@ -281,7 +289,7 @@ __device__ __forceinline__ void bring_weights(char* shared, const T* w, const Ke
         const int v = first_column + column;
         const bool inside = v >= 0 && v < q.w_width;
         const int before = first_tap_in_piece(q, w, v) / int(sizeof(T));
-        bring_line<8>(
+        bring_line<8, C::w_rows <= 2>(
             shared + W::at(0, column, 0) + piece * 16, C::w_columns * W::pitch, w,
             Line{first_row * q.w.h + v * q.w.w - before + piece * 8, q.w.h, rows, begin, inside ? end : begin});
       }
@@ -290,7 +298,7 @@ __device__ __forceinline__ void bring_weights(char* shared, const T* w, const Ke
   }
   with_vector<false>(q.w.vector, [&](auto v) {
     for_each_line<C, W, v.value>(q, groups, first_row, first_column, rows, [&](int to, int step, const Line& line) {
-      bring_line<v.value>(shared + to, step, w, line);
+      bring_line<v.value, W::taps_inner && C::w_rows <= 2>(shared + to, step, w, line);
     });
   });
 }

@@ -10,8 +10,8 @@
 // For a tile, dW is [16 pixels x 8*(S+1) positions] = G * X over a group's channels, from which each lane takes its own
 // pair of taps; in shared memory, rounded to the storage type as a convolution's gradient would be, it is the operand
 // of dR, summed over the groups of a chunk there and over the chunks in `scratch` by the thread that owns it, and of
-// dS, summed over the run in registers. A block leaves one partial sum of dS and db, which `sum_partials` adds in
-// order.
+// dS, summed over the run in registers. A block leaves partial sums of dS and db, which `sum_partials` adds in
+// order; how many there are, and so the last bits, depends on the number of multiprocessors.
 #pragma once
 
 #include "span.cuh"
@@ -285,7 +285,8 @@ __global__ void __launch_bounds__(C::threads, 2)
       bias_out[0] = bias_sum[0];
       if (2 * end.t + 1 < K) bias_out[1] = bias_sum[1];
     }
-    __syncthreads();  // the rows of S have been read
+    if constexpr (slot_parts == 1)
+      __syncthreads();  // the rows of S have been read; else so they are since the sums met
   }
 }
 

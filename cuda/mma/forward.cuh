@@ -5,6 +5,7 @@
 //
 // X is N,C,H,W; W is N,G,K,K,Ho,Wo; Y is N,C,Ho,Wo. A block has a tile of Rows x Columns pixels of Y and a chunk of up
 // to 4 groups; X below it with its halo and zeros outside the image, W and Y lie in shared memory as they are stored.
+// Rows and strips outside the image are neither brought nor computed.
 //
 // A kernel row of 8 pixels of a group is one or two HMMA with the weights as a band (../band.cuh). X goes through
 // ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows. The zeros of the band make NaN of an Inf beside

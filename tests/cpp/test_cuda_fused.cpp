@@ -332,7 +332,7 @@ void schedules_and_races() {
     // The blocks go from a stripe to the next, with all of its first rows at hand or not.
     for (const int64_t reduced : {32, 48})
       schedules_and_races<SpanSetting>({{3, 64, 4, 9, 18, 7, 7, s, s, 3, 3}, reduced}, true);
-    const Case shape{1, 80, 5, 18, 21, 7, 7, s, s, 3, 3};
+    const Case shape{1, 80, 5, 22, 37, 7, 7, s, s, 3, 3};
     for (const int64_t reduced : {16, 32}) schedules_and_races<GradientSetting>({shape, reduced}, true);
   }
   emulator::options() = {};
