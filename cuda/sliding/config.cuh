@@ -17,6 +17,12 @@ constexpr int max_classes = 4;  // of the pixels of X in one direction, in the g
 // every GPU since compute capability 8.0.
 constexpr int wanted_shared_bytes = 72 * 1024, max_shared_bytes = 99 * 1024;
 
+// With fewer products for each pixel and group, in small images or with dense taps, `generic` is faster by counting.
+constexpr int64_t least_products = 24, small_image = 1024;
+
+// What the kernels cannot run.
+Refusal limits(const Problem&, Pass);
+
 // Division of a number below 2^31 by one that is known at the launch, without dividing.
 struct Divisor {
   unsigned divisor, factor, shift;
@@ -279,7 +285,9 @@ inline Plan plan_of(const Problem& p, Pass pass) {
   if ((double(sum.taps_h * sum.dilation_h) + 256.0 * double(sum.stride_h)) *
           (double(sum.taps_w * sum.dilation_w) + 32.0 * double(sum.stride_w)) > 64.0 * max_shared_bytes)
     return {};
-  for (const int limit : {wanted_shared_bytes, max_shared_bytes}) {
+  // Wide groups get more channels, which share weights, in a block instead of more blocks.
+  const bool wide = channels > 32 && pass != Pass::grad_weight;
+  for (const int limit : {wide ? max_shared_bytes : wanted_shared_bytes, max_shared_bytes}) {
     if (pass == Pass::grad_weight) {
       for (const int64_t min_pixels : {96, 32, 1}) {
         Plan plan = start_plan(p, pass, sum, vector, 1);
@@ -329,12 +337,12 @@ struct KernelParams {
   int image_units, units, unit_vectors, unit_chunks, planes;
   int rows, columns;
   int spacing, step, phases, every, y_every;
-  bool slides, store_vectors, taps_inner;
-  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch;  // w_offset in bytes
+  bool slides, store_vectors, taps_inner, plain;
+  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_lane_bits;  // w_offset in bytes
   int slots, stages, vectors;  // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
   Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
-  Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
+  Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases;
   Area x_area, y_area;
   View x, y;
   WeightView w;

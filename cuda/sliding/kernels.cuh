@@ -146,14 +146,15 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
 // [unit][row][tap][pixel]. For the gradient of the input, the pixels are those of the result, to which the weights of
 // others lead; a tap's place is that in the sum, and weights that do not exist are zero.
 //
-// Where taps are inner, 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
-// neighbours' too. Loads have 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
+// Where taps are inner, 2 or 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
+// neighbours' too. Loads have up to 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
 // tap, and its neighbours those of the next pixels.
 template <bool ToInput, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int kernel_rows) {
-  constexpr int elements = 16 / int(sizeof(T)), lanes = 4, batch = 4;
+  constexpr int elements = 16 / int(sizeof(T)), batch = ToInput ? 2 : 4;
+  const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
 #pragma unroll 1
   for (int unit_index = 0; unit_index < min(q.units, tile.end_unit - tile.unit); ++unit_index) {
@@ -192,7 +193,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
     const int first_within = int(before >= 0 ? 0 : -before), last_within = int(min64(after, int64_t(1) << 30));
     const int pixels = q.rows * q.w_columns;
 #pragma unroll 1
-    for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+    for (int pixel = int(threadIdx.x) >> q.w_lane_bits; pixel < pixels; pixel += int(blockDim.x) >> q.w_lane_bits) {
       const auto [row, column] = divide(pixel, q.by_w_columns);
       const int h = first_row + row, v = first_column + column;
       if (h < 0 || h >= q.w_height) continue;
@@ -203,7 +204,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
       const bool within = exists && at >= first_within && at <= last_within;
       T* to = to_unit + (row * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
       // Pieces are numbered from the 16 bytes on in which the first weight is.
-      int begin = int(threadIdx.x) % lanes * elements - offset_of(from) / int(sizeof(T));
+      int begin = lane * elements - offset_of(from) / int(sizeof(T));
 #pragma unroll 1
       for (; begin < length; begin += lanes * batch * elements) {
         Vector<T, elements> values[batch];
@@ -230,6 +231,12 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
             const int tap = first + e;
             if (unsigned(tap) >= unsigned(length)) continue;
             if constexpr (ToInput) {
+              // With a stride or a dilation of 1 this is linear in the tap.
+              if (q.plain) {
+                const int place = columns.first_tap - tap, to_column = column - place * columns.dilation;
+                if (unsigned(to_column) < unsigned(q.columns)) to[place * q.w_pitch + to_column] = values[i].v[e];
+                continue;
+              }
               if (tap > columns.first_tap) continue;
               const auto [place, rest] = divide(columns.first_tap - tap, q.by_tap_step);
               const int to_column = column - place * columns.dilation;
@@ -510,19 +517,24 @@ __global__ void __launch_bounds__(max_threads, 2)
       }
     }
     __syncthreads();
-    const int taps = min(q.w_rows, rows.taps - first_kernel_row) * q.kernel_w;
-    const int items = q.units * q.rows * q.columns * int(q.by_taps.divisor);
+    // 8 threads write the taps of a pixel.
+    constexpr int lanes = 8;
+    const int taps = min(q.w_rows, rows.taps - first_kernel_row) * q.kernel_w, pixels = q.rows * q.columns;
 #pragma unroll 1
-    for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
-      const auto [pixel, tap] = divide(item, q.by_taps);
-      const auto [pixel_rows, column] = divide(pixel, q.by_w_columns);
-      const auto [of_unit, pixel_row] = divide(pixel_rows, q.by_rows);
-      const int to_unit = tile.unit + of_unit, to_h = tile.row + pixel_row, to_v = tile.column + column;
-      const auto [to_n, to_g] = divide(to_unit, q.by_groups);
-      if (tap >= taps || to_unit >= tile.end_unit || to_h >= rows.pixels || to_v >= columns.pixels) continue;
-      T* to = w + (to_n * q.w.n + int64_t(to_g) * q.w.g) + (to_h * q.w.h + to_v * q.w.w);
-      store(staged[pixel_rows * q.w_row_pitch + column * q.w_pitch + column / P + tap],
-            &to[first_kernel_row * q.w.kh + tap]);
+    for (int index = 0; index < min(q.units, tile.end_unit - tile.unit); ++index) {
+      const auto [to_n, to_g] = divide(tile.unit + index, q.by_groups);
+      T* const to_unit = w + (to_n * q.w.n + (to_g * q.w.g + first_kernel_row * q.w.kh));
+      const A* const from_unit = staged + index * q.rows * q.w_row_pitch;
+#pragma unroll 1
+      for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+        const auto [to_row, column] = divide(pixel, q.by_columns);
+        const int to_h = tile.row + to_row, to_v = tile.column + column;
+        if (to_h >= rows.pixels || to_v >= columns.pixels) continue;
+        T* to = to_unit + (to_h * q.w.h + to_v * q.w.w);
+        const A* from = from_unit + (to_row * q.w_row_pitch + column * q.w_pitch + column / P);
+#pragma unroll 4
+        for (int tap = int(threadIdx.x) % lanes; tap < taps; tap += lanes) store(from[tap], &to[tap]);
+      }
     }
   }
 }

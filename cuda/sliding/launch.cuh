@@ -56,8 +56,9 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.spacing = plan.spacing, q.step = plan.step, q.phases = plan.phases, q.slides = plan.slides;
   q.every = plan.every, q.y_every = plan.y_every;
   q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
-  q.w_columns = pass == Pass::grad_weight ? plan.columns : plan.w_columns;
-  q.w_offset = plan.w_offset, q.taps_inner = taps_are_inner(p);
+  q.w_columns = plan.w_columns;
+  q.w_offset = plan.w_offset, q.taps_inner = taps_are_inner(p), q.plain = p.stride_w == 1 && plan.spacing == 1;
+  q.w_lane_bits = plan.w_rows * p.kernel_w * int64_t(sizeof(T)) <= 16 ? 1 : 2;
   q.slots = plan.slots, q.stages = plan.stages;
   q.vectors = int(ceil_div(p.group_channels(), plan.vector));
 
@@ -72,7 +73,6 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
   q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
   q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
-  q.by_taps = divisor(std::max<int64_t>(1, plan.w_rows * p.kernel_w));
   q.x_area = area(plan, q.x, plan.x_rows, plan.x_columns, plan.pitch, plan.every, to_input ? p.out_h : p.in_h,
                   to_input ? p.out_w : p.in_w);
   q.y_area = area(plan, q.y, plan.rows, plan.columns, plan.y_pitch, plan.y_every, p.out_h, p.out_w);

@@ -3,7 +3,7 @@
 
 namespace pyinvolution::cuda {
 
-Refusal sliding_refusal(const Problem& p, Pass pass) {
+Refusal sliding::limits(const Problem& p, Pass pass) {
   if (const Refusal refusal = pixels_refusal(p)) return refusal;
   if (p.batch < 1 || p.channels < 1) return needs("images with channels", p.batch, p.channels);
   if (pass == Pass::grad_input && (p.stride_h > sliding::max_classes || p.stride_w > sliding::max_classes))
@@ -18,6 +18,15 @@ Refusal sliding_refusal(const Problem& p, Pass pass) {
     return needs("the pixels below four outputs in 99 KB of shared memory (reach of the kernel)",
                  p.dilation_h * (p.kernel_h - 1) + 1, p.dilation_w * (p.kernel_w - 1) + 1);
   return tiles_refusal(plan.blocks());
+}
+
+Refusal sliding_refusal(const Problem& p, Pass pass) {
+  const int64_t products = p.taps() * p.group_channels();
+  if (products < sliding::least_products && sliding::taps_are_inner(p))
+    return needs("at least 24 products for each pixel and group, where taps are dense", products);
+  if (products < sliding::least_products && p.out_h * p.out_w < sliding::small_image)
+    return needs("at least 24 products for each pixel and group, with less than 1024 pixels", products);
+  return sliding::limits(p, pass);
 }
 
 void sliding_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
