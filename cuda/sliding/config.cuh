@@ -236,9 +236,7 @@ inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
 }
 
 // The number of taps of a slot: fewer for small kernels.
-inline int slot_taps(const Plan& plan, const Problem& p) {
-  return ceil_div(p.kernel_w, plan.phases) <= 4 ? 4 : 8;
-}
+inline int slot_taps(const Plan& plan, const Problem& p) { return ceil_div(p.kernel_w, plan.phases) <= 4 ? 4 : 8; }
 
 // In the gradient of the weights, a chunk is the vectors that are in shared memory at a time, and `w_rows` kernel rows
 // have slots at a time.
@@ -254,24 +252,25 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
       plan.w_rows = int(even_part(p.kernel_h, most_kernel_rows)), plan.slots = plan.w_rows * plan.row_slots;
       const int64_t most_runs = max_threads / plan.slots;
       if (most_runs < plan.spacing) return false;
-      return halving(std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing),
-                     [&](int64_t most_spans) {
-        plan.set_columns(sum, most_spans, int(bytes));
-        return halving(most_runs / plan.runs, [&](int64_t most_rows) {
-          plan.set_rows(sum, most_rows);
-          plan.set_units(p);
-          if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
-          plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
-          plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
-          return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
-            plan.units = plan.planes = int(std::min(most_units, plan.image_units));
-            plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
-            const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
-            plan.shared_bytes = plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
-            return plan.fits(limit);
+      return halving(
+          std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing), [&](int64_t most_spans) {
+            plan.set_columns(sum, most_spans, int(bytes));
+            return halving(most_runs / plan.runs, [&](int64_t most_rows) {
+              plan.set_rows(sum, most_rows);
+              plan.set_units(p);
+              if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
+              plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
+              plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
+              return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
+                plan.units = plan.planes = int(std::min(most_units, plan.image_units));
+                plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
+                const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
+                plan.shared_bytes =
+                    plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
+                return plan.fits(limit);
+              });
+            });
           });
-        });
-      });
     });
   });
 }
@@ -279,11 +278,13 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
 // The first plan that fits, of those with much and with little shared memory; else one without threads.
 inline Plan plan_of(const Problem& p, Pass pass) {
   const int64_t channels = p.group_channels();
-  const int vector = channels <= 2 ? int(channels) : 4, vectors = channels > 4 && p.dtype != DType::f64 ? 2 : 1;
+  const bool two = channels > 4 && pass == Pass::forward && p.dtype != DType::f64;
+  const int vector = channels <= 2 ? int(channels) : 4, vectors = two ? 2 : 1;
   const Sum sum = sum_of(p, pass);
   // So that sizes fit in 32 bits below.
   if ((double(sum.taps_h * sum.dilation_h) + 256.0 * double(sum.stride_h)) *
-          (double(sum.taps_w * sum.dilation_w) + 32.0 * double(sum.stride_w)) > 64.0 * max_shared_bytes)
+          (double(sum.taps_w * sum.dilation_w) + 32.0 * double(sum.stride_w)) >
+      64.0 * max_shared_bytes)
     return {};
   // Wide groups get more channels, which share weights, in a block instead of more blocks.
   const bool wide = channels > 32 && pass != Pass::grad_weight;
@@ -326,7 +327,7 @@ struct Area {
 struct WeightView {
   int64_t n;
   int g, kh, kw, h, w;
-  int64_t count;  // elements from the first to the last, with what is between them
+  int64_t count;        // elements from the first to the last, with what is between them
   bool vectors, dense;  // the pixels of a run can be read at once; are neighbours
 };
 
@@ -339,7 +340,7 @@ struct KernelParams {
   int spacing, step, phases, every, y_every;
   bool slides, store_vectors, taps_inner, plain;
   int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_lane_bits;  // w_offset in bytes
-  int slots, stages, vectors;  // of the gradient of the weights
+  int slots, stages, vectors;                                          // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
   Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
   Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases;

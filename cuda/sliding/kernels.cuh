@@ -49,9 +49,12 @@ __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   const auto [rows, column] = divide(tiles, q.by_tiles_w);
   const auto [image, row] = divide(rows, q.by_tiles_h);
   const int first = image * q.image_units;
-  return {first + unit * q.units, min(first + (unit + 1) * q.units, first + q.image_units),
-          chunk * q.unit_chunks,  row * q.rows,
-          column * q.columns,     class_h,
+  return {first + unit * q.units,
+          min(first + (unit + 1) * q.units, first + q.image_units),
+          chunk * q.unit_chunks,
+          row * q.rows,
+          column * q.columns,
+          class_h,
           class_w};
 }
 
@@ -153,7 +156,7 @@ template <bool ToInput, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int kernel_rows) {
-  constexpr int elements = 16 / int(sizeof(T)), batch = ToInput ? 2 : 4;
+  constexpr int elements = 16 / int(sizeof(T)), batch = ToInput || sizeof(T) == 2 ? 2 : 4;
   const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
 #pragma unroll 1
@@ -275,8 +278,7 @@ __global__ void __launch_bounds__(max_threads, 2)
   const auto [n, g] = divide(unit, q.by_groups);
   const int channel = (tile.chunk + chunk) * (V * M), channels = q.group_channels - channel;
   const int h = tile.row + row, v = tile.column + span * P * q.spacing + first_of_span;
-  const bool active =
-      plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
+  const bool active = plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
 
   const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
   const Vector<A, V>* positions = image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
@@ -285,7 +287,7 @@ __global__ void __launch_bounds__(max_threads, 2)
   const T* own = staged + ((unit_index * q.rows + row) * q.w_row_pitch + run * P);
   const int phases = q.slides ? q.phases : columns.taps;
   // From a tap of a phase to the next. In the gradient of the input, the weights' pixel moves along.
-  const int64_t tap_step = int64_t(phases) * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
+  const int tap_step = phases * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
   const int from_column = ToInput ? v - columns.padding : v;
 
   A sums[M][P][V] = {};
@@ -298,10 +300,9 @@ __global__ void __launch_bounds__(max_threads, 2)
       const int after = ToInput ? 0 : kh % q.w_rows;
       if (after == 0) {
         if (kh > 0) __syncthreads();
-        bring_weights<ToInput>(staged, w, q, tile, columns,
-                               tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
-                               tile.column - (ToInput ? columns.padding : 0), kernel_row,
-                               min(q.w_rows, rows.taps - kh));
+        bring_weights<ToInput>(
+            staged, w, q, tile, columns, tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
+            tile.column - (ToInput ? columns.padding : 0), kernel_row, min(q.w_rows, rows.taps - kh));
         __syncthreads();
       }
       staged_taps = after * q.kernel_w;
@@ -341,7 +342,8 @@ __global__ void __launch_bounds__(max_threads, 2)
 #pragma unroll
               for (int i = 0; i < P; ++i) {
                 const int at = column + i * q.spacing;
-                weights[u][i] = unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
+                weights[u][i] =
+                    unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
               }
               kernel += tap_step;
               if (ToInput) column += phases * columns.dilation;
