@@ -63,6 +63,8 @@ def test_wanted_instructions(compiled):
             assert "LDSM.16" in code, f"{name} reads matrices in small pieces"
             assert "LDGSTS" in code, f"{name} does not copy to shared memory in the background"
             assert re.search(r"STG\S*\.(64|128)", code), f"{name} writes in small pieces"
+        if source.startswith("sliding/") and re.search(r"Li4ELi[0-9]", name):
+            assert "LDS.128" in code, f"{name} reads shared memory in small pieces"
         if source.startswith("tiled/"):
             assert "LDS.128" in code, f"{name} reads shared memory in small pieces"
         if source == "tiled/instances/f32.cu":

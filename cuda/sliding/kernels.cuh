@@ -81,7 +81,7 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
   const auto [own_row, own_column] = divide(other, area.by_column_lanes);
   if (lane >= area.lanes || own_row >= area.row_lanes) return;
-  constexpr int batch = 16 / V;
+  constexpr int batch = 8 / V;
 #pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
     const auto [unit_index, of_unit] = divide(vector, q.by_unit_vectors);
@@ -156,7 +156,7 @@ template <bool ToInput, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int kernel_rows) {
-  constexpr int elements = 16 / int(sizeof(T)), batch = ToInput || sizeof(T) == 2 ? 2 : 4;
+  constexpr int elements = 16 / int(sizeof(T)), batch = 2;
   const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
 #pragma unroll 1
