@@ -104,9 +104,11 @@ inline Sum sum_of(const Problem& p, Pass pass) {
           p.dilation_w / common_w};
 }
 
-// Whether weights come through shared memory: where their columns are not dense, or many threads need them.
-inline bool is_staged(const Problem& p, int64_t chunks) {
-  return taps_are_inner(p) || chunks > 2 || (chunks == 2 && p.out_w % run_pixels != 0);
+// Whether weights come through shared memory: where their taps are dense, many threads need them, or a run of them
+// cannot be read at once.
+inline bool is_staged(const Problem& p, Pass pass) {
+  const bool parts = pass == Pass::forward && p.out_w % run_pixels != 0;
+  return taps_are_inner(p) || p.group_channels() > (parts ? 8 : 16);
 }
 
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
@@ -201,7 +203,7 @@ inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
   const int64_t beyond = plan.slides ? plan.every + 1 + run_pixels * plan.step : 0;
   const int64_t x_bytes = (int64_t{plan.plane} * plan.planes * plan.vectors + beyond) * bytes;
   plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
-  if (!is_staged(p, plan.chunks)) return true;
+  if (!is_staged(p, pass)) return true;
   plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
   plan.w_pitch = plan.columns % 8 == 0 ? plan.columns + 4 : plan.columns;
   for (int64_t stages = pass == Pass::grad_input ? p.kernel_h : 1; stages <= p.kernel_h; ++stages) {

@@ -118,7 +118,7 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
   const Plan plan = plan_of(p, pass);
   const KernelParams q = kernel_params<T>(p, pass, plan, buffers);
   const Grid grid{plan.blocks(), plan.threads, int(plan.shared_bytes)};
-  const bool staged = is_staged(p, plan.chunks);
+  const bool staged = is_staged(p, pass);
   T* x = static_cast<T*>(buffers.x);
   T* w = static_cast<T*>(buffers.w);
   T* y = static_cast<T*>(buffers.y);
