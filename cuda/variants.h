@@ -11,7 +11,8 @@ namespace pyinvolution::cuda {
 Refusal generic_refusal(const Problem&, Pass);
 void generic_run(const Problem&, Pass, const Buffers&, const Execution&);
 
-// A sliding window in registers: every kernel and number of channels whose windows fit into shared memory.
+// A sliding window in registers: every kernel, stride, dilation and number of channels whose windows fit into shared
+// memory.
 Refusal sliding_refusal(const Problem&, Pass);
 void sliding_run(const Problem&, Pass, const Buffers&, const Execution&);
 

@@ -69,6 +69,20 @@ def cuda_tiled(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     return in_tiles(case) and dtype != torch.float64 and layout != "strided" and case.group_channels in (8, 16, 24, 32)
 
 
+def cuda_sliding(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
+    taps = case.kernel[0] * case.kernel[1]
+    dense_taps = layout == "channels_last" and taps > 1
+    products, pixels = taps * case.group_channels, case.output[0] * case.output[1]
+    # Little work is left to `generic`, and wide groups with dense taps to `tiled`.
+    if products < 24 and (dense_taps or pixels < 1024):
+        return False
+    if dense_taps and pass_ == "grad_input" and case.group_channels <= 16:
+        return False
+    if dense_taps and case.group_channels >= 16 and cuda_tiled(pass_, case, dtype, layout):
+        return False
+    return case not in (WIDE_ROW, FAR_COLUMNS) and (pass_ != "grad_input" or max(case.stride) <= 4)
+
+
 def cuda_mma(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     # Expanded weights are those of one group; their gradient is a dense tensor.
     dense = layout != "strided" and (layout != "expanded" or case.groups == 1 or pass_ == "grad_weight")
@@ -215,6 +229,7 @@ class Involution(Operator):
     passes = {"forward": None, "grad_input": (True, False), "grad_weight": (False, True)}  # noqa: RUF012
     takes = {  # noqa: RUF012
         "cuda/mma": cuda_mma,
+        "cuda/sliding": cuda_sliding,
         "cuda/tiled": cuda_tiled,
         "cuda/generic": everything,
         "cpu/channels": along_channels,

@@ -21,7 +21,12 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 VARIANTS, SPAN_VARIANTS = ([name for name in op.takes if name.startswith("cuda/")] for op in (INVOLUTION, SPAN))
 
 # One that each variant takes.
-COMMON = {"cuda/mma": torch.bfloat16, "cuda/tiled": torch.float32, "cuda/generic": torch.float32}
+COMMON = {
+    "cuda/mma": torch.bfloat16,
+    "cuda/sliding": torch.float32,
+    "cuda/tiled": torch.float32,
+    "cuda/generic": torch.float32,
+}
 
 
 def compute(case: Case, *given: Tensor) -> list[Tensor]:

@@ -59,6 +59,8 @@ def test_wanted_instructions(compiled):
             # The fused forward kernel has templates for tensors that cannot be moved in vectors.
             elements = source.startswith("fused/instances/forward") and "Lb0E" in name
             assert elements or re.search(r"STG\S*\.(64|128)", code), f"{name} writes in small pieces"
+        if source.startswith("sliding/") and re.search(r"Li4ELi[0-9]", name):
+            assert "LDS.128" in code, f"{name} reads shared memory in small pieces"
         if source.startswith("tiled/"):
             assert "LDS.128" in code, f"{name} reads shared memory in small pieces"
         if source == "tiled/instances/f32.cu":

@@ -140,7 +140,7 @@ def test_threads_and_runs_give_the_same_bits(op: Operator, variant: str, layout:
             assert all(torch.equal(first, other[name]) for other in results), f"{variant}, {name} of {case}"
 
 
-@over_variants(["cpu", "cuda/mma", "cuda/tiled", "cuda/generic", "cuda/fused"])
+@over_variants(["cpu", "cuda/mma", "cuda/sliding", "cuda/tiled", "cuda/generic", "cuda/fused"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("stride", [1, 2])

@@ -47,8 +47,8 @@ Refusal never(const SpanProblem&, SpanOp) { return {}; }
 // Best first. Each device ends in a variant that runs every problem.
 constexpr Variant table[] = {
     CUDA_VARIANT(mma),      //
-    CUDA_VARIANT(tiled),    //
     CUDA_VARIANT(sliding),  //
+    CUDA_VARIANT(tiled),    //
     CUDA_VARIANT(generic),  //
     CPU_VARIANT(channels),  //
     CPU_VARIANT(columns),   //

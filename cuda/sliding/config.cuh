@@ -17,6 +17,12 @@ constexpr int max_classes = 4;  // of the pixels of X in one direction, in the g
 // every GPU since compute capability 8.0.
 constexpr int wanted_shared_bytes = 72 * 1024, max_shared_bytes = 99 * 1024;
 
+// With fewer products for each pixel and group, in small images or with dense taps, `generic` is faster by counting.
+constexpr int64_t least_products = 24, small_image = 1024;
+
+// What the kernels cannot run.
+Refusal limits(const Problem&, Pass);
+
 // Division of a number below 2^31 by one that is known at the launch, without dividing.
 struct Divisor {
   unsigned divisor, factor, shift;
@@ -98,9 +104,11 @@ inline Sum sum_of(const Problem& p, Pass pass) {
           p.dilation_w / common_w};
 }
 
-// Whether weights come through shared memory: where their columns are not dense, or many threads need them.
-inline bool is_staged(const Problem& p, int64_t chunks) {
-  return taps_are_inner(p) || chunks > 2 || (chunks == 2 && p.out_w % run_pixels != 0);
+// Whether weights come through shared memory: where their taps are dense, many threads need them, or a run of them
+// cannot be read at once.
+inline bool is_staged(const Problem& p, Pass pass) {
+  const bool parts = pass == Pass::forward && p.out_w % run_pixels != 0;
+  return taps_are_inner(p) || p.group_channels() > (parts ? 8 : 16);
 }
 
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
@@ -195,7 +203,7 @@ inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
   const int64_t beyond = plan.slides ? plan.every + 1 + run_pixels * plan.step : 0;
   const int64_t x_bytes = (int64_t{plan.plane} * plan.planes * plan.vectors + beyond) * bytes;
   plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
-  if (!is_staged(p, plan.chunks)) return true;
+  if (!is_staged(p, pass)) return true;
   plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
   plan.w_pitch = plan.columns % 8 == 0 ? plan.columns + 4 : plan.columns;
   for (int64_t stages = pass == Pass::grad_input ? p.kernel_h : 1; stages <= p.kernel_h; ++stages) {
@@ -230,9 +238,7 @@ inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
 }
 
 // The number of taps of a slot: fewer for small kernels.
-inline int slot_taps(const Plan& plan, const Problem& p) {
-  return ceil_div(p.kernel_w, plan.phases) <= 4 ? 4 : 8;
-}
+inline int slot_taps(const Plan& plan, const Problem& p) { return ceil_div(p.kernel_w, plan.phases) <= 4 ? 4 : 8; }
 
 // In the gradient of the weights, a chunk is the vectors that are in shared memory at a time, and `w_rows` kernel rows
 // have slots at a time.
@@ -248,24 +254,25 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
       plan.w_rows = int(even_part(p.kernel_h, most_kernel_rows)), plan.slots = plan.w_rows * plan.row_slots;
       const int64_t most_runs = max_threads / plan.slots;
       if (most_runs < plan.spacing) return false;
-      return halving(std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing),
-                     [&](int64_t most_spans) {
-        plan.set_columns(sum, most_spans, int(bytes));
-        return halving(most_runs / plan.runs, [&](int64_t most_rows) {
-          plan.set_rows(sum, most_rows);
-          plan.set_units(p);
-          if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
-          plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
-          plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
-          return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
-            plan.units = plan.planes = int(std::min(most_units, plan.image_units));
-            plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
-            const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
-            plan.shared_bytes = plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
-            return plan.fits(limit);
+      return halving(
+          std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing), [&](int64_t most_spans) {
+            plan.set_columns(sum, most_spans, int(bytes));
+            return halving(most_runs / plan.runs, [&](int64_t most_rows) {
+              plan.set_rows(sum, most_rows);
+              plan.set_units(p);
+              if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
+              plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
+              plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
+              return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
+                plan.units = plan.planes = int(std::min(most_units, plan.image_units));
+                plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
+                const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
+                plan.shared_bytes =
+                    plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
+                return plan.fits(limit);
+              });
+            });
           });
-        });
-      });
     });
   });
 }
@@ -273,13 +280,17 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
 // The first plan that fits, of those with much and with little shared memory; else one without threads.
 inline Plan plan_of(const Problem& p, Pass pass) {
   const int64_t channels = p.group_channels();
-  const int vector = channels <= 2 ? int(channels) : 4, vectors = channels > 4 && p.dtype != DType::f64 ? 2 : 1;
+  const bool two = channels > 4 && pass == Pass::forward && p.dtype != DType::f64;
+  const int vector = channels <= 2 ? int(channels) : 4, vectors = two ? 2 : 1;
   const Sum sum = sum_of(p, pass);
   // So that sizes fit in 32 bits below.
   if ((double(sum.taps_h * sum.dilation_h) + 256.0 * double(sum.stride_h)) *
-          (double(sum.taps_w * sum.dilation_w) + 32.0 * double(sum.stride_w)) > 64.0 * max_shared_bytes)
+          (double(sum.taps_w * sum.dilation_w) + 32.0 * double(sum.stride_w)) >
+      64.0 * max_shared_bytes)
     return {};
-  for (const int limit : {wanted_shared_bytes, max_shared_bytes}) {
+  // Wide groups get more channels, which share weights, in a block instead of more blocks.
+  const bool wide = channels > 32 && pass != Pass::grad_weight;
+  for (const int limit : {wide ? max_shared_bytes : wanted_shared_bytes, max_shared_bytes}) {
     if (pass == Pass::grad_weight) {
       for (const int64_t min_pixels : {96, 32, 1}) {
         Plan plan = start_plan(p, pass, sum, vector, 1);
@@ -318,7 +329,7 @@ struct Area {
 struct WeightView {
   int64_t n;
   int g, kh, kw, h, w;
-  int64_t count;  // elements from the first to the last, with what is between them
+  int64_t count;        // elements from the first to the last, with what is between them
   bool vectors, dense;  // the pixels of a run can be read at once; are neighbours
 };
 
@@ -329,12 +340,12 @@ struct KernelParams {
   int image_units, units, unit_vectors, unit_chunks, planes;
   int rows, columns;
   int spacing, step, phases, every, y_every;
-  bool slides, store_vectors, taps_inner;
-  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch;  // w_offset in bytes
-  int slots, stages, vectors;  // of the gradient of the weights
+  bool slides, store_vectors, taps_inner, plain;
+  int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_lane_bits;  // w_offset in bytes
+  int slots, stages, vectors;                                          // of the gradient of the weights
   Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
   Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
-  Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases, by_taps;
+  Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases;
   Area x_area, y_area;
   View x, y;
   WeightView w;

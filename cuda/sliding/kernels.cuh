@@ -49,9 +49,12 @@ __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
   const auto [rows, column] = divide(tiles, q.by_tiles_w);
   const auto [image, row] = divide(rows, q.by_tiles_h);
   const int first = image * q.image_units;
-  return {first + unit * q.units, min(first + (unit + 1) * q.units, first + q.image_units),
-          chunk * q.unit_chunks,  row * q.rows,
-          column * q.columns,     class_h,
+  return {first + unit * q.units,
+          min(first + (unit + 1) * q.units, first + q.image_units),
+          chunk * q.unit_chunks,
+          row * q.rows,
+          column * q.columns,
+          class_h,
           class_w};
 }
 
@@ -78,7 +81,7 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
   const auto [own_row, own_column] = divide(other, area.by_column_lanes);
   if (lane >= area.lanes || own_row >= area.row_lanes) return;
-  constexpr int batch = 16 / V;
+  constexpr int batch = 8 / V;
 #pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
     const auto [unit_index, of_unit] = divide(vector, q.by_unit_vectors);
@@ -146,14 +149,15 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
 // [unit][row][tap][pixel]. For the gradient of the input, the pixels are those of the result, to which the weights of
 // others lead; a tap's place is that in the sum, and weights that do not exist are zero.
 //
-// Where taps are inner, 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
-// neighbours' too. Loads have 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
+// Where taps are inner, 2 or 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
+// neighbours' too. Loads have up to 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
 // tap, and its neighbours those of the next pixels.
 template <bool ToInput, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int kernel_rows) {
-  constexpr int elements = 16 / int(sizeof(T)), lanes = 4, batch = 4;
+  constexpr int elements = 16 / int(sizeof(T)), batch = 2;
+  const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
 #pragma unroll 1
   for (int unit_index = 0; unit_index < min(q.units, tile.end_unit - tile.unit); ++unit_index) {
@@ -192,7 +196,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
     const int first_within = int(before >= 0 ? 0 : -before), last_within = int(min64(after, int64_t(1) << 30));
     const int pixels = q.rows * q.w_columns;
 #pragma unroll 1
-    for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+    for (int pixel = int(threadIdx.x) >> q.w_lane_bits; pixel < pixels; pixel += int(blockDim.x) >> q.w_lane_bits) {
       const auto [row, column] = divide(pixel, q.by_w_columns);
       const int h = first_row + row, v = first_column + column;
       if (h < 0 || h >= q.w_height) continue;
@@ -203,7 +207,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
       const bool within = exists && at >= first_within && at <= last_within;
       T* to = to_unit + (row * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
       // Pieces are numbered from the 16 bytes on in which the first weight is.
-      int begin = int(threadIdx.x) % lanes * elements - offset_of(from) / int(sizeof(T));
+      int begin = lane * elements - offset_of(from) / int(sizeof(T));
 #pragma unroll 1
       for (; begin < length; begin += lanes * batch * elements) {
         Vector<T, elements> values[batch];
@@ -230,6 +234,12 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
             const int tap = first + e;
             if (unsigned(tap) >= unsigned(length)) continue;
             if constexpr (ToInput) {
+              // With a stride or a dilation of 1 this is linear in the tap.
+              if (q.plain) {
+                const int place = columns.first_tap - tap, to_column = column - place * columns.dilation;
+                if (unsigned(to_column) < unsigned(q.columns)) to[place * q.w_pitch + to_column] = values[i].v[e];
+                continue;
+              }
               if (tap > columns.first_tap) continue;
               const auto [place, rest] = divide(columns.first_tap - tap, q.by_tap_step);
               const int to_column = column - place * columns.dilation;
@@ -268,8 +278,7 @@ __global__ void __launch_bounds__(max_threads, 2)
   const auto [n, g] = divide(unit, q.by_groups);
   const int channel = (tile.chunk + chunk) * (V * M), channels = q.group_channels - channel;
   const int h = tile.row + row, v = tile.column + span * P * q.spacing + first_of_span;
-  const bool active =
-      plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
+  const bool active = plane < q.planes && unit < tile.end_unit && channels > 0 && h < rows.pixels && v < columns.pixels;
 
   const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
   const Vector<A, V>* positions = image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
@@ -278,7 +287,7 @@ __global__ void __launch_bounds__(max_threads, 2)
   const T* own = staged + ((unit_index * q.rows + row) * q.w_row_pitch + run * P);
   const int phases = q.slides ? q.phases : columns.taps;
   // From a tap of a phase to the next. In the gradient of the input, the weights' pixel moves along.
-  const int64_t tap_step = int64_t(phases) * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
+  const int tap_step = phases * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
   const int from_column = ToInput ? v - columns.padding : v;
 
   A sums[M][P][V] = {};
@@ -291,10 +300,9 @@ __global__ void __launch_bounds__(max_threads, 2)
       const int after = ToInput ? 0 : kh % q.w_rows;
       if (after == 0) {
         if (kh > 0) __syncthreads();
-        bring_weights<ToInput>(staged, w, q, tile, columns,
-                               tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
-                               tile.column - (ToInput ? columns.padding : 0), kernel_row,
-                               min(q.w_rows, rows.taps - kh));
+        bring_weights<ToInput>(
+            staged, w, q, tile, columns, tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
+            tile.column - (ToInput ? columns.padding : 0), kernel_row, min(q.w_rows, rows.taps - kh));
         __syncthreads();
       }
       staged_taps = after * q.kernel_w;
@@ -334,7 +342,8 @@ __global__ void __launch_bounds__(max_threads, 2)
 #pragma unroll
               for (int i = 0; i < P; ++i) {
                 const int at = column + i * q.spacing;
-                weights[u][i] = unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
+                weights[u][i] =
+                    unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
               }
               kernel += tap_step;
               if (ToInput) column += phases * columns.dilation;
@@ -510,19 +519,24 @@ __global__ void __launch_bounds__(max_threads, 2)
       }
     }
     __syncthreads();
-    const int taps = min(q.w_rows, rows.taps - first_kernel_row) * q.kernel_w;
-    const int items = q.units * q.rows * q.columns * int(q.by_taps.divisor);
+    // 8 threads write the taps of a pixel.
+    constexpr int lanes = 8;
+    const int taps = min(q.w_rows, rows.taps - first_kernel_row) * q.kernel_w, pixels = q.rows * q.columns;
 #pragma unroll 1
-    for (int item = int(threadIdx.x); item < items; item += int(blockDim.x)) {
-      const auto [pixel, tap] = divide(item, q.by_taps);
-      const auto [pixel_rows, column] = divide(pixel, q.by_w_columns);
-      const auto [of_unit, pixel_row] = divide(pixel_rows, q.by_rows);
-      const int to_unit = tile.unit + of_unit, to_h = tile.row + pixel_row, to_v = tile.column + column;
-      const auto [to_n, to_g] = divide(to_unit, q.by_groups);
-      if (tap >= taps || to_unit >= tile.end_unit || to_h >= rows.pixels || to_v >= columns.pixels) continue;
-      T* to = w + (to_n * q.w.n + int64_t(to_g) * q.w.g) + (to_h * q.w.h + to_v * q.w.w);
-      store(staged[pixel_rows * q.w_row_pitch + column * q.w_pitch + column / P + tap],
-            &to[first_kernel_row * q.w.kh + tap]);
+    for (int index = 0; index < min(q.units, tile.end_unit - tile.unit); ++index) {
+      const auto [to_n, to_g] = divide(tile.unit + index, q.by_groups);
+      T* const to_unit = w + (to_n * q.w.n + (to_g * q.w.g + first_kernel_row * q.w.kh));
+      const A* const from_unit = staged + index * q.rows * q.w_row_pitch;
+#pragma unroll 1
+      for (int pixel = int(threadIdx.x) / lanes; pixel < pixels; pixel += int(blockDim.x) / lanes) {
+        const auto [to_row, column] = divide(pixel, q.by_columns);
+        const int to_h = tile.row + to_row, to_v = tile.column + column;
+        if (to_h >= rows.pixels || to_v >= columns.pixels) continue;
+        T* to = to_unit + (to_h * q.w.h + to_v * q.w.w);
+        const A* from = from_unit + (to_row * q.w_row_pitch + column * q.w_pitch + column / P);
+#pragma unroll 4
+        for (int tap = int(threadIdx.x) % lanes; tap < taps; tap += lanes) store(from[tap], &to[tap]);
+      }
     }
   }
 }

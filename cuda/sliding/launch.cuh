@@ -23,8 +23,8 @@ inline Area area(const Plan& plan, const View& view, int rows, int columns, int 
   Area area{rows, columns, pitch, rows * pitch, int(height), int(width), 0, 0, 0, view.c == 1, {}, {}, {}};
   const int vectors = plan.planes * plan.vectors;
   // As many threads along positions as there are, where these are consecutive in memory.
-  area.lanes = std::min(plan.threads,
-                        area.channels_inner ? vectors : std::clamp(plan.threads / (rows * columns), 1, vectors));
+  area.lanes =
+      std::min(plan.threads, area.channels_inner ? vectors : std::clamp(plan.threads / (rows * columns), 1, vectors));
   const int others = plan.threads / area.lanes;
   area.column_lanes = std::min(columns, others), area.row_lanes = others / area.column_lanes;
   area.by_load = divisor(area.channels_inner ? area.lanes : others);
@@ -56,8 +56,9 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.spacing = plan.spacing, q.step = plan.step, q.phases = plan.phases, q.slides = plan.slides;
   q.every = plan.every, q.y_every = plan.y_every;
   q.w_rows = plan.w_rows, q.w_pitch = plan.w_pitch, q.w_row_pitch = plan.w_row_pitch;
-  q.w_columns = pass == Pass::grad_weight ? plan.columns : plan.w_columns;
-  q.w_offset = plan.w_offset, q.taps_inner = taps_are_inner(p);
+  q.w_columns = plan.w_columns;
+  q.w_offset = plan.w_offset, q.taps_inner = taps_are_inner(p), q.plain = p.stride_w == 1 && plan.spacing == 1;
+  q.w_lane_bits = plan.w_rows * p.kernel_w * int64_t(sizeof(T)) <= 16 ? 1 : 2;
   q.slots = plan.slots, q.stages = plan.stages;
   q.vectors = int(ceil_div(p.group_channels(), plan.vector));
 
@@ -72,14 +73,20 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
   q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
   q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
-  q.by_taps = divisor(std::max<int64_t>(1, plan.w_rows * p.kernel_w));
   q.x_area = area(plan, q.x, plan.x_rows, plan.x_columns, plan.pitch, plan.every, to_input ? p.out_h : p.in_h,
                   to_input ? p.out_w : p.in_w);
   q.y_area = area(plan, q.y, plan.rows, plan.columns, plan.y_pitch, plan.y_every, p.out_h, p.out_w);
 
   const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
-  q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]),           int(p.w_stride[3]), int(p.w_stride[4]),
-         int(p.w_stride[5]), reach(w_sizes, p.w_stride) + 1, false, plan.spacing == 1 && p.w_stride[5] == 1};
+  q.w = {p.w_stride[0],
+         int(p.w_stride[1]),
+         int(p.w_stride[2]),
+         int(p.w_stride[3]),
+         int(p.w_stride[4]),
+         int(p.w_stride[5]),
+         reach(w_sizes, p.w_stride) + 1,
+         false,
+         plan.spacing == 1 && p.w_stride[5] == 1};
   const bool whole_runs = plan.spacing == 1 && p.out_w % run_pixels == 0;
   q.w.vectors = whole_runs && p.w_stride[5] == 1 &&
                 aligned_runs<T>(buffers.w, {p.w_stride[0], p.w_stride[1], p.w_stride[2], p.w_stride[3], p.w_stride[4]});
@@ -97,15 +104,12 @@ void run_apply(bool staged, const Grid& grid, const KernelParams& q, const T* x,
                                                grid, execution, q, x, w, y);
 }
 
-// Calls `body` with the width and the number of vectors as integral_constants.
-template <class T, class Body>
-void with_vectors(int vector, int vectors, const Body& body) {
-  using One = std::integral_constant<int, 1>;
-  if (vector == 1) return body(One{}, One{});
-  if (vector == 2) return body(std::integral_constant<int, 2>{}, One{});
-  if constexpr (!std::is_same_v<T, double>)
-    if (vectors == 2) return body(std::integral_constant<int, 4>{}, std::integral_constant<int, 2>{});
-  body(std::integral_constant<int, 4>{}, One{});
+// Calls `body` with the width of a vector as an integral_constant.
+template <class Body>
+void with_vector(int vector, const Body& body) {
+  if (vector == 1) return body(std::integral_constant<int, 1>{});
+  if (vector == 2) return body(std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 4>{});
 }
 
 template <DType dtype>
@@ -114,22 +118,22 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
   const Plan plan = plan_of(p, pass);
   const KernelParams q = kernel_params<T>(p, pass, plan, buffers);
   const Grid grid{plan.blocks(), plan.threads, int(plan.shared_bytes)};
+  const bool staged = is_staged(p, pass);
   T* x = static_cast<T*>(buffers.x);
   T* w = static_cast<T*>(buffers.w);
   T* y = static_cast<T*>(buffers.y);
-  if (pass == Pass::grad_weight)
-    return with_vectors<T>(plan.vector, 1, [&](auto vector, auto) {
-      launch<KernelParams, const T*, T*, const T*>(
-          "sliding grad_weight",
-          slot_taps(plan, p) == 4 ? grad_weight<T, vector.value, 4> : grad_weight<T, vector.value, 8>, grid, execution, q,
-          x, w, y);
-    });
-  with_vectors<T>(plan.vector, plan.vectors, [&](auto vector, auto vectors) {
-    const bool staged = is_staged(p, plan.chunks);
-    if (pass == Pass::forward) {
-      run_apply<T, vector.value, vectors.value, false>(staged, grid, q, x, w, y, execution);
-    } else {
-      run_apply<T, vector.value, vectors.value, true>(staged, grid, q, y, w, x, execution);
+  if constexpr (dtype != DType::f64)
+    if (plan.vectors == 2 && pass == Pass::forward)
+      return run_apply<T, 4, 2, false>(staged, grid, q, x, w, y, execution);
+  with_vector(plan.vector, [&](auto vector) {
+    switch (pass) {
+      case Pass::forward: return run_apply<T, vector.value, 1, false>(staged, grid, q, x, w, y, execution);
+      case Pass::grad_input: return run_apply<T, vector.value, 1, true>(staged, grid, q, y, w, x, execution);
+      case Pass::grad_weight:
+        return launch<KernelParams, const T*, T*, const T*>(
+            "sliding grad_weight",
+            slot_taps(plan, p) == 4 ? grad_weight<T, vector.value, 4> : grad_weight<T, vector.value, 8>, grid,
+            execution, q, x, w, y);
     }
   });
 }

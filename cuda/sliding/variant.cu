@@ -3,13 +3,17 @@
 
 namespace pyinvolution::cuda {
 
-Refusal sliding_refusal(const Problem& p, Pass pass) {
+Refusal sliding::limits(const Problem& p, Pass pass) {
   if (const Refusal refusal = pixels_refusal(p)) return refusal;
   if (p.batch < 1 || p.channels < 1) return needs("images with channels", p.batch, p.channels);
   if (pass == Pass::grad_input && (p.stride_h > sliding::max_classes || p.stride_w > sliding::max_classes))
     return needs("a stride of at most 4 (vertical and horizontal)", p.stride_h, p.stride_w);
+  // Tiles begin and end outside the image.
   Problem image = p;
   image.batch = 1;
+  image.in_h += 256 * p.stride_h, image.in_w += 32 * p.stride_w;
+  image.out_h += 256 + p.padding_h + p.dilation_h * p.kernel_h;
+  image.out_w += 32 + p.padding_w + p.dilation_w * p.kernel_w;
   if (!within(image, tile_limit))
     return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
   if (p.batch * p.groups >= tile_limit) return needs("fewer than 2^30 groups of images", p.batch * p.groups);
@@ -18,6 +22,20 @@ Refusal sliding_refusal(const Problem& p, Pass pass) {
     return needs("the pixels below four outputs in 99 KB of shared memory (reach of the kernel)",
                  p.dilation_h * (p.kernel_h - 1) + 1, p.dilation_w * (p.kernel_w - 1) + 1);
   return tiles_refusal(plan.blocks());
+}
+
+Refusal sliding_refusal(const Problem& p, Pass pass) {
+  const int64_t products = p.taps() * p.group_channels();
+  if (products < sliding::least_products && sliding::taps_are_inner(p))
+    return needs("at least 24 products for each pixel and group, where taps are dense", products);
+  // There, by counting, `generic` or `tiled` is the faster one.
+  if (pass == Pass::grad_input && p.group_channels() <= 16 && sliding::taps_are_inner(p))
+    return needs("more than 16 channels per group for grad_input where taps are dense", p.group_channels());
+  if (p.group_channels() >= 16 && sliding::taps_are_inner(p) && !tiled_refusal(p, pass))
+    return needs("a weight with dense columns, or a problem that tiled cannot run");
+  if (products < sliding::least_products && p.out_h * p.out_w < sliding::small_image)
+    return needs("at least 24 products for each pixel and group, with less than 1024 pixels", products);
+  return sliding::limits(p, pass);
 }
 
 void sliding_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {

@@ -14,6 +14,8 @@ std::string chosen(const Problem& p, Pass pass) { return choose(p, pass).name; }
 
 const Case rednet{2, 32, 2, 10, 17, 7, 7, 1, 1, 3, 3};
 const Case dilated{1, 32, 2, 10, 17, 7, 7, 1, 1, 6, 6, 2, 2};
+const Case small{1, 2, 2, 8, 8, 3, 3, 1, 1, 1, 1};
+const Case far{1, 8, 1, 8, 8, 3, 3, 1, 1, 300, 300, 300, 300};
 
 void choices() {
   for (const Pass pass : passes) {
@@ -22,9 +24,12 @@ void choices() {
         CHECK(chosen(problem(rednet, dtype, layout), pass) != "generic", "a layer of RedNet has a kernel of its own");
     for (const Layout layout : {Layout::contiguous, Layout::channels_last})
       CHECK(chosen(problem(rednet, DType::bf16, layout), pass) == "mma", "16 bits are for the tensor cores");
-    CHECK(chosen(problem(rednet, DType::f32), pass) == "tiled", "float is not");
-    CHECK(chosen(problem(rednet, DType::f64), pass) == "generic", "double is for the generic kernel");
-    CHECK(chosen(problem(dilated, DType::f32), pass) == "generic", "dilation is for the generic kernel");
+    CHECK(chosen(problem(rednet, DType::f32, Layout::channels_last), pass) == "tiled", "float with dense taps is not");
+    CHECK(chosen(problem(rednet, DType::f32), pass) == "sliding", "float with dense columns is for the sliding window");
+    CHECK(chosen(problem(rednet, DType::f64), pass) == "sliding", "so is double");
+    CHECK(chosen(problem(dilated, DType::bf16), pass) == "sliding", "so is dilation");
+    CHECK(chosen(problem(small, DType::f32), pass) == "generic", "little work is for the generic kernel");
+    CHECK(chosen(problem(far, DType::f32), pass) == "generic", "so is what does not fit into shared memory");
   }
 }
 
