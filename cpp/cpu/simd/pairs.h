@@ -41,7 +41,8 @@ inline float dot_model(float sum, uint32_t x, uint32_t w) {
 // All of them; not inline, or compilers would take minutes for the unrolled loops.
 template <class Values, class Bits>
 [[gnu::noinline]] void dot_model(Values& sums, const Bits& x, const Bits& w) {
-  for (size_t lane = 0; lane < sizeof sums / sizeof(float); ++lane) sums[lane] = dot_model(sums[lane], x[lane], w[lane]);
+  for (size_t lane = 0; lane < sizeof sums / sizeof(float); ++lane)
+    sums[lane] = dot_model(sums[lane], x[lane], w[lane]);
 }
 template <class Values>
 [[gnu::noinline]] void round_model(const Values& sums, BFloat16* to) {
@@ -154,7 +155,17 @@ struct PairSums {
   using Values = typename Types::Values;
   Values value;
 
-  [[gnu::always_inline]] static PairSums splat(float start) { return {Values{} + start}; }
+  [[gnu::always_inline]] static PairSums splat(float start) {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    return {Values{} + start};
+#else
+    // Not a sum with zero, which would be an addition for the sake of -0.
+    if constexpr (Lanes == 16)
+      return {(Values)_mm512_set1_ps(start)};
+    else
+      return {(Values)_mm256_set1_ps(start)};
+#endif
+  }
   [[gnu::always_inline]] static PairSums load(const float* from) {
     PairSums sums;
     std::memcpy(&sums.value, from, sizeof sums.value);
