@@ -69,7 +69,8 @@ void involution() {
       for (const Layout layout : {Layout::contiguous, Layout::channels_last})
         for (const Pass pass : passes)
           for (seed = 1; seed <= 4; ++seed)
-            ran += run_and_check({shape, layout, DType::f32, pass, Values::special}, variant, seed);
+            for (const DType dtype : {DType::f32, DType::bf16})
+              ran += run_and_check({shape, layout, dtype, pass, Values::special}, variant, seed);
     CHECK(ran > 0, std::string(variant.name) + " ran nothing");
   }
 }
