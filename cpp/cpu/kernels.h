@@ -10,6 +10,7 @@ namespace pyinvolution::cpu {
 struct ColumnsTiling;
 struct ChannelsTiling;
 struct BackwardTiling;
+struct PairProduct;
 
 struct CpuKernels {
   int64_t vector_bytes;
@@ -19,6 +20,8 @@ struct CpuKernels {
   void (*channels)(const ChannelsTiling&, bool reduce, int64_t task, void* scratch);
   // With `finish` a task of the second round.
   void (*backward)(const BackwardTiling&, bool finish, int64_t task, void* scratch);
+  // Products of pairs of bfloat16; nullptr: none.
+  void (*pair_product)(const PairProduct&);
 };
 
 #define PYINVOLUTION_KERNELS(name, runs_here) extern const CpuKernels name##_kernels;

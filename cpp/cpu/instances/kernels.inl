@@ -17,6 +17,6 @@
 
 namespace pyinvolution::cpu {
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES, false, columns_task, channels_task, backward_task};
+constexpr CpuKernels KERNELS = {VECTOR_BYTES, false, columns_task, channels_task, backward_task, nullptr};
 
 }  // namespace pyinvolution::cpu

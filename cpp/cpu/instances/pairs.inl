@@ -7,6 +7,7 @@
 // What kernels.inl says of names and their linkage holds here, too.
 #include "cpu/channels/forward_pairs.inl"
 #include "cpu/kernels.h"
+#include "cpu/simd/pairs_sums.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -26,6 +27,6 @@ void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void
 
 }  // namespace
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES, true, columns_task, channels_task, backward_task};
+constexpr CpuKernels KERNELS = {VECTOR_BYTES, true, columns_task, channels_task, backward_task, pair_product};
 
 }  // namespace pyinvolution::cpu
