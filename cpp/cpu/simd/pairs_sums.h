@@ -41,7 +41,9 @@ template <int Rows, int Vectors>
           sum[r][0].add_dot(along[0], *reinterpret_cast<const Pair*>(at));
         } else {
           // A load of its own that serves all vectors.
-          const Pairs<16> pair{Pairs<16>::Bits{} + *at};
+          uint32_t bits;
+          std::memcpy(&bits, at, sizeof bits);
+          const Pairs<16> pair{Pairs<16>::Bits{} + bits};
 #pragma GCC unroll 2
           for (int v = 0; v < Vectors; ++v) sum[r][v].add_dot(along[v], pair);
         }
