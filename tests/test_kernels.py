@@ -149,7 +149,11 @@ def test_values_that_are_not_finite_reach_what_the_equation_says(
 ) -> None:
     case = Case((1, 32, 20, 20), 2, (7, 7), (stride,) * 2, (3, 3), reduced=16)
     # On a CPU float16 is computed in float32, and bfloat16 with some instruction sets.
-    for dtype in (torch.float32, torch.float16, torch.bfloat16) if variant.startswith("cuda") else (torch.float32, torch.bfloat16):
+    for dtype in (
+        (torch.float32, torch.float16, torch.bfloat16)
+        if variant.startswith("cuda")
+        else (torch.float32, torch.bfloat16)
+    ):
         for spoiled, places in op.spoiled:
             tensors = op.tensors(case, dtype, layout)
             for place in places:

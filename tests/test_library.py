@@ -53,6 +53,11 @@ def test_explain_names_the_choice_and_every_refusal() -> None:
     assert sum(verdict.chosen for verdict in explanation.verdicts) == 1
     assert explanation.chosen == next(v.variant for v in explanation.verdicts if v.refusal is None)
     assert all(name in str(explanation) for name in names)
+    for isa in available_isas():
+        with override_isa(isa):
+            explanation = explain(X, W, padding=1)
+        assert explanation.isa == isa
+        assert f"instruction set {isa}" in str(explanation)
     with force_variant("scalar"):
         assert explain(X, W, padding=1).chosen == "scalar"
     assert explain(X, W, padding=1, pass_="grad_input").chosen == explanation.chosen
@@ -128,6 +133,103 @@ def test_code_for_newer_processors_keeps_to_itself(isa: str, tmp_path: Path) -> 
     subprocess.run(["g++", "-std=c++20", "-O0", *flags, "-c", source, "-o", tmp_path / "object.o"], check=True)
     names = output_of("nm", "-C", "--defined-only", "--extern-only", tmp_path / "object.o").splitlines()
     assert [name.split(maxsplit=2)[2] for name in names] == [f"pyinvolution::cpu::{isa}_kernels"]
+
+
+PRODUCTS = """
+#define VECTOR_BYTES 64
+#include "cpu/channels/forward_pairs.inl"
+namespace pyinvolution::cpu {
+[[gnu::used]] const void* const kept[] = {
+    (void*)apply_pairs_block<1, 14, 1, 7, 16>, (void*)apply_pairs_block<2, 7, 1, 7, 16>,
+    (void*)apply_pairs_block<1, 14, 2, 7, 16>, (void*)apply_pairs_block<1, 14, 1, 7, 8>,
+    (void*)apply_pairs_block<1, 14, 1, 3, 16>,
+    (void*)multiply_pairs_blocks<7, true, 2, false>, (void*)multiply_pairs_blocks<7, true, 1, true>,
+    (void*)multiply_pairs_blocks<7, false, 4, false>, (void*)multiply_pairs_blocks<3, true, 4, false>};
+}
+"""
+# Function -> products, and how many of them read a pair that the instruction repeats; the others' pairs are shuffled.
+EMBEDDED = {
+    "apply_pairs_block<1, 14, 1, 7, 16>": (2 * 98, 2 * 70),
+    "apply_pairs_block<2, 7, 1, 7, 16>": (2 * 98, 2 * 42),
+    "apply_pairs_block<1, 14, 2, 7, 16>": (2 * 98, 2 * 42),
+    "apply_pairs_block<1, 14, 1, 7, 8>": (2 * 98, 2 * 70),
+    "apply_pairs_block<1, 14, 1, 3, 16>": (2 * 42, 2 * 30),
+    "multiply_pairs_blocks<7, true, 2, false>": (28, 28),
+    "multiply_pairs_blocks<7, true, 1, true>": (28, 28),
+    "multiply_pairs_blocks<7, false, 4, false>": (28, 28),
+    "multiply_pairs_blocks<3, true, 4, false>": (24, 24),
+}
+
+
+def test_products_of_pairs_read_memory_and_keep_their_sums_in_registers(tmp_path: Path) -> None:
+    """What compilers make of the inner loops: an instruction for each product, and no vector on the stack."""
+    if os.uname().machine != "x86_64" or shutil.which("g++") is None or shutil.which("objdump") is None:
+        pytest.skip("needs g++ and objdump on x86-64")
+    (tmp_path / "products.cpp").write_text(PRODUCTS)
+    includes = [f"-I{ROOT / part}" for part in ("cpp", "cpp/include", "cpp/core")]
+    flags = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-ffp-contract=fast", *INSTANCES["avx512_bf16"].split(";")]
+    output_of("g++", *flags, *includes, "-c", tmp_path / "products.cpp", "-o", tmp_path / "products.o")
+    listing = output_of("objdump", "-d", "-C", "--no-show-raw-insn", tmp_path / "products.o")
+    found = {}
+    for function in re.split(r"\n(?=[0-9a-f]+ <)", listing):
+        name = re.search(r"(\w+_pairs_blocks?<[^>]*>)", function.split("\n")[0])
+        if name is None or name[1] not in EMBEDDED:
+            continue
+        assert not re.search(r"[yz]mm\d+,\S*\(%r[sb]p|\(%r[sb]p[^)]*\),%[yz]mm", function), (
+            f"{name[1]} spills vectors"
+        )
+        products = re.findall(r"vdpbf16ps .*", function)
+        found[name[1]] = (len(products), sum("{1to" in product for product in products))
+    assert found == EMBEDDED
+
+
+MODEL = """
+#include <cstdio>
+#include <random>
+#include "cpu/simd/pairs.h"
+using namespace pyinvolution;
+using namespace pyinvolution::cpu;
+int main() {
+  std::mt19937 engine(1);
+  long others = 0;
+  for (int round = 0; round < 200000; ++round) {
+    // All numbers; some whose sums round; and some near the smallest ones.
+    const uint32_t keep = round % 3 == 0 ? ~0u : round % 3 == 1 ? 0x83ff83ffu : 0x80ff80ffu;
+    const uint32_t set = round % 3 == 1 ? 0x3e003e00u : round % 3 == 2 ? 0x20002000u : 0;
+    const auto number = [&] { return (uint32_t(engine()) & keep) | set; };
+    PairSums<16> sums;
+    Pairs<16> x;
+    for (int lane = 0; lane < 16; ++lane) {
+      sums.value[lane] = float_of(round % 3 == 2 ? engine() & 0x80ffffffu : number());
+      x.bits[lane] = number();
+    }
+    const uint32_t w = number();
+    Pair pair;
+    std::memcpy(&pair, &w, sizeof pair);
+    const PairSums<16> before = sums;
+    sums.add_dot(x, pair);
+    BFloat16 rounded[16], expected;
+    sums.round_to(rounded);
+    for (int lane = 0; lane < 16; ++lane) {
+      const float model = dot_model(before.value[lane], x.bits[lane], w), found = sums.value[lane];
+      store(flushed(found), &expected);
+      others += !(bits_of(model) == bits_of(found) || (model != model && found != found));
+      others += expected.bits != rounded[lane].bits;
+    }
+  }
+  std::printf("%ld", others);
+}
+"""
+
+
+@pytest.mark.skipif("avx512_bf16" not in available_isas(), reason="needs a processor with AVX512-BF16")
+def test_the_model_of_products_of_pairs_is_what_the_processor_computes(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    (tmp_path / "model.cpp").write_text(MODEL)
+    flags = ["-std=c++20", "-O1", f"-I{ROOT}/cpp", f"-I{ROOT}/cpp/include", *INSTANCES["avx512_bf16"].split(";")]
+    output_of("g++", *flags, tmp_path / "model.cpp", "-o", tmp_path / "model")
+    assert output_of(tmp_path / "model") == "0"
 
 
 def test_every_instruction_set_has_an_instance() -> None:

@@ -28,10 +28,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The verdicts of the dispatch table on one problem, best variant first. ``str()`` gives a line for each."""
+    """The verdicts of the dispatch table on one problem, best variant first. ``str()`` gives a line for each.
+
+    ``isa`` is the instruction set that CPU kernels use, or None on a GPU. With "avx512_bf16" the variants "channels"
+    and "fused" multiply pairs of bfloat16 in their forward passes; the rest is computed as with "avx512".
+    """
 
     problem: str
     verdicts: tuple[Verdict, ...]
+    isa: str | None = None
 
     @property
     def chosen(self) -> str | None:
@@ -39,7 +44,7 @@ class Explanation:
         return next((v.variant for v in self.verdicts if v.chosen), None)
 
     def __str__(self) -> str:
-        lines = [self.problem]
+        lines = [self.problem if self.isa is None else f"{self.problem}, instruction set {self.isa}"]
         for verdict in self.verdicts:
             mark = "->" if verdict.chosen else "  "
             lines.append(f" {mark} {verdict.variant}: {verdict.refusal or ('runs' if verdict.chosen else 'could run')}")
@@ -71,7 +76,7 @@ def explain(
         f"involution2d {pass_}, {_text(input)}, weight {tuple(weight.shape)}, stride {window[0]}, padding {window[1]}, "
         f"dilation {window[2]}"
     )
-    return _explanation(problem, torch.ops.pyinvolution.explain_involution2d(input, weight, *window, pass_))
+    return _explanation(problem, torch.ops.pyinvolution.explain_involution2d(input, weight, *window, pass_), input)
 
 
 def explain_span(
@@ -101,7 +106,7 @@ def explain_span(
         f"dilation {window[3]}"
     )
     verdicts = torch.ops.pyinvolution.explain_span_involution2d(input, reduced, span_weight, *window, pass_)
-    return _explanation(problem, verdicts)
+    return _explanation(problem, verdicts, input)
 
 
 def explain_layer(
@@ -128,12 +133,16 @@ def explain_layer(
         f"dilation {window[3]}"
     )
     verdicts = torch.ops.pyinvolution.explain_involution_layer2d(input, reduce_weight, span_weight, *window)
-    return _explanation(problem, verdicts)
+    return _explanation(problem, verdicts, input)
 
 
-def _explanation(problem: str, verdicts: str) -> Explanation:
+def _explanation(problem: str, verdicts: str, input: Tensor) -> Explanation:
     rows = (line.split("\t") for line in verdicts.splitlines())
-    return Explanation(problem, tuple(Verdict(name, refusal or None, chosen == "1") for name, chosen, refusal in rows))
+    return Explanation(
+        problem,
+        tuple(Verdict(name, refusal or None, chosen == "1") for name, chosen, refusal in rows),
+        _C.current_isa() if input.device.type == "cpu" else None,
+    )
 
 
 def _check_pass(function: str, pass_: str, expected: tuple[str, ...]) -> None:

@@ -29,7 +29,8 @@ def involution2d(
         Y_{n,c,p} = b_c + \sum_k W_{n,g(c),k,p} \, X_{n,c,\,s p + d k - P}, \qquad g(c) = \lfloor c \, G / C \rfloor
 
     with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
-    in float32 (float64 for float64); the same bits on every run. Under autocast, tensors take its dtype. Forward mode
+    in float32 (float64 for float64); the same bits on every run. On processors with AVX512-BF16, the forward pass in
+    bfloat16 takes subnormal numbers as zeros. Under autocast, tensors take its dtype. Forward mode
     (`torch.func.jvp`, dual numbers) works too, outside torch.compile. `torch.jit.trace` records the operator, which has
     the same gradients in a process that imports this package; a C++ program without Python has none of it.
 
@@ -81,6 +82,9 @@ def span_involution2d(
     in memory, neither forward nor backward: backward computes it again from ``reduced``. Elsewhere, and in a backward
     pass that is to be differentiated again, the result is composed of a convolution and `involution2d`. Under autocast,
     tensors take its dtype.
+
+    On a CPU W is kept in float32, but on processors with AVX512-BF16 the forward pass in bfloat16 rounds W to bfloat16
+    after its sum in float32, as that convolution does, and takes subnormal numbers as zeros.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.

@@ -38,10 +38,14 @@ inline float dot_model(float sum, uint32_t x, uint32_t w) {
   sum = flushed(__builtin_fmaf(half(x & 0xffff0000u), half(w & 0xffff0000u), flushed(sum)));
   return flushed(__builtin_fmaf(half(x << 16), half(w << 16), sum));
 }
-inline uint32_t round_model(float value) {
-  BFloat16 rounded;
-  store(flushed(value), &rounded);
-  return rounded.bits;
+// All of them; not inline, or compilers would take minutes for the unrolled loops.
+template <class Values, class Bits>
+[[gnu::noinline]] void dot_model(Values& sums, const Bits& x, const Bits& w) {
+  for (size_t lane = 0; lane < sizeof sums / sizeof(float); ++lane) sums[lane] = dot_model(sums[lane], x[lane], w[lane]);
+}
+template <class Values>
+[[gnu::noinline]] void round_model(const Values& sums, BFloat16* to) {
+  for (size_t lane = 0; lane < sizeof sums / sizeof(float); ++lane) store(flushed(sums[lane]), &to[lane]);
 }
 
 // The types of 16 and of 8 lanes, and halves with zeros before them. (GCC 12 cuts a conversion in pieces.)
@@ -170,7 +174,7 @@ struct PairSums {
 #if defined(PYINVOLUTION_EMULATED_BF16)
     uint32_t pair;
     std::memcpy(&pair, &w, sizeof pair);
-    for (int lane = 0; lane < Lanes; ++lane) value[lane] = dot_model(value[lane], x.bits[lane], pair);
+    dot_model(value, x.bits, typename Types::Bits{} + pair);
 #else
     Values sums = value;  // a copy, since GCC does not take an array apart whose elements are operands
     if constexpr (Lanes == 16)
@@ -184,7 +188,7 @@ struct PairSums {
   // Adds the products with a pair for each lane.
   [[gnu::always_inline]] void add_dot(const Pairs<Lanes>& x, const Pairs<Lanes>& w) {
 #if defined(PYINVOLUTION_EMULATED_BF16)
-    for (int lane = 0; lane < Lanes; ++lane) value[lane] = dot_model(value[lane], x.bits[lane], w.bits[lane]);
+    dot_model(value, x.bits, w.bits);
 #else
     Values sums = value;
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x.bits), "v"(w.bits));
@@ -198,7 +202,7 @@ struct PairSums {
   // Rounded to bfloat16.
   [[gnu::always_inline]] void round_to(BFloat16* to) const {
 #if defined(PYINVOLUTION_EMULATED_BF16)
-    for (int lane = 0; lane < Lanes; ++lane) to[lane].bits = uint16_t(round_model(value[lane]));
+    round_model(value, to);
 #else
     if constexpr (Lanes == 16) {
       const auto rounded = _mm512_cvtneps_pbh((__m512)value);
