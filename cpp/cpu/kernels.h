@@ -12,6 +12,7 @@ struct BatchNormTiling;
 struct ColumnsTiling;
 struct ChannelsTiling;
 struct BackwardTiling;
+struct PairProduct;
 
 struct CpuKernels {
   int64_t vector_bytes;
@@ -22,6 +23,8 @@ struct CpuKernels {
   // With `finish` a task of the second round.
   void (*backward)(const BackwardTiling&, bool finish, int64_t task, void* scratch);
   void (*batch_norm)(const BatchNormTiling&, BatchNormStep, int64_t task);
+  // Products of pairs of bfloat16; nullptr: none.
+  void (*pair_product)(const PairProduct&);
 };
 
 #define PYINVOLUTION_KERNELS(name, runs_here) extern const CpuKernels name##_kernels;

@@ -31,7 +31,7 @@ inline double worst_difference(const Tensor& result, const std::vector<double>& 
   return worst;
 }
 
-// Whether the forward passes round W, and R in a layer, to bfloat16.
+// Whether the forward passes round W, and R in a layer, to bfloat16, and the backward pass grad_W for its products.
 inline bool rounds_kernels(DType dtype) { return dtype == DType::bf16 && cpu::current_kernels().bfloat16_pairs; }
 
 inline double as_bfloat16(double value) {
@@ -94,9 +94,10 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
       for (int64_t v = 0; v < pixels; ++v) {
         const double grad = gw[size_t((n * rows + k) * pixels + v)];
         gb_want[size_t(k)] += grad;
+        const double factor = rounds_kernels(dtype) ? as_bfloat16(grad) : grad;
         for (int64_t q = 0; q < reduced; ++q) {
-          gr_want[size_t((n * reduced + q) * pixels + v)] += grad * s.get(k * reduced + q);
-          gs_want[size_t(k * reduced + q)] += grad * r.get((n * reduced + q) * pixels + v);
+          gr_want[size_t((n * reduced + q) * pixels + v)] += factor * s.get(k * reduced + q);
+          gs_want[size_t(k * reduced + q)] += factor * r.get((n * reduced + q) * pixels + v);
         }
       }
 

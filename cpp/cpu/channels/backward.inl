@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/channels/packing.h"
+#include "cpu/channels/packing_products.h"
 #include "cpu/channels/tiling.h"
 #include "cpu/simd/dtype.h"
 #include "cpu/simd/gemm.h"
@@ -216,6 +217,10 @@ struct BackwardRun {
   int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
   int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
 
+  // Whether products are those of pairs.
+  bool in_pairs() const { return is_bfloat16<T> && tiling.pair_product != nullptr; }
+  uint32_t* pairs_at(int64_t offset) const { return reinterpret_cast<uint32_t*>(memory + offset); }
+
   // Whether a row's last tile has fewer columns than the one before it.
   bool narrows() const { return p.out_w > backward_columns; }
 
@@ -272,15 +277,31 @@ struct BackwardRun {
     return pixels + ((row - strip.begin) * p.out_w + column) * tiling.reduced_padded;
   }
 
-  // R of a strip: for each tile [vector][r][lane], and [pixel][r].
+  uint32_t* pixel_pairs(const BackwardStrip& strip, int64_t row, int64_t column) const {
+    return pairs_at(tiling.pixels_at) + tiling.place(row - strip.begin, column) / 2 * tiling.reduced_padded;
+  }
+
+  // R of a strip: for each tile [vector][r][lane], and [pixel][r]; of pairs the same with pairs of r, and of pixels.
   void pack_reduced(int64_t n, const BackwardStrip& strip) const {
     const T* image = static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0];
     for_each_tile(strip, [&](int64_t first, int64_t rows, int64_t index) {
       for (int64_t column = 0; column < p.out_w; column += backward_columns) {
         const int64_t columns = rows > 1 ? p.out_w : min(backward_columns, p.out_w - column);
         const T* from = image + first * span.reduced_stride[2] + column * span.reduced_stride[3];
+        const bool own = first >= strip.begin && first < strip.end;
+        if constexpr (is_bfloat16<T>) {
+          if (in_pairs()) {
+            if (want_x)
+              pack_reduced_pairs(from, span.reduced_stride, span.reduced, rows, columns,
+                                 reinterpret_cast<uint32_t*>(panel(index, column)));
+            if (tiling.buffers.grad_span != nullptr && own)
+              pack_pixel_pairs(from, span.reduced_stride, span.reduced, rows, columns,
+                               pixel_pairs(strip, first, column), tiling.reduced_padded);
+            continue;
+          }
+        }
         if (want_x) pack_pixels(from, span.reduced_stride, span.reduced, rows, columns, panel(index, column), staging);
-        if (tiling.buffers.grad_span == nullptr || first < strip.begin || first >= strip.end) continue;
+        if (tiling.buffers.grad_span == nullptr || !own) continue;
         for (int64_t row = first; row < first + rows; ++row, from += span.reduced_stride[2]) {
           float* to = pixel_rows(strip, row, column);
           std::memset(to, 0, size_t(columns * tiling.reduced_padded) * sizeof(float));
@@ -387,16 +408,54 @@ struct BackwardRun {
     }
   }
 
+  // W of a tile of `count` pixels.
+  void multiply_weights(int64_t index, int64_t column, int64_t count, const MatrixA& s, float* to) const {
+    const float* reduced = panel(index, column);
+    if (in_pairs()) {
+      const int64_t depth = ceil_div(span.reduced, 2);
+      tiling.pair_product({pairs_at(tiling.span_at), depth, 1, p.taps(), reinterpret_cast<const uint32_t*>(reduced),
+                           depth * product_lanes, product_lanes, ceil_div(count, product_lanes), depth, bias, to,
+                           tile_pixels});
+      return;
+    }
+    multiply(s, p.taps(), {reduced, V::lanes * span.reduced, V::lanes}, ceil_div(count, V::lanes), span.reduced, bias,
+             to, tile_pixels);
+  }
+
+  // grad_R += S^T grad_W and grad_S += grad_W R^T of a tile of `count` pixels, which begins at a row of the strip.
+  void multiply_gradients(int64_t g, int64_t row, int64_t column, int64_t count, const float* reduced,
+                          const uint32_t* reduced_pairs, const MatrixA& s) const {
+    const int64_t taps = p.taps(), pitch = tiling.reduced_padded;
+    float* to_reduced = gr + tiling.place(row, column);
+    float* to_span = tiling.span_part(part) + g * taps * pitch;
+    if (in_pairs()) {
+      const uint32_t *rounded = pairs_at(tiling.rounded_at), *across = pairs_at(tiling.rounded_across_at);
+      round_weight_pairs(gw, gradient_pitch, taps, count, pairs_at(tiling.rounded_at),
+                         pairs_at(tiling.rounded_across_at), tile_pixels / 2);
+      if (tiling.buffers.grad_reduced != nullptr)
+        tiling.pair_product({pairs_at(tiling.span_across_at), 1, span.reduced, span.reduced, across, product_lanes,
+                             tile_pixels, ceil_div(count, product_lanes), ceil_div(taps, 2), nullptr, to_reduced,
+                             tiling.plane});
+      if (tiling.buffers.grad_span != nullptr)
+        tiling.pair_product({rounded, tile_pixels / 2, 1, taps, reduced_pairs, product_lanes, pitch,
+                             pitch / product_lanes, ceil_div(count, 2), nullptr, to_span, pitch});
+      return;
+    }
+    if (tiling.buffers.grad_reduced != nullptr)
+      multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, gradient_pitch}, ceil_div(count, V::lanes), taps,
+               nullptr, to_reduced, tiling.plane);
+    if (tiling.buffers.grad_span != nullptr)
+      multiply({gw, gradient_pitch, 1}, taps, {reduced, V::lanes, pitch}, pitch / V::lanes, count, nullptr, to_span,
+               pitch);
+  }
+
   // A tile of `rows` rows from `first` on, the index-th of the strip, or of some columns of a row.
   void tile(int64_t n, int64_t g, int64_t first, int64_t rows, int64_t index, int64_t column,
             const BackwardStrip& strip, const MatrixA& s, Gather gather) const {
     const bool own = first >= strip.begin && first < strip.end;
     const int64_t columns = min(backward_columns, p.out_w - column), taps = p.taps(), count = rows * columns;
-    const int64_t vectors = (count + V::lanes - 1) / V::lanes;
     float* weights = w + backward_margin;
-    if (want_x && tiling.w == nullptr)
-      multiply(s, taps, {panel(index, column), V::lanes * span.reduced, V::lanes}, vectors, span.reduced, bias,
-               rows > 1 ? dense : weights, tile_pixels);
+    if (want_x && tiling.w == nullptr) multiply_weights(index, column, count, s, rows > 1 ? dense : weights);
     for (int64_t row = first; row < first + rows; ++row) {
       const int64_t pixel = (row - first) * columns;
       if (want_x) {
@@ -431,13 +490,9 @@ struct BackwardRun {
         to[k] += total(gw + k * gradient_pitch, count);
       }
     }
-    if (tiling.buffers.grad_reduced != nullptr)
-      multiply({s.at, s.depth, s.row}, span.reduced, {gw, V::lanes, gradient_pitch}, vectors, taps, nullptr,
-               gr + tiling.place(first - strip.begin, column), tiling.plane);
-    if (tiling.buffers.grad_span != nullptr)
-      multiply({gw, gradient_pitch, 1}, taps, {pixel_rows(strip, first, column), V::lanes, tiling.reduced_padded},
-               tiling.reduced_padded / V::lanes, count, nullptr,
-               tiling.span_part(part) + g * taps * tiling.reduced_padded, tiling.reduced_padded);
+    if (tiling.buffers.grad_reduced != nullptr || tiling.buffers.grad_span != nullptr)
+      multiply_gradients(g, first - strip.begin, column, count, pixel_rows(strip, first, column),
+                         pixel_pairs(strip, first, column), s);
   }
 
   // --- the task
@@ -455,7 +510,12 @@ struct BackwardRun {
       int64_t pitch = 0;
       const float* s = nullptr;
       if (span.reduced > 0) {
-        s = span_rows<T>(span, tiling.buffers, g, span_memory, &pitch);
+        if constexpr (is_bfloat16<T>) {
+          if (in_pairs())
+            pack_span_pairs(span_row<T>(span, tiling.buffers, g * p.taps()), span.span_stride[0], span.span_stride[1],
+                            p.taps(), span.reduced, pairs_at(tiling.span_at), pairs_at(tiling.span_across_at));
+        }
+        if (!in_pairs()) s = span_rows<T>(span, tiling.buffers, g, span_memory, &pitch);
         load_bias<T>(span, tiling.buffers, g, bias);
       }
       for_each_tile(strip, [&](int64_t row, int64_t rows, int64_t index) {

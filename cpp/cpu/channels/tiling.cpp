@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "cpu/arithmetic.h"
+#include "cpu/simd/pair_product.h"
 #include "cpu/tasks.h"
 
 namespace pyinvolution::cpu {
@@ -158,14 +159,15 @@ std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
 }  // namespace
 
 BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
-                                    int64_t vector_bytes, int threads, BackwardTables& tables) {
+                                    const CpuKernels& kernels, int threads, BackwardTables& tables) {
   const Problem& p = problem.involution;
   BackwardTiling tiling{};
   tiling.problem = problem;
   tiling.buffers = buffers;
   tiling.w = w;
   tiling.grad_w = grad_w;
-  tiling.lanes = vector_bytes / 4;
+  if (p.dtype == DType::bf16 && problem.reduced > 0) tiling.pair_product = kernels.pair_product;
+  tiling.lanes = tiling.pair_product != nullptr ? product_lanes : kernels.vector_bytes / 4;
   tiling.blocks = blocks_of(p);
   tiling.reduced_padded = round_up(problem.reduced, tiling.lanes);
   tiling.row_padded = round_up(p.out_w, tiling.lanes);
@@ -212,11 +214,16 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.grad_reduced_at = take(reduced, problem.reduced * tiling.plane);
   // The rows of the strip itself and those of its neighbours are in different tiles.
   tiling.panels_at = take(x, problem.reduced * (rows / tiling.tile_rows + 3) * tiling.tile_pitch);
-  tiling.pixels_at = take(span, tiling.height * p.out_w * tiling.reduced_padded);
+  tiling.pixels_at = take(span, std::max(tiling.height * p.out_w, tiling.plane / 2) * tiling.reduced_padded);
   tiling.span_at = take(true, p.taps() * problem.reduced);
   tiling.bias_at = take(true, p.taps());
   tiling.weights_at = take(true, (p.taps() + 1) * tile_pixels);
   tiling.dense_at = take(x && tiling.tile_rows > 1, (p.taps() + 1) * tile_pixels);
+  if (tiling.pair_product != nullptr) {
+    tiling.span_across_at = take(any, ceil_div(p.taps(), 2) * problem.reduced);
+    tiling.rounded_at = take(any, p.taps() * tile_pixels / 2);
+    tiling.rounded_across_at = take(any, ceil_div(p.taps(), 2) * tile_pixels);
+  }
   tiling.grad_weights_at = take(true, p.taps() * gradient_pitch);
   tiling.grad_y_at = take(true, tile_pixels * block_channels);
   tiling.grad_y_across_at = take(true, backward_columns * block_channels);

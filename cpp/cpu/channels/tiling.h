@@ -9,8 +9,9 @@
 //   packs     the rows of X that the strip reads as [block][row][column][16], zero-padded, in the arithmetic type
 //   weights   a tile of pixels at a time: W as [tap][pixel], copied from memory (`channels`) or computed (`fused`):
 //             S broadcast from where it lies, vectors along the pixels of R, packed once per strip as [vector][r][lane]
-//   applies   them to the tile: 8 to 10 accumulators; for 5 columns (AVX2) 35 broadcasts + 11 x 2 loads per row of 7
-//             taps for 70 FMA, so that FMA throughput is the limit
+//   applies   them to the tile. For 5 columns (AVX2) a row of 7 taps takes 35 broadcasts + 11 x 2 loads for 70 FMA; for
+//             14 columns (AVX-512) 98 FMA, of which 70 broadcast a weight themselves, + 20 loads of x + 7 of four
+//             weights: no more than a load for each FMA, so that FMA throughput is the limit
 //   finishes  with scale, shift and ReLU in registers, in the layout of Y
 //
 // Where chunks of groups share a strip, its R is computed once, by a first round of tasks.
@@ -25,6 +26,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "pyinvolution/problem.h"
 
 namespace pyinvolution::cpu {
@@ -96,6 +98,8 @@ struct BackwardStrip {
 };
 
 struct BackwardTiling {
+  // Products are those of pairs of bfloat16, where this is not nullptr. grad_W is rounded for them.
+  void (*pair_product)(const PairProduct&);
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w, or their gradient goes to grad_w
   SpanBuffers buffers;
   const void* w;
@@ -125,7 +129,7 @@ struct BackwardTiling {
 
   // In floats from the start of a task's scratch memory.
   int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, dense_at,
-      grad_weights_at, grad_y_at, grad_y_across_at, staging_at;
+      span_across_at, rounded_at, rounded_across_at, grad_weights_at, grad_y_at, grad_y_across_at, staging_at;
   int64_t scratch_bytes;
 
   float* shared;  // [parts] grad_S, [parts] grad_b, [chunks][n][r][strip] grad_R where there are more chunks than one
@@ -147,7 +151,7 @@ struct BackwardTables {
 
 // `tables` must outlive the tiling.
 BackwardTiling make_backward_tiling(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w,
-                                    int64_t vector_bytes, int threads, BackwardTables& tables);
+                                    const CpuKernels&, int threads, BackwardTables& tables);
 
 // What the variants may refuse: the bytes of X that a strip of `height` output rows packs for a group, and those of the
 // scratch memory of a backward strip. In double, since a product of sizes may pass 2^63.

@@ -50,8 +50,7 @@ void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const 
   const Problem& p = problem.involution;
   const CpuKernels& kernels = current_kernels();
   BackwardTables tables;
-  BackwardTiling tiling =
-      make_backward_tiling(problem, buffers, w, grad_w, kernels.vector_bytes, execution.threads, tables);
+  BackwardTiling tiling = make_backward_tiling(problem, buffers, w, grad_w, kernels, execution.threads, tables);
   tiling.shared = static_cast<float*>(scratch(tiling.shared_bytes, Scratch::call));
   const auto round = [&](bool finish, int64_t tasks) {
     for_each_task(execution, tasks,

@@ -7,6 +7,7 @@
 // What kernels.inl says of names and their linkage holds here, too.
 #include "cpu/channels/forward_pairs.inl"
 #include "cpu/kernels.h"
+#include "cpu/simd/pairs_sums.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -30,6 +31,7 @@ void batch_norm_task(const BatchNormTiling& tiling, BatchNormStep step, int64_t 
 
 }  // namespace
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES, true, columns_task, channels_task, backward_task, batch_norm_task};
+constexpr CpuKernels KERNELS = {VECTOR_BYTES,  true,            columns_task, channels_task,
+                               backward_task, batch_norm_task, pair_product};
 
 }  // namespace pyinvolution::cpu

@@ -22,6 +22,10 @@ template <class T>
 constexpr bool is_float = false;
 template <>
 constexpr bool is_float<float> = true;
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<BFloat16> = true;
 
 // Calls `body` with a value of the storage type.
 template <class Body>
