@@ -288,6 +288,8 @@ struct ColumnsRun {
     const T* source = from + segment.first * column_stride + begin * step;
     if (channel_stride != 1 || channels == 1) {
       A* row = to + c * pitch + begin;
+      if constexpr (is_float<T>)
+        if (step == 2) return copy_even(source + c * channel_stride, end - begin, row);
       for (int64_t i = 0; i < end - begin; ++i) row[i] = load(source[c * channel_stride + i * step]);
     } else if (c == 0) {
       transpose_in(source, step, end - begin, channels, to + begin, pitch, staging);
@@ -300,13 +302,19 @@ struct ColumnsRun {
            (h - 1) * stride[2] + (w - 1) * stride[3] + 1;
   }
 
+  // Where a packed row is.
+  A* packed_slot(int64_t slot) const {
+    if (!tiling.flat) return packed + slot * tiling.packed_row;
+    return packed + slot % p.stride_h * tiling.packed_phase + slot / p.stride_h * p.out_w;
+  }
+
   // Rows of X that output rows begin .. end read.
   void pack_input(int64_t first_channel, int64_t channels) const {
     const int64_t first = begin * p.stride_h - p.padding_h;
     const T* const last = end_of(tiling.buffers.x, p.x_stride, p.in_h, p.in_w);
     const auto pack = [&](int64_t slot, int64_t h) {
       const T* from = h >= 0 && h < p.in_h ? x_row(first_channel, h) : nullptr;
-      pack_row(from, last, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed + slot * tiling.packed_row);
+      pack_row(from, last, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed_slot(slot));
     };
     if (tiling.share_rows) {
       const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
@@ -318,7 +326,7 @@ struct ColumnsRun {
   }
   const A* packed_input(int64_t row, int64_t i, int64_t j) const {
     const int64_t r = row - begin;
-    return packed + (tiling.share_rows ? r * p.stride_h + i * p.dilation_h : r * p.kernel_h + i) * tiling.packed_row +
+    return packed_slot(tiling.share_rows ? r * p.stride_h + i * p.dilation_h : r * p.kernel_h + i) +
            tiling.tap_offset[j];
   }
 
@@ -342,7 +350,7 @@ struct ColumnsRun {
     const T* const last = end_of(tiling.buffers.y, p.y_stride, p.out_h, p.out_w);
     const auto pack = [&](int64_t slot, int64_t h) {
       const T* from = h >= 0 && h < p.out_h ? y_row(first_channel, h) : nullptr;
-      pack_row(from, last, p.y_stride[1], p.y_stride[3], channels, p.out_w, packed + slot * tiling.packed_row);
+      pack_row(from, last, p.y_stride[1], p.y_stride[3], channels, p.out_w, packed_slot(slot));
     };
     if (tiling.share_rows) {
       const int64_t first = first_reader(), count = last_reader() - first + 1;
@@ -356,8 +364,7 @@ struct ColumnsRun {
     }
   }
   const A* packed_gradient(int64_t row, int64_t i, int64_t h, int64_t j) const {
-    return packed + (tiling.share_rows ? h - first_reader() : (row - begin) * p.kernel_h + i) * tiling.packed_row +
-           tiling.tap_offset[j];
+    return packed_slot(tiling.share_rows ? h - first_reader() : (row - begin) * p.kernel_h + i) + tiling.tap_offset[j];
   }
 
   // The rows of grad_output of the strip, unshifted, to `sums`.

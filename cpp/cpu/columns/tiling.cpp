@@ -15,7 +15,7 @@ constexpr int64_t max_chunk = 16;
 constexpr int64_t flat_columns = 128, flat_copies = 8, flat_sums = 32;
 // Where W is read by pixel, a task reads at least so many neighbouring bytes of a pixel.
 constexpr int64_t pixel_bytes = 1024;
-// A larger grad_weight would push everything else out of the caches, and be gone itself before it is read.
+// A larger W does not stay in the caches of a core; a larger grad_weight would push everything else out of the caches, and be gone itself before it is read.
 constexpr int64_t past_cache_bytes = 8 << 20;
 
 // A packed row has columns s * i + d * j, i = 0 .. padded: the taps of a phase share a run, or each tap has its own
@@ -78,7 +78,7 @@ void set_flat_row(const Problem& p, bool gather, int64_t long_row, ColumnsTables
 }
 
 // Blocks of whole tap rows, or where a row has too many taps equal parts of it.
-void set_taps(const Problem& p, bool gather, bool flat, ColumnsTables& tables) {
+void set_taps(const Problem& p, bool gather, bool flat, int64_t most, ColumnsTables& tables) {
   if (!gather) {
     tables.phases.push_back(0);
   } else {
@@ -97,7 +97,7 @@ void set_taps(const Problem& p, bool gather, bool flat, ColumnsTables& tables) {
     tables.phase_begin.push_back(end);
     const int64_t row = (end - begin) / p.kernel_h;
     if (row == 0) continue;
-    const int64_t rows = std::max<int64_t>(1, max_block_taps / row), parts = ceil_div(row, max_block_taps);
+    const int64_t rows = std::max<int64_t>(1, most / row), parts = ceil_div(row, most);
     for (int64_t at = begin; at < end; at += rows * row) {
       const int64_t count = std::min(rows * row, end - at);
       for (int64_t part = 0; part < parts; ++part)
@@ -132,8 +132,8 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   tiling.first_m = gather ? p.padding_w / p.stride_w : 0;
   tiling.columns = gather ? (p.padding_w + p.in_w - 1) / p.stride_w - tiling.first_m + 1 : p.out_w;
   const int64_t padded = round_up(tiling.columns, lanes);
-  tiling.past_cache = pass == Pass::grad_weight && tiling.in_place &&
-                      p.batch * p.groups * p.taps() * p.out_h * p.out_w * stored > past_cache_bytes;
+  const int64_t w_bytes = p.batch * p.groups * p.taps() * p.out_h * p.out_w * stored;
+  tiling.past_cache = pass == Pass::grad_weight && tiling.in_place && w_bytes > past_cache_bytes;
 
   const int64_t pixel_groups = std::max<int64_t>(1, max_chunk / std::max<int64_t>(1, group));
   tiling.task_groups = tiling.in_place || group > max_chunk
@@ -145,11 +145,13 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
 
   // A long row has no idle lanes and one beginning, at the price of copies of X (or of sums) for each tap column.
   const int64_t copies = p.kernel_w * tiling.chunk;
-  tiling.flat = tiling.in_place && p.stride_h == 1 && p.w_stride[4] == p.out_w && p.out_h * p.out_w > 0 &&
+  tiling.flat = tiling.in_place && (p.stride_h == 1 || !gather) && p.w_stride[4] == p.out_w && p.out_h * p.out_w > 0 &&
                 (5 * p.out_w < 4 * round_up(p.out_w, lanes) ||
                  (p.out_w < flat_columns && copies <= (gather ? flat_sums : flat_copies)));
 
-  set_taps(p, gather, tiling.flat, tables);
+  // As long as W is in the cache, there is no memory to follow, and fewer blocks load and store fewer sums.
+  const bool cached = w_bytes <= past_cache_bytes && pass != Pass::grad_weight;
+  set_taps(p, gather, tiling.flat, cached ? p.taps() : max_block_taps, tables);
   tiling.phase_count = int64_t(tables.phases.size());
   int64_t most_taps = 0;
   for (const TapBlock& block : tables.blocks) most_taps = std::max(most_taps, block.end - block.begin);
@@ -163,7 +165,8 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
     tiling.packed_rows = tiling.share_rows ? shared : height * p.kernel_h;
     int64_t packed;
     if (tiling.flat) {
-      const int64_t long_row = round_up(tiling.packed_rows * p.out_w + lanes, lanes);
+      tiling.packed_phase = round_up(ceil_div(tiling.packed_rows, p.stride_h) * p.out_w + lanes, lanes);
+      const int64_t long_row = p.stride_h * tiling.packed_phase;
       set_flat_row(p, gather, long_row, tables);
       tiling.packed_row = p.out_w;
       tiling.packed_channel = long_row * int64_t(tables.segments.size());

@@ -22,9 +22,9 @@
 //                network writes them. Rows are outside, groups inside, and all taps of a row and group are transposed
 //                into scratch memory, 4 K^2 Wo bytes. Lines that two groups share are still in the cache for the second.
 //
-// Short rows leave lanes idle, 5 of 16 for 11 columns. Where W is in place and rows of stride 1 fill vectors badly, a
-// strip is one long row (`flat`): X is packed once for each tap column, so that a shift by whole rows is a shift of the
-// long row. grad_input then keeps a sum for each tap column, and adds them where the result is written.
+// Short rows leave lanes idle, 5 of 16 for 11 columns, and each begins anew. Where W is in place and rows are short, a
+// strip is one long row (`flat`): X is packed once for each tap column (and its rows by their phase in the stride), so
+// that a shift by whole rows is a shift of the long row. grad_input then keeps a sum for each tap column, and adds them where the result is written.
 //
 // Arithmetic takes a load for each FMA, and one of W for each tap. A sum runs over taps (or channels) in an order that
 // depends only on the problem, so that every number of threads and every height of strips gives the same bits.
@@ -70,6 +70,7 @@ struct ColumnsTiling {
   bool share_rows;
   int64_t packed_rows;                 // of a strip
   int64_t packed_row, packed_channel;  // distances of rows and of channels
+  int64_t packed_phase;                // flat: of long rows of input rows that differ modulo the stride
   const Segment* segments;             // how a row is packed
   int64_t segment_count;
   const int64_t* tap_offset;  // [kw] where a tap's first column is in a packed row
