@@ -1,6 +1,8 @@
 """What the CUDA compiler makes of the kernels, on machines that have one; no GPU is needed."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path

@@ -19,6 +19,6 @@
 namespace pyinvolution::cpu {
 
 constexpr CpuKernels KERNELS = {VECTOR_BYTES,  false,           columns_task, channels_task,
-                               backward_task, batch_norm_task, nullptr};
+                                backward_task, batch_norm_task, nullptr};
 
 }  // namespace pyinvolution::cpu

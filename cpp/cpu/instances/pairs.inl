@@ -31,7 +31,7 @@ void batch_norm_task(const BatchNormTiling& tiling, BatchNormStep step, int64_t 
 
 }  // namespace
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES,  true,            columns_task, channels_task,
-                               backward_task, batch_norm_task, pair_product};
+constexpr CpuKernels KERNELS = {VECTOR_BYTES,    true,        columns_task, channels_task, backward_task,
+                                batch_norm_task, pair_product};
 
 }  // namespace pyinvolution::cpu
