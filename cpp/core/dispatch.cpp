@@ -28,10 +28,13 @@ void not_built(const P&, Op, const B&, const Execution&) {
 }
 #define CUDA_VARIANT(name) {#name, Device::cuda, no_cuda, not_built}
 #define CUDA_VARIANT_WITH_SCRATCH(name) CUDA_VARIANT(name)
+#define CUDA_VARIANT_FOR_SOME(name) CUDA_VARIANT(name)
 #else
 #define CUDA_VARIANT(name) {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run}
 #define CUDA_VARIANT_WITH_SCRATCH(name) \
   {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, cuda::name##_scratch}
+#define CUDA_VARIANT_FOR_SOME(name) \
+  {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, nullptr, cuda::name##_slower}
 #endif
 #define CPU_VARIANT(name) {#name, Device::cpu, cpu::name##_refusal, cpu::name##_run}
 
@@ -40,13 +43,13 @@ Refusal never(const SpanProblem&, SpanOp) { return {}; }
 
 // Best first. Each device ends in a variant that runs every problem.
 constexpr Variant table[] = {
-    CUDA_VARIANT(mma),      //
-    CUDA_VARIANT(sliding),  //
-    CUDA_VARIANT(tiled),    //
-    CUDA_VARIANT(generic),  //
-    CPU_VARIANT(channels),  //
-    CPU_VARIANT(columns),   //
-    CPU_VARIANT(scalar),    //
+    CUDA_VARIANT(mma),               //
+    CUDA_VARIANT_FOR_SOME(sliding),  //
+    CUDA_VARIANT(tiled),             //
+    CUDA_VARIANT(generic),           //
+    CPU_VARIANT(channels),           //
+    CPU_VARIANT(columns),            //
+    CPU_VARIANT(scalar),             //
 };
 
 constexpr SpanVariant span_table[] = {
@@ -130,7 +133,8 @@ std::vector<Verdict> verdicts_of(const V (&variants)[Size], const Bound<V> Force
   std::vector<Verdict> verdicts;
   for (const V& variant : variants) {
     if (variant.device != device_of(problem)) continue;
-    const Refusal refusal = variant.refusal(problem, op);
+    Refusal refusal = variant.refusal(problem, op);
+    if (!refusal && chosen != &variant && variant.slower != nullptr) refusal = variant.slower(problem, op);
     if (chosen == nullptr && !refusal) chosen = &variant;
     verdicts.push_back({variant.name, refusal.text(), chosen == &variant && !refusal});
   }
@@ -155,7 +159,9 @@ const V& choose_from(const V (&variants)[Size], const Bound<V> Forced::* bound, 
     return *variant;
   }
   for (const V& variant : variants)
-    if (variant.device == device && !variant.refusal(problem, op)) return variant;
+    if (variant.device == device && !variant.refusal(problem, op) &&
+        (variant.slower == nullptr || !variant.slower(problem, op)))
+      return variant;
   throw std::invalid_argument(std::string("no ") + to_string(device) + " variant can run this " + to_string(op) +
                               refusals(verdicts_of(variants, bound, problem, op)));
 }
