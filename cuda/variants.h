@@ -14,6 +14,7 @@ void generic_run(const Problem&, Pass, const Buffers&, const Execution&);
 // A sliding window in registers: every kernel, stride, dilation and number of channels whose windows fit into shared
 // memory.
 Refusal sliding_refusal(const Problem&, Pass);
+Refusal sliding_slower(const Problem&, Pass);
 void sliding_run(const Problem&, Pass, const Buffers&, const Execution&);
 
 // Tiles in shared memory: float32 and 16-bit types.

@@ -70,16 +70,6 @@ def cuda_tiled(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
 
 
 def cuda_sliding(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
-    taps = case.kernel[0] * case.kernel[1]
-    dense_taps = layout == "channels_last" and taps > 1
-    products, pixels = taps * case.group_channels, case.output[0] * case.output[1]
-    # Little work is left to `generic`, and wide groups with dense taps to `tiled`.
-    if products < 24 and (dense_taps or pixels < 1024):
-        return False
-    if dense_taps and pass_ == "grad_input" and case.group_channels <= 16:
-        return False
-    if dense_taps and case.group_channels >= 16 and cuda_tiled(pass_, case, dtype, layout):
-        return False
     return case not in (WIDE_ROW, FAR_COLUMNS) and (pass_ != "grad_input" or max(case.stride) <= 4)
 
 

@@ -34,10 +34,13 @@ void not_built(const P&, Op, const B&, const Execution&) {
 }
 #define CUDA_VARIANT(name) {#name, Device::cuda, no_cuda, not_built}
 #define CUDA_VARIANT_WITH_SCRATCH(name) CUDA_VARIANT(name)
+#define CUDA_VARIANT_FOR_SOME(name) CUDA_VARIANT(name)
 #else
 #define CUDA_VARIANT(name) {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run}
 #define CUDA_VARIANT_WITH_SCRATCH(name) \
   {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, cuda::name##_scratch}
+#define CUDA_VARIANT_FOR_SOME(name) \
+  {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, nullptr, cuda::name##_slower}
 #endif
 #define CPU_VARIANT(name) {#name, Device::cpu, cpu::name##_refusal, cpu::name##_run}
 
@@ -46,13 +49,13 @@ Refusal never(const SpanProblem&, SpanOp) { return {}; }
 
 // Best first. Each device ends in a variant that runs every problem.
 constexpr Variant table[] = {
-    CUDA_VARIANT(mma),      //
-    CUDA_VARIANT(sliding),  //
-    CUDA_VARIANT(tiled),    //
-    CUDA_VARIANT(generic),  //
-    CPU_VARIANT(channels),  //
-    CPU_VARIANT(columns),   //
-    CPU_VARIANT(scalar),    //
+    CUDA_VARIANT(mma),               //
+    CUDA_VARIANT_FOR_SOME(sliding),  //
+    CUDA_VARIANT(tiled),             //
+    CUDA_VARIANT(generic),           //
+    CPU_VARIANT(channels),           //
+    CPU_VARIANT(columns),            //
+    CPU_VARIANT(scalar),             //
 };
 
 constexpr SpanVariant span_table[] = {
@@ -182,6 +185,13 @@ Refusal refusal_of(const V& variant, const P& problem, Op op) {
   return variant.refusal(problem, op);
 }
 
+// Why a variant is not the one by itself: it cannot run the problem, or a later one is faster.
+template <class V, class P, class Op>
+Refusal passed_over(const V& variant, const P& problem, Op op) {
+  const Refusal refusal = refusal_of(variant, problem, op);
+  return !refusal && variant.slower != nullptr ? variant.slower(problem, op) : refusal;
+}
+
 // --- what was measured to be the fastest: a variant for a problem and an operation ----------------------------------
 
 // Everything that decides which kernels can run and how fast they are. An epilogue is left out: it changes neither.
@@ -309,7 +319,7 @@ std::vector<Verdict> verdicts_of(const P& problem, Op op) {
   std::vector<Verdict> verdicts;
   for (const V& variant : rows<V>()) {
     if (variant.device != device_of(problem)) continue;
-    const Refusal refusal = refusal_of(variant, problem, op);
+    const Refusal refusal = &variant == chosen ? refusal_of(variant, problem, op) : passed_over(variant, problem, op);
     if (chosen == nullptr && !refusal) chosen = &variant;
     verdicts.push_back({variant.name, refusal.text(), chosen == &variant && !refusal, &variant == measured});
   }
@@ -335,7 +345,7 @@ const V& choose_from(const P& problem, Op op) {
   }
   if (const V* variant = kept_for<V>(problem, op)) return *variant;
   for (const V& variant : rows<V>())
-    if (variant.device == device && !refusal_of(variant, problem, op)) return variant;
+    if (variant.device == device && !passed_over(variant, problem, op)) return variant;
   throw std::invalid_argument(std::string("no ") + to_string(device) + " variant can run this " + to_string(op) +
                               refusals(verdicts_of<V>(problem, op)));
 }

@@ -20,9 +20,6 @@ constexpr int wanted_shared_bytes = 72 * 1024, max_shared_bytes = 99 * 1024;
 // With fewer products for each pixel and group, in small images or with dense taps, `generic` is faster by counting.
 constexpr int64_t least_products = 24, small_image = 1024;
 
-// What the kernels cannot run.
-Refusal limits(const Problem&, Pass);
-
 // Division of a number below 2^31 by one that is known at the launch, without dividing.
 struct Divisor {
   unsigned divisor, factor, shift;

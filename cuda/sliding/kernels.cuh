@@ -152,11 +152,11 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
 // Where taps are inner, 2 or 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
 // neighbours' too. Loads have up to 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
 // tap, and its neighbours those of the next pixels.
-template <bool ToInput, class T>
+template <bool ToInput, int Batch, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int kernel_rows) {
-  constexpr int elements = 16 / int(sizeof(T)), batch = 2;
+  constexpr int elements = 16 / int(sizeof(T));
   const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
 #pragma unroll 1
@@ -209,10 +209,10 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
       // Pieces are numbered from the 16 bytes on in which the first weight is.
       int begin = lane * elements - offset_of(from) / int(sizeof(T));
 #pragma unroll 1
-      for (; begin < length; begin += lanes * batch * elements) {
-        Vector<T, elements> values[batch];
+      for (; begin < length; begin += lanes * Batch * elements) {
+        Vector<T, elements> values[Batch];
 #pragma unroll
-        for (int i = 0; i < batch; ++i) {
+        for (int i = 0; i < Batch; ++i) {
           const int first = begin + i * lanes * elements;
           if (first >= length) break;
           if (within) {
@@ -226,7 +226,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
           }
         }
 #pragma unroll
-        for (int i = 0; i < batch; ++i) {
+        for (int i = 0; i < Batch; ++i) {
           const int first = begin + i * lanes * elements;
           if (first >= length) break;
 #pragma unroll
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(max_threads, 2)
       const int after = ToInput ? 0 : kh % q.w_rows;
       if (after == 0) {
         if (kh > 0) __syncthreads();
-        bring_weights<ToInput>(
+        bring_weights<ToInput, M == 2 ? 1 : 2>(
             staged, w, q, tile, columns, tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
             tile.column - (ToInput ? columns.padding : 0), kernel_row, min(q.w_rows, rows.taps - kh));
         __syncthreads();

@@ -3,7 +3,7 @@
 
 namespace pyinvolution::cuda {
 
-Refusal sliding::limits(const Problem& p, Pass pass) {
+Refusal sliding_refusal(const Problem& p, Pass pass) {
   if (const Refusal refusal = pixels_refusal(p)) return refusal;
   if (p.batch < 1 || p.channels < 1) return needs("images with channels", p.batch, p.channels);
   if (pass == Pass::grad_input && (p.stride_h > sliding::max_classes || p.stride_w > sliding::max_classes))
@@ -24,18 +24,18 @@ Refusal sliding::limits(const Problem& p, Pass pass) {
   return tiles_refusal(plan.blocks());
 }
 
-Refusal sliding_refusal(const Problem& p, Pass pass) {
+// By counting; not measured.
+Refusal sliding_slower(const Problem& p, Pass pass) {
   const int64_t products = p.taps() * p.group_channels();
   if (products < sliding::least_products && sliding::taps_are_inner(p))
     return needs("at least 24 products for each pixel and group, where taps are dense", products);
-  // There, by counting, `generic` or `tiled` is the faster one.
   if (pass == Pass::grad_input && p.group_channels() <= 16 && sliding::taps_are_inner(p))
     return needs("more than 16 channels per group for grad_input where taps are dense", p.group_channels());
   if (p.group_channels() >= 16 && sliding::taps_are_inner(p) && !tiled_refusal(p, pass))
     return needs("a weight with dense columns, or a problem that tiled cannot run");
   if (products < sliding::least_products && p.out_h * p.out_w < sliding::small_image)
     return needs("at least 24 products for each pixel and group, with less than 1024 pixels", products);
-  return sliding::limits(p, pass);
+  return {};
 }
 
 void sliding_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {

@@ -1,14 +1,12 @@
 // The CUDA variant `sliding` in the emulator: kernels, strides, dilations, widths of groups, layouts and dtypes; every
 // schedule gives the same bits; each removed synchronisation is noticed.
-#include "cuda/sliding/config.cuh"
 #include "cuda/variants.h"
 
 #include "variant.h"
 
 namespace {
 
-// Small problems, too, which `generic` runs faster.
-constexpr CudaVariant sliding{cuda::sliding::limits, cuda::sliding_run};
+constexpr CudaVariant sliding{cuda::sliding_refusal, cuda::sliding_run};
 
 void run_and_check(const Trial& trial, uint64_t seed = 1) {
   run_and_check(sliding, trial, strides_of(trial.shape, trial.layout, trial.pass), seed);
@@ -100,6 +98,26 @@ void refusals() {
   refused([](Case& k) { k.dh = k.dw = k.ph = k.pw = 300; }, "shared memory (reach of the kernel), got 601 x 601");
 }
 
+// What it leaves to others although it can run it.
+void slower() {
+  const auto left = [](const Case& shape, Layout layout, Pass pass) {
+    const Problem problem = problem_of(shape, DType::f32, Device::cuda, strides_of(shape, layout, pass));
+    return cuda::sliding_slower(problem, pass).text();
+  };
+  const Case narrow{1, 8, 2, 40, 40, 7, 7, 1, 1, 3, 3}, little{1, 4, 2, 9, 9, 3, 3, 1, 1, 1, 1};
+  Case large = little;
+  large.h = large.w = 40;
+  for (const Pass pass : passes) {
+    CHECK(left(narrow, Layout::contiguous, pass).empty(), "it runs narrow groups");
+    CHECK(left(large, Layout::contiguous, pass).empty(), "in large images with few taps, too");
+    CHECK(left(little, Layout::contiguous, pass).find("1024 pixels, got 18") != std::string::npos, "small images");
+    CHECK(left(large, Layout::channels_last, pass).find("dense, got 18") != std::string::npos, "few dense taps");
+    CHECK(left({1, 32, 2, 9, 9, 3, 3, 1, 1, 1, 1}, Layout::channels_last, pass).size() > 0, "what tiled takes");
+  }
+  CHECK(left(narrow, Layout::channels_last, Pass::forward).empty(), "dense taps");
+  CHECK(left(narrow, Layout::channels_last, Pass::grad_input).find("16 channels") != std::string::npos, "grad_input");
+}
+
 }  // namespace
 
 int main() {
@@ -109,5 +127,6 @@ int main() {
   special_values();
   schedules_and_races();
   refusals();
+  slower();
   return checks::report("cuda sliding");
 }

@@ -78,7 +78,7 @@ void forced() {
       CHECK("cuda/" + chosen(setting.problem, pass) == name, "the forced variant runs: " + name);
     }
     if (name == "cuda/generic") continue;
-    const std::string message = checks::message_of([] { choose(problem(rednet, DType::f64), Pass::forward); });
+    const std::string message = checks::message_of([] { choose(problem(far, DType::f64), Pass::forward); });
     CHECK(message.find(name) != std::string::npos, "a forced variant that refuses is named: " + message);
   }
   force_variant("");

@@ -41,6 +41,9 @@ struct VariantOf {
   void (*run)(const Problem&, Op, const Buffers&, const Execution&);
   // Bytes of the device's memory that `run` needs besides the tensors; on the device that runs it. nullptr: none.
   int64_t (*scratch)(const Problem&, Op) = nullptr;
+  // Why a later variant is faster although this one can run the problem; a forced variant runs nevertheless. nullptr:
+  // none is.
+  Refusal (*slower)(const Problem&, Op) = nullptr;
 
   bool composed() const { return run == nullptr; }
 };
