@@ -175,9 +175,7 @@ def test_products_of_pairs_read_memory_and_keep_their_sums_in_registers(tmp_path
         name = re.search(r"(\w+_pairs_blocks?<[^>]*>)", function.split("\n")[0])
         if name is None or name[1] not in EMBEDDED:
             continue
-        assert not re.search(r"[yz]mm\d+,\S*\(%r[sb]p|\(%r[sb]p[^)]*\),%[yz]mm", function), (
-            f"{name[1]} spills vectors"
-        )
+        assert not re.search(r"[yz]mm\d+,\S*\(%r[sb]p|\(%r[sb]p[^)]*\),%[yz]mm", function), f"{name[1]} spills vectors"
         products = re.findall(r"vdpbf16ps .*", function)
         found[name[1]] = (len(products), sum("{1to" in product for product in products))
     assert found == EMBEDDED
