@@ -129,15 +129,20 @@ def test_empty_batches_and_images_give_zeros(op: Operator, device: str) -> None:
 @over_variants(["cpu"])
 @pytest.mark.parametrize("layout", DENSE)
 def test_threads_and_runs_give_the_same_bits(op: Operator, variant: str, layout: str) -> None:
-    cases = [*op.cases, Case((3, 64, 28, 28), 4, (7, 7), padding=(3, 3), reduced=16)]
+    large = [
+        Case((3, 64, 28, 28), 4, (7, 7), padding=(3, 3), reduced=16),
+        Case((2, 64, 23, 23), 4, (7, 7), padding=(3, 3), reduced=64),  # a pixel more than vectors
+        Case((2, 128, 7, 7), 8, (7, 7), padding=(3, 3), reduced=128),
+    ]
     counts = (1, 1) if variant == "cpu/composed" else (1, 2, 3, 8, 1)  # torch's convolution promises no more
-    for case in cases:
-        tensors, results = op.tensors(case, torch.float32, layout), []
+    problems = [(case, torch.float32) for case in (*op.cases, *large)] + [(case, torch.bfloat16) for case in large]
+    for case, dtype in problems:
+        tensors, results = op.tensors(case, dtype, layout), []
         for count in counts:
             with threads(count):
                 results.append(run_taken(op, variant, case, tensors)[1])
         for name, first in results[0].items():
-            assert all(torch.equal(first, other[name]) for other in results), f"{variant}, {name} of {case}"
+            assert all(torch.equal(first, other[name]) for other in results), f"{variant}, {name} of {case}, {dtype}"
 
 
 @over_variants(["cpu", "cuda/mma", "cuda/sliding", "cuda/tiled", "cuda/generic", "cuda/fused"])

@@ -173,7 +173,9 @@ def test_code_for_newer_processors_keeps_to_itself(isa: str, tmp_path: Path) -> 
     source = ROOT / f"cpp/cpu/instances/{isa}.cpp"
     subprocess.run(["g++", "-std=c++20", "-O0", *flags, "-c", source, "-o", tmp_path / "object.o"], check=True)
     names = output_of("nm", "-C", "--defined-only", "--extern-only", tmp_path / "object.o").splitlines()
-    assert [name.split(maxsplit=2)[2] for name in names] == [f"pyinvolution::cpu::{isa}_kernels"]
+    symbols = [name.split(maxsplit=2)[2] for name in names]
+    # DW.ref.* is the compiler's pointer to what unwinds the stack: data, and the same in every object.
+    assert [name for name in symbols if not name.startswith("DW.ref.")] == [f"pyinvolution::cpu::{isa}_kernels"]
 
 
 PRODUCTS = """

@@ -72,7 +72,9 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.vectors = ceil_div(tiling.tile_rows * tiling.tile_columns, tiling.lanes);
   tiling.tiles = ceil_div(tiling.height, tiling.tile_rows) * ceil_div(p.out_w, tiling.tile_columns);
   tiling.tile_floats = tiling.vectors * tiling.lanes * depth;
-  if (pairs && depth >= 2 * tiling.lanes && depth % tiling.lanes == 0) {
+  // Its sum has another order: only where the number of threads does not change the tiles.
+  const bool one_strip = p.out_h * p.out_w < 2 * min_strip_pixels;
+  if (pairs && one_strip && depth >= 2 * tiling.lanes && depth % tiling.lanes == 0) {
     tiling.last_pixels = max_last_pixels;
     tiling.tile_floats += max_last_pixels * depth;
   }

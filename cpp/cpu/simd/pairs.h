@@ -49,6 +49,19 @@ template <class Values>
   for (size_t lane = 0; lane < sizeof sums / sizeof(float); ++lane) store(flushed(sums[lane]), &to[lane]);
 }
 
+template <class Bits>
+[[gnu::noinline]] void fours_model(const Pair* from, Bits& to) {
+  for (size_t lane = 0; lane < sizeof to / sizeof(Pair); ++lane) {
+    uint32_t pair;
+    std::memcpy(&pair, from + lane % 4, sizeof pair);
+    to[lane] = pair;
+  }
+}
+template <class Bits>
+[[gnu::noinline]] void spread_model(const Bits& from, int lane, Bits& to) {
+  for (size_t i = 0; i < sizeof to / sizeof(Pair); ++i) to[i] = from[i / 4 * 4 + size_t(lane)];
+}
+
 // The types of 16 and of 8 lanes, and halves with zeros before them. (GCC 12 cuts a conversion in pieces.)
 template <int Lanes>
 struct PairTypes;
@@ -113,7 +126,7 @@ struct Pairs {
   [[gnu::always_inline]] static Pairs load_fours(const Pair* from) {
 #if defined(PYINVOLUTION_EMULATED_BF16)
     Pairs pairs;
-    for (int lane = 0; lane < Lanes; ++lane) std::memcpy(&pairs.bits[lane], from + lane % 4, sizeof(Pair));
+    fours_model(from, pairs.bits);
     return pairs;
 #else
     const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -126,7 +139,7 @@ struct Pairs {
   [[gnu::always_inline]] Pairs spread(int lane) const {
 #if defined(PYINVOLUTION_EMULATED_BF16)
     Pairs pairs;
-    for (int i = 0; i < Lanes; ++i) pairs.bits[i] = bits[i / 4 * 4 + lane];
+    spread_model(bits, lane, pairs.bits);
     return pairs;
 #else
     // Numbers in the instructions.
