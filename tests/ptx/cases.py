@@ -84,11 +84,14 @@ def fused() -> Iterator[Problem]:
         yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
         yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
     for dtype, stride, reduced in product(HALVES, (1, 2), (16, 32, 48, 64, 96)):
-        two = (1, 32, 10, 17, 2, 7, stride)
+        two = (1, 32, 16, 17, 2, 7, stride)
         yield Problem("fused", "forward", dtype, "nhwc", *two, reduced=reduced, epilogue=True)
         if reduced in (48, 96):
             yield Problem("fused", "forward", dtype, "nhwc", *two, reduced=reduced)
             yield Problem("fused", "backward", dtype, "nhwc", *two, reduced=reduced)
+            if dtype == "float16":  # moved element by element
+                for pass_ in ("forward", "backward"):
+                    yield Problem("fused", pass_, dtype, "nhwc", *two, reduced=reduced, offset=1)
 
 
 def sliding() -> Iterator[Problem]:
