@@ -85,10 +85,15 @@ def fused() -> Iterator[Problem]:
         yield one(1, 16, 17, 21, 1, 7, stride, reduced=112 if stride == 1 else 96)
         yield one(1, 16, 19, 13, 1, 7, stride, padding=0, reduced=32)
         yield one(1, 32, 10, 17, 2, 7, stride, reduced=16, spoil=True)
-    for stride, reduced in ((1, 16), (2, 32)):
-        yield Problem(
-            "fused", "forward", "bfloat16", "nhwc", 1, 32, 10, 17, 2, 7, stride, reduced=reduced, epilogue=True
-        )
+    for dtype, stride, reduced in product(HALVES, (1, 2), (16, 32, 48, 64, 96)):
+        two = (1, 32, 16, 17, 2, 7, stride)
+        yield Problem("fused", "forward", dtype, "nhwc", *two, reduced=reduced, epilogue=True)
+        if reduced in (48, 96):
+            yield Problem("fused", "forward", dtype, "nhwc", *two, reduced=reduced)
+            yield Problem("fused", "backward", dtype, "nhwc", *two, reduced=reduced)
+            if dtype == "float16":  # moved element by element
+                for pass_ in ("forward", "backward"):
+                    yield Problem("fused", pass_, dtype, "nhwc", *two, reduced=reduced, offset=1)
 
 
 def sliding() -> Iterator[Problem]:
@@ -98,6 +103,8 @@ def sliding() -> Iterator[Problem]:
         yield one(1, 6, 11, 13, 2, 5, 2)
         yield one(2, 3, 7, 9, 3, 3, 3, padding=2, dilation=2)
         yield one(1, 40, 5, 21, 1, 7, offset=1)
+        for channels, kernel in product((1, 2), (3, 7)):
+            yield one(1, 2 * channels, 9, 17, 2, kernel)
     for pass_, layout in product(PASSES, ("nhwc", "nchw", "mixed")):
         one = partial(Problem, "sliding", pass_, "float32", layout)
         yield one(9, 8, 6, 5, 2, 3)

@@ -25,6 +25,8 @@ STORAGE: dict[str, Any] = {
 READS_UNWRITTEN = {
     "5fused9grad_span": "warps of groups that a part of a chunk does not have compute, too, and store nothing",
     "5tiled5apply": "threads compute with the tile's pixels outside of the image, too, and store none of it",
+    "5fused10grad_input": "whole vectors of biases are read where the taps of a group end, and the rest is not used",
+    "7sliding": "whole vectors are read where a tile ends, and the rest is not used",
     "5fused7forward": "a lane reads one bias past the last and masks the weight that it makes",
 }
 """Kernels that may read shared memory that nobody wrote: a part of the mangled name, and why. It holds NaN."""
