@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pyinvolution import build_info
 from pyinvolution._library import _spec
 
 LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")
@@ -23,7 +24,13 @@ APPLY = [
 GATHER = [f"gather_block<{columns}, 1, {width}, 0>" for columns in (7, 14) for width in (0, 3, 5, 7)] + [
     f"gather_block<{columns}, 2, {width}, {phase}>" for columns in (7, 14) for width in (0, 3, 5, 7) for phase in (0, 1)
 ]
-MULTIPLY = [(rows, vectors) for vectors in (1, 2) for rows in range(1, (17 if vectors == 1 else 15))]
+# For products of float32 and of pairs of bfloat16: most rows at a vector, and at two.
+MULTIPLY = [
+    (kernel, rows, vectors)
+    for kernel, most in (("multiply_blocks", (16, 14)), ("sum_pairs_blocks", (14, 14)))
+    for vectors in (1, 2)
+    for rows in range(1, most[vectors - 1] + 1)
+]
 GRAD_WEIGHT = [f"grad_weight_rows<{vectors}, 1, {stride}, 7>" for vectors in (1, 2) for stride in (1, 2)] + [
     f"grad_weight_rows<2, 3, {stride}, 3>" for stride in (1, 2)
 ]
@@ -38,6 +45,8 @@ def functions() -> dict[str, list[Code]]:
         pytest.skip("the kernels for AVX-512 are compiled on x86-64 only")
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
+    if not build_info()["compiler"].startswith("GNU"):
+        pytest.skip(f"the library was compiled by {build_info()['compiler']}; these are the ways of GCC")
     command = ["objdump", "--disassemble", "--no-show-raw-insn", "--demangle", LIBRARY]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, list[Code]] = {}
@@ -63,12 +72,12 @@ def inner_loops(code: Code) -> Iterator[list[str]]:
 
 
 def products(instructions: list[str]) -> list[str]:
-    return [text for text in instructions if re.match(r"vfmadd\d+ps .*%zmm", text)]
+    return [text for text in instructions if re.match(r"(vfmadd\d+ps|vdpbf16ps) .*%zmm", text)]
 
 
 def broadcasts(instructions: list[str]) -> list[str]:
     """Loads of a weight that are instructions of their own."""
-    return [text for text in instructions if re.match(r"vbroadcastss .*\(.*%zmm", text)]
+    return [text for text in instructions if re.match(r"(vbroadcastss|vpbroadcastd) .*\(.*%zmm", text)]
 
 
 def on_the_stack(instructions: list[str]) -> list[str]:
@@ -92,13 +101,17 @@ def test_weights_are_broadcast_by_the_products(functions: dict[str, list[Code]],
             assert len(re.findall("vbroadcastf32x4|vbroadcasti32x4", "\n".join(instructions))) == width
 
 
-@pytest.mark.parametrize(("rows", "vectors"), MULTIPLY)
-def test_the_loop_of_a_product_works_in_registers(functions: dict[str, list[Code]], rows: int, vectors: int) -> None:
-    for code in functions[f"multiply_blocks<{rows}, {vectors}>"]:
+@pytest.mark.parametrize(("kernel", "rows", "vectors"), MULTIPLY)
+def test_the_loop_of_a_product_works_in_registers(
+    functions: dict[str, list[Code]], kernel: str, rows: int, vectors: int
+) -> None:
+    for code in functions[f"{kernel}<{rows}, {vectors}>"]:
         loops = [loop for loop in inner_loops(code) if len(products(loop)) == rows * vectors]
         assert loops
         for loop in loops:
-            assert on_the_stack(loop) == []
+            # Of the sums none, and of the addresses of all rows no more than one.
+            assert [text for text in on_the_stack(loop) if "%zmm" in text] == []
+            assert len(on_the_stack(loop)) <= 1
             # Where an element of A serves one vector, the product broadcasts it.
             assert len(broadcasts(loop)) == (0 if vectors == 1 else rows)
 

@@ -24,7 +24,7 @@ constexpr int64_t phase_taps(int64_t width, int64_t stride, int64_t phase) {
 //
 // w and gy are zero where m - t is outside the row. This is a row of a forward pass with its taps in reverse.
 template <int Columns, int Stride, int Width, int Phase>
-[[gnu::noinline]] void gather_block(int64_t width, const float* w, const float* gy, float* gx) {
+PYINVOLUTION_APART void gather_block(int64_t width, const float* w, const float* gy, float* gx) {
   constexpr int tap = 1 - Stride * tile_pixels;
   const int64_t taps = phase_taps(width, Stride, Phase);
   V sum[Columns][block_vectors];
@@ -120,8 +120,8 @@ constexpr int max_taps = 7;
 
 // grad_W of Taps neighbouring taps at a vector of pixels: to[t] += sum over channels c of gy[c] * x[c][offset[t]].
 template <int Taps>
-[[gnu::noinline]] void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel,
-                                         const int64_t* offset, int64_t channels, bool add, float* to) {
+PYINVOLUTION_APART void grad_weight_block(const float* gy, int64_t gy_channel, const float* x, int64_t x_channel,
+                                          const int64_t* offset, int64_t channels, bool add, float* to) {
   V sum[Taps];
 #pragma GCC unroll 8
   for (int t = 0; t < Taps; ++t) sum[t] = add ? V::load(to + t * gradient_pitch) : V::zero();
@@ -138,8 +138,8 @@ template <int Taps>
 // read vectors that are shifted by a column each, which are made of two in registers: loads across cache lines would take
 // longer than the multiply-adds.
 template <int Vectors, int Rows, int Stride, int Width>
-[[gnu::noinline]] void grad_weight_rows(const float* gy, const float* x, int64_t x_row, int64_t x_channel,
-                                        int64_t x_phase, int64_t channels, bool add, float* to) {
+PYINVOLUTION_APART void grad_weight_rows(const float* gy, const float* x, int64_t x_row, int64_t x_channel,
+                                         int64_t x_phase, int64_t channels, bool add, float* to) {
   V sum[Rows][Width][Vectors];
 #pragma GCC unroll 3
   for (int i = 0; i < Rows; ++i)
@@ -403,8 +403,11 @@ struct BackwardRun {
   void copy_weights(const float* from, int64_t columns, float* to) const {
     for (int64_t v = 0; v < columns + backward_margin; v += V::lanes) {
       const int64_t count = columns - v < 0 ? 0 : min(columns - v, V::lanes), taps = p.taps();
-      for (int64_t k = 0; k < taps; ++k)
-        V::load_range(from + k * tile_pixels + v, 0, 0, count).store(to + k * tile_pixels + v);
+      if (count == V::lanes)
+        for (int64_t k = 0; k < taps; ++k) V::load(from + k * tile_pixels + v).store(to + k * tile_pixels + v);
+      else
+        for (int64_t k = 0; k < taps; ++k)
+          V::load_range(from + k * tile_pixels + v, 0, 0, count).store(to + k * tile_pixels + v);
     }
   }
 

@@ -18,6 +18,14 @@ constexpr int block_vectors = block_channels / V::lanes;
 // block_vectors of x and one weight. The instance file says how many.
 constexpr int max_columns = APPLY_COLUMNS;
 
+// A function of its own with AVX-512: where GCC inlines blocks of few columns, it keeps their sums in memory. Elsewhere
+// small windows would notice the call.
+#if VECTOR_BYTES == 64
+#define PYINVOLUTION_APART [[gnu::noinline]]
+#else
+#define PYINVOLUTION_APART
+#endif
+
 // Adds a block of channels times a weight.
 [[gnu::always_inline]] inline void add_product(V (&sum)[block_vectors], const V (&at)[block_vectors],
                                                const float* weight) {
@@ -80,10 +88,11 @@ template <int Columns, int Stride, int tap>
   for (; taps > 0; --taps, x += block_channels, w += tap) add_row<Columns, Stride, 1, tap>(sum, x, w);
 }
 
-// A block of channels at Columns neighbouring pixels. Not inlined: GCC then keeps some of the sums in memory. Stride is that of a window without dilation, or 0: any window; and
+// A block of channels at Columns neighbouring pixels. Stride is that of a window without dilation, or 0: any window; and
 // Width its width, or 0.
 template <int Columns, int Stride, int Width>
-[[gnu::noinline]] void apply_block(const ApplyParams& params, const float* x, const float* w, float* y, int64_t pixel) {
+PYINVOLUTION_APART void apply_block(const ApplyParams& params, const float* x, const float* w, float* y,
+                                    int64_t pixel) {
   V sum[Columns][block_vectors];
 #pragma GCC unroll 16
   for (int c = 0; c < Columns; ++c)
@@ -148,14 +157,18 @@ Apply apply_for(const Problem& p) {
       case 3: return apply<1, 3>;
       case 5: return apply<1, 5>;
       case 7: return apply<1, 7>;
-      default: return apply<1, 0>;
+      default:
+        if (max_columns > 2) return apply<1, 0>;  // fewer share no x
+        break;
     }
   } else if (p.stride_w == 2) {
     switch (p.kernel_w) {
       case 3: return apply<2, 3>;
       case 5: return apply<2, 5>;
       case 7: return apply<2, 7>;
-      default: return apply<2, 0>;
+      default:
+        if (max_columns > 2) return apply<2, 0>;
+        break;
     }
   }
   return apply<0, 0>;

@@ -26,6 +26,8 @@ constexpr int64_t min_sums = 2 << 20, max_sums = 32 << 20;
 // sake of the cache no strip has fewer than 16 times the rows of its halo.
 constexpr double near_bytes = 1 << 20;
 constexpr int64_t min_rows = 16;
+// Rows of fewer columns share tiles even if they are whole vectors: the sums of grad_S are loaded for each tile.
+constexpr int64_t max_shared_columns = 28;
 
 int64_t packed_rows(const Problem& p, int64_t height) {
   return (height - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
@@ -181,7 +183,9 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
     tiling.grad_x_rows = std::max(tiling.grad_x_rows, strip.in_end - strip.in_begin);
     rows = std::max(rows, strip.last - strip.first);
   }
-  tiling.tile_rows = problem.reduced == 0 ? 1 : std::clamp<int64_t>(tile_pixels / p.out_w, 1, tiling.height);
+  // Long rows of whole vectors gain nothing, and a tile of one row needs no copy.
+  const bool share = problem.reduced > 0 && (p.out_w < max_shared_columns || p.out_w % tiling.lanes != 0);
+  tiling.tile_rows = share ? std::clamp<int64_t>(tile_pixels / p.out_w, 1, tiling.height) : 1;
   tiling.tile_pitch = round_up(tiling.tile_rows * p.out_w, tiling.lanes);
   tiling.plane = ceil_div(tiling.height, tiling.tile_rows) * tiling.tile_pitch;
   const int64_t units = p.batch * tiling.strip_count;
