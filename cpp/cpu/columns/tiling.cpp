@@ -126,7 +126,6 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   const int64_t lanes = vector_bytes / bytes;
   const bool gather = pass == Pass::grad_input;
   const int64_t group = p.group_channels(), rows = gather ? p.in_h : p.out_h;
-  const int64_t width = gather ? p.in_w : p.out_w;
 
   tiling.in_place = p.w_stride[5] == 1;
   tiling.first_m = gather ? p.padding_w / p.stride_w : 0;
