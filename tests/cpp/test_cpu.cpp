@@ -46,6 +46,14 @@ std::vector<Case> long_cases() {
           {1, 16, 1, 141, 190, 2, 2, 3, 3, 0, 0}};
 }
 
+// Few channels a group: W beyond the cache, windows that are read in several blocks of taps, short rows that are joined
+// at every stride, rows that are not, chunks of groups and of channels.
+std::vector<Case> narrow_cases() {
+  return {{1, 2, 1, 36, 140, 21, 21, 1, 1, 10, 10}, {1, 2, 2, 30, 58, 15, 13, 1, 1, 7, 6},
+          {1, 33, 11, 19, 37, 5, 5, 1, 1, 2, 2},    {1, 8, 4, 31, 60, 9, 9, 2, 2, 4, 4},
+          {1, 18, 9, 23, 41, 7, 7, 1, 1, 6, 3, 2},  {1, 40, 2, 17, 35, 11, 3, 1, 1, 5, 1, 1, 2}};
+}
+
 void involution() {
   for (const Named& variant : variants_here) {
     int ran = 0;
@@ -62,6 +70,9 @@ void involution() {
     for (const Case& shape : long_cases())
       for (const Pass pass : {Pass::grad_input, Pass::grad_weight})
         ran += run_and_check({shape, layouts[++seed % 3], dtypes[seed % 2 == 0 ? 0 : 3], pass}, variant, seed);
+    for (const Case& shape : narrow_cases())
+      for (const Pass pass : passes)
+        ran += run_and_check({shape, layouts[++seed % 2], dtypes[seed / 2 % 4], pass}, variant, seed);
     for (const Case& shape : wide_cases())
       for (const Layout layout : layouts)
         for (const DType dtype : dtypes) ran += run_and_check({shape, layout, dtype, Pass::forward}, variant, ++seed);

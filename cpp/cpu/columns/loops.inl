@@ -105,6 +105,11 @@ struct TapList {
     low = begin > low ? begin : low;
     high = end < high ? end : high;
   }
+  // The same taps of another row.
+  void move(int64_t w, int64_t shifted, int64_t end) {
+    for (int64_t t = 0; t < count; ++t) taps[t].w += w, taps[t].shifted += shifted, taps[t].end += end;
+    high += end;
+  }
 };
 
 // Where to fetch the weights that follow: `distance` ahead up to position `split`, then `beyond`.
@@ -146,7 +151,7 @@ template <class W, class A>
 void add_taps(const TapList<W, A>& list, int64_t shifted_channel, int64_t channels, int64_t columns, bool accumulate,
               A* sums, int64_t sum_channel, const Ahead* ahead) {
   if (list.count == 0) return;
-  int64_t c = 0;
+  int64_t c = 0, moved = 0;
   TapList<W, A> from = list;
   const auto block = [&](auto number) {
     constexpr int count = decltype(number)::value;
@@ -157,8 +162,9 @@ void add_taps(const TapList<W, A>& list, int64_t shifted_channel, int64_t channe
       else
         add_taps<count, false>(from, shifted_channel, columns, accumulate, to, sum_channel, {});
       c += count;
-      if (c == channels) return;
-      for (int64_t t = 0; t < list.count; ++t) list.taps[t].shifted += count * shifted_channel;
+      if (c == channels) break;
+      from.move(0, count * shifted_channel, 0);
+      moved += count * shifted_channel;
     }
   };
   block(Count<8>{});
@@ -166,6 +172,7 @@ void add_taps(const TapList<W, A>& list, int64_t shifted_channel, int64_t channe
   block(Count<3>{});
   block(Count<2>{});
   block(Count<1>{});
+  if (moved != 0) from.move(0, -moved, 0);
 }
 
 // gw[t][p] (+)= sum over channels of gy[c][p] * shifted[t][c][p].
@@ -436,9 +443,10 @@ struct ColumnsRun {
   template <class W>
   void add_forward(TapList<W, A>& list, const W* w, int64_t i, int64_t j, int64_t row) const {
     // What vectors read past the row is another row, and is not used.
-    const bool run = sizeof(W) == sizeof(T) && p.w_stride[4] == p.out_w && tiling.in_place;
-    list.add(w, packed_input(row, i, j), 0, run ? (p.out_h - row) * p.out_w : p.out_w);
+    list.add(w, packed_input(row, i, j), 0, rows_follow() ? (p.out_h - row) * p.out_w : p.out_w);
   }
+  // Whether the rows of a tap of W are a run of memory.
+  bool rows_follow() const { return tiling.in_place && p.w_stride[4] == p.out_w; }
   template <class W>
   void add_gather(TapList<W, A>& list, const W* w, int64_t i, int64_t j, int64_t row, int64_t h) const {
     const int64_t first = p.dilation_w * j / p.stride_w - tiling.first_m;
@@ -464,8 +472,13 @@ struct ColumnsRun {
       }
       const int64_t run = (end - begin) * p.w_stride[4];
       for (int64_t row = begin; row < end; row += step()) {
-        list.clear();
-        for (int64_t t = block.begin; t < block.end; ++t) {
+        if (!gather && row > begin) {
+          const int64_t slots = tiling.share_rows ? p.stride_h : p.kernel_h;
+          list.move(p.w_stride[4], slots * tiling.packed_row, rows_follow() ? -p.out_w : 0);
+        } else {
+          list.clear();
+        }
+        for (int64_t t = block.begin; t < block.end && (gather || row == begin); ++t) {
           const auto [i, j] = tiling.taps[t];
           if (!gather) {
             add_forward(list, static_cast<const T*>(w_row(g, i, j, row)), i, j, row);
@@ -481,7 +494,7 @@ struct ColumnsRun {
         const int64_t done = (row - begin) * p.w_stride[4], left = run - done;
         const Ahead ahead{prefetch_distance, left - prefetch_distance, next + prefetch_distance - run};
         add_taps(list, tiling.packed_channel, channels, columns(), gather || b > 0, sums_of(row, block.phase),
-                 tiling.sum_channel, &ahead);
+                 tiling.sum_channel, tiling.cached ? nullptr : &ahead);
       }
     }
   }

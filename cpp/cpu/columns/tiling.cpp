@@ -126,7 +126,6 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   const int64_t lanes = vector_bytes / bytes;
   const bool gather = pass == Pass::grad_input;
   const int64_t group = p.group_channels(), rows = gather ? p.in_h : p.out_h;
-  const int64_t width = gather ? p.in_w : p.out_w;
 
   tiling.in_place = p.w_stride[5] == 1;
   tiling.first_m = gather ? p.padding_w / p.stride_w : 0;
@@ -150,8 +149,8 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
                  (p.out_w < flat_columns && copies <= (gather ? flat_sums : flat_copies)));
 
   // As long as W is in the cache, there is no memory to follow, and fewer blocks load and store fewer sums.
-  const bool cached = w_bytes <= past_cache_bytes && pass != Pass::grad_weight;
-  set_taps(p, gather, tiling.flat, cached ? p.taps() : max_block_taps, tables);
+  tiling.cached = w_bytes <= past_cache_bytes && pass != Pass::grad_weight;
+  set_taps(p, gather, tiling.flat, tiling.cached ? p.taps() : max_block_taps, tables);
   tiling.phase_count = int64_t(tables.phases.size());
   int64_t most_taps = 0;
   for (const TapBlock& block : tables.blocks) most_taps = std::max(most_taps, block.end - block.begin);

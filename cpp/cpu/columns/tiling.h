@@ -59,6 +59,7 @@ struct ColumnsTiling {
 
   bool in_place;    // W is read or written where it is, block by block; otherwise a row of all taps is transposed
   bool flat;        // a strip is one long row
+  bool cached;      // W is read from the caches: all taps at once, nothing to prefetch
   bool past_cache;  // grad_weight is stored past the caches
 
   int64_t task_groups, group_chunks;  // groups of a task, and how many such chunks there are
