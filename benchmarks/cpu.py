@@ -432,13 +432,13 @@ def summary(report: Report, about: dict[str, Any]) -> str:
     shapes: dict[tuple[str, int], list[object]] = {}
     for (what, name, threads), r in by.items():
         if what.startswith("users' shapes"):
-            cells = shapes.setdefault((name, threads), [])
+            line = shapes.setdefault((name, threads), [])
             if what.endswith("both gradients"):
-                cells[0] = f"{cells[0]}, both gradients: {Ratio.from_row(r, 'shifts, compiled')}"
+                line[0] = f"{line[0]}, both gradients: {Ratio.from_row(r, 'shifts, compiled')}"
                 continue
-            if not cells:
-                cells.append(Ratio.from_row(r, "shifts, compiled") if "shifts, compiled: ratio" in r else "")
-            cells += [
+            if not line:
+                line.append(Ratio.from_row(r, "shifts, compiled") if "shifts, compiled: ratio" in r else "")
+            line += [
                 f"{r['ms']:.2f} ({100 * r['copy_share']:.0f}%)",
                 f"{r['unfold: ratio']:.1f}" if "unfold: ratio" in r else "",
             ]
@@ -451,16 +451,16 @@ def summary(report: Report, about: dict[str, Any]) -> str:
     narrow_text += "than unfold + einsum and than the compiled sum of shifted products."
 
     share = "Layers against oneDNN's 3x3 convolution; the share is that of a large matrix product's rate."
-    parts = (
+    parts: tuple[tuple[str, tuple[str, ...], Sequence[Sequence[object]]], ...] = (
         (head, ("RedNet-50 against ResNet-50", "threads", "ms", "faster"), models),
         (share, ("layer of RedNet-50", "threads", "fused ms", "share, %", "fused", "whole layer", "backward"), layers),
         ("One pixel, one thread.", ("overhead of a call", "us", "conv2d, us", "times conv2d's"), calls),
         ("", ("involution2d against unfold + einsum", "slowest layer", "median layer"), unfolded),
         (narrow_text, narrow_head, narrow),
     )
-    texts = []
+    texts: list[str] = []
     for text, columns, cells in parts:
-        lines = [columns, ["---"] * len(columns), *cells] if cells else []
+        lines: list[Sequence[object]] = [columns, ["---"] * len(columns), *cells] if cells else []
         table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
         texts += [part for part in (text if table or text == head else "", table) if part]
     return "\n\n".join(texts) + "\n"

@@ -1,5 +1,6 @@
 """Batch norm with the addition and the ReLU that follow it, in one pass over memory each way (training on a CPU)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def _intercepted() -> bool:
     )
 
 
-def _run(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor | None) -> Tensor:
+def _run(norm: Any, input: Tensor, residual: Tensor | None) -> Tensor:
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -126,7 +127,7 @@ def _differentiable(
     """The same gradients by torch's operators, for gradients of the gradients. NaN passes, as through torch's ReLU."""
     masked = torch.where(output <= 0, torch.zeros_like(grad_output), grad_output)
     sources = [t for t, want in zip((input, weight, bias), (wanted[0], wanted[2], wanted[3]), strict=True) if want]
-    found = iter(())
+    found: Iterator[Tensor] = iter(())
     if sources:
         z = batch_norm(input, None, None, weight, bias, True, 0.0, eps)
         found = iter(torch.autograd.grad(z, sources, masked, create_graph=True))

@@ -38,7 +38,7 @@ def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
         return
     nodes = list(_graph(output, input))
     try:
-        recipes = [found for node in nodes if node is not output.grad_fn and (found := _recipe(node)) is not None]
+        recipes = [made for node in nodes if node is not output.grad_fn and (made := _recipe(node)) is not None]
         # Found first and replaced then: a tensor that an operator has changed since it was saved raises an error here,
         # and is left to raise it in backward.
         found = [
