@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../division.cuh"
 #include "../launch.cuh"
 
 namespace pyinvolution::cuda::sliding {
@@ -20,26 +21,13 @@ constexpr int wanted_shared_bytes = 72 * 1024, max_shared_bytes = 99 * 1024;
 // With fewer products for each pixel and group, in small images or with dense taps, `generic` is faster by counting.
 constexpr int64_t least_products = 24, small_image = 1024;
 
-// Division of a number below 2^31 by one that is known at the launch, without dividing.
-struct Divisor {
-  unsigned divisor, factor, shift;
-
-  __device__ __forceinline__ int operator()(int number) const {
-    return int(uint64_t(unsigned(number)) * factor >> shift);
-  }
-};
-struct Division {
+struct Parts {
   int quotient, remainder;
 };
-__device__ __forceinline__ Division divide(int number, const Divisor& by) {
-  const int quotient = by(number);
-  return {quotient, number - quotient * int(by.divisor)};
-}
-inline Divisor divisor(int64_t number) {
-  unsigned shift = 0;
-  while (int64_t{1} << shift < number) ++shift;
-  return {unsigned(number), unsigned(((uint64_t{1} << (31 + shift)) + uint64_t(number) - 1) / uint64_t(number)),
-          31 + shift};
+__device__ __forceinline__ Parts divide(int number, const Division& by) {
+  uint32_t quotient = uint32_t(number);
+  const int remainder = by.split(quotient);
+  return {int(quotient), remainder};
 }
 
 // The sum over taps along one axis: pixel i of the tiled image meets tap t at pixel i*stride - padding + t*dilation of
@@ -319,7 +307,7 @@ struct Area {
   int height, width;  // of the image
   int lanes, row_lanes, column_lanes;
   bool channels_inner;
-  Divisor by_load, by_column_lanes, by_every;
+  Division by_load, by_column_lanes, by_every;
 };
 
 // The same for weights.
@@ -340,9 +328,9 @@ struct KernelParams {
   bool slides, store_vectors, taps_inner, plain;
   int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_lane_bits;  // w_offset in bytes
   int slots, stages, vectors;                                          // of the gradient of the weights
-  Divisor by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
-  Divisor by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
-  Divisor by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases;
+  Division by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;
+  Division by_groups, by_runs, by_rows, by_unit_chunks, by_unit_vectors, by_spacing;
+  Division by_columns, by_w_columns, by_span, by_tap_step, by_slots, by_row_slots, by_phases;
   Area x_area, y_area;
   View x, y;
   WeightView w;

@@ -99,7 +99,7 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
       const int w = first_column + column;
       const bool column_exists = w >= 0 && w < area.width;
       const int row_offset = column_exists ? w * view.w : 0;
-      Vector<A, V>* to = shared + (vector * area.plane + column + area.by_every(column));
+      Vector<A, V>* to = shared + (vector * area.plane + column + int(area.by_every.quotient(uint32_t(column))));
 #pragma unroll 1
       for (int first = own_row; first < area.rows; first += batch * area.row_lanes) {
         Vector<T, V> values[batch];

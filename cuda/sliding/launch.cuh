@@ -27,8 +27,8 @@ inline Area area(const Plan& plan, const View& view, int rows, int columns, int 
       std::min(plan.threads, area.channels_inner ? vectors : std::clamp(plan.threads / (rows * columns), 1, vectors));
   const int others = plan.threads / area.lanes;
   area.column_lanes = std::min(columns, others), area.row_lanes = others / area.column_lanes;
-  area.by_load = divisor(area.channels_inner ? area.lanes : others);
-  area.by_column_lanes = divisor(area.column_lanes), area.by_every = divisor(every);
+  area.by_load = Division(area.channels_inner ? area.lanes : others);
+  area.by_column_lanes = Division(area.column_lanes), area.by_every = Division(every);
   return area;
 }
 
@@ -62,17 +62,17 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
   q.slots = plan.slots, q.stages = plan.stages;
   q.vectors = int(ceil_div(p.group_channels(), plan.vector));
 
-  q.by_classes_w = divisor(plan.classes_w), q.by_classes = divisor(plan.classes_h * plan.classes_w);
-  q.by_chunk_blocks = divisor(ceil_div(plan.chunks, plan.unit_chunks));
-  q.by_unit_blocks = divisor(ceil_div(plan.image_units, plan.units));
-  q.by_tiles_w = divisor(plan.tiles_w), q.by_tiles_h = divisor(plan.tiles_h);
-  q.by_groups = divisor(p.groups), q.by_runs = divisor(plan.runs), q.by_rows = divisor(plan.rows);
-  q.by_unit_chunks = divisor(plan.unit_chunks), q.by_unit_vectors = divisor(q.unit_vectors);
-  q.by_spacing = divisor(plan.spacing), q.by_phases = divisor(plan.phases);
-  q.by_columns = divisor(plan.columns), q.by_w_columns = divisor(std::max(1, q.w_columns));
-  q.by_span = divisor(int64_t{run_pixels} * plan.spacing);
-  q.by_tap_step = divisor(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
-  q.by_slots = divisor(std::max(1, plan.slots)), q.by_row_slots = divisor(std::max(1, plan.row_slots));
+  q.by_classes_w = Division(plan.classes_w), q.by_classes = Division(plan.classes_h * plan.classes_w);
+  q.by_chunk_blocks = Division(ceil_div(plan.chunks, plan.unit_chunks));
+  q.by_unit_blocks = Division(ceil_div(plan.image_units, plan.units));
+  q.by_tiles_w = Division(plan.tiles_w), q.by_tiles_h = Division(plan.tiles_h);
+  q.by_groups = Division(p.groups), q.by_runs = Division(plan.runs), q.by_rows = Division(plan.rows);
+  q.by_unit_chunks = Division(plan.unit_chunks), q.by_unit_vectors = Division(q.unit_vectors);
+  q.by_spacing = Division(plan.spacing), q.by_phases = Division(plan.phases);
+  q.by_columns = Division(plan.columns), q.by_w_columns = Division(std::max(1, q.w_columns));
+  q.by_span = Division(int64_t{run_pixels} * plan.spacing);
+  q.by_tap_step = Division(to_input ? p.stride_w / std::gcd(p.stride_w, p.dilation_w) : 1);
+  q.by_slots = Division(std::max(1, plan.slots)), q.by_row_slots = Division(std::max(1, plan.row_slots));
   q.x_area = area(plan, q.x, plan.x_rows, plan.x_columns, plan.pitch, plan.every, to_input ? p.out_h : p.in_h,
                   to_input ? p.out_w : p.in_w);
   q.y_area = area(plan, q.y, plan.rows, plan.columns, plan.y_pitch, plan.y_every, p.out_h, p.out_w);

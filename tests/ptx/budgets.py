@@ -35,6 +35,13 @@ SHAPES = {
     "256@14": (256, 14, 1), "512@14 s2": (512, 14, 2), "512@7": (512, 7, 1),
 }  # fmt: skip
 """The layers of RedNet-50 with 7 x 7 kernels: channels, height and width, stride."""
+NARROW: dict[str, dict[str, Any]] = {
+    "64@56, groups of 1": {"groups": 64, "batch": 16},
+    "64@56, groups of 4": {"groups": 16, "batch": 64},
+    "96@13 K3, groups of 12": {"channels": 96, "height": 13, "width": 13, "groups": 8, "kernel": 3, "batch": 128},
+    "3@64 K15, one group": {"channels": 3, "height": 64, "width": 64, "groups": 1, "kernel": 15, "batch": 16},
+}
+"""What `sliding` is for."""
 INVOLUTION_PASSES = ("forward", "grad_input", "grad_weight")
 
 
@@ -66,6 +73,9 @@ def classes() -> Iterator[tuple[str, Problem]]:
             yield name, layer("tiled", pass_, "bfloat16", "nhwc", "64@56", **small)
         stem = {"batch": 64, "channels": 32, "groups": 2, "height": 112, "width": 112, "kernel": 3}
         yield "stem 32@112 K3", layer("mma", pass_, "bfloat16", "nhwc", "64@56", **stem)
+        for name, narrow in NARROW.items():
+            yield name, layer("sliding", pass_, "float32", "nchw", "64@56", **narrow)
+        yield "64@56, groups of 4", layer("sliding", pass_, "bfloat16", "nchw", "64@56", **NARROW["64@56, groups of 4"])
         for dtype in ("float32", "bfloat16", "float64"):
             yield "64@14", layer("generic", pass_, dtype, "nhwc", "64@56", batch=16, height=14, width=14)
 
