@@ -51,16 +51,11 @@ def of_row(row: dict[str, Any], batch: int) -> Count:
 
 
 def counts_of(strategy: str, kernels: tuple[str, ...], shape: str, batch: int, dtype: str = "bfloat16") -> Count | None:
-    """The sum over the kernels that were counted, in channels_last; None if the first was not."""
+    """The sum over those of ``kernels`` that were counted, in channels_last; None if none of them was."""
     found = {
         row["kernel"]: of_row(row, batch)
         for row in table()["rows"]
         if (row["strategy"], row["shape"], row["dtype"], row["layout"]) == (strategy, shape, dtype, "nhwc")
         and row["kernel"] in kernels
     }
-    if kernels[0] not in found:
-        return None
-    total = found.pop(kernels[0])
-    for count in found.values():
-        total += count
-    return total
+    return sum(found.values(), Count(0, 0, 0)) if found else None

@@ -191,7 +191,10 @@ def backward_ways(gpu: Gpu, shape: str, batch: int = BATCH) -> list[Way]:
             "gradients of the span": span_product(gpu, case, 2),
         }
         ways.append(Way("composed", kernels))
-    fused = [counts_of("fused", names, shape, batch) for names in (("grad_input",), ("grad_span", "sum_partials"))]
+    fused = [
+        counts_of("fused", names, shape, batch)
+        for names in (("grad_input", "grad_input_strided"), ("grad_span", "sum_partials"))
+    ]
     if fused[0] is not None and fused[1] is not None:
         kernels = {
             "grad_input": kernel_time(gpu, fused[0], (x + y + r) * size),
