@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.models.detection import MaskRCNN
@@ -13,6 +14,8 @@ from pyinvolution.models.rednet import Stage, fix_stages
 from pyinvolution.modules import check_input
 
 __all__ = ["ResNetFeatures", "mask_rcnn_resnet50"]
+
+torch.fx.wrap("check_input")
 
 
 class ResNetFeatures(nn.Module):
