@@ -12,6 +12,9 @@ namespace pyinvolution::cuda::sliding {
 // A thread has this many pixels of a row, and slides over as many taps between two loads of weights.
 constexpr int run_pixels = 4;
 constexpr int max_threads = 256;
+// On a multiprocessor; vectors of 4 doubles need more registers than two blocks leave them.
+template <class T, int V>
+constexpr int least_blocks = sizeof(T) * V > 16 ? 1 : 2;
 constexpr int max_classes = 4;  // of the pixels of X in one direction, in the gradient of a strided involution
 
 // With more shared memory, fewer than three blocks would run on a multiprocessor; the second is what a block can have on

@@ -256,7 +256,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
 }
 
 template <class T, int V, int M, bool ToInput, bool Staged>
-__global__ void __launch_bounds__(max_threads, 2)
+__global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
     apply(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   using A = Accumulator<T>;
   constexpr int P = run_pixels;
