@@ -15,7 +15,8 @@ constexpr int64_t max_chunk = 16;
 constexpr int64_t flat_columns = 128, flat_copies = 8, flat_sums = 32;
 // Where W is read by pixel, a task reads at least so many neighbouring bytes of a pixel.
 constexpr int64_t pixel_bytes = 1024;
-// A larger W does not stay in the caches of a core; a larger grad_weight would push everything else out of the caches, and be gone itself before it is read.
+// A larger W does not stay in the caches of a core; a larger grad_weight would push everything else out of the caches, and
+// be gone itself before it is read.
 constexpr int64_t past_cache_bytes = 8 << 20;
 
 // A packed row has columns s * i + d * j, i = 0 .. padded: the taps of a phase share a run, or each tap has its own
@@ -143,8 +144,12 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   const bool whole_groups = group <= max_chunk;
 
   // A long row has no idle lanes and one beginning, at the price of copies of X (or of sums) for each tap column.
+  // It has every row between those that taps read, so a stride or dilation must not move them far apart.
   const int64_t copies = p.kernel_w * tiling.chunk;
-  tiling.flat = tiling.in_place && (p.stride_h == 1 || !gather) && p.w_stride[4] == p.out_w && p.out_h * p.out_w > 0 &&
+  const int64_t image = p.in_h + p.kernel_h;
+  const bool near = p.stride_h <= image && shared_rows(p, gather, true, std::max<int64_t>(1, rows)) <= 4 * image;
+  tiling.flat = near && tiling.in_place && (p.stride_h == 1 || !gather) && p.w_stride[4] == p.out_w &&
+                p.out_h * p.out_w > 0 &&
                 (5 * p.out_w < 4 * round_up(p.out_w, lanes) ||
                  (p.out_w < flat_columns && copies <= (gather ? flat_sums : flat_copies)));
 

@@ -24,7 +24,8 @@
 //
 // Short rows leave lanes idle, 5 of 16 for 11 columns, and each begins anew. Where W is in place and rows are short, a
 // strip is one long row (`flat`): X is packed once for each tap column (and its rows by their phase in the stride), so
-// that a shift by whole rows is a shift of the long row. grad_input then keeps a sum for each tap column, and adds them where the result is written.
+// that a shift by whole rows is a shift of the long row. grad_input then keeps a sum for each tap column, and adds them
+// where the result is written.
 //
 // Arithmetic takes a load for each FMA, and one of W for each tap. A sum runs over taps (or channels) in an order that
 // depends only on the problem, so that every number of threads and every height of strips gives the same bits.

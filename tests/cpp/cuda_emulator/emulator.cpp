@@ -161,8 +161,9 @@ void thread_main() {
   const auto complain = [&](const std::string& message) {
     if (b.error.empty()) b.error = name_of_thread(b.current) + ": " + message;
   };
-  if (!self.copies.empty() || !self.copy_groups.empty())
-    complain("left with asynchronous copies that it did not wait for");
+  const bool under_way =
+      std::any_of(self.copy_groups.begin(), self.copy_groups.end(), [](const auto& group) { return !group.empty(); });
+  if (!self.copies.empty() || under_way) complain("left with asynchronous copies that it did not wait for");
   if (b.waiting > 0) complain("left while others wait at __syncthreads " + b.barrier.text());
   for (const Meeting& meeting : b.warp().meetings)
     if (meeting.mask & b.bit())
