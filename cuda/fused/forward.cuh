@@ -33,12 +33,12 @@
 
 namespace pyinvolution::cuda::fused {
 
-// Aligned: vectors of 8 elements of x, reduced and y can be moved at once.
-template <class C, bool Aligned, class T>
+// Aligned: vectors of 8 elements of x, reduced and y can be moved at once. Layer: `reduced` is A, and reduce_bias a.
+template <class C, bool Aligned, bool Layer, class T>
 __global__ void __launch_bounds__(C::threads, C::blocks)
     forward(StripeParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
-            const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
-            const float* __restrict__ shift, T* __restrict__ y) {
+            const T* __restrict__ reduce_bias, const T* __restrict__ weight, const T* __restrict__ bias,
+            const float* __restrict__ scale, const float* __restrict__ shift, T* __restrict__ y) {
   using Ring = typename C::Ring;
   constexpr bool held = C::Reduced == 16 && keeps_many_registers;  // the group's rows of S, and what sums begin with
   constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
   char* const ring = shared_memory();
   char* const pixels = ring + Ring::bytes;
   char* const span_rows = pixels + 2 * half_bytes;
+  char* const reduce_rows = span_rows + (held ? 0 : chunk_groups * taps * pitch);
 
   const int first_group = int(blockIdx.x % unsigned(q.chunks)) * chunk_groups;
   const int run = int(blockIdx.x / unsigned(q.chunks));
@@ -132,7 +133,19 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
   if constexpr (!held)
     bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
                          span.row_vector, [&](int i) { return i * span.row; });
-  bring_reduced(0, n, stripe, step);
+  if constexpr (Layer) {
+    // Beside the channels there are zeros, as in the ring.
+    constexpr int pieces = chunk_channels / 8;
+#pragma unroll 1
+    for (int piece = thread; piece < reduced_channels * pieces; piece += C::threads) {
+      const int row = piece / pieces, from_channel = piece % pieces * 8;
+      copy_piece(reduce_rows + row * C::reduce_pitch + from_channel * 2,
+                 reduced + (int64_t{row} * span.reduce_row + from_channel), from_channel < groups * group_channels,
+                 span.reduce_vector);
+    }
+  } else {
+    bring_reduced(0, n, stripe, step);
+  }
 
   const int lane = thread % 32, warp = thread / 32, group = warp % chunk_groups, strip = warp / chunk_groups;
   const int pixel = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
@@ -193,6 +206,51 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     at += count * C::batch_bytes;
     return at < C::depth * C::batch_bytes ? at : at - C::depth * C::batch_bytes;
   };
+
+  // Of a layer's R a warp makes every makers-th 8 channels of 2 rows of 8 pixels: [2 rows x 8 pixels] x [64 channels]
+  // of X, times A^T. The pixels of step `ahead` after the one whose first batch is at `base`.
+  constexpr int tiles = C::pairs * C::strips, makers = C::warps / tiles;
+  static_assert(C::warps % tiles == 0, "");
+  bool fresh = Layer;  // at the beginning of a stripe, whose first R nobody has made
+  const int made_pair = warp % tiles % C::pairs, made_strip = warp % tiles / C::pairs, maker = warp / tiles;
+  const auto make_reduced = [&](int to, int ahead) {
+    const int x_row = ahead * C::Rows + q.padding_h + 2 * made_pair + matrix % 2;
+    const int column = q.padding_w + made_strip * 8 + i;
+    const char* row =
+        ring + batch_after(base, x_row / C::batch) + (x_row % C::batch * C::positions + column) * Ring::pitch;
+    uint32_t a[chunk_groups][4];
+#pragma unroll
+    for (int g = 0; g < chunk_groups; ++g) load_matrices(a[g], row + ((2 * g + matrix / 2) ^ (column & 7)) * 16);
+    char* to_pixel = pixels + to * half_bytes + (2 * made_pair * C::Columns + made_strip * 8 + pixel) * pitch + 4 * t;
+    const auto make = [&](int c) {
+      float sums[4] = {};
+      if (reduce_bias != nullptr) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[e] = load(reduce_bias[c + 2 * t + e % 2]);
+      }
+      const char* channels = reduce_rows + (c + i) * C::reduce_pitch + matrix * 16;
+#pragma unroll
+      for (int g = 0; g < chunk_groups; g += 2) {
+        uint32_t b[4];
+        load_matrices(b, channels + g * group_channels * 2);
+        multiply<T>(sums, a[g], {b[0], b[1]});
+        multiply<T>(sums, a[g + 1], {b[2], b[3]});
+      }
+#pragma unroll
+      for (float& sum : sums) sum = sum < 0.0f ? 0.0f : sum;  // a NaN stays a NaN
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        *reinterpret_cast<uint32_t*>(to_pixel + r * C::Columns * pitch + c * 2) = pack<T>(sums[2 * r], sums[2 * r + 1]);
+    };
+    if constexpr (C::Reduced > 0) {
+      static_assert(C::Reduced / 8 % makers == 0, "");
+#pragma unroll
+      for (int c = 0; c < C::Reduced; c += 8 * makers) make(c + 8 * maker);
+    } else {
+#pragma unroll 1
+      for (int c = 8 * maker; c < reduced_channels; c += 8 * makers) make(c);
+    }
+  };
   enter_stripe(n, stripe, step);
 #pragma unroll 1
   for (int s = begin; s < end; ++s) {
@@ -204,6 +262,12 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     }
     wait_for_copies<0>();
     __syncthreads();
+    if constexpr (Layer) {
+      if (fresh) {
+        make_reduced(half, 0);
+        __syncthreads();
+      }
+    }
     const int own_column = stripe * C::Columns + strip * 8, own_row = step * C::Rows;
     const bool last = ++step == q.steps;
     if (last) step = 0, next_stripe_of(n, stripe);
@@ -215,9 +279,13 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
       } else {
         bring_batch(step + C::live - 1, batch_after(base, C::live));
       }
-      bring_reduced(half ^ 1, n, stripe, step);
+      if constexpr (!Layer) bring_reduced(half ^ 1, n, stripe, step);
     }
     commit_copies();
+    if constexpr (Layer) {
+      fresh = last;
+      if (s + 1 < end && !last) make_reduced(half ^ 1, 1);
+    }
 
     if (group < groups && own_column < q.y_width) {
       uint32_t weights[K][C::pairs][2];

@@ -170,13 +170,6 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* funct
   *blocks = caller.on_occupancy(kernels().at(function).c_str(), threads, int64_t(shared_bytes));
   return 0;
 }
-// An H200 multiprocessor's 227 KB of shared memory, 1 KB of each block's for the system, and 65536 registers at 128 of a
-// thread.
-int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
-  const int by_shared = int(227 * 1024 / (shared_bytes + 1024)), by_registers = 512 / threads;
-  *blocks = by_shared < by_registers ? by_shared : by_registers;
-  return 0;
-}
 int cudaGetDevice(int* device) { return *device = 0; }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   if (attribute != 16) return 1;  // cudaDevAttrMultiProcessorCount
