@@ -212,23 +212,26 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
   constexpr int tiles = C::pairs * C::strips, makers = C::warps / tiles;
   static_assert(C::warps % tiles == 0, "");
   bool fresh = Layer;  // at the beginning of a stripe, whose first R nobody has made
-  const int made_pair = warp % tiles % C::pairs, made_strip = warp % tiles / C::pairs, maker = warp / tiles;
   const auto make_reduced = [&](int to, int ahead) {
-    const int x_row = ahead * C::Rows + q.padding_h + 2 * made_pair + matrix % 2;
-    const int column = q.padding_w + made_strip * 8 + i;
+    // Nothing of this is worth registers while a step's weights are in them.
+    const unsigned own = unsigned(opaque(thread)), own_lane = own % 32, own_warp = own / 32;
+    const unsigned made_pair = own_warp % C::pairs, made_strip = own_warp % tiles / C::pairs, maker = own_warp / tiles;
+    const unsigned x_row = ahead * C::Rows + unsigned(q.padding_h) + 2 * made_pair + own_lane / 8 % 2;
+    const unsigned column = unsigned(q.padding_w) + made_strip * 8 + own_lane % 8;
     const char* row =
-        ring + batch_after(base, x_row / C::batch) + (x_row % C::batch * C::positions + column) * Ring::pitch;
+        ring + batch_after(base, int(x_row / C::batch)) + int((x_row % C::batch * C::positions + column) * Ring::pitch);
     uint32_t a[chunk_groups][4];
 #pragma unroll
-    for (int g = 0; g < chunk_groups; ++g) load_matrices(a[g], row + ((2 * g + matrix / 2) ^ (column & 7)) * 16);
-    char* to_pixel = pixels + to * half_bytes + (2 * made_pair * C::Columns + made_strip * 8 + pixel) * pitch + 4 * t;
+    for (int g = 0; g < chunk_groups; ++g) load_matrices(a[g], row + ((2 * g + own_lane / 16) ^ (column & 7)) * 16);
+    const int made_pixel = int(2 * made_pair * C::Columns + made_strip * 8 + own_lane / 4);
+    char* to_pixel = pixels + to * half_bytes + made_pixel * pitch + own_lane % 4 * 4;
     const auto make = [&](int c) {
       float sums[4] = {};
       if (reduce_bias != nullptr) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[e] = load(reduce_bias[c + 2 * t + e % 2]);
+        for (int e = 0; e < 4; ++e) sums[e] = load(reduce_bias[c + int(own_lane % 4 * 2) + e % 2]);
       }
-      const char* channels = reduce_rows + (c + i) * C::reduce_pitch + matrix * 16;
+      const char* channels = reduce_rows + (c + int(own_lane % 8)) * C::reduce_pitch + own_lane / 8 * 16;
 #pragma unroll
       for (int g = 0; g < chunk_groups; g += 2) {
         uint32_t b[4];
@@ -245,10 +248,10 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     if constexpr (C::Reduced > 0) {
       static_assert(C::Reduced / 8 % makers == 0, "");
 #pragma unroll
-      for (int c = 0; c < C::Reduced; c += 8 * makers) make(c + 8 * maker);
+      for (int c = 0; c < C::Reduced; c += 8 * makers) make(c + 8 * int(maker));
     } else {
 #pragma unroll 1
-      for (int c = 8 * maker; c < reduced_channels; c += 8 * makers) make(c);
+      for (int c = 8 * int(maker); c < reduced_channels; c += 8 * makers) make(c);
     }
   };
   enter_stripe(n, stripe, step);
