@@ -143,6 +143,11 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
                  reduced + (int64_t{row} * span.reduce_row + from_channel), from_channel < groups * group_channels,
                  span.reduce_vector);
     }
+    // Pairs of a lie behind every other row of A.
+#pragma unroll 1
+    for (int r = thread; r < reduced_channels; r += C::threads)
+      *reinterpret_cast<float*>(reduce_rows + r / 2 * 2 * C::reduce_pitch + Ring::pitch + r % 2 * 4) =
+          reduce_bias != nullptr ? load(reduce_bias[r]) : 0.0f;
   } else {
     bring_reduced(0, n, stripe, step);
   }
@@ -208,34 +213,43 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
   };
 
   // Of a layer's R a warp makes every makers-th 8 channels of 2 rows of 8 pixels: [2 rows x 8 pixels] x [64 channels]
-  // of X, times A^T. The pixels of step `ahead` after the one whose first batch is at `base`.
+  // of X, times A^T. Where a thread finds A and puts R is kept, if there are registers for it.
+  struct Making {
+    int row, pixel;
+  };
   constexpr int tiles = C::pairs * C::strips, makers = C::warps / tiles;
-  static_assert(C::warps % tiles == 0, "");
-  bool fresh = Layer;  // at the beginning of a stripe, whose first R nobody has made
+  static_assert(C::warps % tiles == 0 && C::Reduced / 8 % makers == 0, "");
+  const auto making_of = [&](unsigned own) {
+    const unsigned in_warp = own % 32, of_pair = own / 32 % C::pairs, of_strip = own / 32 % tiles / C::pairs;
+    const unsigned first_channel = own / 32 / tiles * 8;
+    const unsigned of_pixel = 2 * of_pair * C::Columns + of_strip * 8 + in_warp / 4;
+    return Making{int((first_channel + in_warp % 8) * C::reduce_pitch + in_warp / 8 * 16),
+                  int(of_pixel * unsigned(pitch) + (first_channel + in_warp % 4 * 2) * 2)};
+  };
+  Making making = making_of(unsigned(thread));
+  if constexpr (Layer && keeps_many_registers) making = {kept(making.row), kept(making.pixel)};
+  // R of the step that comes `ahead` after the one whose first batch is at `base`.
   const auto make_reduced = [&](int to, int ahead) {
-    // Nothing of this is worth registers while a step's weights are in them.
-    const unsigned own = unsigned(opaque(thread)), own_lane = own % 32, own_warp = own / 32;
-    const unsigned made_pair = own_warp % C::pairs, made_strip = own_warp % tiles / C::pairs, maker = own_warp / tiles;
-    const unsigned x_row = ahead * C::Rows + unsigned(q.padding_h) + 2 * made_pair + own_lane / 8 % 2;
-    const unsigned column = unsigned(q.padding_w) + made_strip * 8 + own_lane % 8;
-    const char* row =
-        ring + batch_after(base, int(x_row / C::batch)) + int((x_row % C::batch * C::positions + column) * Ring::pitch);
+    const unsigned own = unsigned(opaque(thread)), of_pair = own / 32 % C::pairs,
+                   of_strip = own / 32 % tiles / C::pairs;
+    const unsigned x_row = unsigned(ahead * C::Rows + q.padding_h) + 2 * of_pair + own / 8 % 2;
+    const unsigned column = unsigned(q.padding_w) + of_strip * 8 + own % 8;
+    const int place = batch_after(base + Ring::at(int(x_row), int(column), int(own / 16 % 2 * 8)), 0);
+    const Making of = keeps_many_registers ? making : making_of(own);
     uint32_t a[chunk_groups][4];
 #pragma unroll
-    for (int g = 0; g < chunk_groups; ++g) load_matrices(a[g], row + ((2 * g + own_lane / 16) ^ (column & 7)) * 16);
-    const int made_pixel = int(2 * made_pair * C::Columns + made_strip * 8 + own_lane / 4);
-    char* to_pixel = pixels + to * half_bytes + made_pixel * pitch + own_lane % 4 * 4;
+    for (int g = 0; g < chunk_groups; ++g) load_matrices(a[g], ring + (place ^ g * group_channels * 2));
+    char* const to_half = pixels + to * half_bytes + of.pixel;
+    const char* const of_row = reduce_rows + of.row;
+    const unsigned first_two = own / 32 / tiles * 8 + own % 4 * 2;
+    const char* const of_bias = reduce_rows + int(first_two * C::reduce_pitch + Ring::pitch);
     const auto make = [&](int c) {
-      float sums[4] = {};
-      if (reduce_bias != nullptr) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[e] = load(reduce_bias[c + int(own_lane % 4 * 2) + e % 2]);
-      }
-      const char* channels = reduce_rows + (c + int(own_lane % 8)) * C::reduce_pitch + own_lane / 8 * 16;
+      const auto two = *reinterpret_cast<const Vector<2, float>*>(of_bias + c * C::reduce_pitch);
+      float sums[4] = {two.v[0], two.v[1], two.v[0], two.v[1]};
 #pragma unroll
       for (int g = 0; g < chunk_groups; g += 2) {
         uint32_t b[4];
-        load_matrices(b, channels + g * group_channels * 2);
+        load_matrices(b, of_row + c * C::reduce_pitch + g * group_channels * 2);
         multiply<T>(sums, a[g], {b[0], b[1]});
         multiply<T>(sums, a[g + 1], {b[2], b[3]});
       }
@@ -243,15 +257,14 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
       for (float& sum : sums) sum = sum < 0.0f ? 0.0f : sum;  // a NaN stays a NaN
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        *reinterpret_cast<uint32_t*>(to_pixel + r * C::Columns * pitch + c * 2) = pack<T>(sums[2 * r], sums[2 * r + 1]);
+        *reinterpret_cast<uint32_t*>(to_half + r * C::Columns * pitch + c * 2) = pack<T>(sums[2 * r], sums[2 * r + 1]);
     };
     if constexpr (C::Reduced > 0) {
-      static_assert(C::Reduced / 8 % makers == 0, "");
 #pragma unroll
-      for (int c = 0; c < C::Reduced; c += 8 * makers) make(c + 8 * int(maker));
+      for (int c = 0; c < C::Reduced; c += 8 * makers) make(c);
     } else {
 #pragma unroll 1
-      for (int c = 8 * int(maker); c < reduced_channels; c += 8 * makers) make(c);
+      for (int c = 0; c + warp / tiles * 8 < reduced_channels; c += 8 * makers) make(c);
     }
   };
   enter_stripe(n, stripe, step);
@@ -266,7 +279,7 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     wait_for_copies<0>();
     __syncthreads();
     if constexpr (Layer) {
-      if (fresh) {
+      if (step == 0 || s == begin) {  // nobody has made the first R of a stripe
         make_reduced(half, 0);
         __syncthreads();
       }
@@ -286,7 +299,6 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     }
     commit_copies();
     if constexpr (Layer) {
-      fresh = last;
       if (s + 1 < end && !last) make_reduced(half ^ 1, 1);
     }
 
