@@ -465,7 +465,6 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     base = batch_after(base, last ? C::live : 1), half ^= 1;
     if (last) have = C::Ahead, enter_out();
   }
-  wait_for_copies<0>();
 }
 
 }  // namespace pyinvolution::cuda::fused

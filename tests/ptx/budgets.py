@@ -55,6 +55,8 @@ def classes() -> Iterator[tuple[str, Problem]]:
         if channels < 512:  # refused there, where W stays in the L2 cache
             for pass_ in ("forward", "backward"):
                 yield shape, layer("fused", pass_, "bfloat16", "nhwc", shape, reduced=channels // 4)
+        if channels == 64:
+            yield shape, layer("fused", "layer", "bfloat16", "nhwc", shape, reduced=channels // 4)
         for pass_ in INVOLUTION_PASSES:
             yield shape, layer("tiled", pass_, "float32", "nhwc", shape)
     for pass_ in INVOLUTION_PASSES:

@@ -72,7 +72,7 @@ def generic() -> Iterator[Problem]:
 
 
 def fused() -> Iterator[Problem]:
-    sizes: tuple[tuple[int, int, int], ...] = ((9, 18, 1), (10, 7, 1), (11, 18, 2))
+    sizes: tuple[tuple[int, int, int], ...] = ((9, 18, 1), (10, 7, 1), (13, 20, 2))
     for dtype, reduced, (height, width, stride) in product(HALVES, (16, 32, 48, 64, 80, 128), sizes):
         if reduced > 96 and (stride == 2 or height * width <= 64):
             continue  # too little shared memory, or refused
