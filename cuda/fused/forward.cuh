@@ -22,6 +22,16 @@
 // is enough). Then each row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not
 // finite, the warp computes weights and sums again, one by one.
 //
+// A whole layer of one chunk makes R, too, from the rows of X in the ring:
+//
+//   R[n,r,p] = max(0, a[r] + sum over c of A[r,c] * X[n,c,p])
+//
+// A is R,C. It stays in shared memory, 144 bytes a row, with a in float behind it. The warps make R of the next step
+// before they compute the current one: the ring has its pixels already (they lie `padding` rows and columns into its
+// window), and R has two places, so that one barrier a step is enough. Only the first step of a stripe takes a second
+// one. A warp has 2 rows of 8 pixels and every other 8 reduced channels: [2 rows x 8 pixels x 64 channels] * A^T. R is
+// rounded to the storage type after ReLU, as in memory. An X that is not finite makes such an R, and that such weights.
+//
 // Limits, bytes: x, R/C of x, y once: 2.25 elements a channel and pixel with R = C/4, where `mma` and the convolution
 // before it move 5.06 + 3.06 + 0.25. X comes 1.5 times from the L2 cache, since stripes have halos. Then shared memory:
 // for 4 rows of 8 pixels of a group at stride 1, 10 ldmatrix of 4 cycles for X; 2 for R, 3.5 for S and 14 HMMA for each

@@ -308,7 +308,7 @@ def figures_table(rows: Iterable[dict[str, Any]]) -> str:
         tile = " x ".join(str(n) for n in row["tile"]) if row["tile"] else ""
         kilobytes = f"{traffic.get('global read bytes', 0) / 1024:.0f}, {traffic['global write bytes'] / 1024:.1f}"
         shared = (row["static_shared"] + row["dynamic_shared"]) / 1024
-        kernel = row["pass"] if row["kernel"] == "apply" else row["kernel"]
+        kernel = row["pass"] if row["kernel"] in ("apply", "forward") else row["kernel"]
         cells = (
             f"`{row['strategy']}` {kernel}", row["shape"], tile, row["registers"], f"{shared:.0f} KB",
             row["blocks_per_sm"], f"{row['instructions']['all']:,}", f"{per_strip(row):.0f}",
