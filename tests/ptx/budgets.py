@@ -329,9 +329,15 @@ def chosen(rows: Iterable[dict[str, Any]], strategies: Sequence[str], shapes: Se
     return sorted(found, key=lambda row: strategies.index(row["strategy"]))
 
 
+def passes(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["pass"] in names]
+
+
+FUSED_SHAPES = ("64@56", "128@28", "256@14", "128@56 s2")
 FIGURES = {
     "involution": lambda rows: figures_table(chosen(rows, ("tiled", "mma"), ("64@56", "128@56 s2"))),
-    "fused": lambda rows: figures_table(chosen(rows, ("fused",), ("64@56", "128@28", "256@14", "128@56 s2"))),
+    "fused": lambda rows: figures_table(chosen(passes(rows, "forward", "backward"), ("fused",), FUSED_SHAPES)),
+    "layer": lambda rows: figures_table(chosen(passes(rows, "layer"), ("fused",), FUSED_SHAPES)),
 }
 DOCUMENTS = ("cuda/README.md",)
 MARKED = re.compile(r"(<!-- budgets: (\w+) -->\n)(.*?)(<!-- end of budgets -->)", re.DOTALL)
