@@ -306,8 +306,8 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
         bring_batch(step + C::live - 1, batch_after(base, C::live));
       }
       if constexpr (!Layer) bring_reduced(half ^ 1, n, stripe, step);
+      commit_copies();
     }
-    commit_copies();
     if constexpr (Layer) {
       if (s + 1 < end && !last) make_reduced(half ^ 1, 1);
     }
