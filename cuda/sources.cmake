@@ -20,5 +20,7 @@ set(PYINVOLUTION_CUDA_KERNELS
   ${CMAKE_CURRENT_LIST_DIR}/fused/variant.cu
   ${CMAKE_CURRENT_LIST_DIR}/fused/instances/forward_f16.cu
   ${CMAKE_CURRENT_LIST_DIR}/fused/instances/forward_bf16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/instances/layer_f16.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fused/instances/layer_bf16.cu
   ${CMAKE_CURRENT_LIST_DIR}/fused/instances/backward_f16.cu
   ${CMAKE_CURRENT_LIST_DIR}/fused/instances/backward_bf16.cu)

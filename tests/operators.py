@@ -51,10 +51,6 @@ def everything(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     return True
 
 
-def nothing(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
-    return False
-
-
 def along_channels(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     """Sums in float32, over at least half a vector of channels, with what they read in the cache."""
     return dtype != torch.float64 and case.group_channels >= 8 and pass_ not in TOO_LARGE.get(case, ())
@@ -86,6 +82,11 @@ def cuda_fused(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
         in_tiles(case) and case.kernel == (7, 7) and dtype.itemsize == 2 and layout == "channels_last"
         and case.group_channels == 16 and case.reduced in range(16, most + 1, 16) and not small
     )  # fmt: skip
+
+
+def cuda_fused_layer(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
+    one_chunk = case.stride == (1, 1) and case.input[1] <= 64 and case.reduced <= 96
+    return one_chunk and max(case.padding) <= 4 and cuda_fused(pass_, case, dtype, layout)
 
 
 def rounds_kernels(variant: str, dtype: torch.dtype, isa: str = "") -> bool:
@@ -330,12 +331,18 @@ class Layer(Operator):
     names = ("input", "reduce_weight", "reduce_bias", "span_weight", "span_bias")
     passes = {"forward": None}  # noqa: RUF012
     takes = {  # noqa: RUF012
-        "cuda/fused": nothing,
+        "cuda/fused": cuda_fused_layer,
         "cuda/composed": everything,
         "cpu/fused": along_channels,
         "cpu/composed": everything,
     }
     cases = (*LAYER_CASES, WIDE_ROW, MANY_TAPS, MANY_REDUCED, MANY_CHANNELS)
+    cuda_cases = (
+        replace(same(64, 14, 7, batch=2), reduced=16),
+        replace(same(32, 9, 7, batch=2), reduced=32),
+        replace(same(48, 17, 7), reduced=48),
+        replace(same(64, 12, 7), reduced=96),
+    )
     empty = tuple(replace(case, reduced=4) for case in EMPTY_CASES[:3])
     small = LAYER_CASES[3:4]
     spoiled = (

@@ -9,12 +9,13 @@ constexpr bool takes(DType dtype) { return dtype == DType::f16 || dtype == DType
 
 constexpr int K = 7, taps = K * K;
 
-// The reduced channels R and the span weights S.
+// The reduced channels R and the span weights S; in a layer, the weights A that R is made with.
 struct Span {
   int reduced;        // R, a multiple of 16
   int64_t reduced_n;  // strides, in elements
   int reduced_h, reduced_w, row;
   int reduced_vector, row_vector;  // elements that can be moved at once, 8 or 1
+  int reduce_row, reduce_vector;   // of A: a stride, and elements that can be moved at once
   bool epilogue, relu;
 
   // Bytes of a pixel or a tap in shared memory: eight of them have their 16-byte pieces in different banks.
@@ -32,6 +33,8 @@ struct StripeParams {
   View x, y;
 };
 
+constexpr int layer_padding = 4;  // the largest one that a layer takes
+
 // A step is Rows x Columns pixels of Y, for which Rows * S more rows of X come, a batch. In the last step of a stripe,
 // the first Ahead batches of the next one come. Reduced is the number of reduced channels, or 0 for any.
 template <int S_, int Rows_, int Columns_, int Reduced_, int Ahead_>
@@ -47,26 +50,37 @@ struct StripeConfig {
   static_assert(batch * positions * 8 % threads == 0 && Ahead <= live, "");
   using Ring = Image<depth * batch, positions, true>;
   static constexpr int batch_bytes = batch * positions * Ring::pitch;
-  static int bytes(int reduced) {
-    return Ring::bytes + (2 * Rows * Columns + chunk_groups * taps) * Span::pitch(reduced);
+  static constexpr int reduce_pitch = Ring::pitch + 16;  // of A in a layer, bytes; as Span::pitch
+  static int bytes(int reduced, bool layer) {
+    return Ring::bytes + (2 * Rows * Columns + chunk_groups * taps) * Span::pitch(reduced) +
+           (layer ? reduced * reduce_pitch : 0);
   }
+  // The rows of X that R of the next step of a stripe is made of are at hand up to this padding.
+  static constexpr int most_padding = live * batch - 2 * Rows;
+  static_assert(S != 1 || (most_padding >= layer_padding && Columns + layer_padding <= positions), "");
 };
 
 // Calls `body` with the configuration for a problem, and whether it is the one for tensors that cannot be moved in
 // vectors.
-template <class Body>
+template <bool Layer, class Body>
 auto with_stripe_config(const SpanProblem& p, bool aligned, const Body& body) {
   constexpr std::true_type yes;
   constexpr std::false_type no;
-  if (p.involution.stride_h == 2)
-    return aligned ? body(StripeConfig<2, 2, 8, 0, 1>{}, yes) : body(StripeConfig<2, 2, 8, 0, 1>{}, no);
+  if constexpr (!Layer) {
+    if (p.involution.stride_h == 2)
+      return aligned ? body(StripeConfig<2, 2, 8, 0, 1>{}, yes) : body(StripeConfig<2, 2, 8, 0, 1>{}, no);
+  }
   if (!aligned) return body(StripeConfig<1, 2, 8, 0, 1>{}, no);
   if (p.reduced == 16) return body(StripeConfig<1, 4, 16, 16, 3>{}, yes);
-  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32, 3>{}, yes);
+  if (p.reduced == 32) return body(StripeConfig<1, 4, 16, 32, Layer ? 1 : 3>{}, yes);
   if (p.reduced == 48) return body(StripeConfig<1, 4, 16, 48, 1>{}, yes);
-  if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64, 1>{}, yes);
-  if (p.reduced < 128) return body(StripeConfig<1, 4, 8, 0, 1>{}, yes);
-  return body(StripeConfig<1, 2, 8, 0, 1>{}, yes);
+  if constexpr (Layer) {
+    return body(StripeConfig<1, 4, 8, 0, 1>{}, yes);
+  } else {
+    if (p.reduced == 64) return body(StripeConfig<1, 4, 16, 64, 1>{}, yes);
+    if (p.reduced < 128) return body(StripeConfig<1, 4, 8, 0, 1>{}, yes);
+    return body(StripeConfig<1, 2, 8, 0, 1>{}, yes);
+  }
 }
 
 // The block of grad_input with stride 1: a warp for each tile of 8 pixels of each group.
@@ -184,6 +198,8 @@ inline int64_t bias_floats(const Partial& partial) { return (2 * partial.stripes
 // Launch the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.
 template <DType dtype>
 void run_forward(const SpanProblem&, const SpanBuffers&, const Execution&);
+template <DType dtype>
+void run_layer(const SpanProblem&, const SpanBuffers&, const Execution&);
 template <DType dtype>
 void run_backward(const SpanProblem&, const SpanBuffers&, const Execution&);
 

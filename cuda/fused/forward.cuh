@@ -22,6 +22,16 @@
 // is enough). Then each row of X is loaded once and multiplied for all rows of Y that it leads to. Where a sum is not
 // finite, the warp computes weights and sums again, one by one.
 //
+// A whole layer of one chunk makes R, too, from the rows of X in the ring:
+//
+//   R[n,r,p] = max(0, a[r] + sum over c of A[r,c] * X[n,c,p])
+//
+// A is R,C. It stays in shared memory, 144 bytes a row, with a in float behind it. The warps make R of the next step
+// before they compute the current one: the ring has its pixels already (they lie `padding` rows and columns into its
+// window), and R has two places, so that one barrier a step is enough. Only the first step of a stripe takes a second
+// one. A warp has 2 rows of 8 pixels and every other 8 reduced channels: [2 rows x 8 pixels x 64 channels] * A^T. R is
+// rounded to the storage type after ReLU, as in memory. An X that is not finite makes such an R, and that such weights.
+//
 // Limits, bytes: x, R/C of x, y once: 2.25 elements a channel and pixel with R = C/4, where `mma` and the convolution
 // before it move 5.06 + 3.06 + 0.25. X comes 1.5 times from the L2 cache, since stripes have halos. Then shared memory:
 // for 4 rows of 8 pixels of a group at stride 1, 10 ldmatrix of 4 cycles for X; 2 for R, 3.5 for S and 14 HMMA for each
@@ -33,12 +43,12 @@
 
 namespace pyinvolution::cuda::fused {
 
-// Aligned: vectors of 8 elements of x, reduced and y can be moved at once.
-template <class C, bool Aligned, class T>
+// Aligned: vectors of 8 elements of x, reduced and y can be moved at once. Layer: `reduced` is A, and reduce_bias a.
+template <class C, bool Aligned, bool Layer, class T>
 __global__ void __launch_bounds__(C::threads, C::blocks)
     forward(StripeParams q, Span span, const T* __restrict__ x, const T* __restrict__ reduced,
-            const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ scale,
-            const float* __restrict__ shift, T* __restrict__ y) {
+            const T* __restrict__ reduce_bias, const T* __restrict__ weight, const T* __restrict__ bias,
+            const float* __restrict__ scale, const float* __restrict__ shift, T* __restrict__ y) {
   using Ring = typename C::Ring;
   constexpr bool held = C::Reduced == 16 && keeps_many_registers;  // the group's rows of S, and what sums begin with
   constexpr int S = C::S, row_bytes = C::positions * Ring::pitch, step_pixels = C::Rows * C::Columns;
@@ -47,6 +57,7 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
   char* const ring = shared_memory();
   char* const pixels = ring + Ring::bytes;
   char* const span_rows = pixels + 2 * half_bytes;
+  char* const reduce_rows = span_rows + (held ? 0 : chunk_groups * taps * pitch);
 
   const int first_group = int(blockIdx.x % unsigned(q.chunks)) * chunk_groups;
   const int run = int(blockIdx.x / unsigned(q.chunks));
@@ -132,7 +143,24 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
   if constexpr (!held)
     bring_rows<C::warps>(span_rows, pitch, weight + int64_t{first_tap} * span.row, groups * taps, reduced_channels,
                          span.row_vector, [&](int i) { return i * span.row; });
-  bring_reduced(0, n, stripe, step);
+  if constexpr (Layer) {
+    // Beside the channels there are zeros, as in the ring.
+    constexpr int pieces = chunk_channels / 8;
+#pragma unroll 1
+    for (int piece = thread; piece < reduced_channels * pieces; piece += C::threads) {
+      const int row = piece / pieces, from_channel = piece % pieces * 8;
+      copy_piece(reduce_rows + row * C::reduce_pitch + from_channel * 2,
+                 reduced + (int64_t{row} * span.reduce_row + from_channel), from_channel < groups * group_channels,
+                 span.reduce_vector);
+    }
+    // Pairs of a lie behind every other row of A.
+#pragma unroll 1
+    for (int r = thread; r < reduced_channels; r += C::threads)
+      *reinterpret_cast<float*>(reduce_rows + r / 2 * 2 * C::reduce_pitch + Ring::pitch + r % 2 * 4) =
+          reduce_bias != nullptr ? load(reduce_bias[r]) : 0.0f;
+  } else {
+    bring_reduced(0, n, stripe, step);
+  }
 
   const int lane = thread % 32, warp = thread / 32, group = warp % chunk_groups, strip = warp / chunk_groups;
   const int pixel = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
@@ -193,6 +221,62 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     at += count * C::batch_bytes;
     return at < C::depth * C::batch_bytes ? at : at - C::depth * C::batch_bytes;
   };
+
+  // Of a layer's R a warp makes every makers-th 8 channels of 2 rows of 8 pixels: [2 rows x 8 pixels] x [64 channels]
+  // of X, times A^T. Where a thread finds A and puts R is kept, if there are registers for it.
+  struct Making {
+    int row, pixel;
+  };
+  constexpr int tiles = C::pairs * C::strips, makers = C::warps / tiles;
+  static_assert(C::warps % tiles == 0 && C::Reduced / 8 % makers == 0, "");
+  const auto making_of = [&](unsigned own) {
+    const unsigned in_warp = own % 32, of_pair = own / 32 % C::pairs, of_strip = own / 32 % tiles / C::pairs;
+    const unsigned first_channel = own / 32 / tiles * 8;
+    const unsigned of_pixel = 2 * of_pair * C::Columns + of_strip * 8 + in_warp / 4;
+    return Making{int((first_channel + in_warp % 8) * C::reduce_pitch + in_warp / 8 * 16),
+                  int(of_pixel * unsigned(pitch) + (first_channel + in_warp % 4 * 2) * 2)};
+  };
+  Making making = making_of(unsigned(thread));
+  if constexpr (Layer && keeps_many_registers) making = {kept(making.row), kept(making.pixel)};
+  // R of the step that comes `ahead` after the one whose first batch is at `base`.
+  const auto make_reduced = [&](int to, int ahead) {
+    const unsigned own = unsigned(opaque(thread)), of_pair = own / 32 % C::pairs,
+                   of_strip = own / 32 % tiles / C::pairs;
+    const unsigned x_row = unsigned(ahead * C::Rows + q.padding_h) + 2 * of_pair + own / 8 % 2;
+    const unsigned column = unsigned(q.padding_w) + of_strip * 8 + own % 8;
+    const int place = batch_after(base + Ring::at(int(x_row), int(column), int(own / 16 % 2 * 8)), 0);
+    const Making of = keeps_many_registers ? making : making_of(own);
+    uint32_t a[chunk_groups][4];
+#pragma unroll
+    for (int g = 0; g < chunk_groups; ++g) load_matrices(a[g], ring + (place ^ g * group_channels * 2));
+    char* const to_half = pixels + to * half_bytes + of.pixel;
+    const char* const of_row = reduce_rows + of.row;
+    const unsigned first_two = own / 32 / tiles * 8 + own % 4 * 2;
+    const char* const of_bias = reduce_rows + int(first_two * C::reduce_pitch + Ring::pitch);
+    const auto make = [&](int c) {
+      const auto two = *reinterpret_cast<const Vector<2, float>*>(of_bias + c * C::reduce_pitch);
+      float sums[4] = {two.v[0], two.v[1], two.v[0], two.v[1]};
+#pragma unroll
+      for (int g = 0; g < chunk_groups; g += 2) {
+        uint32_t b[4];
+        load_matrices(b, of_row + c * C::reduce_pitch + g * group_channels * 2);
+        multiply<T>(sums, a[g], {b[0], b[1]});
+        multiply<T>(sums, a[g + 1], {b[2], b[3]});
+      }
+#pragma unroll
+      for (float& sum : sums) sum = sum < 0.0f ? 0.0f : sum;  // a NaN stays a NaN
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        *reinterpret_cast<uint32_t*>(to_half + r * C::Columns * pitch + c * 2) = pack<T>(sums[2 * r], sums[2 * r + 1]);
+    };
+    if constexpr (C::Reduced > 0) {
+#pragma unroll
+      for (int c = 0; c < C::Reduced; c += 8 * makers) make(c);
+    } else {
+#pragma unroll 1
+      for (int c = 0; c + warp / tiles * 8 < reduced_channels; c += 8 * makers) make(c);
+    }
+  };
   enter_stripe(n, stripe, step);
 #pragma unroll 1
   for (int s = begin; s < end; ++s) {
@@ -204,6 +288,12 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
     }
     wait_for_copies<0>();
     __syncthreads();
+    if constexpr (Layer) {
+      if (step == 0 || s == begin) {  // nobody has made the first R of a stripe
+        make_reduced(half, 0);
+        __syncthreads();
+      }
+    }
     const int own_column = stripe * C::Columns + strip * 8, own_row = step * C::Rows;
     const bool last = ++step == q.steps;
     if (last) step = 0, next_stripe_of(n, stripe);
@@ -215,9 +305,12 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
       } else {
         bring_batch(step + C::live - 1, batch_after(base, C::live));
       }
-      bring_reduced(half ^ 1, n, stripe, step);
+      if constexpr (!Layer) bring_reduced(half ^ 1, n, stripe, step);
+      commit_copies();
     }
-    commit_copies();
+    if constexpr (Layer) {
+      if (s + 1 < end && !last) make_reduced(half ^ 1, 1);
+    }
 
     if (group < groups && own_column < q.y_width) {
       uint32_t weights[K][C::pairs][2];

@@ -10,8 +10,8 @@
 
 namespace pyinvolution::cuda::fused {
 
-inline bool rows_are_aligned(const SpanProblem& p, const void* data) {
-  return p.span_stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+inline int row_vector(int64_t row, const void* data) {
+  return row % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 ? 8 : 1;
 }
 
 template <class T>
@@ -22,14 +22,16 @@ Span span_of(const SpanProblem& p, const SpanBuffers& buffers) {
   span.reduced_h = int(p.reduced_stride[2]), span.reduced_w = int(p.reduced_stride[3]);
   span.row = int(p.span_stride[0]);
   span.reduced_vector = view<T>(p.reduced_stride, buffers.reduced, 0).vector;
-  span.row_vector = rows_are_aligned(p, buffers.span) ? 8 : 1;
+  span.row_vector = row_vector(p.span_stride[0], buffers.span);
+  span.reduce_row = int(p.reduce_stride[0]);
+  span.reduce_vector = row_vector(p.reduce_stride[0], buffers.reduce);
   span.epilogue = p.epilogue, span.relu = p.relu;
   return span;
 }
 
 // --- forward
 
-template <class C, bool Aligned, class T>
+template <class C, bool Aligned, bool Layer, class T>
 void run_stripes(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
   const Problem& i = p.involution;
   const Span span = span_of<T>(p, buffers);
@@ -40,26 +42,35 @@ void run_stripes(const SpanProblem& p, const SpanBuffers& buffers, const Executi
   q.x = view<T>(i.x_stride, buffers.x, 0), q.y = view<T>(i.y_stride, buffers.y, 0);
   q.stripes = (q.y_width + C::Columns - 1) / C::Columns, q.steps = (q.y_height + C::Rows - 1) / C::Rows;
   q.all_steps = int(i.batch * q.stripes * q.steps);
-  const char* name = "fused forward";
-  const int shared_bytes = C::bytes(span.reduced);
-  const int blocks = resident_blocks(name, forward<C, Aligned, T>, C::threads, shared_bytes);
+  const char* name = Layer ? "fused layer" : "fused forward";
+  const int shared_bytes = C::bytes(span.reduced, Layer);
+  const int blocks = resident_blocks(name, forward<C, Aligned, Layer, T>, C::threads, shared_bytes);
   q.runs = std::min(q.all_steps, std::max(1, blocks / q.chunks));
-  launch<StripeParams, Span, const T*, const T*, const T*, const T*, const float*, const float*, T*>(
-      name, forward<C, Aligned, T>, Grid{int64_t{q.runs} * q.chunks, C::threads, shared_bytes}, execution, q, span,
-      static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
-      static_cast<T*>(buffers.bias), static_cast<float*>(buffers.scale), static_cast<float*>(buffers.shift),
-      static_cast<T*>(buffers.y));
+  launch<StripeParams, Span, const T*, const T*, const T*, const T*, const T*, const float*, const float*, T*>(
+      name, forward<C, Aligned, Layer, T>, Grid{int64_t{q.runs} * q.chunks, C::threads, shared_bytes}, execution, q,
+      span, static_cast<T*>(buffers.x), static_cast<T*>(Layer ? buffers.reduce : buffers.reduced),
+      static_cast<T*>(buffers.reduce_bias), static_cast<T*>(buffers.span), static_cast<T*>(buffers.bias),
+      static_cast<float*>(buffers.scale), static_cast<float*>(buffers.shift), static_cast<T*>(buffers.y));
+}
+
+template <bool Layer, class T>
+void run_images(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  const Problem& i = p.involution;
+  const bool aligned = view<T>(i.x_stride, buffers.x, 0).vector == 8 && view<T>(i.y_stride, buffers.y, 0).vector == 8 &&
+                       (Layer || view<T>(p.reduced_stride, buffers.reduced, 0).vector == 8);
+  with_stripe_config<Layer>(p, aligned, [&](auto config, auto is_aligned) {
+    run_stripes<decltype(config), is_aligned.value, Layer, T>(p, buffers, execution);
+  });
 }
 
 template <DType dtype>
 void run_forward(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
-  using T = Storage<dtype>;
-  const Problem& i = p.involution;
-  const bool aligned = view<T>(i.x_stride, buffers.x, 0).vector == 8 && view<T>(i.y_stride, buffers.y, 0).vector == 8 &&
-                       view<T>(p.reduced_stride, buffers.reduced, 0).vector == 8;
-  with_stripe_config(p, aligned, [&](auto config, auto is_aligned) {
-    run_stripes<decltype(config), is_aligned.value, T>(p, buffers, execution);
-  });
+  run_images<false, Storage<dtype>>(p, buffers, execution);
+}
+
+template <DType dtype>
+void run_layer(const SpanProblem& p, const SpanBuffers& buffers, const Execution& execution) {
+  run_images<true, Storage<dtype>>(p, buffers, execution);
 }
 
 // --- backward

@@ -14,12 +14,13 @@ struct SpanCase {
   int64_t reduced;
   DType dtype = DType::bf16;
   bool bias = true, epilogue = false, relu = false, special = false;
-  int64_t gap = 0;  // in elements, after the channels of a pixel
+  int64_t gap = 0;     // in elements, after the channels of a pixel
+  bool layer = false;  // reduced is computed, too
 
   std::string text() const {
     return shape.text() + " R=" + std::to_string(reduced) + (dtype == DType::f16 ? " f16" : " bf16") +
            (bias ? " bias" : "") + (epilogue ? " epilogue" : "") + (relu ? " relu" : "") + (special ? " special" : "") +
-           " gap=" + std::to_string(gap);
+           " gap=" + std::to_string(gap) + (layer ? " layer" : "");
   }
 };
 
@@ -35,6 +36,8 @@ class SpanSetting {
           channels_last(c.shape.n, c.shape.c, c.shape.h, c.shape.w, c.gap)),
         reduced(c.dtype, {c.shape.n, c.reduced, c.shape.out_h(), c.shape.out_w()},
                 channels_last(c.shape.n, c.reduced, c.shape.out_h(), c.shape.out_w(), 2 * c.gap)),
+        reduce(c.dtype, {c.reduced, c.shape.c}, {c.shape.c + c.gap, 1}),
+        reduce_bias(c.dtype, {c.reduced}, {1}),
         span(c.dtype, {c.shape.g * 49, c.reduced}, {c.reduced + c.gap, 1}),
         bias(c.dtype, {c.shape.g * 49}, {1}),
         scale(DType::f32, {c.shape.c}, {1}),
@@ -43,7 +46,7 @@ class SpanSetting {
           channels_last(c.shape.n, c.shape.c, c.shape.out_h(), c.shape.out_w(), c.gap)) {
     std::mt19937_64 engine(seed);
     std::uniform_real_distribution<double> uniform(-1, 1);
-    for (Tensor* tensor : {&x, &reduced, &span, &bias, &scale, &shift, &y})
+    for (Tensor* tensor : {&x, &reduced, &span, &bias, &scale, &shift, &y, &reduce, &reduce_bias})
       for (int64_t i = 0, n = tensor->count(); i < n; ++i) tensor->set(i, uniform(engine));
     if (c.special) {
       x.set(int64_t(engine() % uint64_t(x.count())), INFINITY);
@@ -56,34 +59,61 @@ class SpanSetting {
     problem.reduced = c.reduced;
     std::copy(reduced.strides.begin(), reduced.strides.end(), problem.reduced_stride);
     std::copy(span.strides.begin(), span.strides.end(), problem.span_stride);
+    std::copy(reduce.strides.begin(), reduce.strides.end(), problem.reduce_stride);
     problem.epilogue = c.epilogue, problem.relu = c.relu;
   }
 
+  SpanOp op() const { return trial.layer ? SpanOp::layer : SpanOp::forward; }
+
   void run() {
     SpanBuffers buffers{};
-    buffers.x = x.data(), buffers.reduced = reduced.data(), buffers.span = span.data(), buffers.y = y.data();
+    buffers.x = x.data(), buffers.span = span.data(), buffers.y = y.data();
+    if (trial.layer) {
+      buffers.reduce = reduce.data();
+      if (trial.bias) buffers.reduce_bias = reduce_bias.data();
+    } else {
+      buffers.reduced = reduced.data();
+    }
     if (trial.bias) buffers.bias = bias.data();
     if (trial.epilogue) buffers.scale = scale.data(), buffers.shift = shift.data();
-    const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanOp::forward, buffers, {}); });
+    const std::string error = checks::message_of([&] { cuda::fused_run(problem, op(), buffers, {}); });
     CHECK(error.empty(), trial.text() + ": " + error);
   }
 
   std::vector<char> bytes() const { return y.bytes(); }
 
+  // An element of R in double, and how far it may be off. Where its sum is infinite, ReLU makes an exact zero or not.
+  std::pair<double, double> reduced_at(int64_t n, int64_t r, int64_t pixel, int64_t pixels) const {
+    if (!trial.layer) return {reduced.get((n * trial.reduced + r) * pixels + pixel), 0};
+    const int64_t channels = problem.involution.channels;
+    double sum = trial.bias ? reduce_bias.get(r) : 0, magnitude = std::fabs(sum);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double term = reduce.get(r * channels + c) * x.get((n * channels + c) * pixels + pixel);
+      sum += term, magnitude += std::fabs(term);
+    }
+    const double error = std::isfinite(sum) ? rounding(sum) + float_sum(channels + 1, magnitude) : 0;
+    return {sum < 0 ? 0 : sum, error};
+  }
+
   // W in double, and how far it may be off by its rounding to the storage type and that of its sum in float.
   void generate(Tensor& w, Tensor& w_error) const {
     const int64_t pixels = problem.involution.out_h * problem.involution.out_w, rows = problem.span_rows();
+    std::vector<std::pair<double, double>> of_pixel(size_t(trial.reduced));
     for (int64_t n = 0; n < problem.involution.batch; ++n)
-      for (int64_t k = 0; k < rows; ++k)
-        for (int64_t v = 0; v < pixels; ++v) {
-          double sum = trial.bias ? bias.get(k) : 0, magnitude = std::fabs(sum);
+      for (int64_t v = 0; v < pixels; ++v) {
+        for (int64_t r = 0; r < trial.reduced; ++r) of_pixel[size_t(r)] = reduced_at(n, r, v, pixels);
+        for (int64_t k = 0; k < rows; ++k) {
+          double sum = trial.bias ? bias.get(k) : 0, magnitude = std::fabs(sum), inherited = 0;
           for (int64_t r = 0; r < trial.reduced; ++r) {
-            const double term = span.get(k * trial.reduced + r) * reduced.get((n * trial.reduced + r) * pixels + v);
-            sum += term, magnitude += std::fabs(term);
+            const auto [value, error] = of_pixel[size_t(r)];
+            const double factor = span.get(k * trial.reduced + r), term = factor * value;
+            sum += term, magnitude += std::fabs(term), inherited += std::fabs(factor) * error;
           }
           w.set((n * rows + k) * pixels + v, sum);
-          w_error.set((n * rows + k) * pixels + v, rounding(sum) + float_sum(trial.reduced + 1, magnitude));
+          w_error.set((n * rows + k) * pixels + v,
+                      rounding(std::fabs(sum) + inherited) + inherited + float_sum(trial.reduced + 1, magnitude));
         }
+      }
   }
   double rounding(double value) const { return unit_roundoff(trial.dtype) * std::fabs(value) + smallest(trial.dtype); }
   static double float_sum(int64_t terms, double magnitude) { return 2 * double(terms) * 0x1p-24 * magnitude; }
@@ -124,7 +154,7 @@ class SpanSetting {
 
   const SpanCase trial;
   SpanProblem problem{};
-  Tensor x, reduced, span, bias, scale, shift, y;
+  Tensor x, reduced, reduce, reduce_bias, span, bias, scale, shift, y;
 };
 
 // The same problem backward; y holds grad_output.
@@ -242,7 +272,7 @@ std::vector<char> differentiate_and_check(const SpanCase& trial, uint64_t seed =
 
 std::vector<char> run_and_check(const SpanCase& trial, uint64_t seed = 1) {
   SpanSetting setting(trial, seed);
-  const std::string refusal = cuda::fused_refusal(setting.problem, SpanOp::forward).text();
+  const std::string refusal = cuda::fused_refusal(setting.problem, setting.op()).text();
   if (!CHECK(refusal.empty(), trial.text() + ": refused, " + refusal)) return {};
   setting.run();
   setting.check();
@@ -338,6 +368,36 @@ void schedules_and_races() {
   emulator::options() = {};
 }
 
+void layers() {
+  uint64_t seed = 0;
+  for (const Case& shape : {Case{2, 64, 4, 9, 20, 7, 7, 1, 1, 3, 3}, Case{1, 32, 2, 7, 7, 7, 7, 1, 1, 3, 3},
+                            Case{3, 48, 3, 17, 18, 7, 7, 1, 1, 3, 3}, Case{1, 16, 1, 21, 33, 7, 7, 1, 1, 3, 3}})
+    for (const int64_t reduced : {16, 32, 48, 64}) {
+      ++seed;
+      const DType dtype = seed % 2 ? DType::bf16 : DType::f16;
+      run_and_check({shape, reduced, dtype, seed % 3 != 0, seed % 4 < 2, seed % 4 == 1, false,
+                     seed % 8 == 3   ? 1
+                     : seed % 4 == 2 ? 8
+                                     : 0,
+                     true},
+                    seed);
+    }
+  run_and_check({{1, 48, 3, 9, 10, 7, 7, 1, 1, 3, 3}, 96, DType::f16, true, false, false, false, 0, true});
+  run_and_check({{1, 48, 3, 9, 10, 7, 7, 1, 1, 3, 3}, 80, DType::f16, true, false, false, false, 1, true});
+  for (const Case& shape : {Case{1, 32, 2, 14, 19, 7, 7, 1, 1, 3, 3}, Case{1, 16, 1, 8, 8, 7, 7, 1, 1, 3, 3}})
+    for (const int64_t reduced : {16, 48}) {
+      ++seed;
+      run_and_check(
+          {shape, reduced, seed % 2 ? DType::bf16 : DType::f16, true, reduced == 48, reduced == 48, true, 0, true},
+          seed);
+    }
+  // The blocks go from a stripe to the next, with all of its first rows at hand or not.
+  for (const int64_t reduced : {16, 32})
+    schedules_and_races<SpanSetting>(
+        {{3, 64, 4, 9, 18, 7, 7, 1, 1, 3, 3}, reduced, DType::bf16, true, false, false, false, 0, true}, true);
+  emulator::options() = {};
+}
+
 void refusals() {
   const auto refused = [](const std::function<void(SpanProblem&)>& change, const char* part,
                           SpanOp pass = SpanOp::forward) {
@@ -366,6 +426,16 @@ void refusals() {
   refused([](SpanProblem& p) { p.involution.out_h = 0; }, "with pixels");
   refused([](SpanProblem& p) { p.reduced = 128; }, "at most 64 pixels");
   refused([](SpanProblem& p) { p.reduced_stride[2] = int64_t{1} << 29; }, "32 bits");
+  const auto layer_refused = [&](const std::function<void(SpanProblem&)>& change, const char* part) {
+    refused(change, part, SpanOp::layer);
+  };
+  layer_refused([](SpanProblem& p) { p.involution.stride_h = p.involution.stride_w = 2; }, "stride of 1 in a whole");
+  layer_refused([](SpanProblem& p) { p.involution.channels = 80, p.involution.groups = 5; }, "at most 64 channels");
+  layer_refused([](SpanProblem& p) { p.involution.padding_w = 5; }, "padding of at most 4 in a whole layer, got 3 x 5");
+  layer_refused([](SpanProblem& p) { p.reduce_stride[1] = 2; }, "reduce weight with dense rows");
+  layer_refused([](SpanProblem& p) { p.reduce_stride[0] = int64_t{1} << 29; }, "32 bits");
+  layer_refused([](SpanProblem& p) { p.reduced = 112, p.involution.in_h = p.involution.out_h = 9; },
+                "at most 101376 bytes of shared memory");
 }
 
 }  // namespace
@@ -376,6 +446,7 @@ int main() {
   wanted_gradients();
   special_values();
   schedules_and_races();
+  layers();
   refusals();
   return checks::report("cuda fused");
 }

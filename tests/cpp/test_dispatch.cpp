@@ -63,6 +63,10 @@ void spans() {
   const SpanVariant& fused = choose(span, SpanOp::backward);
   CHECK(fused.scratch != nullptr && fused.scratch(span, SpanOp::backward) > 0, "which need scratch memory");
   CHECK(fused.scratch(span, SpanOp::forward) == 0, "the result does not");
+  span.reduce_stride[0] = span.involution.channels, span.reduce_stride[1] = 1;
+  CHECK(chosen(SpanOp::layer) == "fused" && route(span, SpanOp::layer) == Route::layer, "and so is R, in one kernel");
+  span.reduce_stride[1] = 2;
+  CHECK(chosen(SpanOp::layer) == "composed" && route(span, SpanOp::layer) == Route::span, "from dense rows only");
   span.involution.dtype = DType::f32;
   CHECK(chosen(SpanOp::forward) == "composed", "float is not");
 }

@@ -112,8 +112,24 @@ def sliding() -> Iterator[Problem]:
         yield one(1, 8, 9, 10, 2, 7, spoil=True)
 
 
+def whole_layers() -> Iterator[Problem]:
+    for dtype, reduced, size in product(HALVES, (16, 32, 48, 64), ((9, 18), (10, 7))):
+        yield Problem("fused", "layer", dtype, "nhwc", 1, 48, *size, 3, 7, reduced=reduced)
+    one = partial(Problem, "fused", "layer", "bfloat16", "nhwc")
+    yield one(2, 64, 16, 16, 4, 7, reduced=16, epilogue=True)
+    yield one(2, 64, 17, 21, 4, 7, reduced=32, offset=8)
+    for dtype in HALVES:  # moved element by element
+        yield Problem("fused", "layer", dtype, "nhwc", 1, 48, 9, 18, 3, 7, reduced=48, offset=1)
+    yield one(1, 16, 11, 13, 1, 7, padding=0, reduced=32)
+    yield one(1, 16, 11, 13, 1, 7, padding=4, reduced=96)
+    for reduced in (16, 64):
+        yield one(1, 32, 10, 17, 2, 7, reduced=reduced, spoil=True)
+
+
 def cases() -> Iterator[Problem]:
     declared = strategies()
     for part in (mma, tiled, generic, fused, sliding):
         if part.__name__ in declared:
             yield from part()
+    if "fused" in declared:
+        yield from whole_layers()

@@ -74,6 +74,8 @@ class Problem:
         return self.kernel // 2 if self.padding < 0 else self.padding
 
     def out(self, size: int) -> int:
+        if self.pass_ == "layer":
+            return -(-size // self.stride)
         return (size + 2 * self.pad - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
     @property
@@ -139,8 +141,11 @@ def tensors_of(p: Problem) -> dict[str, Tensor]:
     else:
         rows = p.groups * p.kernel**2
         reduced = (p.batch, p.reduced, out_h, out_w)
-        made += [Tensor("reduced", reduced, images), Tensor("span", (rows, p.reduced), (0, 1))]
-        made += [Tensor("bias", (rows,), (0,))]
+        if p.pass_ == "layer":
+            made += [Tensor("reduce", (p.reduced, p.channels), (0, 1)), Tensor("reduce_bias", (p.reduced,), (0,))]
+        else:
+            made += [Tensor("reduced", reduced, images)]
+        made += [Tensor("span", (rows, p.reduced), (0, 1)), Tensor("bias", (rows,), (0,))]
         if p.pass_ == "backward":
             made += [Tensor("grad_x", x, images), Tensor("grad_reduced", reduced, images)]
             made += [Tensor("grad_span", (rows, p.reduced), (0, 1)), Tensor("grad_bias", (rows,), (0,))]
@@ -183,7 +188,8 @@ def make_inputs(p: Problem, seed: int = 0) -> dict[str, Array]:
         if p.dtype == "float64":
             # Sums of products are then exact, but not in float32: no oracle is better than float64.
             return np.round(values * 2.0**14) / 2.0**14
-        return decode(encode(values * (p.reduced**-0.5 if name == "span" else 1.0), p.dtype), p.dtype)
+        scale = {"span": p.reduced, "reduce": p.channels}.get(name, 1) ** -0.5
+        return decode(encode(values * scale, p.dtype), p.dtype)
 
     made = {name: numbers(name, tensor.sizes) for name, tensor in tensors_of(p).items() if not name.startswith("grad_")}
     if p.spoil:
@@ -206,11 +212,14 @@ def results(p: Problem, inputs: dict[str, Array], work: Any, *, store: bool) -> 
         return decode(encode(values, p.dtype), p.dtype).astype(work) if store else values
 
     if p.span:
+        if p.pass_ == "layer":  # of stride 1
+            sums = np.einsum("rc,nchw->nrhw", given["reduce"], x) + given["reduce_bias"][:, None, None]
+            given["reduced"] = kept(np.maximum(sums, 0))
         w = np.einsum("kr,nrhw->nkhw", given["span"], given["reduced"]) + given["bias"][:, None, None]
         w = kept(w).reshape(p.batch, p.groups, k, k, *p.output)
     else:
         w = given["w"]
-    if p.pass_ == "forward":
+    if p.pass_ in ("forward", "layer"):
         grouped = windows(x, p).reshape(p.batch, p.groups, per_group, k, k, *p.output)
         result = np.einsum("ngcijhw,ngijhw->ngchw", grouped, w).reshape(y.shape)
         if p.epilogue:
@@ -250,7 +259,7 @@ class Prepared:
 def outputs_of(p: Problem) -> tuple[str, ...]:
     if p.span and p.pass_ == "backward":
         return "grad_x", "grad_reduced", "grad_span", "grad_bias"
-    return ({"forward": "y", "grad_input": "x", "grad_weight": "w"}[p.pass_],)
+    return ({"forward": "y", "layer": "y", "grad_input": "x", "grad_weight": "w"}[p.pass_],)
 
 
 def prepare(
@@ -273,9 +282,10 @@ def prepare(
     else:
         nothing = [0, 0, 0, 0]
         numbers += [*tensors["x"].strides, *tensors["y"].strides, p.reduced, p.epilogue, p.epilogue]
-        numbers += [*tensors["reduced"].strides, *tensors["span"].strides, 0, 0]
-        for name in ("grad_x", "grad_reduced"):
-            numbers += tensors[name].strides if name in tensors else nothing
+        for name, absent in (
+            ("reduced", nothing), ("span", []), ("reduce", [0, 0]), ("grad_x", nothing), ("grad_reduced", nothing)
+        ):  # fmt: skip
+            numbers += tensors[name].strides if name in tensors else absent
         scratch = recorder().scratch_bytes(p.strategy, SPAN_OPS[p.pass_], numbers, p.multiprocessors)
     capacity = sum(int(np.prod(tensor.sizes)) * size for tensor in tensors.values()) + scratch + 8 * p.channels
     memory = Memory(-(-(capacity + 8192 * (len(tensors) + 4)) // 4096) * 4096, count_writes=count_writes)

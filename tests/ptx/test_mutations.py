@@ -21,6 +21,7 @@ REPRESENTATIVES = (
     Problem("mma", "grad_input", *BF16, 1, 32, 12, 10, 2, 5, 2),
     Problem("mma", "grad_weight", *BF16, 1, 64, 8, 8, 4, 7),
     Problem("fused", "forward", *BF16, 1, 64, 9, 10, 4, 7, reduced=16),
+    Problem("fused", "layer", *BF16, 1, 64, 13, 18, 4, 7, reduced=32, multiprocessors=1),
     Problem("fused", "backward", *BF16, 1, 80, 16, 18, 5, 7, reduced=16),
     Problem("fused", "backward", *BF16, 2, 80, 10, 18, 5, 7, 2, reduced=48),
     Problem("tiled", "forward", "float32", "nhwc", 1, 16, 8, 16, 1, 7),

@@ -1,0 +1,7 @@
+#include "../launch.cuh"
+
+namespace pyinvolution::cuda::fused {
+
+template void run_layer<DType::bf16>(const SpanProblem&, const SpanBuffers&, const Execution&);
+
+}  // namespace pyinvolution::cuda::fused
