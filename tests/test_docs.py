@@ -35,7 +35,10 @@ def test_every_block_is_executed_or_says_why_not() -> None:
 
 
 @pytest.mark.parametrize("block", of("python"), ids=name_of)
-def test_python(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python(
+    block: Block, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(block.code, block.name, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
     for line in re.findall(r"^print\(.*\)\s+# (.+)$", block.code, re.MULTILINE):
