@@ -5,9 +5,7 @@ import json
 import os
 import platform
 import subprocess
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.nn.functional import conv2d
 
 from benchmarks import ROOT
 from pyinvolution import build_info, ops, reference
+from pyinvolution.studies.doctor import poisoned
 from pyinvolution.studies.timing import Clock, Function, host_clock, interleaved
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,19 +76,6 @@ SAMPLED_IMAGES = 8
 """Of a larger batch so many, evenly spaced, are compared with the float64 oracle."""
 COLUMNS = 1 << 26
 """So many elements does the oracle unfold at a time."""
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that a kernel does not write holds NaN."""
-    before, only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only)
 
 
 def sampled_images(case: Case) -> list[int]:

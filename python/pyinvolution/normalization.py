@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pyinvolution.stock import is_stock
+from pyinvolution.stock import intercepted, is_stock
 
 __all__ = ["BatchNormReLU", "norm_relu"]
 
@@ -39,7 +38,7 @@ def norm_relu(norm: nn.Module, activation: nn.Module, input: Tensor, residual: T
 
 
 def _is_one(norm: Any, activation: nn.Module, input: Tensor, residual: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or type(input) is not Tensor or _intercepted():
+    if torch.compiler.is_compiling() or type(input) is not Tensor or intercepted():
         return False
     if not is_stock(norm, nn.BatchNorm2d) or not is_stock(activation, nn.ReLU):
         return False
@@ -56,16 +55,6 @@ def _is_one(norm: Any, activation: nn.Module, input: Tensor, residual: Tensor | 
         and (input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
         and (residual is None or (residual.shape == input.shape and residual.stride() == input.stride()))
         and all(t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in channels)
-    )
-
-
-def _intercepted() -> bool:
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_function_stack() > 0
-        or is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
     )
 
 

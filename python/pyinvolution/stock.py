@@ -7,9 +7,10 @@ A module may be anything once a user has it: a subclass, an adapter around it, h
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORWARD: dict[type, Any] = {
@@ -42,4 +43,15 @@ def is_pointwise(module: object) -> bool:
         module.kernel_size == module.stride == module.dilation == (1, 1)  # type: ignore[attr-defined]
         and module.padding in ((0, 0), "same", "valid")  # type: ignore[attr-defined]
         and module.groups == 1  # type: ignore[attr-defined]
+    )
+
+
+def intercepted() -> bool:
+    """Whether a transform, a mode or a tracer takes part in what is computed now."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_function_stack() > 0
+        or is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
     )

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from pyinvolution.normalization import BatchNormReLU
-from pyinvolution.stock import has_hooks, is_stock
+from pyinvolution.stock import has_hooks, intercepted, is_stock
 
 __all__ = ["checkpoint", "forget_activations"]
 
@@ -34,7 +33,9 @@ def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or type(output) is not Tensor or output.device.type != "cpu":
         return
-    if output.grad_fn is None or _intercepted() or not all(map(_is_stock, block.modules())):
+    if output.grad_fn is None or intercepted() or _saves_in_another_way():
+        return
+    if not all(map(_is_stock, block.modules())):
         return
     nodes = list(_graph(output, input))
     try:
@@ -134,16 +135,10 @@ def _recipe(node: Any) -> tuple[Tensor, _Recipe] | None:
     return node._saved_result, _OfModules(input, norm._saved_result1, norm._saved_result2, weight, bias)
 
 
-def _intercepted() -> bool:
-    """Whether something else may take part in the computation, or saves tensors in its own way."""
+def _saves_in_another_way() -> bool:
     return (
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_function_stack() > 0
-        or is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
     )
 
 
