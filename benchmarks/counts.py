@@ -50,12 +50,12 @@ def of_row(row: dict[str, Any], batch: int) -> Count:
     )  # fmt: skip
 
 
-def counts_of(strategy: str, kernels: tuple[str, ...], shape: str, batch: int, dtype: str = "bfloat16") -> Count | None:
-    """The sum over those of ``kernels`` that were counted, in channels_last; None if none of them was."""
+def counts_of(strategy: str, kernels: tuple[str, ...], shape: str, batch: int) -> Count | None:
+    """The sum over those of ``kernels`` that were counted, in bfloat16, channels_last; None if none of them was."""
     found = {
         row["kernel"]: of_row(row, batch)
         for row in table()["rows"]
-        if (row["strategy"], row["shape"], row["dtype"], row["layout"]) == (strategy, shape, dtype, "nhwc")
+        if (row["strategy"], row["shape"], row["dtype"], row["layout"]) == (strategy, shape, "bfloat16", "nhwc")
         and row["kernel"] in kernels
     }
     return sum(found.values(), Count(0, 0, 0)) if found else None

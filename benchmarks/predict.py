@@ -140,7 +140,7 @@ def convolution_time(gpu: Gpu, elements: float, multiply_adds: float) -> Time:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute an operator: its kernels one after another, or None where one of them was not counted."""
+    """One way to compute an operator: its kernels, one after another."""
 
     name: str
     kernels: dict[str, Time]
@@ -162,7 +162,7 @@ def span_product(gpu: Gpu, case: Case, passes: int) -> Time:
 
 
 def forward_ways(gpu: Gpu, shape: str, batch: int = BATCH) -> list[Way]:
-    """How span_involution2d can run, the best last chosen by the caller."""
+    """How span_involution2d can run."""
     case, ways = batched(REDNET50[shape], batch), []
     involution = counts_of("mma", ("forward",), shape, batch)
     if involution is not None:

@@ -300,15 +300,6 @@ def prepare(
             memory.get(name)[:] = 0xFF
     if not p.span:
         addresses = [tensors[name].address for name in "xwy"]
-        launches = recorder().launches(
-            p.strategy,
-            PASSES[p.pass_],
-            numbers,
-            addresses,
-            multiprocessors=p.multiprocessors,
-            span=False,
-            occupancy=occupancy,
-        )
     else:
         at = {name: tensor.address for name, tensor in tensors.items()}
         if p.epilogue:
@@ -322,15 +313,10 @@ def prepare(
         fields: tuple[str, ...] = ("x", "reduced", "reduce", "reduce_bias", "span", "bias", "scale", "shift", "y")
         fields += ("grad_x", "grad_reduced", "grad_span", "grad_bias", "scratch")
         addresses = [at.get(name, 0) for name in fields]
-        launches = recorder().launches(
-            p.strategy,
-            SPAN_OPS[p.pass_],
-            numbers,
-            addresses,
-            multiprocessors=p.multiprocessors,
-            span=True,
-            occupancy=occupancy,
-        )
+    operation = SPAN_OPS[p.pass_] if p.span else PASSES[p.pass_]
+    launches = recorder().launches(
+        p.strategy, operation, numbers, addresses, multiprocessors=p.multiprocessors, span=p.span, occupancy=occupancy
+    )
     return Prepared(p, memory, tensors, launches, outputs)
 
 
