@@ -27,6 +27,7 @@ void mma_run(const Problem&, Pass, const Buffers&, const Execution&);
 
 // The same with weights computed on the fly from the reduced channels.
 Refusal fused_refusal(const SpanProblem&, SpanOp);
+Refusal fused_slower(const SpanProblem&, SpanOp);
 void fused_run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
 int64_t fused_scratch(const SpanProblem&, SpanOp);
 

@@ -33,14 +33,11 @@ void not_built(const P&, Op, const B&, const Execution&) {
   throw std::runtime_error("this build has no CUDA code: " PYINVOLUTION_NO_CUDA);
 }
 #define CUDA_VARIANT(name) {#name, Device::cuda, no_cuda, not_built}
-#define CUDA_VARIANT_WITH_SCRATCH(name) CUDA_VARIANT(name)
-#define CUDA_VARIANT_FOR_SOME(name) CUDA_VARIANT(name)
+#define CUDA_VARIANT_FOR_SOME(name, scratch) CUDA_VARIANT(name)
 #else
 #define CUDA_VARIANT(name) {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run}
-#define CUDA_VARIANT_WITH_SCRATCH(name) \
-  {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, cuda::name##_scratch}
-#define CUDA_VARIANT_FOR_SOME(name) \
-  {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, nullptr, cuda::name##_slower}
+#define CUDA_VARIANT_FOR_SOME(name, scratch) \
+  {#name, Device::cuda, cuda::name##_refusal, cuda::name##_run, scratch, cuda::name##_slower}
 #endif
 #define CPU_VARIANT(name) {#name, Device::cpu, cpu::name##_refusal, cpu::name##_run}
 
@@ -49,20 +46,20 @@ Refusal never(const SpanProblem&, SpanOp) { return {}; }
 
 // Best first. Each device ends in a variant that runs every problem.
 constexpr Variant table[] = {
-    CUDA_VARIANT(mma),               //
-    CUDA_VARIANT_FOR_SOME(sliding),  //
-    CUDA_VARIANT(tiled),             //
-    CUDA_VARIANT(generic),           //
-    CPU_VARIANT(channels),           //
-    CPU_VARIANT(columns),            //
-    CPU_VARIANT(scalar),             //
+    CUDA_VARIANT(mma),                        //
+    CUDA_VARIANT_FOR_SOME(sliding, nullptr),  //
+    CUDA_VARIANT(tiled),                      //
+    CUDA_VARIANT(generic),                    //
+    CPU_VARIANT(channels),                    //
+    CPU_VARIANT(columns),                     //
+    CPU_VARIANT(scalar),                      //
 };
 
 constexpr SpanVariant span_table[] = {
-    CUDA_VARIANT_WITH_SCRATCH(fused),  //
-    COMPOSED(Device::cuda),            //
-    CPU_VARIANT(fused),                //
-    COMPOSED(Device::cpu),             //
+    CUDA_VARIANT_FOR_SOME(fused, cuda::fused_scratch),  //
+    COMPOSED(Device::cuda),                             //
+    CPU_VARIANT(fused),                                 //
+    COMPOSED(Device::cpu),                              //
 };
 
 template <class V>
@@ -390,8 +387,21 @@ void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execut
   choose(problem, pass).run(problem, pass, buffers, execution);
 }
 
+namespace {
+
+// The chosen variant, or the first kernel that can run what is better composed: these functions cannot compose.
+const SpanVariant& kernel_for(const SpanProblem& span, SpanOp op) {
+  const SpanVariant& chosen = choose(span, op);
+  if (!chosen.composed() || forced_on<SpanVariant>(device_of(span)) != nullptr) return chosen;
+  for (const SpanVariant& variant : span_table)
+    if (variant.device == chosen.device && !variant.composed() && !refusal_of(variant, span, op)) return variant;
+  return chosen;
+}
+
+}  // namespace
+
 int64_t scratch_bytes(const SpanProblem& span, SpanOp op) {
-  const SpanVariant& variant = choose(span, op);
+  const SpanVariant& variant = kernel_for(span, op);
   return variant.scratch == nullptr ? 0 : variant.scratch(span, op);
 }
 
@@ -399,7 +409,7 @@ void run(const SpanProblem& span, SpanOp op, const SpanBuffers& buffers, const E
   const Problem& p = span.involution;
   if (p.batch * p.channels * p.out_h * p.out_w == 0) return;
   validate(span, op, buffers);
-  const SpanVariant& variant = choose(span, op);
+  const SpanVariant& variant = kernel_for(span, op);
   if (variant.composed())
     throw std::invalid_argument(std::string("no ") + to_string(p.device) + " kernel runs this span involution " +
                                 to_string(op) + refusals(explain(span, op)));

@@ -61,6 +61,14 @@ Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
   return tiles_refusal(p.batch * p.groups * (p.out_h / 2 + 1) * (p.out_w / 8 + 1));
 }
 
+// By counting, for 256 images; not measured. With S so large, the rows of sums of S take more bytes than W does.
+Refusal fused_slower(const SpanProblem& span, SpanOp op) {
+  if (op == SpanOp::backward && span.reduced >= 64)
+    return needs("fewer than 64 reduced channels for gradients (the composed ones are estimated to be faster)",
+                 span.reduced);
+  return {};
+}
+
 int64_t fused_scratch(const SpanProblem& p, SpanOp op) {
   using namespace fused;
   if (op != SpanOp::backward) return 0;

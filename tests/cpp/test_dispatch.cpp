@@ -63,6 +63,17 @@ void spans() {
   const SpanVariant& fused = choose(span, SpanOp::backward);
   CHECK(fused.scratch != nullptr && fused.scratch(span, SpanOp::backward) > 0, "which need scratch memory");
   CHECK(fused.scratch(span, SpanOp::forward) == 0, "the result does not");
+  SpanProblem wide = span;
+  wide.reduced = 64;
+  for (const int axis : {0, 2, 3}) wide.reduced_stride[axis] *= 4;
+  wide.span_stride[0] = 64;
+  CHECK(std::string(choose(wide, SpanOp::backward).name) == "composed", "gradients of a large span are composed");
+  CHECK(route(wide, SpanOp::forward) == Route::span && route(wide, SpanOp::forward, true) == Route::unfused,
+        "so is what they follow");
+  CHECK(scratch_bytes(wide, SpanOp::backward) > 0, "without tensors, the kernel runs nevertheless");
+  force_variant("fused");
+  CHECK(std::string(choose(wide, SpanOp::backward).name) == "fused", "and where it is forced");
+  force_variant("");
   span.reduce_stride[0] = span.involution.channels, span.reduce_stride[1] = 1;
   CHECK(chosen(SpanOp::layer) == "fused" && route(span, SpanOp::layer) == Route::layer, "and so is R, in one kernel");
   span.reduce_stride[1] = 2;

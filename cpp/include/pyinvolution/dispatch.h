@@ -59,9 +59,9 @@ PYINVOLUTION_API const SpanVariant& choose(const SpanProblem&, SpanOp);
 // sizes that do not fit each other and for null pointers.
 PYINVOLUTION_API void run(const Problem&, Pass, const Buffers&, const Execution&);
 
-// Chooses a kernel and runs it; does nothing for an empty output (whose gradients are zero). Throws
-// std::invalid_argument with the reasons where no kernel runs the problem (see `route`): compute W by a convolution and
-// run the involution.
+// Chooses a kernel and runs it, also where composing would be faster (see `route`); does nothing for an empty output
+// (whose gradients are zero). Throws std::invalid_argument with the reasons where no kernel runs the problem: compute W
+// by a convolution and run the involution.
 PYINVOLUTION_API void run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
 
 // Bytes of the device's memory, aligned to 16, that `run` needs in buffers.scratch; with CUDA, of the current device.
