@@ -1,0 +1,66 @@
+"""Stands in for ``natten`` 0.14 and 0.15, whose modules differ from those of 0.17 under the same names.
+
+They have relative positional biases unless ``bias=False``, take no ``is_causal``, and pad an input that is smaller than
+the window. The functions are those of `pyinvolution.compat.natten.functional`.
+"""
+
+from torch import Tensor, nn
+
+from pyinvolution.compat.natten import functional
+from pyinvolution.compat.natten.modules import _NeighborhoodAttention
+
+__all__ = ["NeighborhoodAttention", "NeighborhoodAttention1D", "NeighborhoodAttention2D", "functional"]
+
+__version__ = "0.14.6"
+
+
+class _Padded(_NeighborhoodAttention):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int = 1,
+        bias: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__(dim, num_heads, kernel_size, dilation, False, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
+
+    def _attend(self, name: str, x: Tensor) -> Tensor:
+        lengths = x.shape[1:-1]
+        windows = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        missing = [max(window - length, 0) for window, length in zip(windows, lengths, strict=True)]
+        if not any(missing):
+            return super()._attend(name, x)
+        x = nn.functional.pad(x, [0, 0, *(side for count in reversed(missing) for side in (0, count))])
+        return super()._attend(name, x)[(slice(None), *map(slice, lengths))]
+
+
+class NeighborhoodAttention1D(_Padded):
+    """`NeighborhoodAttention2D` for sequences: (B, L, dim) to (B, L, dim)."""
+
+    axes = 1
+
+
+class NeighborhoodAttention2D(_Padded):
+    """Neighbourhood attention between two linear layers, by the arguments of NATTEN 0.14 and 0.15.
+
+    Args:
+        dim, num_heads, kernel_size, dilation, qkv_bias, qk_scale, attn_drop, proj_drop: as in
+            `pyinvolution.compat.natten.NeighborhoodAttention2D`. NATTEN 0.14.1 has the kernel size before the heads:
+            give both by name.
+        bias: whether there is a parameter ``rpb``, (num_heads, 2 K - 1, 2 K - 1).
+
+    Shape:
+        - Input: (B, H, W, dim). An axis smaller than the kernel size times the dilation is padded with zeros at its
+          end, and the output is cut off there.
+        - Output: (B, H, W, dim).
+    """
+
+    axes = 2
+
+
+NeighborhoodAttention = NeighborhoodAttention2D
