@@ -12,12 +12,13 @@ from pyinvolution.explain import (
     build_info,
     disable_variants,
     explain,
+    explain_correlation,
     explain_layer,
     explain_span,
     force_variant,
     override_isa,
 )
-from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.functional import involution2d, local_correlation2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
 from pyinvolution.modules import Involution2d
 
@@ -30,11 +31,13 @@ __all__ = [
     "convert",
     "disable_variants",
     "explain",
+    "explain_correlation",
     "explain_layer",
     "explain_span",
     "force_variant",
     "functional",
     "involution2d",
+    "local_correlation2d",
     "models",
     "optimize_for_inference",
     "override_isa",
