@@ -103,7 +103,7 @@ def makes(arguments: list[str]) -> None:
 
 def test_installations() -> None:
     # Not by importing: with pip in a process, setuptools, which torch.compile needs, cannot be imported any more.
-    for package in ("pip", "scikit-build-core", "optuna", "onnxscript"):
+    for package in ("pip", "scikit-build-core", "optuna", "onnxscript", "natten-mps"):
         if not list(metadata.distributions(name=package)):
             pytest.skip(f"needs {package}")
     lines = [line.split() for line in [*COMMANDS, *spans("pip install .*")] if line.startswith("pip ")]

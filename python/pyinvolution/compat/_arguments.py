@@ -48,7 +48,7 @@ def shape_text(tensor: Tensor) -> str:
 def integers(op: str, name: str, value: object, count: int, minimum: int = 1) -> tuple[int, ...]:
     """``value`` as ``count`` ints of at least ``minimum``; an int stands for ``count`` of them."""
     kind = {1: "an int", 2: "an int or a pair of ints"}.get(count, f"an int or {count} ints")
-    values = value if isinstance(value, (tuple, list)) else (value,) * count
+    values: Sequence[Any] = value if isinstance(value, (tuple, list)) else (value,) * count
     if len(values) != count:
         raise ValueError(f"{op}: {name} is {value!r}, expected {kind}")
     if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
@@ -56,6 +56,11 @@ def integers(op: str, name: str, value: object, count: int, minimum: int = 1) ->
     if any(v < minimum for v in values):
         raise ValueError(f"{op}: {name} is {value!r}, expected at least {minimum}")
     return tuple(values)
+
+
+def pair(op: str, name: str, value: object, minimum: int = 1) -> tuple[int, int]:
+    first, second = integers(op, name, value, 2, minimum)
+    return first, second
 
 
 def integer(op: str, name: str, value: object, minimum: int = 1) -> int:

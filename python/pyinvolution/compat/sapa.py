@@ -33,8 +33,8 @@ def sim(query: Tensor, key: Tensor, kernel_size: int, scale_factor: int) -> Tens
     kernel, scale = _sizes("sim", kernel_size, scale_factor)
     n, height, width, channels = key.shape
     require_shape("sim", "query", query, (n, scale * height, scale * width, channels))
-    window = {"kernel_size": kernel, "padding": kernel // 2, "upsample": scale}
-    products: Tensor = local_correlation2d(query.permute(0, 3, 1, 2), key.permute(0, 3, 1, 2), **window)
+    query, key = query.permute(0, 3, 1, 2), key.permute(0, 3, 1, 2)
+    products = local_correlation2d(query, key, kernel, padding=kernel // 2, upsample=scale)
     return products.flatten(1, 3).permute(0, 2, 3, 1)
 
 

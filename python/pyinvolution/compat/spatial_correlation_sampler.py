@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pyinvolution.compat._arguments import integer, integers, require_shape, require_tensors
+from pyinvolution.compat._arguments import integer, pair, require_shape, require_tensors
 from pyinvolution.functional import local_correlation2d
 
 __all__ = [
@@ -66,21 +66,19 @@ SIZES = ("kernel_size", "patch_size", "stride", "padding", "dilation", "dilation
 def _sample(op: str, input1: Tensor, input2: Tensor, sizes: Sequence[Size]) -> Tensor:
     require_tensors(op, "(N, C, H, W)", input1=input1, input2=input2)
     require_shape(op, "input2", input2, input1.shape)
-    pairs = [integers(op, name, size, 2, int(name != "padding")) for name, size in zip(SIZES, sizes, strict=True)]
+    pairs = [pair(op, name, size, int(name != "padding")) for name, size in zip(SIZES, sizes, strict=True)]
     kernel, patch, step, edge, inner, spacing = pairs
-    for axis, size, k, d, p in zip(("height", "width"), input1.shape[2:], kernel, inner, edge, strict=True):
+    for side, size, k, d, p in zip(("height", "width"), input1.shape[2:], kernel, inner, edge, strict=True):
         if size + 2 * p < d * (k - 1) + 1:
-            raise ValueError(
-                f"{op}: kernel_size is {kernel} and dilation {inner}, expected a window of at most the padded {axis} "
-                f"{size + 2 * p}"
-            )
+            expected = f"a window of at most the padded {side} {size + 2 * p}"
+            raise ValueError(f"{op}: kernel_size is {kernel} and dilation {inner}, expected {expected}")
     query = pad(input1, [edge[1], edge[1], edge[0], edge[0]]) if any(edge) else input1
     # A patch of an even size has one displacement more after the position than before it.
     more = [(1 - size % 2) * e for size, e in zip(patch, spacing, strict=True)]
     key = pad(input2, [0, more[1], 0, more[0]]) if any(more) else input2
-    before = tuple(p + (size - 1) // 2 * e for p, size, e in zip(edge, patch, spacing, strict=True))
+    before = (edge[0] + (patch[0] - 1) // 2 * spacing[0], edge[1] + (patch[1] - 1) // 2 * spacing[1])
     if kernel == (1, 1):
-        query = query[:, :, :: step[0], :: step[1]]
+        query = query[..., :: step[0], :: step[1]]
         return local_correlation2d(query, key, patch, step, before, spacing).squeeze(1)
     costs = local_correlation2d(query, key, patch, 1, before, spacing).squeeze(1)
     for axis in (0, 1):

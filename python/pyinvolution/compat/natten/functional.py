@@ -455,8 +455,9 @@ def _as_image(tokens: Tensor) -> Tensor:
 def _qk2d(query: Tensor, key: Tensor, kernel: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
     if len(kernel) == 1:
         return _qk2d(query.unsqueeze(2), key.unsqueeze(2), (1, *kernel), (1, *steps)).squeeze(2)
-    window = {"kernel_size": kernel, "dilation": steps, "groups": query.shape[1], "border": "shift"}
-    logits: Tensor = local_correlation2d(_as_image(query), _as_image(key), **window)
+    size, dilation, heads = (kernel[0], kernel[1]), (steps[0], steps[1]), query.shape[1]
+    query, key = _as_image(query), _as_image(key)
+    logits = local_correlation2d(query, key, size, dilation=dilation, groups=heads, border="shift")
     return logits.permute(0, 1, 4, 5, 2, 3).flatten(4)
 
 
@@ -464,7 +465,7 @@ def _av2d(attn: Tensor, value: Tensor, kernel: tuple[int, ...], steps: tuple[int
     if len(kernel) == 1:
         return _av2d(attn.unsqueeze(2), value.unsqueeze(2), (1, *kernel), (1, *steps)).squeeze(2)
     weight = attn.unflatten(-1, kernel).permute(0, 1, 4, 5, 2, 3)
-    output = involution2d(_as_image(value), weight, dilation=steps, border="shift")
+    output = involution2d(_as_image(value), weight, dilation=(steps[0], steps[1]), border="shift")
     return output.unflatten(1, (value.shape[1], value.shape[-1])).permute(0, 1, 3, 4, 2)
 
 
