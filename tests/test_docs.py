@@ -41,7 +41,7 @@ def test_python(
     monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(block.code, block.name, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
-    for line in re.findall(r"^print\(.*\)\s+# (.+)$", block.code, re.MULTILINE):
+    for line in block.outputs():
         assert line in printed
 
 

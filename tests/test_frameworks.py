@@ -1,14 +1,11 @@
 """The pages about other frameworks and papers: their code where its packages are installed, and what it computes."""
 
-import contextlib
-import io
 import math
-import re
 from functools import partial
 
 import pytest
 import torch
-from documents import BLOCKS
+from documents import defined
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,25 +15,13 @@ from pyinvolution.models import create_model
 draw = partial(torch.randn, dtype=torch.float64)
 
 
-def run(page, mark):
-    """What the block of a page with ``mark`` in it defines, after its comments about output were checked."""
-    (block,) = [b for b in BLOCKS if b.name.startswith(f"docs/{page}.md") and mark in b.code]
-    names = {"__name__": "__main__"}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(block.code, block.name, "exec"), names)
-    for line in re.findall(r"^print\(.*\)\s+# (.+)$", block.code, re.MULTILINE):
-        assert line in printed.getvalue()
-    return names
-
-
 # --- frameworks -------------------------------------------------------------------------------------------------------
 
 
 def test_ultralytics():
     tasks = pytest.importorskip("ultralytics.nn.tasks")
     try:
-        model = run("frameworks", "DetectionModel")["model"]
+        model = defined("frameworks", "DetectionModel")["model"]
     finally:
         del tasks.Involution2d
     assert (model.model[2].channels, model.model[2].kernel_size) == (32, (7, 7))
@@ -44,7 +29,7 @@ def test_ultralytics():
 
 def test_mmengine():
     registry = pytest.importorskip("mmengine.registry")
-    names = run("frameworks", "MODELS.build")
+    names = defined("frameworks", "MODELS.build")
     assert type(names["layer"]) is Involution2d
     assert registry.MODELS.get("carafe") is names["CARAFEPack"]
 
@@ -57,7 +42,7 @@ def counted(model, x):
 
 def test_fvcore():
     pytest.importorskip("fvcore")
-    names = run("frameworks", "FlopCountAnalysis")
+    names = defined("frameworks", "FlopCountAnalysis")
     expected = counted(names["model"], torch.randn(1, 3, 64, 64))
     found = names["counts"].by_operator()
     ours = [flops for operator, flops in found.items() if "involution" in operator]
@@ -67,7 +52,7 @@ def test_fvcore():
 
 def test_ptflops():
     pytest.importorskip("ptflops")
-    names = run("frameworks", "get_model_complexity_info")
+    names = defined("frameworks", "get_model_complexity_info")
     expected = counted(names["model"], torch.randn(1, 3, 64, 64))
     # Its product of the classifier counts the bias, too.
     assert names["macs"] == sum(expected.values()) + names["model"].head.out_features
@@ -75,7 +60,7 @@ def test_ptflops():
 
 def test_thop():
     thop = pytest.importorskip("thop")
-    names = run("frameworks", "thop.profile")
+    names = defined("frameworks", "thop.profile")
     model, x = names["model"], names["x"]
     expected = counted(model, x)
     ours = sum(flops for operator, flops in expected.items() if "involution" in operator)
@@ -91,7 +76,7 @@ def test_thop():
 
 def test_raft():
     _utils = pytest.importorskip("torchvision.models.optical_flow._utils")
-    upsample_flow = run("family", "def upsample_flow")["upsample_flow"]
+    upsample_flow = defined("family", "def upsample_flow")["upsample_flow"]
     torch.manual_seed(0)
     for channels, factor, size in ((2, 8, (3, 5)), (3, 4, (4, 3)), (1, 1, (4, 4))):
         flow, mask = draw(2, channels, *size).requires_grad_(), draw(2, 9 * factor**2, *size).requires_grad_()
@@ -111,7 +96,7 @@ PADS = [
 
 
 def test_cspn():
-    propagate = run("family", "def propagate")["propagate"]
+    propagate = defined("family", "def propagate")["propagate"]
     torch.manual_seed(0)
     guidance, depth = draw(2, 8, 6, 7), draw(2, 1, 6, 7)
     gates = torch.stack([F.pad(guidance[:, k], pads) for k, pads in enumerate(PADS)], 1)
@@ -126,7 +111,7 @@ def test_cspn():
 
 @pytest.mark.parametrize(("frames", "colours", "size"), [(4, 1, 5), (2, 3, 3)])
 def test_kpn(frames, colours, size):
-    predict = run("family", "def predict")["predict"]
+    predict = defined("family", "def predict")["predict"]
     torch.manual_seed(0)
     burst, core = draw(2, frames, colours, 6, 7), draw(2, frames * size**2 * colours, 6, 7)
     kernels = core.view(2, frames, size**2, colours, 6, 7)
