@@ -98,6 +98,12 @@ def test_pwc():
     torch.testing.assert_close(ModuleCorrelation()(one, two), expected)
 
 
+def test_layers_are_followed_by_fx():
+    input1, input2 = torch.randn(1, 3, 5, 6), torch.randn(1, 3, 5, 6)
+    for layer in (SpatialCorrelationSampler(3, 3, padding=1), Correlation(max_displacement=2), ModuleCorrelation()):
+        torch.testing.assert_close(torch.fx.symbolic_trace(layer)(input1, input2), layer(input1, input2))
+
+
 def test_second_derivatives():
     torch.manual_seed(0)
     tensors = [draw(1, 2, 4, 3).requires_grad_() for _ in range(2)]

@@ -237,6 +237,16 @@ def test_it_compiles():
     torch.testing.assert_close(compiled(query, key, value, rpb), attend(query, key, value, rpb))
 
 
+def test_it_is_followed_by_fx():
+    torch.manual_seed(0)
+    for layer, x in (
+        (natten.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True), torch.randn(2, 7, 8)),
+        (natten.NeighborhoodAttention2D(8, 2, (3, 5), (2, 1)), torch.randn(2, 7, 6, 8)),
+        (v014.NeighborhoodAttention2D(8, 2, 3, 2), torch.randn(2, 4, 7, 8)),
+    ):
+        torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
 # --- every version's names --------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ REFUSED = {
     "carafe, dtype": (lambda: carafe(X, M.double(), 3, 1, 2), TypeError, "masks has dtype torch.float64, expected"),
     "pack": (lambda: CARAFEPack(16, 2, up_kernel=4), ValueError, "CARAFEPack: up_kernel is 4, expected an odd number"),
     "pack, groups": (lambda: CARAFEPack(16, 2, up_group=3), ValueError, "up_group is 3, expected a divisor of the 16"),
-    "pack, input": (lambda: CARAFEPack(16, 2)(X[0]), ValueError, r"x has shape \(4, 3, 3\), expected \(N, C, H, W\)"),
+    "pack, input": (lambda: CARAFEPack(16, 2)(X[0]), ValueError, r"CARAFEPack: input .* expected \(N, 16, H, W\)"),
     "sim": (lambda: sapa.sim(Q, K, 3, 3), ValueError, r"sim: query has shape .* expected \(1, 9, 9, 4\)"),
     "sim, even": (lambda: sapa.sim(Q, K, 4, 2), ValueError, "sim: kernel_size is 4, expected an odd number"),
     "atn": (lambda: sapa.atn(Q, V, 3, 2), ValueError, r"atn: attn has shape .* expected \(1, 6, 6, 9\)"),
@@ -244,6 +244,14 @@ REFUSED = {
 def test_refusals(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_layers_are_followed_by_fx():
+    x = torch.randn(1, 16, 5, 4)
+    pack = CARAFEPack(16, 2)
+    torch.testing.assert_close(torch.fx.symbolic_trace(pack)(x), pack(x))
+    layer = CARAFE(3, 1, 2)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(X, M), layer(X, M))
 
 
 def test_modules_without_parameters():

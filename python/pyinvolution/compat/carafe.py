@@ -6,13 +6,19 @@ and bfloat16, differentiable twice and more. Sources: https://github.com/open-mm
 https://github.com/myownskyW7/CARAFE.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, softmax
 
 from pyinvolution.compat._arguments import integer, require_shape, require_tensors
 from pyinvolution.functional import involution2d
+from pyinvolution.modules import check_input
 
 __all__ = ["CARAFE", "CARAFENaive", "CARAFEPack", "carafe", "carafe_naive"]
+
+# Opaque to torch.fx, which cannot follow their branches.
+torch.fx.wrap("_carafe")
+torch.fx.wrap("check_input")
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -155,6 +161,6 @@ class CARAFEPack(nn.Module):
         return _carafe("CARAFEPack", x, mask, self.up_kernel, self.up_group, self.scale_factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        require_tensors("CARAFEPack", "(N, C, H, W)", x=x)
+        x = check_input(x, self.channels, "CARAFEPack")
         mask = self.content_encoder(self.channel_compressor(x))
         return self.feature_reassemble(x, self.kernel_normalizer(mask))

@@ -9,6 +9,7 @@ https://github.com/sniklaus/pytorch-pwc.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -24,6 +25,10 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+
+# Opaque to torch.fx, which cannot follow their branches.
+torch.fx.wrap("_sample")
+torch.fx.wrap("_cost_volume")
 
 
 def spatial_correlation_sample(

@@ -38,6 +38,11 @@ __all__ = [
     "natten3dav", "natten3dqk", "natten3dqkrpb",
 ]  # fmt: skip
 
+# Opaque to torch.fx, which cannot follow their branches.
+torch.fx.wrap("_qk")
+torch.fx.wrap("_av")
+torch.fx.wrap("_attend")
+
 LAYOUTS = {1: "(B, heads, L, D)", 2: "(B, heads, H, W, D)", 3: "(B, heads, Z, Y, X, D)"}
 WEIGHTS = {axes: layout.replace("D)", "K)") for axes, layout in LAYOUTS.items()}
 HEADS_LAST = {1: "(B, L, heads, D)", 2: "(B, H, W, heads, D)", 3: "(B, Z, Y, X, heads, D)"}

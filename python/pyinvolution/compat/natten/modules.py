@@ -12,6 +12,11 @@ from pyinvolution.ops import shape_of
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
+# Opaque to torch.fx, which cannot follow their branches.
+torch.fx.wrap("_check_tokens")
+torch.fx.wrap("_qk")
+torch.fx.wrap("_av")
+
 SPATIAL = {axes: layout.replace("heads, ", "").replace("D)", "dim)") for axes, layout in LAYOUTS.items()}
 
 
@@ -60,12 +65,8 @@ class _NeighborhoodAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        name, dim = type(self).__name__, self.qkv.in_features
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: x is a {type(x).__name__}, expected a Tensor")
-        if x.dim() != self.axes + 2 or x.shape[-1] != dim:
-            expected = SPATIAL[self.axes].replace("dim", str(dim))
-            raise ValueError(f"{name}: x has shape {tuple(shape_of(x))}, expected {expected}")
+        name = type(self).__name__
+        x = _check_tokens(name, self.axes, self.qkv.in_features, x)
         return self.proj_drop(self.proj(self._attend(name, x)))
 
     def _attend(self, name: str, x: Tensor) -> Tensor:
@@ -81,6 +82,15 @@ class _NeighborhoodAttention(nn.Module):
             f"head_dim={self.head_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
             f"dilation={self.dilation}, is_causal={self.is_causal}, has_bias={self.rpb is not None}"
         )
+
+
+def _check_tokens(op: str, axes: int, dim: int, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is a {type(x).__name__}, expected a Tensor")
+    if x.dim() != axes + 2 or x.shape[-1] != dim:
+        expected = SPATIAL[axes].replace("dim", str(dim))
+        raise ValueError(f"{op}: x has shape {tuple(shape_of(x))}, expected {expected}")
+    return x
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):

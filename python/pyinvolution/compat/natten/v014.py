@@ -4,12 +4,18 @@ They have relative positional biases unless ``bias=False``, take no ``is_causal`
 the window. The functions are those of `pyinvolution.compat.natten.functional`.
 """
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from pyinvolution.compat.natten import functional
 from pyinvolution.compat.natten.modules import _NeighborhoodAttention
 
 __all__ = ["NeighborhoodAttention", "NeighborhoodAttention1D", "NeighborhoodAttention2D", "functional"]
+
+# Opaque to torch.fx, which cannot follow their branches.
+torch.fx.wrap("_padded")
+torch.fx.wrap("_cut")
 
 __version__ = "0.14.6"
 
@@ -30,13 +36,19 @@ class _Padded(_NeighborhoodAttention):
         super().__init__(dim, num_heads, kernel_size, dilation, False, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
 
     def _attend(self, name: str, x: Tensor) -> Tensor:
-        lengths = x.shape[1:-1]
-        windows = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        missing = [max(window - length, 0) for window, length in zip(windows, lengths, strict=True)]
-        if not any(missing):
-            return super()._attend(name, x)
-        x = nn.functional.pad(x, [0, 0, *(side for count in reversed(missing) for side in (0, count))])
-        return super()._attend(name, x)[(slice(None), *map(slice, lengths))]
+        windows = tuple(k * d for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        return _cut(super()._attend(name, _padded(x, windows)), x)
+
+
+def _padded(x: Tensor, windows: tuple[int, ...]) -> Tensor:
+    """(B, *lengths, dim) with zeros at the end of each axis that is shorter than its window."""
+    missing = [max(window - length, 0) for window, length in zip(windows, x.shape[1:-1], strict=True)]
+    return pad(x, [0, 0, *(side for count in reversed(missing) for side in (0, count))]) if any(missing) else x
+
+
+def _cut(output: Tensor, x: Tensor) -> Tensor:
+    """``output`` without what `_padded` has added to ``x``."""
+    return output if output.shape == x.shape else output[(slice(None), *map(slice, x.shape[1:-1]))]
 
 
 class NeighborhoodAttention1D(_Padded):
