@@ -492,6 +492,27 @@ def test_modules_of_the_older_versions():
         torch.testing.assert_close(layer(x), expected)
 
 
+def test_volumes_of_the_older_versions():
+    torch.manual_seed(0)
+    layer = v014.NeighborhoodAttention3D(12, 3, 3, kernel_size_d=2, dilation=2, dilation_d=1).double()
+    assert layer.rpb.shape == (3, 3, 5, 5)
+    entries = {name: draw(value.shape) for name, value in layer.state_dict().items()}
+    layer.load_state_dict(entries)
+    x = draw(1, 3, 6, 7, 12)
+    torch.testing.assert_close(layer(x), their_layer(entries, x, 3, (2, 3, 3), (1, 2, 2)))
+    assert v014.NeighborhoodAttention3D(12, 3, 3, dilation=2).dilation == (2, 2, 2)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    layer = natten.NeighborhoodAttention2D(32, 2, 3, rel_pos_bias=True)
+    x = torch.randn(1, 6, 7, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer(x)
+    assert half.dtype == torch.bfloat16
+    assert (half - layer(x)).abs().max() < 0.02 * layer(x).abs().max()
+
+
 def test_dropout_of_attention_weights():
     layer = natten.NeighborhoodAttention2D(8, 2, 3, attn_drop=1.0)
     x = torch.randn(1, 5, 5, 8)

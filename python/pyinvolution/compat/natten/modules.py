@@ -31,7 +31,7 @@ class _NeighborhoodAttention(nn.Module):
         dim: int,
         num_heads: int,
         kernel_size: Size,
-        dilation: Size = 1,
+        dilation: Size | None = 1,
         is_causal: Causal = False,
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,

@@ -9,9 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyinvolution.compat.natten import functional
+from pyinvolution.compat.natten.functional import Size
 from pyinvolution.compat.natten.modules import _NeighborhoodAttention
 
-__all__ = ["NeighborhoodAttention", "NeighborhoodAttention1D", "NeighborhoodAttention2D", "functional"]
+__all__ = [
+    "NeighborhoodAttention",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "functional",
+]
 
 # Opaque to torch.fx, which cannot follow their branches.
 torch.fx.wrap("_padded")
@@ -25,8 +32,8 @@ class _Padded(_NeighborhoodAttention):
         self,
         dim: int,
         num_heads: int,
-        kernel_size: int,
-        dilation: int = 1,
+        kernel_size: Size,
+        dilation: Size | None = 1,
         bias: bool = True,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -73,6 +80,37 @@ class NeighborhoodAttention2D(_Padded):
     """
 
     axes = 2
+
+
+class NeighborhoodAttention3D(_Padded):
+    """`NeighborhoodAttention2D` for volumes, by the arguments of NATTEN 0.15: (B, Z, Y, X, dim) to (B, Z, Y, X, dim).
+
+    Args:
+        kernel_size, dilation: of the last two axes.
+        kernel_size_d, dilation_d: of the first axis; None for the same.
+        dim, num_heads, bias, qkv_bias, qk_scale, attn_drop, proj_drop: as in `NeighborhoodAttention2D`.
+    """
+
+    axes = 3
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        kernel_size_d: int | None = None,
+        dilation: int = 1,
+        dilation_d: int | None = None,
+        bias: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        dilation = dilation or 1
+        kernel = (kernel_size_d or kernel_size, kernel_size, kernel_size)
+        steps = (dilation_d or dilation, dilation, dilation)
+        super().__init__(dim, num_heads, kernel, steps, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
 
 
 NeighborhoodAttention = NeighborhoodAttention2D
