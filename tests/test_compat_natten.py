@@ -218,6 +218,29 @@ def test_dtypes(dtype, layout):
         assert_accurate(ours(*tensors, kernels, dilations), oracle, reference.to(dtype), ours.__name__)
 
 
+def test_the_same_bits_with_any_number_of_threads():
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 4, 15, 14, 16).requires_grad_() for _ in range(3)] + [
+        torch.randn(4, 9, 9).requires_grad_()
+    ]
+
+    def gradients():
+        query, key, value, rpb = tensors
+        attn = functional.na2d_qk(query, key, 5, 2, rpb=rpb).softmax(-1)
+        return torch.autograd.grad(functional.na2d_av(attn, value, 5, 2).square().sum(), tensors)
+
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            found.append(gradients())
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, again in zip(*found, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, again)
+
+
 def test_no_copies_of_one_projection():
     query = torch.randn(2, 7, 8, 3, 2, 16).permute(3, 0, 4, 1, 2, 5)[1]
     assert functional._as_image(query).data_ptr() == query.data_ptr()

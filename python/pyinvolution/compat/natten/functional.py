@@ -507,12 +507,14 @@ def _taps(length: int, kernel: int, dilation: int, device: torch.device) -> Tens
 
 def _biases(rpb: Tensor, lengths: Sequence[int], kernel: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
     """(heads, *lengths, K) of ``rpb`` (heads, 2 K - 1, ...): of a tap the entry K - 1 + its distance in steps."""
-    for axis, (length, size, step) in enumerate(zip(lengths, kernel, steps, strict=True)):
-        taps = _taps(length, size, step, rpb.device)
-        distance = (taps - torch.arange(length, device=rpb.device)[:, None]) // step
-        rpb = rpb[(slice(None),) * (1 + 2 * axis) + (distance + size - 1,)]  # (heads, L, K, L, K, ...)
     axes = len(kernel)
-    return rpb.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2)).flatten(axes + 1)
+    starts: list[Any] = [slice(None)]
+    for axis, (length, size, step) in enumerate(zip(lengths, kernel, steps, strict=True)):
+        first = _taps(length, size, step, rpb.device)[:, 0]
+        start = size - 1 + (first - torch.arange(length, device=rpb.device)) // step
+        starts.append(start.view([-1 if other == axis else 1 for other in range(axes)]))
+        rpb = rpb.unfold(1 + axis, size, 1)
+    return rpb.flatten(1 + axes)[tuple(starts)]
 
 
 def _window(op: str, lengths: Sequence[int], kernel_size: Any, dilation: Any) -> tuple[tuple[int, ...], ...]:
