@@ -89,8 +89,8 @@ class Problem:
     def tensors(self, device: str) -> dict[str, Tensor]:
         """Random operands, the same for every variant."""
         stride, padding, dilation = (pair[0] for pair in self.geometry)
-        shape = (self.kernel, stride, padding, dilation, self.trailing[0], self.upsample)
-        pixels = [int(output_size(size, *shape)) for size in self.size]
+        window = (self.kernel, stride, padding, dilation, self.trailing[0], self.upsample)
+        pixels = [int(output_size(size, *window)) for size in self.size]
         n, g, k, c, r = self.batch, self.groups, self.kernel, self.channels, self.reduced
         shapes: dict[str, tuple[int, ...]] = {"x": (n, c, *self.size)}
         if self.operator == "involution2d":
