@@ -121,6 +121,15 @@ def test_dtypes(dtype):
     assert_accurate(actual, oracle, reference.to(dtype), "the correlation")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_on_a_gpu(setting):
+    torch.manual_seed(0)
+    input1, input2 = draw(2, 3, 6, 8), draw(2, 3, 6, 8)
+    actual = spatial_correlation_sample(input1.cuda(), input2.cuda(), *setting)
+    torch.testing.assert_close(actual.cpu(), written_out(input1, input2, *setting))
+
+
 X = torch.randn(1, 3, 6, 7)
 REFUSED = {
     "shape": (

@@ -271,6 +271,22 @@ def test_it_is_followed_by_fx():
         torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_on_a_gpu(axes):
+    torch.manual_seed(0)
+    lengths, kernels, dilations = (9, 8, 7)[:axes], (3, 3, 5)[:axes], (3, 2, 1)[:axes]
+    layer = getattr(natten, f"NeighborhoodAttention{axes}D")(16, 2, kernels, dilations, rel_pos_bias=True).double()
+    x = draw(2, *lengths, 16)
+    expected = their_layer(layer.state_dict(), x, 2, kernels, dilations)
+    wanted = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+    layer.cuda()
+    actual = layer(x.cuda())
+    torch.testing.assert_close(actual.cpu(), expected)
+    found = torch.autograd.grad(actual.square().sum(), layer.parameters())
+    torch.testing.assert_close([gradient.cpu() for gradient in found], [*wanted])
+
+
 # --- every version's names --------------------------------------------------------------------------------------------
 
 

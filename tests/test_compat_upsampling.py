@@ -254,6 +254,23 @@ def test_layers_are_followed_by_fx():
     torch.testing.assert_close(torch.fx.symbolic_trace(layer)(X, M), layer(X, M))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    torch.manual_seed(0)
+    pack = CARAFEPack(16, 2).double()
+    sizes = {"kernel_size": 3, "scale_factor": 2}
+    cases = [
+        (pack, (draw(2, 16, 5, 6),)),
+        (partial(sapa.sim, **sizes), (draw(1, 8, 6, 4), draw(1, 4, 3, 4))),
+        (partial(sapa.atn, **sizes), (draw(1, 8, 6, 9), draw(1, 4, 3, 5))),
+        (AdaptiveConv.apply, (draw(2, 3, 9, 10), draw(2, 5, 6, 5, 5))),
+    ]
+    wanted = [function(*tensors) for function, tensors in cases]
+    pack.cuda()
+    for (function, tensors), expected in zip(cases, wanted, strict=True):
+        torch.testing.assert_close(function(*(tensor.cuda() for tensor in tensors)).cpu(), expected)
+
+
 def test_modules_without_parameters():
     for layer in (CARAFE(5, 1, 2), CARAFENaive(3, 1, 2)):
         assert isinstance(layer, nn.Module)
