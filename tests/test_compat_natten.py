@@ -153,6 +153,7 @@ def test_both_with_a_softmax_between_them(axes):
         # By the names of 0.20.
         actual = attend(query, key, value, kernels, stride=1, dilation=dilations, scale=scale, backend="cutlass-fna")
         torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(attend(query, key, value, kernels, 1, 1), attend(query, key, value, kernels))
     rpb = draw(3, *(2 * k - 1 for k in kernels))
     attn = written_out_qk(0.5 * first[0], first[1], kernels, dilations, rpb).softmax(-1)
     expected = written_out_av(attn, first[2], kernels, dilations).movedim(1, -2)
@@ -398,7 +399,7 @@ REFUSED = {
     "causal, wrong type": (lambda: functional.na2d_qk(Q, Q, 3, 1, None, 2), TypeError, "is_causal is 2"),
     "stride": (lambda: functional.na2d(LAST, LAST, LAST, 3, stride=2), NotImplementedError, "stride is 2, expected 1"),
     "sums": (lambda: functional.na2d(LAST, LAST, LAST, 3, return_lse=True), NotImplementedError, "return_lse is True"),
-    "ambiguous": (lambda: functional.na2d(LAST, LAST, LAST, 3, 2), TypeError, "2 follows kernel_size, expected a name"),
+    "ambiguous": (lambda: functional.na2d(LAST, LAST, LAST, 3, 2), TypeError, "follows kernel_size, expected names"),
     "unknown": (lambda: functional.na2d(LAST, LAST, LAST, 3, dilations=2), TypeError, "dilations is not an argument"),
     "keys without values": (
         lambda: functional.na2d(LAST, LAST, LAST, 3, additional_keys=torch.randn(1, 3, 2, 4)),

@@ -421,9 +421,10 @@ def _attend(
     return_lse: bool = False,
     **tuning: Any,
 ) -> Tensor:
-    if order:
+    # Ones mean the same in every order.
+    if any(value != 1 for value in order[:2]) or len(order) > 2:
         raise TypeError(
-            f"{op}: {order[0]!r} follows kernel_size, expected a name: dilation in NATTEN 0.17, stride in 0.20"
+            f"{op}: {order} follows kernel_size, expected names: NATTEN 0.17 has dilation first, 0.20 stride"
         )
     if unknown := sorted(tuning.keys() - TUNING):
         raise TypeError(f"{op}: {unknown[0]} is not an argument of NATTEN's")
