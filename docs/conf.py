@@ -28,11 +28,19 @@ NAVIGATION = {
         "docs/training",
         "docs/cpp",
         "docs/migration",
+        "docs/family",
+        "docs/frameworks",
         "docs/when-not-to-use",
         "docs/faq",
     ],
     "Measurements and design": ["benchmarks/README", "cpp/cpu/README", "cuda/README"],
-    "Reference": ["docs/reference/python", "docs/reference/models", "docs/reference/training", "docs/reference/cpp"],
+    "Reference": [
+        "docs/reference/python",
+        "docs/reference/compat",
+        "docs/reference/models",
+        "docs/reference/training",
+        "docs/reference/cpp",
+    ],
     "Project": ["CHANGELOG", "CONTRIBUTING"],
 }
 

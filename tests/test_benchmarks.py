@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import torch
 from cases import REDNET50, same
 
-from benchmarks import ROOT, counts, cpu, gpu, harness, operators, predict, roofline, systems, targets
+from benchmarks import ROOT, counts, cpu, family, gpu, harness, operators, predict, roofline, systems, targets
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
 from pyinvolution.studies import timing
@@ -73,6 +76,47 @@ def test_systems_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for row in report.rows:
         assert row["ResNet-50: ratio"] == pytest.approx(row["ResNet-50: ms"] / row["ms"])
+
+
+def test_the_family(tmp_path: Path) -> None:
+    """In a process of its own, since it forks. Every call that is measured has a small one of its kind."""
+    pytest.importorskip("torchvision")
+    command = [sys.executable, "-m", "benchmarks.family", "--quick", "--threads", "1", "--output", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    files = {path.suffix: path for path in tmp_path.iterdir()}
+    assert set(files) == {".json", ".csv", ".md", ".png"}
+    rows = json.loads(files[".json"].read_text())["rows"]
+    small, full = family.calls(quick=True), family.calls()
+    assert [row["name"] for row in rows if "threads" in row] == [call.name for call in small]
+    for row, call in zip(rows, small, strict=False):
+        assert {*call.usual, *call.rulers} == set(family.contenders_of(row))
+        assert {name: row[f"{name}: wanted"] for name in call.wanted} == call.wanted
+    assert [(call.wanted, call.training, call.less_memory) for call in small] == [
+        (call.wanted, call.training, call.less_memory) for call in full
+    ]
+    (memory,) = [row for row in rows if "mb" in row]
+    assert memory["less"] == pytest.approx(memory["unfold + nearest: mb"] / max(memory["mb"], 1e-3))
+    assert files[".md"].read_text().count("\n| ") == 1 + sum(len(family.contenders_of(row)) for row in rows) + 1
+
+
+def test_a_wrong_result_of_the_family_stops_the_run() -> None:
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    for call in family.calls(quick=True):
+        tensors = call.tensors()
+        upstream = torch.randn_like(call.ours(*tensors)) if call.training else None
+        family.check(call, tensors, upstream)
+
+        def wrong(*tensors: torch.Tensor, call: family.Call = call) -> torch.Tensor:
+            output = call.ours(*tensors).clone()
+            output[(-1,) * output.dim()] += 1
+            return output
+
+        usual = {**call.usual, "another": wrong}
+        for other in (replace(call, ours=wrong), replace(call, usual=usual)):
+            with pytest.raises(AssertionError, match=re.escape(call.name)):
+                family.check(other, tensors, upstream)
 
 
 def test_a_training_step_lowers_the_loss() -> None:

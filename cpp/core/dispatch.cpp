@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "cpu/variants.h"
+#include "phases.h"
 #include "pyinvolution/involution.h"
 #ifndef PYINVOLUTION_NO_CUDA
 #include "cuda/variants.h"
@@ -176,17 +177,28 @@ bool is_disabled(const V& variant) {
   return (disabled().load(std::memory_order_relaxed) & bit(variant)) != 0;
 }
 
+Refusal inability(const SpanVariant& variant, const SpanProblem& span, SpanOp op) { return variant.refusal(span, op); }
+Refusal inability(const Variant& variant, const Problem& problem, Pass pass) {
+  const Refusal refusal = variant.refusal(problem, pass);
+  return refusal && has_phases(problem, pass) ? variant.refusal(phase_of(problem, pass), pass) : refusal;
+}
+
 template <class V, class P, class Op>
 Refusal refusal_of(const V& variant, const P& problem, Op op) {
   if (is_disabled(variant)) return needs("that PYINVOLUTION_DISABLE does not name it");
-  return variant.refusal(problem, op);
+  return inability(variant, problem, op);
+}
+
+Refusal slowness(const SpanVariant& variant, const SpanProblem& span, SpanOp op) { return variant.slower(span, op); }
+Refusal slowness(const Variant& variant, const Problem& problem, Pass pass) {
+  return variant.slower(has_phases(problem, pass) ? phase_of(problem, pass) : problem, pass);
 }
 
 // Why a variant is not the one by itself: it cannot run the problem, or a later one is faster.
 template <class V, class P, class Op>
 Refusal passed_over(const V& variant, const P& problem, Op op) {
   const Refusal refusal = refusal_of(variant, problem, op);
-  return !refusal && variant.slower != nullptr ? variant.slower(problem, op) : refusal;
+  return !refusal && variant.slower != nullptr ? slowness(variant, problem, op) : refusal;
 }
 
 // --- what was measured to be the fastest: a variant for a problem and an operation ----------------------------------
@@ -201,9 +213,9 @@ void append(Key& key, const int64_t (&sizes)[Rank], const int64_t (&strides)[Ran
 }
 
 Key sizes_of(const Problem& p, int op) {
-  return {op,         int(p.dtype), int(p.device), p.batch,     p.channels,   p.groups,
-          p.in_h,     p.in_w,       p.out_h,       p.out_w,     p.kernel_h,   p.kernel_w,
-          p.stride_h, p.stride_w,   p.padding_h,   p.padding_w, p.dilation_h, p.dilation_w};
+  return {op,          int(p.dtype), int(p.device), p.batch,      p.channels,    p.groups,     p.in_h,
+          p.in_w,      p.out_h,      p.out_w,       p.kernel_h,   p.kernel_w,    p.stride_h,   p.stride_w,
+          p.padding_h, p.padding_w,  p.dilation_h,  p.dilation_w, int(p.border), p.upsample_h, p.upsample_w};
 }
 
 void append_images(Key& key, const Problem& p) {
@@ -384,7 +396,14 @@ Route route(const SpanProblem& problem, SpanOp op, bool differentiable) {
 void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   if (outputs(problem, pass) == 0) return;
   validate(problem, buffers);
-  choose(problem, pass).run(problem, pass, buffers, execution);
+  run(choose(problem, pass), problem, pass, buffers, execution);
+}
+
+void run(const Variant& variant, const Problem& problem, Pass pass, const Buffers& buffers,
+         const Execution& execution) {
+  if (has_phases(problem, pass) && variant.refusal(problem, pass))
+    return run_phases(variant.run, problem, pass, buffers, execution);
+  variant.run(problem, pass, buffers, execution);
 }
 
 namespace {
@@ -506,6 +525,14 @@ const char* to_string(DType dtype) {
 }
 
 const char* to_string(Device device) { return device == Device::cuda ? "cuda" : "cpu"; }
+
+const char* to_string(Border border) {
+  switch (border) {
+    case Border::zeros: return "zeros";
+    case Border::shift: return "shift";
+  }
+  return "unknown";
+}
 
 const char* to_string(Pass pass) {
   switch (pass) {

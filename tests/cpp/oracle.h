@@ -19,6 +19,18 @@ struct Expected {
   std::vector<int> terms;
 };
 
+// The input position of tap 0 of an output, for one axis: a window that a border shifts is moved, in steps of the
+// dilation, until it is inside.
+inline int64_t first_tap(Border border, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                         int64_t upsample, int64_t output) {
+  const int64_t position = output * stride / upsample;
+  if (border == Border::zeros) return position - padding;
+  int64_t first = position - kernel / 2 * dilation;
+  while (first < 0) first += dilation;
+  while (first + dilation * (kernel - 1) >= size) first -= dilation;
+  return first;
+}
+
 inline Expected expect(const Problem& p, Pass pass, const Tensor& x, const Tensor& w, const Tensor& y) {
   const Tensor& written = pass == Pass::forward ? y : pass == Pass::grad_input ? x : w;
   const auto logical = [](const Tensor& tensor) {
@@ -37,8 +49,10 @@ inline Expected expect(const Problem& p, Pass pass, const Tensor& x, const Tenso
         for (int64_t j = 0; j < p.kernel_w; ++j)
           for (int64_t oh = 0; oh < p.out_h; ++oh)
             for (int64_t ow = 0; ow < p.out_w; ++ow) {
-              const int64_t h = oh * p.stride_h + i * p.dilation_h - p.padding_h;
-              const int64_t v = ow * p.stride_w + j * p.dilation_w - p.padding_w;
+              const int64_t h = i * p.dilation_h + first_tap(p.border, p.in_h, p.kernel_h, p.stride_h, p.padding_h,
+                                                             p.dilation_h, p.upsample_h, oh);
+              const int64_t v = j * p.dilation_w + first_tap(p.border, p.in_w, p.kernel_w, p.stride_w, p.padding_w,
+                                                             p.dilation_w, p.upsample_w, ow);
               const bool inside = h >= 0 && h < p.in_h && v >= 0 && v < p.in_w;
               const size_t in = size_t(((n * p.channels + c) * p.in_h + h) * p.in_w + v);
               const size_t out = size_t(((n * p.channels + c) * p.out_h + oh) * p.out_w + ow);

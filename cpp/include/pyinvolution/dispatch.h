@@ -11,6 +11,11 @@
 
 namespace pyinvolution {
 
+PYINVOLUTION_API const char* to_string(DType);
+PYINVOLUTION_API const char* to_string(Device);
+PYINVOLUTION_API const char* to_string(Pass);
+PYINVOLUTION_API const char* to_string(Border);
+
 // Why a variant cannot run a problem: what it requires and what the problem has instead. Plain data, since most
 // refusals are never read; text() makes the sentence. A Refusal that holds nothing means that the variant can run.
 struct Refusal {
@@ -31,12 +36,19 @@ inline Refusal needs(const char* requirement, int64_t one, int64_t two) {
   return {requirement, nullptr, {one, two}, 2};
 }
 
+// What a kernel requires whose windows lie where a convolution has them (`is_plain`).
+inline Refusal window_refusal(const Problem& p) {
+  if (p.border != Border::zeros) return needs("a border of zeros", to_string(p.border));
+  if (p.upsample_h != 1 || p.upsample_w != 1) return needs("an upsampling of 1", p.upsample_h, p.upsample_w);
+  return {};
+}
+
 template <class Problem, class Op, class Buffers>
 struct VariantOf {
   const char* name;  // unique for an operator and a device
   Device device;
   Refusal (*refusal)(const Problem&, Op);
-  // Throws std::runtime_error when the device reports an error. Never called for an empty output. nullptr: not a
+  // `run` below calls it. Throws std::runtime_error when the device reports an error. Never called for an empty output. nullptr: not a
   // kernel; the operator composes its result of other operators.
   void (*run)(const Problem&, Op, const Buffers&, const Execution&);
   // Bytes of the device's memory that `run` needs besides the tensors; on the device that runs it. nullptr: none.
@@ -58,6 +70,10 @@ PYINVOLUTION_API const SpanVariant& choose(const SpanProblem&, SpanOp);
 // Chooses and runs. Does nothing for an empty output; sums over nothing are zero. Throws std::invalid_argument for
 // sizes that do not fit each other and for null pointers.
 PYINVOLUTION_API void run(const Problem&, Pass, const Buffers&, const Execution&);
+// Runs a variant that can run the problem, which has been validated and has outputs. Where the variant refuses an
+// upsampling, it runs once for each phase; the gradient of X then needs memory for two of X in the type of sums, and for
+// 16-bit types for one phase of W and Y.
+PYINVOLUTION_API void run(const Variant&, const Problem&, Pass, const Buffers&, const Execution&);
 
 // Chooses a kernel and runs it, also where composing would be faster (see `route`); does nothing for an empty output
 // (whose gradients are zero). Throws std::invalid_argument with the reasons where no kernel runs the problem: compute W
@@ -126,9 +142,6 @@ PYINVOLUTION_API void forget_choices();
 // The CUDA code of the library: "CUDA 12.8, architectures 80 86 89 90, PTX 80 90", or "none: " and the reason.
 PYINVOLUTION_API const char* cuda_build();
 
-PYINVOLUTION_API const char* to_string(DType);
-PYINVOLUTION_API const char* to_string(Device);
-PYINVOLUTION_API const char* to_string(Pass);
 PYINVOLUTION_API const char* to_string(SpanOp);
 PYINVOLUTION_API const char* to_string(Route);
 
