@@ -91,7 +91,7 @@ def test_validation_metrics(data, tmp_path):
     images, targets = zip(*(samples[index] for index in range(10)), strict=True)
     targets = torch.tensor(targets)
     with torch.no_grad():
-        logits = cli.model.eval()(torch.stack(images))
+        logits = cli.model.eval()(cli.datamodule.prepare(torch.stack(images)))
     metrics = cli.trainer.callback_metrics
     assert metrics["val/top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
     assert metrics["val/top5"] == 1

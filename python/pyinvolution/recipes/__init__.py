@@ -12,10 +12,12 @@ _MODULES = {
     "CocoData": "detection.coco",
     "Detection": "detection.task",
     "ImageFolderData": "classification.imagefolder",
+    "LabelMapData": "segmentation.label_maps",
     "Recipe": "recipe",
     "RecipeData": "data",
     "RecipeError": "errors",
     "Segmentation": "segmentation.task",
+    "SegmentationData": "segmentation.label_maps",
     "TrainingDiverged": "errors",
 }
 
