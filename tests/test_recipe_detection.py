@@ -531,6 +531,7 @@ def test_exif_orientation(data, tmp_path, orientation):
 
     samples = changed_in_both(tmp_path / "data", tmp_path, change).train_samples
     image, target = samples[samples.dataset.ids.index(1021)]
+    image = image / 255
     assert image.shape == (3, HEIGHT, WIDTH)
     x1, y1, x2, y2 = target["boxes"][0].int().tolist()
     assert (image[:, y1:y2, x1:x2] == 1).all()

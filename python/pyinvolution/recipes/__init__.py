@@ -11,6 +11,7 @@ _MODULES = {
     "Classification": "classification.task",
     "CocoData": "detection.coco",
     "Detection": "detection.task",
+    "HuggingFaceData": "classification.hugging_face",
     "ImageFolderData": "classification.imagefolder",
     "LabelMapData": "segmentation.label_maps",
     "Recipe": "recipe",
@@ -42,6 +43,7 @@ alias_modules(
         "recipes.module": "recipes.recipe",
         "recipes.peers": "studies.compare_systems",
         "recipes.search": "studies.search",
+        "recipes.search.files": "studies.files",
         "recipes.segmentation.figure": "studies.figure",
         "recipes.segmentation.module": "recipes.segmentation.task",
     }
@@ -52,7 +54,6 @@ alias_modules(
             "costs",
             "data",
             "evaluation",
-            "files",
             "pipeline",
             "report",
             "space",
