@@ -6,6 +6,7 @@ import pickle
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_voc_counts_pixels_from_one(tmp_path):
         str(tmp_path / "out"), "images", "images", "annotations/instances_train.json", "annotations/instances_val.json",
         num_workers=0,
     )  # fmt: skip
-    data.trainer = None
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(masks=False))
     data.setup("fit")
     assert data.classes == ["cat", "dog"]
     assert data.val_samples[0][1]["boxes"].tolist() == [[1.5, 0, 4, 2]]

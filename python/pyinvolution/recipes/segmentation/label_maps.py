@@ -448,7 +448,15 @@ class SegmentationData(RecipeData):
         super().load_state_dict(state)
         if "table" not in state:  # of earlier versions, which knew Cityscapes only
             return
-        theirs = ClassTable.of(state["table"], "the checkpoint's table of classes")
+        self.check_table(state["table"])
+
+    def check_table(self, content: Any) -> None:
+        """Take a checkpoint's table of classes, where there is none yet.
+
+        Raises:
+            RecipeError: there is another.
+        """
+        theirs = ClassTable.of(content, "the checkpoint's table of classes")
         if self.table and self.table.names != theirs.names:
             raise RecipeError(
                 f"data.table has the classes {', '.join(self.table.names)}; the checkpoint knows "
