@@ -1,5 +1,8 @@
 """Tables of classes, and segmentation of a folder of images and a folder of label maps."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -235,3 +238,12 @@ def test_a_missing_table_is_no_matter_for_predict(tree, tmp_path):
     data.setup("predict")
     assert data.table is None
     assert len(data.predict_samples) == 8
+
+
+def test_the_documents_table(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    (block,) = re.findall(r"```yaml\n(# data/mine/classes.yaml.*?)```", page, re.DOTALL)
+    (tmp_path / "classes.yaml").write_text(block)
+    table = ClassTable.read(tmp_path / "classes.yaml")
+    assert table.names == ["road", "sky"]
+    assert table.train_ids(np.array([0, 1, 2, 255])).tolist() == [0, 1, 0, IGNORED]
