@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from recipe_support import environment, write_images
+from recipe_support import environment, one_thread, write_images  # noqa: F401
 
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.models import create_model
 from pyinvolution.recipes import RecipeError, configs
+from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.studies.comparison import definition, pipeline, report
 from pyinvolution.studies.comparison.runner import Runner
 
@@ -146,10 +147,42 @@ def test_wrong_definitions(tmp_path, data, changed, message):
         definition.read(str(write_study(tmp_path, data, **changed)), {})
 
 
+class Done:
+    """A process that has ended."""
+
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Lets trainings run in this process, which need not import everything again; gives their names as they begin."""
+    begun = []
+
+    def start(runner, training):
+        folder = runner.place(training)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(runner._recipe(training))
+        begun.append(f"{training.run}, {training.label}")
+        try:
+            recipe_cli.run(["fit", "--config", str(folder / "recipe.yaml")])
+        except RecipeError as error:
+            (folder / "log.txt").write_text(str(error))
+            return Done(2)
+        (folder / "log.txt").write_text("done")
+        return Done(0)
+
+    monkeypatch.setattr(Runner, "_start", start)
+    return begun
+
+
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_from_data_to_table(tmp_path, data, capsys, monkeypatch):
+def test_from_data_to_table(tmp_path, data, capsys, here):
     """A whole comparison with tuning; the second call trains nothing, and a change is refused."""
     tuning = {"trainer": {"max_epochs": 1}, "data": {"init_args": {"held_out": 0.5}}}
     path = write_study(tmp_path, data, seeds=[0], grid={"model.init_args.lr": [0.01, 0.5]}, tuning=tuning)
@@ -182,8 +215,10 @@ def test_from_data_to_table(tmp_path, data, capsys, monkeypatch):
     assert {path.name for path in results.iterdir()} == {stem, f"{stem}.json", f"{stem}.md"}
     assert {path.name for path in (results / stem).iterdir()} == {"conv-seed0.log", "inv-seed0.log"}
     assert "`inv` against `conv`" in (results / f"{stem}.md").read_text()
-    monkeypatch.setattr(Runner, "_start", lambda *arguments: pytest.fail("it trains again"))
+    expected = [f"{name}, tuning_lr={lr}" for name in ("conv", "inv") for lr in (0.01, 0.5)]
+    assert here == [*expected, "conv, seed0", "inv, seed0"]
     assert not run()[0]
+    assert len(here) == 6, "nothing is trained again"
     code, printed = run("--set", "trainer.max_epochs=3")
     assert code == 2
     assert "is not the configuration of this comparison's" in printed.err
@@ -204,7 +239,7 @@ def test_costs_and_means():
     assert report._text(None, 100, 1) == "not finished"
 
 
-def test_nothing_unfinished_is_published(tmp_path, data):
+def test_nothing_unfinished_is_published(tmp_path, data, here):
     """Of two recipes one is trained: its figures are reported, but nothing goes to the results."""
     study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
     made = pipeline.run(study, "own", tmp_path / "out", only=["inv"], results=tmp_path / "results")
@@ -223,7 +258,7 @@ def test_nothing_unfinished_is_published(tmp_path, data):
     assert made["runs"]["inv"]["trainings"] == [], "a run without a result is not reported"
 
 
-def test_a_failed_training_is_named(tmp_path, data):
+def test_a_failed_training_is_named(tmp_path, data, here):
     """The others come to their end before."""
     path = write_study(tmp_path, data, seeds=[0])
     broken = yaml.safe_load((tmp_path / "conv.yaml").read_text())
@@ -236,7 +271,7 @@ def test_a_failed_training_is_named(tmp_path, data):
     assert (tmp_path / "out/inv/seed0/result.json").is_file()
 
 
-def test_stopped_comparison_goes_on(tmp_path, data):
+def test_stopped_comparison_goes_on(tmp_path, data, here):
     """SIGTERM in the middle of a training: it saves itself, and ends with the weights of one that was not stopped."""
     path = write_study(tmp_path, data, seeds=[0], overrides={"trainer": {"max_epochs": 40}})
     command = [sys.executable, "-m", "pyinvolution", "study", str(path), "--only", "inv"]
@@ -244,7 +279,8 @@ def test_stopped_comparison_goes_on(tmp_path, data):
     def start(output):
         return subprocess.Popen([*command, "--output", str(output)], env=environment(), stdout=subprocess.DEVNULL)
 
-    assert start(tmp_path / "whole").wait(300) == 0
+    pipeline.run(definition.read(str(path), {}), "own", tmp_path / "whole", only=["inv"])
+    assert here == ["inv, seed0"]
     process = start(tmp_path / "half")
     last = tmp_path / "half/inv/seed0/last.ckpt"
     end = time.monotonic() + 200

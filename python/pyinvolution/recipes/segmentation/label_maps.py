@@ -367,7 +367,7 @@ class SegmentationData(RecipeData):
         jitter = OwnSizeJitter if size is None else partial(v2.ScaleJitter, (size[1], size[0]))  # width before height
         self.train_transform = v2.Compose(
             [
-                jitter(tuple(scale)),
+                jitter((scale[0], scale[1])),
                 BalancedCrop((crop[0], crop[1]), max_class_share, mean),
                 v2.RandomHorizontalFlip(hflip),
                 *([PhotometricDistortion()] if distortion else []),

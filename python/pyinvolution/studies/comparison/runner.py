@@ -142,13 +142,13 @@ class Runner:
         logged = plots.read_metrics(folder)
         found, curves = {}, {}
         for metric in metrics:
-            at, values = logged.get(metric, ((), ()))
-            if not len(at) or at[-1] < total - 1:
+            if metric not in logged or logged[metric][0][-1] < total - 1:
                 known = ", ".join(each for each in logged if each.startswith("val/"))
                 raise RecipeError(
                     f"{name}: there is no {metric} of the last step, {total}: let trainer.check_val_every_n_epoch "
                     f"divide trainer.max_epochs; it logs {known}"
                 )
+            at, values = logged[metric]
             found[metric] = float(values[-1])
             curves[metric] = [[int(step), float(value)] for step, value in zip(at, values, strict=True)]
         seconds = {
