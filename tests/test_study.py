@@ -211,6 +211,7 @@ def test_from_data_to_table(tmp_path, data, capsys, here):
         logged = (output / name / "seed0/logs/version_0/metrics.csv").read_text()
         assert f"{training['metrics']['val/loss']}"[:8] in logged
         assert training["epoch_cpu_s"] > 0
+        assert training["validation"].keys() == {"val/loss", "val/top1", "val/top5"}
     stem = f"{made['date']}-study-own"
     assert {path.name for path in results.iterdir()} == {stem, f"{stem}.json", f"{stem}.md"}
     assert {path.name for path in (results / stem).iterdir()} == {"conv-seed0.log", "inv-seed0.log"}

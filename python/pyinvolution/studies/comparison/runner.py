@@ -157,6 +157,11 @@ class Runner:
         }
         result = {
             "metrics": found,
+            "validation": {
+                name: float(values[-1])
+                for name, (at, values) in logged.items()
+                if name.startswith("val/") and at[-1] >= total - 1
+            },
             "steps": total,
             "seed": training.seed,
             "values": training.values,
