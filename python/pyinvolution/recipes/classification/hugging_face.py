@@ -48,7 +48,7 @@ class TableImages:
 
 
 class HuggingFaceData(ImageFolderData):
-    """Images of a data set of Hugging Face, read through `datasets` (``pip install datasets``) as tables on disk, so
+    """Images of a data set of Hugging Face, read through `datasets` (the extra ``hub``) as tables on disk, so
     that an interrupted run is resumed as exactly as with files.
 
     Args:
@@ -77,7 +77,7 @@ class HuggingFaceData(ImageFolderData):
     ) -> None:
         super().__init__(root, **kwargs)
         if find_spec("datasets") is None:
-            raise RecipeError("data.class_path=HuggingFaceData needs datasets: pip install datasets")
+            raise RecipeError('data.class_path=HuggingFaceData needs datasets: pip install "pyinvolution[hub]"')
         if self.held_out:
             raise RecipeError(f"data.held_out is {self.held_out}, expected 0 with data of Hugging Face: name a split")
         self.where, self.splits = root, {"train": train, "val": val}
