@@ -286,5 +286,9 @@ def test_images_become_floats_after_the_transfer(root):
         images, targets = data.on_after_batch_transfer([pixels, "targets"], 0)
         assert targets == "targets"
         torch.testing.assert_close(images, convert(expected), rtol=1e-6, atol=1e-6)
+        images, _ = data.on_after_batch_transfer([pixels / 255, "targets"], 0)
+        torch.testing.assert_close(images, convert(expected), rtol=1e-6, atol=1e-6)
         images, _ = data.on_after_batch_transfer([[*pixels], "targets"], 0)
         torch.testing.assert_close(images, [*convert(expected)], rtol=1e-6, atol=1e-6)
+    for batch in ({"x": pixels}, [], [torch.arange(3)], ["text", pixels]):
+        assert data.on_after_batch_transfer(batch, 0) == batch, "of another form"

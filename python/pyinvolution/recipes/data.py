@@ -137,7 +137,8 @@ class EvalSampler(DistributedSampler):
 class RecipeData(pl.LightningDataModule):
     """Loaders of a recipe. A subclass sets ``train_samples``, ``val_samples`` or ``predict_samples`` in ``setup``.
 
-    Training drops the samples that do not fill an optimizer step (another selection every epoch).
+    Training drops the samples that do not fill an optimizer step (another selection every epoch). Images are the first
+    entry of a sample, (3, H, W), as uint8, which become floats on the device (`prepare`), or as floats.
 
     Args:
         batch_size: samples a device and forward pass in training.
@@ -268,13 +269,20 @@ class RecipeData(pl.LightningDataModule):
         return images if self.normalization is None else normalize(images, *map(list, self.normalization))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """`prepare` on the device, to which a quarter of the bytes are sent."""
+        """`prepare` the images, a tensor or a list of them, on the device, to which a quarter of the bytes are sent.
 
-        def ready(images: Tensor) -> Tensor:
+        They are the first entry of a batch; a batch of another form stays as it is.
+        """
+
+        def ready(images: Any) -> Any:
+            if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+                return images
             return self.trainer.precision_plugin.convert_input(self.prepare(images))
 
+        if not isinstance(batch, (list, tuple)) or not batch:
+            return batch
         images, *rest = batch
-        return [ready(images) if isinstance(images, Tensor) else [*map(ready, images)], *rest]
+        return [[*map(ready, images)] if isinstance(images, (list, tuple)) else ready(images), *rest]
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps_per_epoch": self.steps_per_epoch, "seed": self.seed, "global_batch": self.global_batch}
