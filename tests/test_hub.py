@@ -68,7 +68,7 @@ def test_folders_come_first(client, tmp_path):
 
 
 def test_what_the_hub_refuses(client):
-    with pytest.raises(ConnectionError, match=r"path is 'you/none', which is no folder here, .*: 404 not found"):
+    with pytest.raises(ConnectionError, match=r"path is 'you/none', which is not a folder here, .*: 404 not found"):
         from_pretrained("you/none")
     with pytest.raises(ValueError, match="repository is 'small', expected OWNER/NAME"):
         push_to_hub(create_model("rednet", **OPTIONS), "small")

@@ -232,7 +232,7 @@ def test_costs_and_means():
     net = create_model("searchable", num_classes=2, stages=STAGES, stem="small")
     parameters, operations = report.costs(config, [3, 16, 16])
     assert parameters == sum(parameter.numel() for parameter in net.parameters())
-    assert operations > 64 * 27 * 64, "the stem alone"
+    assert operations > 64 * 27 * 64, "of the stem only"
     spread = report._spread([0.5, 0.6, 0.7])
     assert spread["mean"] == pytest.approx(0.6)
     assert spread["std"] == pytest.approx(0.1)

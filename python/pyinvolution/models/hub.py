@@ -41,7 +41,7 @@ def download(repository: str, files: Sequence[str], revision: str | None = None)
     except (OSError, ValueError) as error:  # its own errors are of these
         reason = " ".join(str(error).split())
         raise ConnectionError(
-            f"path is {repository!r}, which is no folder here, and cannot be had from the hub: {reason}"
+            f"path is {repository!r}, which is not a folder here, and cannot be had from the hub: {reason}"
         ) from error
 
 
