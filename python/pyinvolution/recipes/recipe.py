@@ -208,7 +208,9 @@ class Recipe(pl.LightningModule):
         decays = [group["weight_decay"] for group in self._groups()]
         for group, factor, decay in zip(optimizer.param_groups, scheduler.lr_lambdas, decays, strict=True):
             rate = {"initial_lr": lr, "lr": lr * factor(scheduler.last_epoch)}
-            group |= optimizer.defaults | rate | {"weight_decay": decay}
+            settings = optimizer.defaults | rate | {"weight_decay": decay}
+            # torch adds to the defaults of an optimizer when it loads one.
+            group |= {name: value for name, value in settings.items() if name in group}
         now = _settings(self.hparams, data_of(self.trainer).hparams) | {"the run's length": self._total_steps}
         changed = [
             f"{name}={now[name]} (before: {value})"

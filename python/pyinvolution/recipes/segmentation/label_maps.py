@@ -215,7 +215,7 @@ class OwnSizeJitter(v2.ScaleJitter):
         super().__init__((1, 1), scale)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2._utils.query_size(flat_inputs)
+        height, width = v2.query_size(flat_inputs)
         scale = torch.empty(1).uniform_(*self.scale_range).item()
         return {"size": (max(round(height * scale), 1), max(round(width * scale), 1))}
 
