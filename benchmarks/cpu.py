@@ -45,6 +45,7 @@ from benchmarks.harness import (
     span_tensors,
     write_rows,
 )
+from benchmarks.loader import loader
 from benchmarks.roofline import Work
 from benchmarks.systems import systems
 from pyinvolution import Involution2d, ops, optimize_for_inference, reference
@@ -429,6 +430,17 @@ def summary(report: Report, about: dict[str, Any]) -> str:
         if r["what"].startswith("host overhead")
     ]
 
+    loaded = [
+        (
+            r["name"],
+            f"{r['images_per_s']:.0f}",
+            f"{r['Pillow, float: images_per_s']:.0f}",
+            Ratio.from_row(r, "Pillow, float"),
+        )
+        for r in report.rows
+        if r["what"] == "loader"
+    ]
+
     shapes: dict[tuple[str, int], list[object]] = {}
     for (what, name, threads), r in by.items():
         if what.startswith("users' shapes"):
@@ -457,6 +469,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
         ("One pixel, one thread.", ("overhead of a call", "us", "conv2d, us", "times conv2d's"), calls),
         ("", ("involution2d against unfold + einsum", "slowest layer", "median layer"), unfolded),
         (narrow_text, narrow_head, narrow),
+        ("One core.", ("data loading", "images/s", "Pillow and floats, images/s", "faster"), loaded),
     )
     texts: list[str] = []
     for text, columns, cells in parts:
@@ -500,7 +513,7 @@ def chart(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-PARTS = ("overhead", "layers", "users", "unfold", "inference", "training", "systems")
+PARTS = ("overhead", "layers", "users", "unfold", "inference", "training", "systems", "loader")
 
 
 def main() -> None:
@@ -543,6 +556,8 @@ def main() -> None:
         memory(report, arguments.batch)
     if wanted("systems"):
         systems(report, max(arguments.threads))
+    if wanted("loader"):
+        loader(report)
     if wanted("unfold") and platform.system() == "Linux":
         # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; last, since they stay.
         libc = ctypes.CDLL(None)

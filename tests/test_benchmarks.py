@@ -13,7 +13,20 @@ import pytest
 import torch
 from cases import REDNET50, same
 
-from benchmarks import ROOT, counts, cpu, family, gpu, harness, operators, predict, roofline, systems, targets
+from benchmarks import (
+    ROOT,
+    counts,
+    cpu,
+    family,
+    gpu,
+    harness,
+    loader,
+    operators,
+    predict,
+    roofline,
+    systems,
+    targets,
+)
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
 from pyinvolution.studies import timing
@@ -57,6 +70,22 @@ def test_layers_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     text = files[".md"].read_text()
     assert "| 32@14 s2 N=1 | 1 |" in text
     assert "ResNet-50 |" not in text, "a table without rows"
+
+
+def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides load the same images; the row has the images a second of the median."""
+    for module in ("lightning", "sklearn"):
+        pytest.importorskip(module)
+    monkeypatch.setattr(cpu, "limits", lambda threads: {})
+    monkeypatch.setattr(cpu, "loader", lambda report: loader.loader(report, 4, 0.01))
+    monkeypatch.setattr(cpu, "chart", lambda report, path: None)
+    monkeypatch.setattr("sys.argv", ["cpu", "--only", "loader", "--threads", "1", "--output", str(tmp_path)])
+    cpu.main()
+    (path,) = tmp_path.glob("*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["images_per_s"] == pytest.approx(4 / (row["ms"] / 1e3))
+    assert row["Pillow, float: images_per_s"] == pytest.approx(4 / (row["Pillow, float: ms"] / 1e3))
+    assert "| data loading | images/s |" in path.with_suffix(".md").read_text()
 
 
 def test_systems_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

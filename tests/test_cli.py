@@ -100,7 +100,7 @@ def test_every_field_can_be_overridden(capsys, tmp_path):
     [
         (
             ["--config", "imagenet/rednet51.yaml"],
-            "--config is imagenet/rednet51.yaml, expected a file or one of cityscapes/",
+            "--config is imagenet/rednet51.yaml, expected a file or one of bccd/",
         ),
         (["--config"], "--config is empty, expected a file"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs"),

@@ -70,6 +70,20 @@ def test_bases_of_ones_own(tmp_path: Path) -> None:
     assert merged["model"]["init_args"] == {**base["model"]["init_args"], "lr": 0.001}
 
 
+def test_options_of_a_base_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line sees the options of the model that the printed file has: the base's, and one's own."""
+    (tmp_path / "own.yaml").write_text(
+        "base: bccd/faster_rcnn_inv.yaml\n"
+        "model: {init_args: {options: {hidden: 8, backbone_options: {layers: [2, 2, 2]}}}}"
+    )
+    expected = configs.load("bccd/faster_rcnn_inv.yaml")["model"]["init_args"]["options"]
+    assert (expected["neck"], expected["backbone_options"]["frozen_stages"]) == ("involution", -1)
+    expected = configs.merge(expected, {"hidden": 8, "backbone_options": {"layers": [2, 2, 2]}})
+    assert configs.load(str(tmp_path / "own.yaml"))["model"]["init_args"]["options"] == expected
+    values = yaml.safe_load(parsed(capsys, str(tmp_path / "own.yaml")))
+    assert values["model"]["init_args"]["options"] == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

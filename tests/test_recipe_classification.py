@@ -91,7 +91,7 @@ def test_validation_metrics(data, tmp_path):
     images, targets = zip(*(samples[index] for index in range(10)), strict=True)
     targets = torch.tensor(targets)
     with torch.no_grad():
-        logits = cli.model.eval()(torch.stack(images))
+        logits = cli.model.eval()(cli.datamodule.prepare(torch.stack(images)))
     metrics = cli.trainer.callback_metrics
     assert metrics["val/top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
     assert metrics["val/top5"] == 1
@@ -141,6 +141,9 @@ def test_init_from_nothing(tmp_path):
         ({"warmup_steps": -1}, "model.warmup_steps"),
         ({"ema_decay": 1.0}, "model.ema_decay"),
         ({"label_smoothing": 1.0}, "model.label_smoothing"),
+        ({"mixup": -1.0}, "model.mixup"),
+        ({"cutmix": 0.5, "num_classes": 1}, "model.num_classes is 1, expected at least 2 with mixup"),
+        ({"vector_decay": -1.0}, "model.vector_decay"),
         ({"num_classes": 0}, "model.num_classes"),
         ({"name": "rednet51"}, "did you mean 'rednet50'"),
         ({"options": SMALL | {"kernel": 3}}, "kernel"),
@@ -161,3 +164,99 @@ def test_validation_loss_leaves_out_what_is_padding(monkeypatch):
         model.validation_step((images, targets), 0)
         expected = cross_entropy(model(images)[:2], targets[:2])
     torch.testing.assert_close(model.val_loss.compute(), expected)
+
+
+def test_mixing_is_of_images_and_targets_alike(monkeypatch):
+    """CutMix of a black and a white image: the share of white is the target's; MixUp: each pixel is."""
+    model = Classification("rednet", 4, SMALL, label_smoothing=0.0, mixup=1.0, cutmix=1.0)
+    seen = []
+
+    def forward(images):
+        seen.append(images)
+        return torch.zeros(len(images), 4, requires_grad=True)
+
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    targets = []
+    update = model.train_top1.update
+    monkeypatch.setattr(
+        model.train_top1, "update", lambda logits, found: (targets.append(found), update(logits, found))
+    )
+    images = torch.cat([torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)])
+    shares, kinds = [], set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model.training_step((images, torch.tensor([0, 1])), 0)
+        mixed = seen[-1]
+        kinds.add("MixUp" if ((mixed > 0) & (mixed < 1)).any() else "CutMix")
+        white = mixed.mean((1, 2, 3))
+        shares.append(white[0].item())
+        assert targets[-1].tolist() == [int(value > 0.5) for value in white.tolist()]
+    assert kinds == {"MixUp", "CutMix"}
+    assert 0.2 < sum(shares) / len(shares) < 0.8
+    torch.manual_seed(3)
+    model.training_step((images, torch.tensor([0, 1])), 0)
+    again = seen[-1]
+    torch.manual_seed(3)
+    model.training_step((images, torch.tensor([0, 1])), 0)
+    assert torch.equal(again, seen[-1]), "as the seed of the step says, so that a resumed run mixes the same"
+
+
+def test_loss_of_a_mixed_batch(monkeypatch):
+    """Cross entropy with each image's shares of the two classes."""
+    model = Classification("rednet", 4, SMALL, label_smoothing=0.0, mixup=1.0)
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    logits = torch.tensor([[1.0, -1, 0, 2], [0.5, 3, 1, 0]])
+    monkeypatch.setattr(model, "forward", lambda images: logits + 0 * images.sum())
+    images = torch.cat([torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)])
+    torch.manual_seed(0)
+    loss = model.training_step((images, torch.tensor([3, 1])), 0)
+    torch.manual_seed(0)
+    mixed, _ = model.mix(images, torch.tensor([3, 1]))
+    white = mixed[:, 0, 0, 0]
+    shares = torch.zeros(2, 4)
+    shares[:, 1], shares[:, 3] = white, 1 - white
+    torch.testing.assert_close(loss, -(shares * logits.log_softmax(1)).sum(1).mean())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+def test_decay_of_vectors(data, tmp_path, optimizer):
+    """Biases and the weights of norms have a decay of their own; a resumed run takes it from its configuration."""
+    settings = [f"--model.optimizer={optimizer}", "--model.weight_decay=0.01", "--model.vector_decay=0.0"]
+    run = recipe_cli.run(fit_arguments(data, tmp_path, *settings, "--trainer.max_epochs=1"))
+    groups = run.trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert all(parameter.ndim >= 2 for parameter in groups[0]["params"])
+    assert {parameter.ndim for parameter in groups[1]["params"]} == {1}
+    assert sum(len(group["params"]) for group in groups) == len([*run.model.parameters()])
+    last = f"--ckpt_path={tmp_path / 'last.ckpt'}"
+    settings[1:] = ["--model.weight_decay=0.02", "--model.vector_decay=0.005"]
+    run = recipe_cli.run(fit_arguments(data, tmp_path, *settings, "--trainer.max_epochs=2", last))
+    assert [group["weight_decay"] for group in run.trainer.optimizers[0].param_groups] == [0.02, 0.005]
+    with pytest.raises(RecipeError, match="made with 2 groups of parameters, this run has 1: give model"):
+        recipe_cli.run(fit_arguments(data, tmp_path, settings[0], "--trainer.max_epochs=3", last))
+    other = "adamw" if optimizer == "lamb" else "lamb"
+    with pytest.raises(RecipeError, match=f"made with model.optimizer={optimizer}, this run has {other}"):
+        recipe_cli.run(fit_arguments(data, tmp_path, f"--model.optimizer={other}", "--trainer.max_epochs=3", last))
+
+
+def test_the_modern_recipe(data, tmp_path):
+    """All of its parts together, on images of 16 pixels."""
+    arguments = [*fit_arguments(data, tmp_path, "--trainer.max_epochs=1", "--model.warmup_steps=0")]
+    arguments.insert(1, "--config=imagenet/rednet50_modern.yaml")
+    names = ("RandomResizedCrop: {size: 16}", "RandomHorizontalFlip: {}", "TrivialAugmentWide: {}", "RandomErasing: {}")
+    transforms = ", ".join(f"{{{name}}}" for name in names)
+    run = recipe_cli.run([*arguments, f"--data.train_transform=[{transforms}]"])
+    assert type(run.trainer.optimizers[0]).__name__ == "Lamb"
+    assert {type(part).__name__ for part in run.model.mix.transforms} == {"MixUp", "CutMix"}
+    assert "current_model_state" in torch.load(tmp_path / "last.ckpt", weights_only=True), "averaged weights"
+    assert torch.isfinite(run.trainer.callback_metrics["val/loss"])
+    config = run.config["fit"]["model"]["init_args"]
+    assert (config["weight_decay"], config["vector_decay"], config["cutmix"]) == (0.02, 0.0, 1.0)
+
+
+def test_time_of_an_epoch(data, tmp_path):
+    run = recipe_cli.run(fit_arguments(data, tmp_path, "--trainer.max_epochs=1"))
+    metrics = run.trainer.callback_metrics
+    assert metrics["train/epoch_cpu_s"] > 0
+    assert 0 < metrics["train/epoch_s"] < 600

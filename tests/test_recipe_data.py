@@ -96,7 +96,8 @@ def test_evaluation_pipeline(root):
     image, _ = data.val_samples[0]
     pixels = torch.from_numpy(np.asarray(Image.open(data.val_samples.files[0][0]))).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.5, 0.25, 0.0])[:, None, None], torch.tensor([0.5, 1.0, 2.0])[:, None, None]
-    torch.testing.assert_close(image, (pixels[:, 4:12, 4:12] - mean) / std)
+    assert image.dtype == torch.uint8
+    torch.testing.assert_close(data.prepare(image), (pixels[:, 4:12, 4:12] - mean) / std)
 
 
 BROKEN = {
@@ -210,7 +211,7 @@ def test_images_of_16_bits(tmp_path):
             Image.fromarray(gray).save(tmp_path / split / name / "1.png")
     data = loaded(tmp_path, mean=(0, 0, 0), std=(1, 1, 1))
     expected = torch.from_numpy(gray.astype(np.float32) / 65535).expand(3, 16, 16)
-    torch.testing.assert_close(data.val_samples[0][0], expected)
+    torch.testing.assert_close(data.prepare(data.val_samples[0][0]), expected, rtol=0, atol=0.5 / 255)
 
 
 def test_digits(tmp_path):
@@ -236,3 +237,58 @@ def test_digits(tmp_path):
     write_digits(tmp_path)
     assert digest() == first
     assert (tmp_path / sorted(first)[2]).stat().st_mtime_ns == kept
+
+
+def test_test_for_val(tmp_path):
+    """Where there is no folder val, test is evaluated; else val."""
+    root = write_images(tmp_path / "data", val=6)
+    (root / "val").rename(root / "test")
+    data = loaded(root)
+    assert len(data.val_samples) == 6
+    assert all(f"{root}/test/" in path for path, _ in data.val_samples.files)
+    data = loaded(root, stage="predict")
+    assert len(data.predict_samples) == 6
+    write_images(root, train=1, val=4)
+    assert len(loaded(root).val_samples) == 4
+
+
+def test_held_out_images(root):
+    """A share of every class's training images, the same for every seed, instead of val."""
+    data, other = (loaded(root, held_out=0.25, seed=seed) for seed in (0, 1))
+    held, kept = ({path for path, _ in samples.files} for samples in (data.val_samples, data.train_samples))
+    assert held == {path for path, _ in other.val_samples.files}
+    assert not held & kept
+    everything = loaded(root)
+    assert held | kept == {path for path, _ in everything.train_samples.files}
+    assert [sum(target == index for _, target in data.val_samples.files) for index in range(2)] == [3, 3]
+    assert torch.equal(data.val_samples[0][0], data.val_samples[0][0]), "they are not augmented"
+    with pytest.raises(RecipeError, match=r"data.held_out is 1.0, expected a value in \[0, 1\)"):
+        loaded(root, held_out=1.0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
+def test_resizing_of_pixels_is_pillows(root, interpolation):
+    """Within a level, though the pixels are a tensor; Lanczos is Pillow's own."""
+    data = loaded(root, interpolation=interpolation, size=11, resize=11)
+    path = data.val_samples.files[3][0]
+    image = Image.open(path).resize((11, 11), getattr(Image.Resampling, interpolation.upper()))
+    difference = data.val_samples[3][0].permute(1, 2, 0).int() - torch.from_numpy(np.array(image)).int()
+    assert difference.abs().max() <= (interpolation == "bilinear")
+
+
+def test_images_become_floats_after_the_transfer(root):
+    """In the type of the run's precision, images in lists too; what else is in a batch stays."""
+    data = loaded(root, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
+    for convert in (lambda tensor: tensor, lambda tensor: tensor.double()):
+        data.trainer.precision_plugin = SimpleNamespace(convert_input=convert)
+        pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+        expected = (pixels / 255 - 0.5) / torch.tensor([0.25, 0.5, 1.0])[:, None, None]
+        images, targets = data.on_after_batch_transfer([pixels, "targets"], 0)
+        assert targets == "targets"
+        torch.testing.assert_close(images, convert(expected), rtol=1e-6, atol=1e-6)
+        images, _ = data.on_after_batch_transfer([pixels / 255, "targets"], 0)
+        torch.testing.assert_close(images, convert(expected), rtol=1e-6, atol=1e-6)
+        images, _ = data.on_after_batch_transfer([[*pixels], "targets"], 0)
+        torch.testing.assert_close(images, [*convert(expected)], rtol=1e-6, atol=1e-6)
+    for batch in ({"x": pixels}, [], [torch.arange(3)], ["text", pixels]):
+        assert data.on_after_batch_transfer(batch, 0) == batch, "of another form"

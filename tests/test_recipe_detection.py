@@ -159,8 +159,10 @@ def test_targets_of_training(data):
     assert [samples.dataset.ids[index] for index in range(len(samples))] == [1007, 1021, 1028, 1035, 1042, 1049]
     image, target = samples[0]
     assert image.shape == (3, HEIGHT, WIDTH)
-    assert image.dtype == torch.float32
-    assert 0 <= image.min() < image.max() <= 1
+    assert image.dtype == torch.uint8
+    ready = module.prepare(image)
+    assert ready.dtype == torch.float32
+    assert 0 <= ready.min() < ready.max() <= 1
     assert target["labels"].tolist() == [2]
     assert target["masks"].shape == (1, HEIGHT, WIDTH)
     x1, y1, x2, y2 = target["boxes"][0].int().tolist()
@@ -529,6 +531,7 @@ def test_exif_orientation(data, tmp_path, orientation):
 
     samples = changed_in_both(tmp_path / "data", tmp_path, change).train_samples
     image, target = samples[samples.dataset.ids.index(1021)]
+    image = image / 255
     assert image.shape == (3, HEIGHT, WIDTH)
     x1, y1, x2, y2 = target["boxes"][0].int().tolist()
     assert (image[:, y1:y2, x1:x2] == 1).all()
@@ -621,10 +624,15 @@ class Oracle(nn.Module):
             labels = torch.cat([target["labels"], torch.tensor([1])])
             labels[::4] = 2
             scores = torch.rand(len(boxes), generator=draw)
-            self.found.append((image, {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}))
+            self.found.append(
+                (image.float() / 255, {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks})
+            )
 
     def forward(self, images):
-        return [dict(next(found for known, found in self.found if torch.equal(known, image))) for image in images]
+        return [
+            dict(next(found for known, found in self.found if torch.allclose(known, image, atol=1e-6)))
+            for image in images
+        ]
 
 
 def test_evaluation_is_cocos(data, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 pytest.importorskip("lightning")
 from pyinvolution.recipes import RecipeError
 from pyinvolution.recipes.data import UnreadableSample
-from pyinvolution.recipes.images import find_images, is_hidden, output_names, read_image, relative_names
+from pyinvolution.recipes.images import find_images, is_hidden, output_names, read_image, read_pixels, relative_names
 
 GRAY = np.linspace(0, 255, 24, dtype=np.uint8).reshape(4, 6)
 """What every file of this module shows."""
@@ -163,6 +163,59 @@ def test_exif_orientation(tmp_path, orientation, suffix):
         8: GRAY[:, ::-1].T,
     }[orientation]
     assert (np.asarray(read_image(tmp_path / f"image.{suffix}"))[..., 0] == seen).all()
+
+
+def both(path):
+    """What `read_pixels` and `read_image` make of a file, (H, W, 3)."""
+    return read_pixels(path).permute(1, 2, 0).numpy(), np.asarray(read_image(path))
+
+
+COLOURS = np.dstack(
+    [np.linspace(start, end, 48 * 32).reshape(32, 48) for start, end in ((0, 255), (200, 40), (90, 90))]
+)
+
+
+@pytest.mark.parametrize("orientation", [0, *range(1, 9), 9])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_is_read_as_by_pillow(tmp_path, orientation, mode):
+    """The two decoders may be built with libjpegs that differ by a level."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(COLOURS.astype(np.uint8)).convert(mode).save(tmp_path / "1.jpg", exif=exif, quality=90)
+    ours, pillows = both(tmp_path / "1.jpg")
+    assert ours.shape == ((48, 32, 3) if 5 <= orientation <= 8 else (32, 48, 3))
+    assert ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - pillows).max() <= 1
+
+
+def test_jpeg_with_damaged_exif(tmp_path):
+    Image.fromarray(COLOURS.astype(np.uint8)).save(
+        tmp_path / "1.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff"
+    )
+    ours, pillows = both(tmp_path / "1.jpg")
+    assert np.abs(ours.astype(int) - pillows).max() <= 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_files_are_read_by_pillow(tmp_path, name):
+    FILES[name].save(tmp_path / name)
+    ours, _ = both(tmp_path / name)
+    assert (ours == GRAY[..., None]).all()
+    content = (tmp_path / name).read_bytes()
+    assert (read_pixels(content).numpy() == GRAY).all()
+
+
+def test_pixels_of_damaged_files_are_refused(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "1.jpg")
+    content = (tmp_path / "1.jpg").read_bytes()
+    for broken in (content[: len(content) // 2], content[:10], b"", b"text"):
+        (tmp_path / "1.jpg").write_bytes(broken)
+        with pytest.raises(UnreadableSample, match=f"cannot read image {tmp_path / '1.jpg'}"):
+            read_pixels(tmp_path / "1.jpg")
+        with pytest.raises(UnreadableSample, match="cannot read image 7 of a table"):
+            read_pixels(broken, "7 of a table")
+    with pytest.raises(UnreadableSample, match=r"cannot read image .*none\.jpg: .*No such file"):
+        read_pixels(tmp_path / "none.jpg")
 
 
 def test_found_images(tmp_path):

@@ -20,16 +20,9 @@ from pyinvolution.recipes import CityscapesData, RecipeError, Segmentation
 from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.segmentation import digits
-from pyinvolution.recipes.segmentation.cityscapes import (
-    CLASSES,
-    IGNORED,
-    IMAGE_SUFFIX,
-    LABEL_IDS,
-    PALETTE,
-    TRAIN_IDS,
-    BalancedCrop,
-)
+from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IMAGE_SUFFIX, LABEL_IDS, PALETTE, TABLE
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
+from pyinvolution.recipes.segmentation.label_maps import IGNORED, BalancedCrop
 from pyinvolution.studies import figure
 
 BACKBONE = "{layers: [1, 1], base_channels: 16, stem_channels: 32, stem_kernel_size: 3}"
@@ -93,8 +86,12 @@ def test_ids_and_colors():
     assert len(CLASSES) == 19
     assert (CLASSES[0], CLASSES[13], CLASSES[18]) == ("road", "car", "bicycle")
     assert LABEL_IDS.tolist() == [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-    assert [TRAIN_IDS[i] for i in (7, 26, 33)] == [0, 13, 18]
-    assert set(np.delete(TRAIN_IDS, LABEL_IDS).tolist()) == {IGNORED}
+    assert TABLE.train_ids(np.array([7, 26, 33])).tolist() == [0, 13, 18]
+    others = np.setdiff1d([*range(34), 255], LABEL_IDS)
+    assert set(TABLE.train_ids(others).tolist()) == {IGNORED}
+    for value in (34, 254):
+        with pytest.raises(ValueError, match=f"the value {value}, expected the ids of Cityscapes, 0 to 33 and 255"):
+            TABLE.train_ids(np.array([value]))
     assert PALETTE[0].tolist() == [128, 64, 128]
     assert PALETTE[13].tolist() == [0, 0, 142]
 
@@ -129,7 +126,8 @@ def test_sample(tree):
     expected[:, 32:], expected[:, :3] = CAR, IGNORED
     pixels = torch.from_numpy(np.array(Image.open(tree / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png")))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(image, ((pixels / 255 - mean) / std).permute(2, 0, 1))
+    assert image.dtype == torch.uint8
+    torch.testing.assert_close(data.prepare(image), ((pixels / 255 - mean) / std).permute(2, 0, 1))
     assert type(image) is type(target) is torch.Tensor
     assert torch.equal(target, expected)
     assert (data.val_samples.ignored((image, target))[1] == IGNORED).all()
@@ -143,6 +141,7 @@ def test_augmentation_moves_image_and_mask_together(tree):
     wrong, padded = [], 0
     for index in range(24):
         image, target = data.train_samples[index % len(data.train_samples)]
+        image = data.prepare(image)
         assert image.shape == (3, 24, 48)
         assert target.shape == (24, 48)
         assert set(target.unique().tolist()) <= {ROAD, CAR, IGNORED}
@@ -249,7 +248,7 @@ def test_fit_validate_and_predict(tree, trained, tmp_path, capsys):
         assert found.dtype == np.uint8
         np.add.at(confusion, (truth, found), 1)
         color = np.array(Image.open(tmp_path / "predictions" / "colors" / f"{name}.png").convert("RGB"))
-        assert (color == PALETTE[TRAIN_IDS[found]]).all()
+        assert (color == PALETTE[TABLE.train_ids(found)]).all()
     kept = confusion[LABEL_IDS][:, LABEL_IDS]
     union = kept.sum(0) + kept.sum(1) - kept.diagonal()
     iou = kept.diagonal()[union > 0] / union[union > 0]
@@ -389,7 +388,7 @@ def test_labels_with_a_palette(tmp_path):
     data.setup("validate")
     target = data.val_samples[0][1]
     assert (target[0] == IGNORED).all()
-    assert (target[1:].numpy() == TRAIN_IDS[ids[1:]]).all()
+    assert (target[1:].numpy() == TABLE.train_ids(ids[1:])).all()
     assert set(target[1:].unique().tolist()) == {ROAD, CAR, IGNORED}
 
 

@@ -190,3 +190,17 @@ def test_resumed_without_averages(data, tmp_path):
     trained, average = checkpoint["current_model_state"], checkpoint["state_dict"]
     assert all(torch.equal(value, trained[name]) for name, value in seen.items())
     assert any(not torch.equal(value, average[name]) for name, value in seen.items())
+
+
+def test_resumed_run_mixes_and_augments_the_same(data, tmp_path):
+    """With all that the modern recipe draws at random: MixUp or CutMix, TrivialAugment, random erasing; and LAMB."""
+    transforms = "[{RandomHorizontalFlip: {}}, {TrivialAugmentWide: {}}, {RandomErasing: {p: 0.5}}]"
+    more = ["--model.mixup=0.5", "--model.cutmix=1.0", "--model.optimizer=lamb", "--model.vector_decay=0"]
+    more += [f"--data.train_transform={transforms}", "--trainer.max_epochs=2"]
+    recipe_cli.run(fit_arguments(data, tmp_path / "whole", *more))
+    with pytest.raises(SystemExit) as stopped:
+        recipe_cli.run(fit_arguments(data, tmp_path / "half", *more, *interruption(signal.SIGTERM, 8)))
+    assert stopped.value.code == 143
+    assert torch.load(tmp_path / "half/last.ckpt", weights_only=True)["global_step"] == 9
+    recipe_cli.run(fit_arguments(data, tmp_path / "half", *more, "--ckpt_path=last"))
+    assert_same_state(training_state(tmp_path / "whole/last.ckpt"), training_state(tmp_path / "half/last.ckpt"))

@@ -9,6 +9,7 @@ from torch import nn
 
 from pyinvolution.models._registry import create_model
 from pyinvolution.models.checkpoint import check_fit, reason_of
+from pyinvolution.models.hub import download, is_repository
 
 __all__ = ["from_pretrained", "save_pretrained"]
 
@@ -60,11 +61,13 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module:
+def from_pretrained(path: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any) -> nn.Module:
     """Build the model that `save_pretrained` wrote to ``path``, with its weights in their dtype, on the CPU.
 
     Args:
-        path: the folder.
+        path: the folder; or OWNER/NAME of a model on Hugging Face's hub that `push_to_hub` has uploaded, if there is
+            neither a folder of this name nor a folder OWNER here.
+        revision: branch, tag or commit on the hub.
         overrides: arguments of `create_model` instead of the saved ones, as far as they change no weights (e.g.
             ``grad_checkpointing=True``).
 
@@ -75,12 +78,14 @@ def from_pretrained(path: str | os.PathLike[str], **overrides: Any) -> nn.Module
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is damaged, the configuration is not one of this version of the library, or the weights are
             not those of the model.
-        ModuleNotFoundError, TypeError: safetensors is not installed; an override is unknown.
+        ModuleNotFoundError, TypeError: safetensors is not installed, or huggingface_hub for a model on the hub; an
+            override is unknown.
+        ConnectionError: the hub has no such model, or cannot be reached.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(path)
+    folder = download(os.fspath(path), (CONFIG, WEIGHTS), revision) if is_repository(path) else Path(path)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"there is no {folder / file}")

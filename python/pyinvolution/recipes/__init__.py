@@ -11,11 +11,14 @@ _MODULES = {
     "Classification": "classification.task",
     "CocoData": "detection.coco",
     "Detection": "detection.task",
+    "HuggingFaceData": "classification.hugging_face",
     "ImageFolderData": "classification.imagefolder",
+    "LabelMapData": "segmentation.label_maps",
     "Recipe": "recipe",
     "RecipeData": "data",
     "RecipeError": "errors",
     "Segmentation": "segmentation.task",
+    "SegmentationData": "segmentation.label_maps",
     "TrainingDiverged": "errors",
 }
 
@@ -40,6 +43,7 @@ alias_modules(
         "recipes.module": "recipes.recipe",
         "recipes.peers": "studies.compare_systems",
         "recipes.search": "studies.search",
+        "recipes.search.files": "studies.files",
         "recipes.segmentation.figure": "studies.figure",
         "recipes.segmentation.module": "recipes.segmentation.task",
     }
@@ -50,7 +54,6 @@ alias_modules(
             "costs",
             "data",
             "evaluation",
-            "files",
             "pipeline",
             "report",
             "space",

@@ -28,6 +28,7 @@ from pyinvolution.recipes.errors import RecipeError, TrainingDiverged, naming
 __all__ = [
     "AtomicCheckpointIO",
     "Curves",
+    "EpochTime",
     "ImagesPerSecond",
     "LastCheckpoint",
     "SeedEveryBatch",
@@ -278,6 +279,39 @@ class ImagesPerSecond(Callback):
             images = self._batches * data_of(trainer).batch_size * trainer.world_size
             pl_module.log("train/images_per_s", images / (now - self._since), prog_bar=True)
             self._since, self._batches = now, 0
+
+
+class EpochTime(Callback):
+    """Logs ``train/epoch_s`` and ``train/epoch_cpu_s``: seconds of an epoch, and of the processor in this process, both
+    without validations. An epoch that a resumed run has begun in its middle is left out."""
+
+    def __init__(self) -> None:
+        self._since = self._paused = (0.0, 0.0)
+        self._whole = False
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self._since, self._whole = self._now(), True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = self._now()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        paused = (now - before for now, before in zip(self._now(), self._paused, strict=True))
+        wall, processor = (since + gone for since, gone in zip(self._since, paused, strict=True))
+        self._since = wall, processor
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._whole:
+            wall, processor = (now - since for now, since in zip(self._now(), self._since, strict=True))
+            pl_module.log_dict({"train/epoch_s": wall, "train/epoch_cpu_s": processor})
+        self._whole = False
 
 
 class Summary(ModelSummary):

@@ -141,6 +141,7 @@ class RecipeCLI(PlainCLI):
             callbacks.SeedEveryBatch(),
             callbacks.StopOnDivergence(),
             callbacks.ImagesPerSecond(),
+            callbacks.EpochTime(),
             callbacks.Curves(),
         ]
         if config.logger is not False:

@@ -7,14 +7,16 @@ step. So a checkpoint need not hold anything about either, and the processes tha
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
+from torchvision.transforms.v2.functional import normalize, to_dtype
 
 from pyinvolution.recipes.errors import RecipeError, require
 
@@ -135,7 +137,8 @@ class EvalSampler(DistributedSampler):
 class RecipeData(pl.LightningDataModule):
     """Loaders of a recipe. A subclass sets ``train_samples``, ``val_samples`` or ``predict_samples`` in ``setup``.
 
-    Training drops the samples that do not fill an optimizer step (another selection every epoch).
+    Training drops the samples that do not fill an optimizer step (another selection every epoch). Images are the first
+    entry of a sample, (3, H, W), as uint8, which become floats on the device (`prepare`), or as floats.
 
     Args:
         batch_size: samples a device and forward pass in training.
@@ -151,6 +154,8 @@ class RecipeData(pl.LightningDataModule):
     predict_samples: Samples
     classes: list[str]
     """Names of the classes, as far as they are known."""
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None
+    """Mean and deviation of the RGB channels in [0, 1]; None for images in [0, 1]."""
     # Lightning sets it before it asks for anything.
     trainer: pl.Trainer  # type: ignore[assignment]
 
@@ -256,6 +261,28 @@ class RecipeData(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What a network sees (..., 3, H, W), float32, of images as samples hold them, uint8: values in [0, 1],
+        normalised by `normalization`."""
+        images = to_dtype(images, torch.float32, scale=True)
+        return images if self.normalization is None else normalize(images, *map(list, self.normalization))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """`prepare` the images, a tensor or a list of them, on the device, to which a quarter of the bytes are sent.
+
+        They are the first entry of a batch; a batch of another form stays as it is.
+        """
+
+        def ready(images: Any) -> Any:
+            if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+                return images
+            return self.trainer.precision_plugin.convert_input(self.prepare(images))
+
+        if not isinstance(batch, (list, tuple)) or not batch:
+            return batch
+        images, *rest = batch
+        return [[*map(ready, images)] if isinstance(images, (list, tuple)) else ready(images), *rest]
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps_per_epoch": self.steps_per_epoch, "seed": self.seed, "global_batch": self.global_batch}

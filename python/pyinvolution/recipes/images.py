@@ -2,21 +2,42 @@
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.errors import RecipeError
 
-__all__ = ["exif_orientation", "find_images", "is_hidden", "output_names", "read_image", "relative_names", "to_rgb"]
+__all__ = [
+    "Source",
+    "exif_orientation",
+    "find_images",
+    "is_hidden",
+    "is_image_name",
+    "output_names",
+    "read_image",
+    "read_pixels",
+    "relative_names",
+    "to_rgb",
+]
+
+Source = str | Path | bytes
+"""An image: the path of its file, or the content."""
 
 _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
+_JPEG = b"\xff\xd8\xff"
+"""What a JPEG file begins with."""
 _BITS, _PHOTOMETRIC, _ORIENTATION, _WHITE_IS_ZERO = 258, 262, 274, 0
 """Tags of TIFF, and a value of the second."""
 
@@ -55,20 +76,53 @@ def find_images(root: Path) -> list[Path]:
     return paths
 
 
+def is_image_name(path: Path) -> bool:
+    """Whether a file's suffix is one of images."""
+    return path.suffix.lower() in IMG_EXTENSIONS
+
+
 def _is_image(path: Path, root: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(path.relative_to(root)) and path.is_file()
+    return is_image_name(path) and not is_hidden(path.relative_to(root)) and path.is_file()
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file as 8-bit RGB, turned as its EXIF orientation says, as detectron2, mmdetection and OpenCV do.
+def read_pixels(source: Source, name: str | None = None) -> Tensor:
+    """The pixels (3, H, W), uint8, of `read_image`.
+
+    torchvision decodes JPEG, in less time than Pillow; it is as exact, but the two may have been built with libjpegs
+    that differ by a level. Everything else, JPEG in CMYK included, and what torchvision refuses, is read by Pillow.
+
+    Raises:
+        UnreadableSample: as `read_image`.
+    """
+    if name is None and not isinstance(source, bytes):
+        name = str(source)
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if content[:3] == _JPEG:
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels = decode_jpeg(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+            if pixels.shape[0] in (1, 3):
+                return pixels.expand(3, -1, -1).contiguous()
+        source = content
+    except (OSError, RuntimeError):
+        pass  # Pillow knows better what is wrong, or reads it
+    return pil_to_tensor(read_image(source, name))
+
+
+def read_image(source: Source, name: str | None = None) -> Image.Image:
+    """An image as 8-bit RGB, turned as its EXIF orientation says, as detectron2, mmdetection and OpenCV do.
 
     Transparency is dropped; see `to_rgb` for images of more than 8 bits.
+
+    Args:
+        source: the file, or its content.
+        name: of the image in an error; None for the path.
 
     Raises:
         UnreadableSample: the file is missing or damaged, or has values whose range is unknown; the message names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             if (
                 image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_ORIENTATION, 1) > 4
             ):  # Pillow 13 mixes up its rows
@@ -77,7 +131,8 @@ def read_image(path: str | Path) -> Image.Image:
             turn = _TURNS.get(exif_orientation(image))  # only now: Pillow turns TIFF when it decodes
             return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # decoders raise nearly anything on broken files
-        raise UnreadableSample(f"cannot read image {path}: {error}") from error
+        shown = name or ("in memory" if isinstance(source, bytes) else source)
+        raise UnreadableSample(f"cannot read image {shown}: {error}") from error
 
 
 def exif_orientation(image: Image.Image) -> int:

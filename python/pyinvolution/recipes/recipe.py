@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.optim import Lamb
 from torch import Tensor, nn
 
 from pyinvolution.models import create_model
@@ -34,10 +35,11 @@ class Recipe(pl.LightningModule):
         lr: learning rate at ``reference_batch`` images a step; it is scaled linearly to the actual global batch
             (devices x nodes x accumulated batches x batch size).
         reference_batch: images a step that ``lr`` is meant for; None switches the scaling off.
-        optimizer: "sgd", or "adamw" for small runs.
+        optimizer: "sgd", "adamw", or "lamb" (You et al., ICLR 2020; timm's) for large batches.
         momentum: of SGD.
         nesterov: momentum as Nesterov's, of SGD.
-        weight_decay: on all parameters that are trained.
+        weight_decay: on all parameters that are trained, but for those of ``vector_decay``.
+        vector_decay: weight decay on vectors: biases, and the weights of norms; None for ``weight_decay``.
         decay: "cosine" (half a cosine over the run), "poly" ((1 - progress)^``power``) or "step" (times ``gamma`` at
             every one of ``milestones``).
         milestones: epochs after which "step" decays.
@@ -70,10 +72,11 @@ class Recipe(pl.LightningModule):
         net: nn.Module,
         lr: float = 0.8,
         reference_batch: int | None = 2048,
-        optimizer: Literal["sgd", "adamw"] = "sgd",
+        optimizer: Literal["sgd", "adamw", "lamb"] = "sgd",
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 1e-4,
+        vector_decay: float | None = None,
         decay: Literal["cosine", "poly", "step"] = "cosine",
         milestones: Sequence[int] = (),
         gamma: float = 0.1,
@@ -94,13 +97,14 @@ class Recipe(pl.LightningModule):
             ("reference_batch", reference_batch, reference_batch is None or reference_batch > 0, "at least 1, or None"),
             ("momentum", momentum, 0 <= momentum < 1, "a value in [0, 1)"),
             ("nesterov", nesterov, momentum > 0 or not nesterov, f"False with momentum={momentum}"),
-            ("optimizer", optimizer, optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
+            ("optimizer", optimizer, optimizer in ("sgd", "adamw", "lamb"), "'sgd', 'adamw' or 'lamb'"),
             ("decay", decay, decay in ("cosine", "poly", "step"), "'cosine', 'poly' or 'step'"),
             ("milestones", milestones, all(milestone > 0 for milestone in milestones), "positive numbers of epochs"),
             ("gamma", gamma, 0 < gamma <= 1, "a value in (0, 1]"),
             ("power", power, power > 0, "a positive number"),
             ("min_lr", min_lr, 0 <= min_lr <= lr, f"a value from 0 to lr={lr}"),
             ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("vector_decay", vector_decay, vector_decay is None or vector_decay >= 0, "at least 0, or None"),
             ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0"),
             ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio <= 1, "a value in [0, 1]"),
             ("ema_decay", ema_decay, 0 <= ema_decay < 1, "a value in [0, 1)"),
@@ -109,6 +113,7 @@ class Recipe(pl.LightningModule):
         self.net = net
         self.lr, self.reference_batch = lr, reference_batch
         self.optimizer, self.weight_decay = optimizer, weight_decay
+        self.vector_decay = weight_decay if vector_decay is None else vector_decay
         self.sgd: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
         self.decay, self.milestones, self.gamma, self.power = decay, milestones, gamma, power
         self.min_ratio = min_lr / lr
@@ -166,7 +171,7 @@ class Recipe(pl.LightningModule):
     def _resume(self, checkpoint: dict[str, Any]) -> None:
         try:
             groups = checkpoint["optimizer_states"][0]["param_groups"]
-            kind, count = "adamw" if "betas" in groups[0] else "sgd", sum(len(group["params"]) for group in groups)
+            kind, count = _kind(groups[0]), sum(len(group["params"]) for group in groups)
         except (IndexError, KeyError, TypeError) as error:
             raise RecipeError("--ckpt_path: the checkpoint's optimizer_states are damaged") from error
         if kind != self.optimizer:
@@ -175,6 +180,12 @@ class Recipe(pl.LightningModule):
             )
         if count != (ours := len(self._trained())):
             raise RecipeError(f"cannot resume: the checkpoint has {count} trained parameters, this run {ours}")
+        theirs, mine = len(groups), len(self._groups())
+        if theirs != mine:
+            raise RecipeError(
+                f"cannot resume: the checkpoint was made with {theirs} groups of parameters, this run has {mine}: give "
+                "model.vector_decay as before"
+            )
         if not self.ema_decay and "current_model_state" in checkpoint:
             check_fit(checkpoint["current_model_state"], self, "--ckpt_path")
             checkpoint["state_dict"] = checkpoint["current_model_state"]  # there, state_dict is the average
@@ -194,8 +205,12 @@ class Recipe(pl.LightningModule):
         scheduler: Any = self.lr_schedulers()
         lr = optimizer.defaults["lr"]
         scheduler.base_lrs = [lr] * len(optimizer.param_groups)
-        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group |= optimizer.defaults | {"initial_lr": lr, "lr": lr * factor(scheduler.last_epoch)}
+        decays = [group["weight_decay"] for group in self._groups()]
+        for group, factor, decay in zip(optimizer.param_groups, scheduler.lr_lambdas, decays, strict=True):
+            rate = {"initial_lr": lr, "lr": lr * factor(scheduler.last_epoch)}
+            settings = optimizer.defaults | rate | {"weight_decay": decay}
+            # torch adds to the defaults of an optimizer when it loads one.
+            group |= {name: value for name, value in settings.items() if name in group}
         now = _settings(self.hparams, data_of(self.trainer).hparams) | {"the run's length": self._total_steps}
         changed = [
             f"{name}={now[name]} (before: {value})"
@@ -209,6 +224,16 @@ class Recipe(pl.LightningModule):
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by their weight decay; one group unless `vector_decay` differs."""
+        trained = self._trained()
+        if self.vector_decay == self.weight_decay:
+            return [{"params": trained, "weight_decay": self.weight_decay}]
+        vectors = [parameter for parameter in trained if parameter.ndim < 2]
+        others = [parameter for parameter in trained if parameter.ndim >= 2]
+        groups = ((others, self.weight_decay), (vectors, self.vector_decay))
+        return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
@@ -231,12 +256,14 @@ class Recipe(pl.LightningModule):
         rank_zero_info(
             f"{total} steps of {data.global_batch} images, learning rate {lr:g}, warm-up {self.warmup_steps} steps"
         )
-        parameters = self._trained()
+        parameters = self._groups()
         optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, lr, weight_decay=self.weight_decay, **self.sgd)
-        else:
+        elif self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(parameters, lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = Lamb(parameters, lr, weight_decay=self.weight_decay)
 
         # A plain function: its values come from the configuration, so a resumed run may be given another length.
         def factor(step: int) -> float:
@@ -259,6 +286,13 @@ def _settings(model: Any, data: Any) -> dict[str, Any]:
         for name, value in values.items()
         if not name.startswith("_")
     }
+
+
+def _kind(group: Mapping[str, Any]) -> str:
+    """Which optimizer of `Recipe` a group of parameters in a checkpoint is of."""
+    if "betas" not in group:
+        return "sgd"
+    return "lamb" if "trust_clip" in group else "adamw"
 
 
 def _plain(value: Any) -> Any:

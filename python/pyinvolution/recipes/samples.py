@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.images import read_image, relative_names
+from pyinvolution.recipes.images import read_pixels, relative_names
 
 __all__ = ["IGNORED", "IMAGENET_MEAN", "IMAGENET_STD", "ImageFiles", "Transforms", "compose"]
 
@@ -23,21 +24,23 @@ Transforms = list[dict[str, dict[str, Any]]]
 
 
 class ImageFiles:
-    """Pairs of image and target; the image is read by `read_image` and transformed.
+    """Pairs of image and target; the image is read by `read_pixels` and transformed.
 
     Args:
         files: (path, target) of each.
-        transform: from a PIL image to what a batch is made of.
+        transform: from pixels (3, H, W), uint8, to what a batch is made of; None for the pixels.
     """
 
     @classmethod
-    def to_predict(cls, paths: Sequence[Path], root: Path, transform: Callable[[Any], Tensor]) -> "ImageFiles":
+    def to_predict(
+        cls, paths: Sequence[Path], root: Path, transform: Callable[[Any], Tensor] | None = None
+    ) -> "ImageFiles":
         """Pairs of image and index, with ``names``: the paths relative to ``root``."""
         samples = cls([(str(path), index) for index, path in enumerate(paths)], transform)
         samples.names = relative_names(paths, root)
         return samples
 
-    def __init__(self, files: list[tuple[str, int]], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, files: list[tuple[str, int]], transform: Callable[[Any], Tensor] | None = None) -> None:
         self.files, self.transform = files, transform
         self.names: list[str] = []
 
@@ -46,7 +49,8 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, target = self.files[index]
-        return self.transform(read_image(path)), target
+        pixels = read_pixels(path)
+        return (self.transform(tv_tensors.Image(pixels)) if self.transform else pixels), target
 
     def ignored(self, sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
         return sample[0], IGNORED

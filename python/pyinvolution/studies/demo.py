@@ -99,7 +99,8 @@ def run(output: str, target: float, max_epochs: int | None = None) -> int:
 def _predict(model: Classification, data: ImageFolderData) -> tuple[Tensor, Tensor, Tensor]:
     """Images (N, 3, H, W), targets (N,) and probabilities (N, classes) of the validation set."""
     model.eval()
-    batches = [(images, targets, model(images).softmax(1)) for images, targets in data.val_dataloader()]
+    loaded = ((data.prepare(images), targets) for images, targets in data.val_dataloader())
+    batches = [(images, targets, model(images).softmax(1)) for images, targets in loaded]
     images, targets, probabilities = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return images, targets, probabilities
 

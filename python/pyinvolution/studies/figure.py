@@ -21,7 +21,8 @@ from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.images import read_image
 from pyinvolution.recipes.plots import new_figure
 from pyinvolution.recipes.recipe import init_arguments
-from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IGNORED, IMAGE_SUFFIX, PALETTE, CityscapesData
+from pyinvolution.recipes.segmentation.cityscapes import TABLE, CityscapesData
+from pyinvolution.recipes.segmentation.label_maps import IGNORED, ClassTable, LabelMapData, SegmentationData
 from pyinvolution.recipes.segmentation.task import Segmentation
 from pyinvolution.studies import plots
 from pyinvolution.studies.learned_kernels import involution_kernels
@@ -107,6 +108,7 @@ def compare(
     path: Path,
     names: tuple[str, str] = ("Baseline", "Ours"),
     boxes: int = 2,
+    table: ClassTable = TABLE,
 ) -> Path:
     """Draw a column for each image, with rows image, ground truth, baseline and ours, to ``path`` and as PDF.
 
@@ -119,6 +121,7 @@ def compare(
         path: of the PNG file.
         names: of baseline and ours.
         boxes: at most so many in an image.
+        table: of the classes; Cityscapes' by default.
     """
     height, width = truths[0].shape
     panel = 3.1 if len(images) > 2 else 4.2
@@ -137,13 +140,13 @@ def compare(
             regions = differing_regions(one, other, truth, boxes)
             marked = marked or bool(regions)
             for axes, labels in zip(column[1:], (truth, one, other), strict=True):
-                axes.imshow(PALETTE[labels], interpolation="nearest")
+                axes.imshow(table.palette[labels], interpolation="nearest")
             for axes, labels in zip(column[2:], (one, other), strict=True):
-                axes.set_xlabel(f"mean IoU {100 * _mean_iou(labels, truth):.1f}%", fontsize=8, labelpad=2)
+                axes.set_xlabel(f"mean IoU {100 * _mean_iou(labels, truth, table):.1f}%", fontsize=8, labelpad=2)
             for axes in column:
                 plots.frame(axes, "#cccccc", 0.8)
                 _mark(axes, regions)
-        handles = [Patch(facecolor=PALETTE[label] / 255, label=CLASSES[label]) for label in present]
+        handles = [Patch(facecolor=table.palette[label] / 255, label=table.names[label]) for label in present]
         if any((truth == IGNORED).any() for truth in truths):
             handles.append(Patch(facecolor="black", label="ignored"))
         if marked:
@@ -161,9 +164,9 @@ def _mark(axes: Axes, regions: Sequence[Region]) -> None:
         axes.add_patch(box)
 
 
-def _mean_iou(labels: Labels, truth: Labels) -> float:
+def _mean_iou(labels: Labels, truth: Labels, table: ClassTable) -> float:
     found, expected = (torch.from_numpy(array.astype(np.int64)) for array in (labels, truth))
-    return multiclass_jaccard_index(found, expected, len(CLASSES), ignore_index=IGNORED).item()
+    return multiclass_jaccard_index(found, expected, len(table.names), ignore_index=IGNORED).item()
 
 
 def draw_kernels(
@@ -239,8 +242,9 @@ def draw_kernels(
     return path
 
 
-def load(path: str | Path, device: str = "cpu") -> tuple[Segmentation, dict[str, Any]]:
-    """The model in a checkpoint of the recipe, in evaluation mode, and the arguments of the data it was trained on.
+def load(path: str | Path, device: str = "cpu") -> tuple[Segmentation, type[SegmentationData], dict[str, Any]]:
+    """The model in a checkpoint of the recipe, in evaluation mode, and the class and arguments of the data it was
+    trained on.
 
     Raises:
         RecipeError: there is no such checkpoint.
@@ -250,9 +254,11 @@ def load(path: str | Path, device: str = "cpu") -> tuple[Segmentation, dict[str,
         model = Segmentation(**init_arguments(checkpoint) | {"compile": False})
         model.load_state_dict(checkpoint["state_dict"])
         data = init_arguments(checkpoint, "datamodule_hyper_parameters")
+        name = checkpoint["datamodule_hyper_parameters"].get("_class_path") or CityscapesData.__name__
+        kind = {known.__name__: known for known in (CityscapesData, LabelMapData)}[name.rpartition(".")[2]]
     except Exception as error:  # there are many ways not to be one
         raise RecipeError(f"{path} is not a checkpoint of the segmentation recipe: {reason_of(error)}") from error
-    return model.to(device).eval(), data
+    return model.to(device).eval(), kind, data
 
 
 @torch.inference_mode()
@@ -274,7 +280,8 @@ def run(
         ours, baseline: checkpoints of the recipe.
         output: folder.
         root: of the data, instead of that in the checkpoint.
-        images: names (CITY_SEQUENCE_FRAME) in the validation set; none for ``count`` of them at equal distances.
+        images: names of images (CITY_SEQUENCE_FRAME in Cityscapes) in the validation set; none for ``count`` of them at
+            equal distances.
         count: number of images.
         boxes: at most so many in an image.
         layers: involutions of ``ours``; none for the last of each stage and the first of the neck.
@@ -284,12 +291,12 @@ def run(
     Raises:
         RecipeError: a checkpoint, image or layer does not exist.
     """
-    model, arguments = load(ours, device)
-    other, _ = load(baseline, device)
-    data = CityscapesData(**arguments | ({"root": root} if root else {}) | {"num_workers": 0})
+    model, kind, arguments = load(ours, device)
+    other, *_ = load(baseline, device)
+    data = kind(**arguments | ({"root": root} if root else {}) | {"num_workers": 0})
     data.setup("validate")
     samples: Any = data.val_samples
-    names = [Path(path).name.removesuffix(IMAGE_SUFFIX) for path, _ in samples.files]
+    names = [data.name_of(path) for path, _ in samples.files]
     missing = [name for name in images if name not in names]
     if missing:
         raise RecipeError(
@@ -306,12 +313,12 @@ def run(
         pictures.append(np.asarray(read_image(samples.files[index][0])))
         truths.append(truth.numpy().astype(np.uint8))
         for network, labels in zip((other, model), found, strict=True):
-            labels.append(network(image[None].to(device))[0].argmax(0).to(torch.uint8).cpu().numpy())
+            labels.append(network(data.prepare(image[None].to(device)))[0].argmax(0).to(torch.uint8).cpu().numpy())
     folder, console = Path(output), Console()
-    paths = [compare(pictures, truths, *found, folder / "comparison.png", boxes=boxes)]
+    paths = [compare(pictures, truths, *found, folder / "comparison.png", boxes=boxes, table=samples.table)]
     layers = layers or _layers(model.net)
     if layers:
-        first = samples[chosen[0]][0][None].to(device)
+        first = data.prepare(samples[chosen[0]][0][None].to(device))
         kernels = involution_kernels(model.net, first, layers)
         unknown = [name for name in layers if name not in kernels]
         if unknown:

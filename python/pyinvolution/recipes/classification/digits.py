@@ -8,6 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from pyinvolution.recipes.files import write_file
+
 __all__ = ["split_digits", "write_digits"]
 
 SIZE = 32
@@ -35,10 +37,7 @@ def write_digits(root: str | Path) -> tuple[int, int]:
     for split, members in splits.items():
         for index in members:
             path = Path(root, split, str(digits.target[index]), f"{index:04d}.png")
-            content = _png(digits.images[index])
-            if not path.is_file() or path.read_bytes() != content:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+            write_file(path, _png(digits.images[index]))
     return len(splits["train"]), len(splits["val"])
 
 

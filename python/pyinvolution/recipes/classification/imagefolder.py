@@ -9,7 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 
 from pyinvolution.recipes.data import RecipeData
-from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.errors import RecipeError, require
 from pyinvolution.recipes.images import find_images, is_hidden
 from pyinvolution.recipes.samples import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, Transforms, compose
 
@@ -36,7 +36,7 @@ class ImageFolderData(RecipeData):
     """An ImageFolder tree. Classes are the sorted names of the folders in ``train``, but for hidden ones (`is_hidden`).
 
     Args:
-        root: folder with ``train`` and ``val``.
+        root: folder with ``train`` and, for evaluation, ``val``, or ``test`` where there is no ``val``.
         size: height and width in pixels of the images the network sees.
         resize: length in pixels of the shorter side before the centre crop of evaluation.
         scale: smallest and largest area of the random crop of training, as a fraction of the image.
@@ -46,9 +46,12 @@ class ImageFolderData(RecipeData):
         mean: of the RGB channels in [0, 1], for normalisation.
         std: likewise.
         train_transform: instead of random crop and flip: transforms of torchvision.transforms.v2 by name, e.g.
-            ``[{"RandomCrop": {"size": 32, "padding": 2}}]``. Conversion to float and normalisation follow.
+            ``[{"RandomCrop": {"size": 32, "padding": 2}}]``. They take pixels (3, H, W), uint8; conversion to float and
+            normalisation follow on the device.
         val_transform: instead of resize and centre crop, likewise.
-        predict_root: an image or a folder of images, in any depth, for predict; None for ROOT/val.
+        predict_root: an image or a folder of images, in any depth, for predict; None for the images of evaluation.
+        held_out: share of the training images of every class to evaluate on, instead of ``val``: for choices that
+            ``val`` must not see. They are the same for every seed; at least one image of a class stays on either side.
         kwargs: of `RecipeData`.
     """
 
@@ -66,24 +69,25 @@ class ImageFolderData(RecipeData):
         train_transform: Transforms | None = None,
         val_transform: Transforms | None = None,
         predict_root: str | None = None,
+        held_out: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        require("data.held_out", held_out, 0 <= held_out < 1, "a value in [0, 1)")
         self.save_hyperparameters(logger=False)
-        self.root, self.predict_root = Path(root), predict_root
+        self.root, self.predict_root, self.held_out = Path(root), predict_root, held_out
         mode = InterpolationMode(interpolation)
         if train_transform is None:
             crop = {"size": size, "scale": scale, "ratio": ratio, "interpolation": mode}
             train_transform = [{"RandomResizedCrop": crop}, {"RandomHorizontalFlip": {"p": hflip}}]
         if val_transform is None:
             val_transform = [{"Resize": {"size": resize, "interpolation": mode}}, {"CenterCrop": {"size": size}}]
-        tail: Transforms = [
-            {"ToImage": {}},
-            {"ToDtype": {"dtype": torch.float32, "scale": True}},
-            {"Normalize": {"mean": mean, "std": std}},
-        ]
-        self.train_transform = compose("train_transform", train_transform + tail)
-        self.val_transform = compose("val_transform", val_transform + tail)
+        # Of torchvision's transforms, only those of Pillow know Lanczos.
+        first: Transforms = [{"ToPILImage": {}}] if interpolation == "lanczos" else []
+        last: Transforms = [{"ToImage": {}}, {"ToPureTensor": {}}]
+        self.train_transform = compose("train_transform", first + train_transform + last)
+        self.val_transform = compose("val_transform", first + val_transform + last)
+        self.normalization = mean, std
         self.classes: list[str] = []
 
     def setup(self, stage: str) -> None:
@@ -93,9 +97,13 @@ class ImageFolderData(RecipeData):
             RecipeError: a folder is missing, holds no images, or ``val`` has other classes than ``train``.
         """
         if stage == "predict":
-            self._setup_predict()
+            root = Path(self.predict_root or self.root / self._evaluated)
+            self.predict_samples = ImageFiles.to_predict(find_images(root), root, self.val_transform)
             return
-        val = self._folder("val")
+        if self.held_out:
+            self._hold_out(self._folder("train"))
+            return
+        val = self._folder(self._evaluated)
         self.classes = val.classes
         if stage == "fit" or (self.root / "train").is_dir():
             train = self._folder("train")
@@ -104,15 +112,33 @@ class ImageFolderData(RecipeData):
                 missing = sorted(set(train.classes) - set(val.classes))
                 extra = sorted(set(val.classes) - set(train.classes))
                 raise RecipeError(
-                    f"data.root={self.root}: train has {len(train.classes)} classes and val {len(val.classes)}; "
-                    f"only in train: {_some(missing)}; only in val: {_some(extra)}"
+                    f"data.root={self.root}: train has {len(train.classes)} classes and {self._evaluated} "
+                    f"{len(val.classes)}; only in train: {_some(missing)}; only in {self._evaluated}: {_some(extra)}"
                 )
             self.train_samples = ImageFiles(train.samples, self.train_transform)
         self.val_samples = ImageFiles(val.samples, self.val_transform)
 
-    def _setup_predict(self) -> None:
-        root = Path(self.predict_root or self.root / "val")
-        self.predict_samples = ImageFiles.to_predict(find_images(root), root, self.val_transform)
+    @property
+    def _evaluated(self) -> str:
+        """The folder for evaluation."""
+        return "test" if (self.root / "test").is_dir() and not (self.root / "val").is_dir() else "val"
+
+    def _hold_out(self, train: "VisibleFolder") -> None:
+        self.classes = train.classes
+        generator = torch.Generator().manual_seed(0)
+        kept, held = [], []
+        for target, name in enumerate(self.classes):
+            files = [file for file in train.samples if file[1] == target]
+            if len(files) < 2:
+                raise RecipeError(
+                    f"data.root={self.root}: class {name} has {len(files)} training images, too few to hold some out"
+                )
+            order = torch.randperm(len(files), generator=generator).tolist()
+            count = min(max(round(self.held_out * len(files)), 1), len(files) - 1)
+            held += [files[index] for index in order[:count]]
+            kept += [files[index] for index in order[count:]]
+        self.train_samples = ImageFiles(kept, self.train_transform)
+        self.val_samples = ImageFiles(held, self.val_transform)
 
     def _folder(self, split: str) -> "VisibleFolder":
         folder = self.root / split

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from pyinvolution.recipes.classification.predictions import PredictionWriter
 from pyinvolution.recipes.data import data_of
@@ -25,6 +26,9 @@ class Classification(Recipe):
         num_classes: classes of the data.
         options: further arguments of `pyinvolution.models.create_model`.
         label_smoothing: of the training loss; validation goes without.
+        mixup: alpha of MixUp (Zhang et al., ICLR 2018): training images are averaged in pairs; 0 for none.
+        cutmix: alpha of CutMix (Yun et al., ICCV 2019): a rectangle of another image replaces a part; 0 for none. With
+            both, each batch gets one of them, at even odds. ``train/top1`` then counts the larger share's class.
         kwargs: of `Recipe`.
     """
 
@@ -37,14 +41,24 @@ class Classification(Recipe):
         num_classes: int = 1000,
         options: dict[str, Any] | None = None,
         label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         **kwargs: Any,
     ) -> None:
         require("model.num_classes", num_classes, num_classes >= 1, "at least 1")
         require("model.label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "a value in [0, 1)")
+        require("model.mixup", mixup, mixup >= 0, "at least 0")
+        require("model.cutmix", cutmix, cutmix >= 0, "at least 0")
+        require(
+            "model.num_classes", num_classes, num_classes > 1 or not (mixup or cutmix), "at least 2 with mixup, cutmix"
+        )
         net = build_net(name, num_classes, options)
         super().__init__(net, **kwargs)
         self.save_hyperparameters(logger=False)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        kinds: list[tuple[Any, float]] = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+        mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+        self.mix = v2.RandomChoice(mixes) if mixes else None
         top1, top5 = (
             # Without validation of the arguments, which waits for the GPU.
             MulticlassAccuracy(num_classes, min(k, num_classes), "micro", ignore_index=IGNORED, validate_args=False)
@@ -72,9 +86,11 @@ class Classification(Recipe):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
         logits = self(images)
         loss = cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        self.train_top1.update(logits.detach(), targets)
+        self.train_top1.update(logits.detach(), targets if targets.ndim == 1 else targets.argmax(1))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/top1", self.train_top1, on_step=False, on_epoch=True)
         return loss

@@ -68,7 +68,18 @@ def chain(name: str, root: Path = ROOT) -> list[dict[str, Any]]:
         RecipeError: a file is missing, is not a mapping in YAML, or is its own base.
     """
     contents = [_read(path) for path in _files(find(name, root), root)]
-    return [{key: value for key, value in content.items() if key != "base"} for content in reversed(contents)]
+    found: list[dict[str, Any]] = []
+    options: Mapping[str, Any] = {}
+    for content in reversed(contents):
+        own = {key: value for key, value in content.items() if key != "base"}
+        # The command line would take a model's options as one value, in place of the base's.
+        place = own.get("model")
+        while isinstance(place, Mapping) and "options" not in place:
+            place = place.get("init_args")
+        if isinstance(place, dict) and isinstance(place["options"], Mapping):
+            place["options"] = options = merge(options, place["options"])
+        found.append(own)
+    return found
 
 
 def load(name: str, root: Path = ROOT) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.detection.annotations import CocoFile, Entry, Fault, draw_mask, has_mask
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.images import exif_orientation, find_images, read_image
+from pyinvolution.recipes.images import exif_orientation, find_images, read_pixels
 from pyinvolution.recipes.samples import ImageFiles, Transforms, compose
 
 __all__ = ["CocoData", "CocoImages", "Target"]
@@ -27,7 +27,7 @@ Target = dict[str, Any]
 
 
 class CocoImages:
-    """Pairs of image (3, H, W) in [0, 1] and `Target`.
+    """Pairs of image (3, H, W), uint8, and `Target`.
 
     Args:
         dataset: whose images are read.
@@ -59,8 +59,9 @@ class CocoImages:
         image_id = self.dataset.ids[index]
         entry, annotations = self.dataset.images[image_id], self.annotations[image_id]
         path = Path(self.dataset.root, entry["file_name"])
-        image = read_image(path)
-        size = image.height, image.width
+        image = read_pixels(path)
+        height, width = image.shape[-2:]
+        size = height, width
         _check_size(path, entry, size)
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -167,13 +168,10 @@ class CocoData(RecipeData):
         self.root, self.predict_root, self.keep_empty = Path(root), predict_root, keep_empty
         self.folders = {"train": train, "val": val}
         self.annotations = {"train": train_annotations, "val": val_annotations}
-        to_float = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
         if train_transform is None:
             train_transform = [{"RandomHorizontalFlip": {"p": hflip}}]
         clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=_sanitized)]
-        self.train_transform = v2.Compose([compose("train_transform", train_transform), *clean, *to_float])
-        self.val_transform = v2.Compose(to_float)
-        self.predict_transform = v2.Compose([v2.ToImage(), *to_float])
+        self.train_transform = v2.Compose([compose("train_transform", train_transform), *clean])
         self.classes: list[str] = []
         self.category_ids: list[int] = []
         self.image_ids: list[int] = []
@@ -212,7 +210,7 @@ class CocoData(RecipeData):
         training = split == "train"
         with _errors_of(dataset.file):
             annotations = dataset.by_image(masks, training)
-        transform = self.train_transform if training else self.val_transform
+        transform = self.train_transform if training else v2.Identity()
         return CocoImages(dataset, annotations, self.category_ids, transform, masks, training)
 
     def _check_categories(self, *datasets: CocoFile) -> None:
@@ -236,10 +234,10 @@ class CocoData(RecipeData):
         if self.predict_root is None:
             self.image_ids, self.ids_listed = listed.ids, True
             paths = [Path(listed.root, listed.images[image]["file_name"]) for image in listed.ids]
-            self.predict_samples = ImageFiles.to_predict(paths, root, self.predict_transform)
+            self.predict_samples = ImageFiles.to_predict(paths, root)
             return
         paths = find_images(root)
-        self.predict_samples = ImageFiles.to_predict(paths, root, self.predict_transform)
+        self.predict_samples = ImageFiles.to_predict(paths, root)
         names = self.predict_samples.names
         known: dict[str, int] = {}
         for number, image in (listed.images if listed else {}).items():

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from pyinvolution.recipes.classification.digits import split_digits
+from pyinvolution.recipes.files import write_file
 
 __all__ = ["write_coco_digits"]
 
@@ -54,14 +55,14 @@ def write_coco_digits(root: str | Path) -> tuple[int, int]:
             images.append({"id": number, "file_name": name, "height": SIZE, "width": SIZE})
             for entry in objects:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, **entry})
-            _write(Path(root, f"{split}2017", name), _jpeg(pixels))
+            write_file(Path(root, f"{split}2017", name), _jpeg(pixels))
         content = {
             "info": {"description": "Handwritten digits (UCI) on photographs (scikit-learn)"},
             "images": images,
             "annotations": annotations,
             "categories": [{"id": 1 + digit, "name": str(digit), "supercategory": "digit"} for digit in range(10)],
         }
-        _write(Path(root, "annotations", f"instances_{split}2017.json"), json.dumps(content).encode())
+        write_file(Path(root, "annotations", f"instances_{split}2017.json"), json.dumps(content).encode())
     return IMAGES["train"], IMAGES["val"]
 
 
@@ -163,9 +164,3 @@ def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "jpeg", quality=92)
     return stream.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)

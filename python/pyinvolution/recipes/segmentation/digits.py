@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from pyinvolution.recipes.classification.digits import split_digits
-from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IMAGE_SUFFIX, LABEL_IDS, TRAIN_IDS, colors
+from pyinvolution.recipes.files import write_file
+from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IMAGE_SUFFIX, LABEL_IDS, TABLE
 
 __all__ = ["SIZE", "write_scenes"]
 
@@ -51,9 +52,9 @@ def write_scenes(root: str | Path) -> tuple[int, int]:
             image, ids = _scene(generator, halves, digits.images[members[split]])
             name = f"{CITY}_{index:06d}_000000"
             truth = Path(root, "gtFine", split, CITY, f"{name}_gtFine")
-            _write(Path(root, "leftImg8bit", split, CITY, f"{name}{IMAGE_SUFFIX}"), Image.fromarray(image))
-            _write(Path(f"{truth}_labelIds.png"), Image.fromarray(ids))
-            _write(Path(f"{truth}_color.png"), colors(TRAIN_IDS[ids]).convert("RGB"))
+            write_file(Path(root, "leftImg8bit", split, CITY, f"{name}{IMAGE_SUFFIX}"), _png(Image.fromarray(image)))
+            write_file(Path(f"{truth}_labelIds.png"), _png(Image.fromarray(ids)))
+            write_file(Path(f"{truth}_color.png"), _png(TABLE.picture(TABLE.train_ids(ids)).convert("RGB")))
     return SCENES["train"], SCENES["val"]
 
 
@@ -108,10 +109,7 @@ def _boundary(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.any([side != region for side in shifted], 0)
 
 
-def _write(path: Path, image: Image.Image) -> None:
+def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "png")
-    content = stream.getvalue()
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    return stream.getvalue()

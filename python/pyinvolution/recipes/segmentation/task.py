@@ -14,8 +14,8 @@ from pyinvolution.models.loading import load_backbone
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.recipe import Recipe, build_net
-from pyinvolution.recipes.segmentation.cityscapes import IGNORED
 from pyinvolution.recipes.segmentation.inference import flipped, sliding_window
+from pyinvolution.recipes.segmentation.label_maps import IGNORED
 from pyinvolution.recipes.segmentation.predictions import SegmentationWriter
 
 __all__ = ["Segmentation"]
@@ -87,7 +87,7 @@ class Segmentation(Recipe):
 
     def setup(self, stage: str) -> None:
         classes = data_of(self.trainer).classes
-        if len(classes) != self.num_classes:
+        if classes and len(classes) != self.num_classes:
             raise RecipeError(
                 f"model.num_classes is {self.num_classes}, but the data has {len(classes)} classes "
                 f"({', '.join(classes[:3])}, ...): set --model.num_classes {len(classes)}"

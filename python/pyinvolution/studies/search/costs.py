@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyinvolution.inference import optimize_for_inference
-from pyinvolution.studies.search.files import read_json, write_json
+from pyinvolution.studies.files import read_json, write_json
 from pyinvolution.studies.search.space import Architecture, SearchSpace, StageChoice, key
 from pyinvolution.studies.timing import Stopwatch, fastest_passes, processor_name, stopwatch
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from pyinvolution.recipes.classification.imagefolder import ImageFolderData
 from pyinvolution.recipes.data import SeededDataset
-from pyinvolution.recipes.errors import RecipeError, require
-from pyinvolution.recipes.samples import ImageFiles
+from pyinvolution.recipes.errors import require
 
 __all__ = ["HeldOut", "held_out_batches", "training_batches"]
 
@@ -28,44 +27,25 @@ class HeldOut(ImageFolderData):
 
     def __init__(self, held_out: float = 0.4, **kwargs: Any) -> None:
         require("held_out", held_out, 0 < held_out < 1, "a value in (0, 1)")
-        super().__init__(**kwargs)
-        self.held_out = held_out
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "predict":
-            return
-        if not hasattr(self, "train_samples"):
-            raise RecipeError(f"data.root={self.root} has no folder 'train' to hold images out of")
-        assert isinstance(self.train_samples, ImageFiles)
-        generator = torch.Generator().manual_seed(0)  # the same images for every seed of a run
-        kept, held = [], []
-        for target, name in enumerate(self.classes):
-            files = [file for file in self.train_samples.files if file[1] == target]
-            if len(files) < 2:
-                raise RecipeError(f"data.root={self.root}: class {name} has {len(files)} training images, too few to "
-                                  "hold some out")  # fmt: skip
-            order = torch.randperm(len(files), generator=generator).tolist()
-            count = min(max(round(self.held_out * len(files)), 1), len(files) - 1)
-            held += [files[index] for index in order[:count]]
-            kept += [files[index] for index in order[count:]]
-        self.train_samples = ImageFiles(kept, self.train_transform)
-        self.val_samples = ImageFiles(held, self.val_transform)
+        super().__init__(held_out=held_out, **kwargs)
 
 
 def training_batches(data: ImageFolderData, images: int) -> Batches:
     """About ``images`` of the training images as they are in training, augmented, in batches."""
     samples = SeededDataset(data.train_samples, data.seed, data.unreadable, training=True)
     chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(data.seed))[:images].tolist()
-    return _batches([samples[0, index] for index in chosen], data.batch_size)
+    return _batches(data, [samples[0, index] for index in chosen], data.batch_size)
 
 
 def held_out_batches(data: ImageFolderData) -> Batches:
     """The images held out."""
     samples = SeededDataset(data.val_samples, data.seed, data.unreadable, training=False)
-    return _batches([samples[0, index] for index in range(len(samples))], data.val_batch_size)
+    return _batches(data, [samples[0, index] for index in range(len(samples))], data.val_batch_size)
 
 
-def _batches(samples: list[tuple[Tensor, int]], batch_size: int) -> Batches:
+def _batches(data: ImageFolderData, samples: list[tuple[Tensor, int]], batch_size: int) -> Batches:
     parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
-    return [(torch.stack([image for image, _ in part]), torch.tensor([target for _, target in part])) for part in parts]
+    return [
+        (data.prepare(torch.stack([image for image, _ in part])), torch.tensor([target for _, target in part]))
+        for part in parts
+    ]

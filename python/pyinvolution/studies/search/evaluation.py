@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from pyinvolution.studies.files import read_json, write_json
 from pyinvolution.studies.search.data import Batches
-from pyinvolution.studies.search.files import read_json, write_json
 from pyinvolution.studies.search.space import Architecture, key
 from pyinvolution.studies.search.supernet import Supernet
 

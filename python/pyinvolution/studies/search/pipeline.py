@@ -21,12 +21,12 @@ from pyinvolution.models.loading import load
 from pyinvolution.recipes import cli, configs
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.studies.files import read_json, write_json
 from pyinvolution.studies.search import report
 from pyinvolution.studies.search.config import SearchConfig
 from pyinvolution.studies.search.costs import CostTable
 from pyinvolution.studies.search.data import HeldOut, held_out_batches, training_batches
 from pyinvolution.studies.search.evaluation import Evaluator
-from pyinvolution.studies.search.files import read_json, write_json
 from pyinvolution.studies.search.space import Architecture, describe, involution_share, key
 from pyinvolution.studies.search.study import Candidate, Study, front
 from pyinvolution.studies.search.supernet import Supernet

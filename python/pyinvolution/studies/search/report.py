@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pyinvolution.recipes import plots
-from pyinvolution.studies.search.files import write_json
+from pyinvolution.studies.files import write_json
 
 __all__ = ["markdown", "picture", "write"]
 

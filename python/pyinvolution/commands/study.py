@@ -1,0 +1,62 @@
+"""Compare recipes from data to table, over several seeds; goes on where it stopped: pyinvolution study cifar10."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["configure", "main"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="cifar10, camvid or bccd, or a file of your own like theirs")
+    parser.add_argument("--output", metavar="DIR", help="folder of the comparison, runs/study/NAME by default; results "
+                        "that are there already are used")  # fmt: skip
+    parser.add_argument("--data-root", metavar="DIR", help="instead of the recipes' data.root")
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="train and report these only")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the trainings of each recipe")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trainings at the same time, of one thread each"
+    )
+    parser.add_argument("--minutes", type=float, metavar="N", help="then save what is running and stop")
+    parser.add_argument("--no-tuning", action="store_true", help="train the recipes with the values that they have")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="in every recipe, e.g. trainer.max_epochs=1"
+    )
+    parser.add_argument("--report", action="store_true", help="report what is there, without training")
+    parser.add_argument(
+        "--results", metavar="DIR", help="write the finished table and the logs there too, e.g. benchmarks/results"
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    import yaml
+
+    from pyinvolution.recipes.errors import RecipeError, require
+    from pyinvolution.studies.comparison import definition, pipeline
+
+    require("--jobs", options.jobs, options.jobs >= 1, "at least 1")
+    values = {}
+    for setting in options.set:
+        name, equals, text = setting.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"--set is {setting}, expected NAME=VALUE")
+        values[name] = yaml.safe_load(text)
+    if options.data_root is not None:
+        values["data.init_args.root"] = options.data_root
+    overrides: dict[str, Any] = {"overrides": definition.nested(values)}
+    if options.seeds:
+        overrides["seeds"] = options.seeds
+    study = definition.read(options.name, overrides)
+    if options.no_tuning:
+        study.grid = {}
+    name = Path(options.name).stem
+    pipeline.run(
+        study,
+        name,
+        options.output or f"runs/study/{name}",
+        options.only,
+        options.jobs,
+        options.minutes,
+        not options.report,
+        options.results,
+    )

@@ -1,0 +1,106 @@
+"""A comparison from data to table."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.studies.comparison import report
+from pyinvolution.studies.comparison.definition import Definition, Training
+from pyinvolution.studies.comparison.runner import Runner
+from pyinvolution.studies.files import write_json
+
+__all__ = ["run"]
+
+
+def run(
+    definition: Definition,
+    name: str,
+    output: str | Path,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    minutes: float | None = None,
+    train: bool = True,
+    results: str | Path | None = None,
+) -> dict[str, Any]:
+    """Tune and train, and write ``report.json`` and ``report.md`` to ``output``.
+
+    What is in the folder already is not done again, and trainings that were stopped go on.
+
+    Args:
+        definition: of the comparison.
+        name: of it.
+        output: folder.
+        only: names of the runs to train; empty for all.
+        jobs: trainings at the same time.
+        minutes: after which trainings save themselves and stop; None for no limit.
+        train: whether to train at all; else what is there is reported.
+        results: folder that also gets the report and the logs, if all trainings have come to their end.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        RecipeError: a name in ``only`` is unknown, a training failed, or the folder holds another comparison.
+    """
+    unknown = [run for run in only if run not in definition.runs]
+    if unknown:
+        raise RecipeError(f"--only is {unknown[0]}, expected some of {', '.join(definition.runs)}")
+    console = Console()
+
+    def tell(line: str) -> None:
+        console.print(f"{time.strftime('%H:%M:%S')}  {line}", highlight=False, soft_wrap=True)
+
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    runner = Runner(Path(output), jobs, deadline, tell)
+    runs = list(only or definition.runs)
+    if train:
+        runner.run([training for name in runs for training in definition.tunings(name)], definition.metrics)
+    chosen, trainings = {}, {}
+    for run in runs:
+        tuned = _best(definition, runner, run)
+        if tuned is not None:
+            chosen[run] = tuned
+        if tuned is not None or not definition.grid:
+            trainings[run] = definition.trainings(run, tuned["values"] if tuned else {})
+    if train:
+        # Seed by seed, so that a comparison that is stopped early has something of every side.
+        order = sorted((training for each in trainings.values() for training in each), key=_seed(definition))
+        runner.run(order, definition.metrics)
+    result = report.make(definition, name, runner, trainings, chosen)
+    write_json(Path(output) / "report.json", result)
+    (Path(output) / "report.md").write_text(report.markdown(result))
+    console.print(Markdown(report.markdown(result)))
+    paths = [Path(output) / "report.json", Path(output) / "report.md"]
+    if results is not None:
+        published = report.publish(result, runner, trainings, Path(results))
+        paths += published
+        if not published:
+            tell(f"nothing is written to {results}: not all trainings have come to their end")
+    for path in paths:
+        console.print(f"  {path}", highlight=False)
+    return result
+
+
+def _best(definition: Definition, runner: Runner, run: str) -> dict[str, Any] | None:
+    """The values with the best first metric, and all that were tried; None before tuning has come to its end."""
+    trainings = definition.tunings(run)
+    results = [runner.result(training) for training in trainings]
+    if not trainings or not all(results):
+        return None
+    metric = definition.metrics[0]
+    scores = [result["metrics"][metric] for result in results]
+    best = trainings[scores.index(max(scores))]
+    tried = [{"values": one.values, metric: score} for one, score in zip(trainings, scores, strict=True)]
+    return {"values": best.values, "tuning": tried}
+
+
+def _seed(definition: Definition) -> Any:
+    def position(training: Training) -> int:
+        return definition.seeds.index(training.seed)
+
+    return position

@@ -1,0 +1,166 @@
+"""The table of a comparison, made of trainings that came to their end."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyinvolution.models import create_model
+from pyinvolution.studies.comparison.definition import Definition, Training
+from pyinvolution.studies.comparison.runner import Runner
+from pyinvolution.studies.files import write_json
+
+__all__ = ["costs", "make", "markdown", "publish"]
+
+TIMES = {"epoch_s": "time of an epoch (s)", "epoch_cpu_s": "processor time of an epoch (s)"}
+
+
+def costs(config: Mapping[str, Any], image: Sequence[int]) -> tuple[int, int]:
+    """Trained parameters, and multiply-adds for one image, of the untrained network of a recipe.
+
+    Those of a detector's head depend on how many proposals are left.
+    """
+    section = config["model"]
+    arguments = section.get("init_args", section)
+    torch.manual_seed(0)
+    net: nn.Module = create_model(
+        arguments["name"], num_classes=arguments["num_classes"], **(arguments.get("options") or {})
+    ).eval()
+    zeros = torch.zeros(*image)
+    detector = hasattr(net, "transform") and hasattr(net, "backbone")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        net([zeros] if detector else zeros[None])
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    return trained, counter.get_total_flops() // 2
+
+
+def make(
+    definition: Definition,
+    name: str,
+    runner: Runner,
+    trainings: Mapping[str, Sequence[Training]],
+    chosen: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What is known of a comparison: of each recipe its costs, tuning and finished trainings, with their spread.
+
+    Args:
+        trainings: of each run that is compared.
+        chosen: of each run that was tuned the "values" and the "tuning" they come from.
+    """
+    runs = {}
+    for run, planned in trainings.items():
+        finished = [result for training in planned if (result := runner.result(training))]
+        parameters, operations = costs(planned[0].config, definition.image)
+        entry: dict[str, Any] = {
+            "recipe": definition.runs[run],
+            "config": planned[0].config,
+            "parameters": parameters,
+            "multiply_adds": operations,
+            **chosen.get(run, {}),
+            "trainings": finished,
+            "planned": len(planned),
+        }
+        for metric in definition.metrics:
+            values = [result["metrics"][metric] for result in finished]
+            entry[metric] = _spread(values)
+        for time in TIMES:
+            entry[time] = _spread([result[time] for result in finished if result[time] is not None])
+        runs[run] = entry
+    complete = all(len(entry["trainings"]) == entry["planned"] for entry in runs.values())
+    return {
+        "study": name,
+        "date": str(date.today()),
+        "complete": complete and runs.keys() == definition.runs.keys(),
+        "metrics": definition.metrics,
+        "pairs": [pair for pair in definition.pairs if set(pair) <= runs.keys()],
+        "image": definition.image,
+        "grid": definition.grid,
+        "runs": runs,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any] | None:
+    """Mean and sample deviation."""
+    if not values:
+        return None
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "count": len(values)}
+
+
+def _text(spread: Mapping[str, Any] | None, factor: float, digits: int) -> str:
+    if spread is None:
+        return "not finished"
+    deviation = "" if spread["std"] is None else f" ± {factor * spread['std']:.{digits}f}"
+    return f"{factor * spread['mean']:.{digits}f}{deviation}"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as text: a table of the recipes, and the differences of the pairs."""
+    metrics = report["metrics"]
+    columns = [
+        "recipe",
+        "seeds",
+        "parameters",
+        "multiply-adds (M)",
+        *(f"{name} (%)" for name in metrics),
+        *TIMES.values(),
+    ]
+    lines = [f"# {report['study']}, {report['date']}", ""]
+    if not report["complete"]:
+        lines += ["Not all trainings have come to their end.", ""]
+    lines += [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for name, entry in report["runs"].items():
+        cells = [
+            f"`{name}`",
+            f"{len(entry['trainings'])} of {entry['planned']}",
+            f"{entry['parameters']:,}",
+            f"{entry['multiply_adds'] / 1e6:.2f}",
+            *(_text(entry[metric], 100, 2) for metric in metrics),
+            *(_text(entry[time], 1, 1) for time in TIMES),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Mean and deviation over the seeds, at the last step of each training."]
+    if report["grid"]:
+        lines += ["", f"Each recipe was tuned over {report['grid']}:", ""]
+        lines += [f"- `{name}`: {entry.get('values', 'not tuned yet')}" for name, entry in report["runs"].items()]
+    for baseline, ours in report["pairs"]:
+        one, other = report["runs"][baseline], report["runs"][ours]
+        if one[metrics[0]] and other[metrics[0]]:
+            ahead = ", ".join(
+                f"{metric} {100 * (other[metric]['mean'] - one[metric]['mean']):+.2f} points" for metric in metrics
+            )
+            parameters, operations = (_ratio(other, one, name) for name in ("parameters", "multiply_adds"))
+            costs = f"{parameters} of the parameters, {operations} of the multiply-adds"
+            lines += ["", f"`{ours}` against `{baseline}`: {ahead}, at {costs}."]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
+    return f"{one[name] / other[name]:.2f}"
+
+
+def publish(
+    report: Mapping[str, Any], runner: Runner, trainings: Mapping[str, Sequence[Training]], folder: Path
+) -> list[Path]:
+    """Write a complete report to ``folder``: DATE-study-NAME.json and .md, and the logs of the trainings in a folder of
+    that name.
+
+    Returns:
+        The paths; none of a report that is not complete.
+    """
+    if not report["complete"]:
+        return []
+    stem = f"{report['date']}-study-{report['study']}"
+    write_json(folder / f"{stem}.json", dict(report))
+    (folder / f"{stem}.md").write_text(markdown(report))
+    for run, planned in trainings.items():
+        for training in planned:
+            target = folder / stem / f"{run}-{training.label}.log"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(runner.place(training) / "log.txt", target)
+    return [folder / f"{stem}.json", folder / f"{stem}.md", folder / stem]

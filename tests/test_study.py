@@ -1,0 +1,304 @@
+"""pyinvolution study: what it trains, that it goes on where it stopped, and what it reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from recipe_support import environment, one_thread, write_images  # noqa: F401
+
+pytest.importorskip("lightning")
+from pyinvolution import cli
+from pyinvolution.models import create_model
+from pyinvolution.recipes import RecipeError, configs
+from pyinvolution.recipes import cli as recipe_cli
+from pyinvolution.studies.comparison import definition, pipeline, report
+from pyinvolution.studies.comparison.runner import Runner
+
+PACKAGED = [name for name, _ in configs.listing(definition.CONFIGS)]
+STAGES = [{"width": 16, "channels": 32, "operators": ["inv3x16"]}]
+
+
+def write_study(folder: Path, data: Path, **changed) -> Path:
+    """A comparison of two small networks on images of noise, two epochs of six steps each."""
+    recipes = {}
+    for name, operator in (("conv", "conv3"), ("inv", "inv3x16")):
+        options = {"stem": "small", "stem_channels": 16, "stages": [STAGES[0] | {"operators": [operator]}]}
+        recipe = {
+            "seed_everything": 5,
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1, "default_root_dir": "elsewhere"},
+            "model": {
+                "class_path": "pyinvolution.recipes.Classification",
+                "init_args": {"name": "searchable", "num_classes": 2, "options": options, "warmup_steps": 0, "lr": 0.1},
+            },
+            "data": {
+                "class_path": "pyinvolution.recipes.ImageFolderData",
+                "init_args": {"root": str(data), "batch_size": 4, "num_workers": 0, "size": 16, "resize": 16},
+            },
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        recipes[name] = str(path)
+    content = {"runs": recipes, "metrics": ["val/top1", "val/loss"], "image": [3, 16, 16], "seeds": [0, 1]}
+    content |= {"pairs": [["conv", "inv"]]} | changed
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data"), train=24, val=8)
+
+
+# --- Definitions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_comparisons(name):
+    """Their sides have the same settings but for the network; tuning looks at no image of the final evaluation."""
+    study = definition.read(name, {})
+    assert study.pairs
+    for baseline, ours in study.pairs:
+        one, other = (study.trainings(run, {})[0].config for run in (baseline, ours))
+        for config in (one, other):
+            config["model"]["init_args"].pop("options")
+            config["trainer"].pop("default_root_dir")
+        assert one == other
+    for run in study.runs:
+        final = study.trainings(run, {})[0].config
+        assert final["trainer"]["max_epochs"] % final["trainer"]["check_val_every_n_epoch"] == 0
+        count = 1
+        for values in study.grid.values():
+            count *= len(values)
+        tunings = study.tunings(run)
+        assert len({training.label for training in tunings}) == len(tunings) == count
+        for training in tunings:
+            assert training.config["trainer"]["max_epochs"] % training.config["trainer"]["check_val_every_n_epoch"] == 0
+            data, evaluated = (config["data"]["init_args"] for config in (training.config, final))
+            assert data.get("held_out") or any(
+                data.get(name) != evaluated.get(name) for name in ("val", "val_annotations")
+            )
+
+
+def operators(run: dict) -> list[list[str]]:
+    return [stage["operators"] for stage in run["model"]["init_args"]["options"]["stages"]]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_cifar10_pairs_differ_in_the_operator_only(size):
+    resnet, rednet, deep = (
+        configs.load(f"cifar10/{name}_{size}.yaml".replace("deep_", "")) if not name.endswith("deep") else
+        configs.load(f"cifar10/rednet_{size}_deep.yaml") for name in ("resnet", "rednet", "deep")
+    )  # fmt: skip
+    assert {name for stage in operators(resnet) for name in stage} == {"conv3"}
+    assert {name for stage in operators(rednet) for name in stage} == {"inv7x16"}
+    assert [len(stage) for stage in operators(resnet)] == [len(stage) for stage in operators(rednet)] == [2, 2, 2]
+    assert [len(stage) for stage in operators(deep)] == [3, 3, 3]
+    for one in (rednet, deep):
+        for ours, theirs in zip(*(c["model"]["init_args"]["options"]["stages"] for c in (one, resnet)), strict=True):
+            assert (ours["width"], ours["channels"]) == (theirs["width"], theirs["channels"])
+    counts, sums = zip(*(report.costs(config, [3, 32, 32]) for config in (resnet, rednet, deep)), strict=True)
+    assert counts[1] < 0.7 * counts[0]
+    assert counts[2] < counts[0]
+    assert sums[1] < 0.75 * sums[0]
+    assert 0.85 * sums[0] < sums[2] <= sums[0], "about as many multiply-adds"
+
+
+def test_other_pairs_differ_in_the_operator_only():
+    conv, inv = (
+        configs.load(f"bccd/faster_rcnn_{name}.yaml")["model"]["init_args"]["options"] for name in ("conv", "inv")
+    )
+    assert conv.pop("neck") == "conv"
+    assert inv.pop("neck") == "involution"
+    assert conv == inv
+    nets = {}
+    for name in ("fpn_resnet", "fpn_rednet_inv"):
+        config = configs.load(f"camvid/{name}.yaml")["model"]["init_args"]
+        nets[name] = create_model(config["name"], num_classes=config["num_classes"], **config["options"]).eval()
+    with torch.inference_mode():
+        maps = [
+            [tuple(level.shape) for level in extract(torch.zeros(1, 3, 64, 96))]
+            for extract in (nets["fpn_resnet"].backbone, nets["fpn_rednet_inv"].backbone.features)
+        ]
+    assert maps[0] == maps[1], "the stages have the same widths and strides"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"runs": {}}, "runs is {}, expected at least one"),
+        ({"metrics": []}, "metrics is .*, expected at least one"),
+        ({"seeds": [1, 1]}, "seeds is .*, expected different numbers"),
+        ({"pairs": [["conv", "other"]]}, "pairs is .*, expected two of conv, inv"),
+        ({"grid": {"model.init_args.lr": []}}, "grid.model.init_args.lr is .*, expected at least one"),
+        ({"image": [3, 0, 1]}, "image is .*, expected channels, height and width"),
+        ({"unknown": 1}, "own.yaml: .*unknown"),
+    ],
+)
+def test_wrong_definitions(tmp_path, data, changed, message):
+    with pytest.raises(RecipeError, match=message):
+        definition.read(str(write_study(tmp_path, data, **changed)), {})
+
+
+class Done:
+    """A process that has ended."""
+
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Lets trainings run in this process, which need not import everything again; gives their names as they begin."""
+    begun = []
+
+    def start(runner, training):
+        folder = runner.place(training)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(runner._recipe(training))
+        begun.append(f"{training.run}, {training.label}")
+        try:
+            recipe_cli.run(["fit", "--config", str(folder / "recipe.yaml")])
+        except RecipeError as error:
+            (folder / "log.txt").write_text(str(error))
+            return Done(2)
+        (folder / "log.txt").write_text("done")
+        return Done(0)
+
+    monkeypatch.setattr(Runner, "_start", start)
+    return begun
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_from_data_to_table(tmp_path, data, capsys, here):
+    """A whole comparison with tuning; the second call trains nothing, and a change is refused."""
+    tuning = {"trainer": {"max_epochs": 1}, "data": {"init_args": {"held_out": 0.5}}}
+    path = write_study(tmp_path, data, seeds=[0], grid={"model.init_args.lr": [0.01, 0.5]}, tuning=tuning)
+    output, results = tmp_path / "out", tmp_path / "results"
+    arguments = ["study", str(path), f"--output={output}", "--jobs=2", f"--results={results}"]
+
+    def run(*more):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*arguments, *more])
+        return exit.value.code, capsys.readouterr()
+
+    code, printed = run()
+    assert not code, printed.err
+    made = json.loads((output / "report.json").read_text())
+    assert made["complete"]
+    for name, entry in made["runs"].items():
+        tried = {one["values"]["model.init_args.lr"]: one["val/top1"] for one in entry["tuning"]}
+        assert [*tried] == [0.01, 0.5]
+        assert tried[entry["values"]["model.init_args.lr"]] == max(tried.values())
+        (training,) = entry["trainings"]
+        assert (training["steps"], training["seed"]) == (12, 0)
+        recipe = yaml.safe_load((output / name / "seed0/recipe.yaml").read_text())
+        assert recipe["model"]["init_args"]["lr"] == entry["values"]["model.init_args.lr"]
+        assert recipe["data"]["init_args"].get("held_out", 0) == 0
+        assert entry["val/top1"] == {"mean": training["metrics"]["val/top1"], "std": None, "count": 1}
+        logged = (output / name / "seed0/logs/version_0/metrics.csv").read_text()
+        assert f"{training['metrics']['val/loss']}"[:8] in logged
+        assert training["epoch_cpu_s"] > 0
+        assert training["validation"].keys() == {"val/loss", "val/top1", "val/top5"}
+    stem = f"{made['date']}-study-own"
+    assert {path.name for path in results.iterdir()} == {stem, f"{stem}.json", f"{stem}.md"}
+    assert {path.name for path in (results / stem).iterdir()} == {"conv-seed0.log", "inv-seed0.log"}
+    assert "`inv` against `conv`" in (results / f"{stem}.md").read_text()
+    expected = [f"{name}, tuning_lr={lr}" for name in ("conv", "inv") for lr in (0.01, 0.5)]
+    assert here == [*expected, "conv, seed0", "inv, seed0"]
+    assert not run()[0]
+    assert len(here) == 6, "nothing is trained again"
+    code, printed = run("--set", "trainer.max_epochs=3")
+    assert code == 2
+    assert "is not the configuration of this comparison's" in printed.err
+
+
+def test_costs_and_means():
+    config = {
+        "model": {"init_args": {"name": "searchable", "num_classes": 2, "options": {"stages": STAGES, "stem": "small"}}}
+    }
+    net = create_model("searchable", num_classes=2, stages=STAGES, stem="small")
+    parameters, operations = report.costs(config, [3, 16, 16])
+    assert parameters == sum(parameter.numel() for parameter in net.parameters())
+    assert operations > 64 * 27 * 64, "of the stem only"
+    spread = report._spread([0.5, 0.6, 0.7])
+    assert spread["mean"] == pytest.approx(0.6)
+    assert spread["std"] == pytest.approx(0.1)
+    assert report._text(spread, 100, 1) == "60.0 ± 10.0"
+    assert report._text(None, 100, 1) == "not finished"
+
+
+def test_nothing_unfinished_is_published(tmp_path, data, here):
+    """Of two recipes one is trained: its figures are reported, but nothing goes to the results."""
+    study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
+    made = pipeline.run(study, "own", tmp_path / "out", only=["inv"], results=tmp_path / "results")
+    assert [*made["runs"]] == ["inv"]
+    assert not made["complete"]
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(RecipeError, match="--only is other, expected some of conv, inv"):
+        pipeline.run(study, "own", tmp_path / "out", only=["other"])
+    made = pipeline.run(study, "own", tmp_path / "out", train=False, results=tmp_path / "results")
+    assert [len(entry["trainings"]) for entry in made["runs"].values()] == [0, 1]
+    assert "not finished" in report.markdown(made)
+    assert not (tmp_path / "results").exists()
+    (tmp_path / "out/inv/seed0/last.ckpt").unlink()
+    (tmp_path / "out/inv/seed0/result.json").unlink()
+    made = pipeline.run(study, "own", tmp_path / "out", train=False)
+    assert made["runs"]["inv"]["trainings"] == [], "a run without a result is not reported"
+
+
+def test_a_failed_training_is_named(tmp_path, data, here):
+    """The others come to their end before."""
+    path = write_study(tmp_path, data, seeds=[0])
+    broken = yaml.safe_load((tmp_path / "conv.yaml").read_text())
+    broken["data"]["init_args"]["root"] = "/nowhere"
+    (tmp_path / "conv.yaml").write_text(yaml.safe_dump(broken))
+    study = definition.read(str(path), {})
+    with pytest.raises(RecipeError, match=r"1 of 2 trainings failed: conv, seed0 \(see .*conv/seed0/log.txt\)"):
+        pipeline.run(study, "own", tmp_path / "out")
+    assert "data.root=/nowhere" in (tmp_path / "out/conv/seed0/log.txt").read_text()
+    assert (tmp_path / "out/inv/seed0/result.json").is_file()
+
+
+def test_stopped_comparison_goes_on(tmp_path, data, here):
+    """SIGTERM in the middle of a training: it saves itself, and ends with the weights of one that was not stopped."""
+    path = write_study(tmp_path, data, seeds=[0], overrides={"trainer": {"max_epochs": 40}})
+    command = [sys.executable, "-m", "pyinvolution", "study", str(path), "--only", "inv"]
+
+    def start(output):
+        return subprocess.Popen([*command, "--output", str(output)], env=environment(), stdout=subprocess.DEVNULL)
+
+    pipeline.run(definition.read(str(path), {}), "own", tmp_path / "whole", only=["inv"])
+    assert here == ["inv, seed0"]
+    process = start(tmp_path / "half")
+    last = tmp_path / "half/inv/seed0/last.ckpt"
+    end = time.monotonic() + 200
+    while not last.is_file() and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(200) == 143
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 240, "else it was stopped too late"
+    assert not (last.parent / "result.json").exists()
+    assert start(tmp_path / "half").wait(300) == 0
+    one, other = (
+        torch.load(tmp_path / name / "inv/seed0/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "half")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    results = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "half")]
+    found = [result["runs"]["inv"]["trainings"][0] for result in results]
+    assert found[0]["metrics"] == found[1]["metrics"]
+    assert found[0]["curves"] == found[1]["curves"]
