@@ -2,8 +2,8 @@
 
     python tests/release.py [TAG]
 
-pyproject.toml has the version. CITATION.cff has the same one. With a tag, the tag is v and that version, the changelog's
-newest section is that version with its date, "## [1.2.3] - 2026-01-31", and CITATION.cff has the same date.
+pyproject.toml has the version. CITATION.cff has the same one. With a tag, the tag is v and that version, the
+changelog's newest section is that version with its date, "## [1.2.3] - 2026-01-31", and CITATION.cff has the same date.
 """
 
 import re
