@@ -27,6 +27,7 @@ NAVIGATION = {
         "docs/kernels",
         "docs/training",
         "docs/cpp",
+        "docs/onnx",
         "docs/migration",
         "docs/when-not-to-use",
         "docs/faq",

@@ -4,88 +4,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_support import SMALL, Operators, operator_inputs, small_rednet
 from torch import nn
 
 import pyinvolution
-from pyinvolution import cli
+from pyinvolution import cli, ops
 from pyinvolution.export import export, load_model, onnx_decompositions, onnx_translations
-from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.models import create_model, save_pretrained
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
-SMALL = {"layers": (1, 1), "stem_channels": 32, "base_channels": 16}
 
-
-def small_rednet() -> nn.Module:
-    torch.manual_seed(0)
-    model = create_model("rednet", num_classes=10, **SMALL)
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
-        nn.init.uniform_(norm.running_var, 0.5, 1.5)
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-    return model
-
-
-class Operators(nn.Module):
-    """The operators and their epilogue, in all their arguments."""
-
-    CASES = (
-        ((3, 3), (1, 1), (1, 1), (1, 1)),
-        ((3, 1), (1, 1), (1, 0), (1, 1)),
-        ((2, 5), (2, 1), (0, 3), (1, 2)),
-        ((3, 2), (3, 2), (2, 1), (2, 3)),
-    )
-
-    def forward(self, x, weights, reduced, spans, biases, scale, shift):
-        results = []
-        for (kernel, *window), weight, r, span, bias in zip(self.CASES, weights, reduced, spans, biases, strict=True):
-            results.append(involution2d(x, weight, None, *window))
-            results.append(span_involution2d(x, r, span, None, kernel, *window))
-            results.append(span_involution2d(x, r, span[:, :, None, None], bias, kernel, *window))
-            geometry = (kernel, *window)
-            results.append(torch.ops.pyinvolution.span_involution2d(x, r, span, bias, scale, shift, True, *geometry))
-            halo = [d * (k - 1) // 2 for d, k in zip(window[2], kernel, strict=True)]
-            layer = (kernel, window[0], halo, window[2])
-            reduce = span[: r.shape[1], :1].repeat(1, x.shape[1])
-            results.append(
-                torch.ops.pyinvolution.involution_layer2d(
-                    x, reduce, bias[: r.shape[1]], span, bias, scale, shift, False, *layer
-                )
-            )
-        return results
-
-
+@pytest.mark.parametrize("functions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # ONNX Runtime has no float64 convolution
-def test_operators_in_onnx(dtype: torch.dtype, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    size, channels, groups, width = (9, 11), 6, 2, 3
-    lists: list[list[torch.Tensor]] = [[], [], [], []]
-    for kernel, stride, padding, dilation in Operators.CASES:
-        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-               for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)]  # fmt: skip
-        rows = groups * kernel[0] * kernel[1]
-        shapes = ((2, groups, *kernel, *out), (2, width, *out), (rows, width), (rows,))
-        for values, shape in zip(lists, shapes, strict=True):
-            values.append(torch.randn(shape, dtype=dtype))
-    wide = torch.promote_types(dtype, torch.float32)
-    scale, shift = (torch.randn(channels, dtype=wide) for _ in range(2))
-    inputs = (torch.randn(2, channels, *size, dtype=dtype), *lists, scale, shift)
+def test_operators_in_onnx(dtype: torch.dtype, functions: bool) -> None:
+    inputs = operator_inputs(dtype)
     program = torch.export.export(Operators(), inputs)
-    path = tmp_path / "operators.onnx"
-    plain = program.run_decompositions(onnx_decompositions())
-    torch.onnx.export(plain, (), path, opset_version=18, dynamo=True, verbose=False)
-    graph = onnx.load(path)
-    assert {opset.domain for opset in graph.opset_import} <= {"", "ai.onnx"}
-    assert graph.opset_import[0].version == 18
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    flat = torch.utils._pytree.tree_leaves(inputs)
-    feed = {i.name: value.numpy() for i, value in zip(session.get_inputs(), flat, strict=True)}
-    for found, expected in zip(session.run(None, feed), Operators()(*inputs), strict=True):
-        tolerance = {torch.float16: 2e-2, torch.float32: 2e-5}[dtype]
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=tolerance, atol=tolerance)
+    if functions:
+        from onnx.inliner import inline_local_functions
+
+        from pyinvolution._onnx_functions import translate
+
+        model = translate(program, 18)
+        called = {node.op_type for node in model.graph.node if node.domain == "pyinvolution"}
+        assert called == {operator._schema.name.partition("::")[2] for operator in ops.PLAIN}
+        models = [model, inline_local_functions(model)]
+    else:
+        plain = program.run_decompositions(onnx_decompositions())
+        models = [torch.onnx.export(plain, (), opset_version=18, dynamo=True, verbose=False).model_proto]
+        assert {opset.domain for opset in models[0].opset_import} <= {"", "ai.onnx"}
+    assert {node.domain for node in models[-1].graph.node} <= {"", "ai.onnx"}
+    for model in models:
+        onnx.checker.check_model(model, full_check=True)
+        assert {opset.domain: opset.version for opset in model.opset_import}[""] == 18
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        flat = torch.utils._pytree.tree_leaves(inputs)
+        feed = {i.name: value.numpy() for i, value in zip(session.get_inputs(), flat, strict=True)}
+        for found, expected in zip(session.run(None, feed), Operators()(*inputs), strict=True):
+            tolerance = {torch.float16: 2e-2, torch.float32: 2e-5}[dtype]
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -116,11 +75,11 @@ def test_the_table_of_translations_is_deprecated() -> None:
         assert onnx_translations() == {}
 
 
-@pytest.mark.parametrize("format", ["pt2", "onnx"])
-def test_any_batch_and_size(format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "custom_ops"), [("pt2", False), ("onnx", False), ("onnx", True)])
+def test_any_batch_and_size(format: str, custom_ops: bool, tmp_path: Path) -> None:
     model = small_rednet()
     path = tmp_path / f"model.{format}"
-    result = export(model, path, format, torch.rand(2, 3, 64, 96))
+    result = export(model, path, format, torch.rand(2, 3, 64, 96), custom_ops=custom_ops)
     assert result.dynamic == ("batch", "height", "width")
     assert result.difference < 1e-4 < result.scale
     for shape in ((1, 3, 33, 33), (5, 3, 75, 41)):
@@ -163,6 +122,7 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ({"format": "tflite"}, "format is 'tflite', expected one of pt2, aoti, onnx"),
         ({"opset": 17}, "opset is 17, expected at least 18"),
+        ({"custom_ops": True}, "custom_ops is True, expected False for format pt2"),
         ({"example_input": torch.rand(3, 64, 64)}, r"has shape \(3, 64, 64\), expected \(N, C, H, W\)"),
         (
             {"example_input": torch.rand(2, 3, 64, 32)},

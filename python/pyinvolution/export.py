@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,7 @@ def export(
     dynamic: bool = True,
     optimize: bool = True,
     opset: int = 20,
+    custom_ops: bool = False,
 ) -> Export:
     """Write a model for deployment, load it again and compare.
 
@@ -132,23 +134,27 @@ def export(
         path: of the file, which ends in .pt2 for "pt2" and "aoti".
         format: "pt2", an archive for `torch.export.load` (after ``import pyinvolution``); "aoti", code compiled by
             AOTInductor for this kind of machine, which C++ and Python load; "onnx", of standard operations only, so
-            that every runtime takes it.
+            that every runtime takes it, or with ``custom_ops``.
         example_input: images (of a detector one); device and type are the model's. Default: 2 random ones of
             224 x 224.
         dynamic: leave batch, height and width free.
         optimize: fold norms and epilogues first (`optimize_for_inference`), where the model can be traced for that.
         opset: version of ONNX's operations, 18 or newer.
+        custom_ops: of "onnx": the involutions are calls of functions in the domain "pyinvolution", for which an engine
+            can have a kernel; their bodies are standard operations.
 
     Raises:
         TypeError: ``example_input`` is not a tensor.
-        ValueError: ``format`` or ``opset`` is not one of these, ``example_input`` holds no images or too small ones, or
-            torch cannot export the model.
+        ValueError: ``format`` or ``opset`` is not one of these, ``custom_ops`` is set for another format,
+            ``example_input`` holds no images or too small ones, or torch cannot export the model.
         RuntimeError: the file's outputs differ from the model's by more than rounding; ``path`` is left as it was.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     if opset < 18:
         raise ValueError(f"opset is {opset}, expected at least 18")
+    if custom_ops and format != "onnx":
+        raise ValueError(f"custom_ops is {custom_ops}, expected False for format {format}")
     model = copy.deepcopy(model) if isinstance(model, nn.Module) else load_model(model)
     model.eval().requires_grad_(False)
     parameter = next(model.parameters(), torch.empty(0))
@@ -173,7 +179,8 @@ def export(
     # The file gets its name once its outputs are known to be right.
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
-        run = FORMATS[format].write(program, part, opset)
+        write = partial(_write_onnx, custom_ops=True) if custom_ops else FORMATS[format].write
+        run = write(program, part, opset)
         difference, scale = _compare(model, run, _check_inputs(example_input, bool(names)), detector)
         part.replace(path)
     finally:
@@ -297,19 +304,23 @@ def _write_aoti(program: ExportedProgram, path: Path, opset: int) -> Runner:
     return lambda image: tree_leaves(loaded(image))
 
 
-def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> Runner:
+def _write_onnx(program: ExportedProgram, path: Path, opset: int, custom_ops: bool = False) -> Runner:
+    import onnx
     import onnxruntime
 
-    torch.onnx.export(
-        program.run_decompositions(onnx_decompositions()),
-        (),
-        path,
-        input_names=["input"],
-        opset_version=opset,
-        external_data=False,
-        dynamo=True,
-        verbose=False,
-    )
+    from pyinvolution._onnx_functions import translate
+
+    if custom_ops:
+        model = translate(program, opset, input_names=["input"])
+    else:
+        exported = torch.onnx.export(
+            program.run_decompositions(onnx_decompositions()), (), input_names=["input"], opset_version=opset,
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+        assert exported is not None
+        model = exported.model_proto
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: [torch.from_numpy(array) for array in session.run(None, {name: image.cpu().numpy()})]

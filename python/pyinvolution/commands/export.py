@@ -27,6 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--opset", type=int, default=20, help="of ONNX, at least 18; default: 20")
+    parser.add_argument(
+        "--custom-ops",
+        action="store_true",
+        help="in ONNX, call the involutions by name, for engines that have a kernel of it; other engines run standard "
+        "operations as before",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -53,6 +59,7 @@ def main(options: argparse.Namespace) -> None:
                 dynamic=not options.static,
                 optimize=not options.plain,
                 opset=options.opset,
+                custom_ops=options.custom_ops,
             )
         )
     except (ValueError, RuntimeError) as error:
