@@ -1,5 +1,6 @@
 #include "conversion.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
@@ -12,6 +13,7 @@
 #include "openvino/op/convert.hpp"
 #include "openvino/op/convolution.hpp"
 #include "openvino/op/multiply.hpp"
+#include "openvino/op/pad.hpp"
 #include "openvino/op/relu.hpp"
 #include "openvino/op/reshape.hpp"
 #include "openvino/op/transpose.hpp"
@@ -68,11 +70,11 @@ class Converter {
     compute_type_ = bfloat16 && type_ == ov::element::f32 ? ov::element::Type(ov::element::bf16) : type_;
   }
 
-  ov::OutputVector involution() const { return {to_nchw_in_type(operation<Involution2d>(inputs_, {"input"}))}; }
+  ov::OutputVector involution() { return {to_nchw_in_type(operation<Involution2d>(inputs_, {"input"}))}; }
 
-  ov::OutputVector span() const { return {span(inputs_)}; }
+  ov::OutputVector span() { return {span(inputs_)}; }
 
-  ov::OutputVector layer() const {
+  ov::OutputVector layer() {
     if (fuses(SpanOp::layer)) return {to_nchw_in_type(operation<InvolutionLayer2d>(inputs_, {"input"}))};
     const auto& stride = attributes_.stride;
     Inputs inputs = inputs_;
@@ -84,6 +86,20 @@ class Converter {
     }
     inputs["reduced"] = std::make_shared<ov::op::v0::Relu>(
         convolved(cells, inputs.at("reduce_weight"), find(inputs, "reduce_bias")));
+    // The window of the last cell needs as many zeros as make it whole, which may be more than there are at the top.
+    std::vector<int64_t> begin{0, 0, 0, 0}, end{0, 0, 0, 0};
+    for (int i : {0, 1}) {
+      begin[2 + i] = attributes_.padding[i];
+      end[2 + i] = attributes_.dilation[i] * (attributes_.kernel_size[i] - 1) - attributes_.padding[i];
+    }
+    if (begin != end) {
+      const auto constant = [](const auto& values) {
+        return ov::op::v0::Constant::create(ov::element::i64, ov::Shape{4}, values);
+      };
+      inputs["input"] = std::make_shared<ov::op::v12::Pad>(inputs["input"], constant(begin), constant(end),
+                                                           ov::op::PadMode::CONSTANT);
+      attributes_.padding = {0, 0};
+    }
     return {span(inputs)};
   }
 
@@ -164,7 +180,7 @@ class Converter {
 std::vector<ov::Extension::Ptr> extensions(bool bfloat16) {
   using ov::frontend::NodeContext;
   using ov::frontend::onnx::ConversionExtension;
-  const auto conversion = [&](const char* name, const Names& names, ov::OutputVector (Converter::*convert)() const) {
+  const auto conversion = [&](const char* name, const Names& names, ov::OutputVector (Converter::*convert)()) {
     return std::make_shared<ConversionExtension>(name, "pyinvolution", [=](const NodeContext& context) {
       return (Converter(context, names, bfloat16).*convert)();
     });
@@ -174,7 +190,7 @@ std::vector<ov::Extension::Ptr> extensions(bool bfloat16) {
           std::make_shared<ov::OpExtension<InvolutionLayer2d>>(),
           conversion("involution2d", {"input", "weight"}, &Converter::involution),
           conversion("span_involution2d", {"input", "reduced", "span_weight", "span_bias", "scale", "shift"},
-                     static_cast<ov::OutputVector (Converter::*)() const>(&Converter::span)),
+                     static_cast<ov::OutputVector (Converter::*)()>(&Converter::span)),
           conversion("involution_layer2d",
                      {"input", "reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift"},
                      &Converter::layer)};
