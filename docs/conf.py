@@ -28,6 +28,7 @@ NAVIGATION = {
         "docs/training",
         "docs/cpp",
         "docs/onnx",
+        "docs/openvino",
         "docs/migration",
         "docs/when-not-to-use",
         "docs/faq",

@@ -22,15 +22,16 @@ def name_of(value: object) -> str | None:
 
 
 def of(language: str) -> list[Block]:
-    return [block for block in BLOCKS if block.language == language and not block.reason]
+    return [b for b in BLOCKS if b.language == language and not b.reason and not b.name.startswith("docs/openvino.md")]
 
 
 def test_every_block_is_executed_or_says_why_not() -> None:
     assert of("python")
     assert COMMANDS
     for block in BLOCKS:
-        # test_consumer.py builds those of the C++ guide.
-        known = ("python", "bash", "cpp", "cmake") if block.name.startswith("docs/cpp.md") else ("python", "bash")
+        # test_consumer.py and test_openvino.py build those of these guides.
+        guide = block.name.startswith(("docs/cpp.md", "docs/openvino.md"))
+        known = ("python", "bash", "cpp", "cmake") if guide else ("python", "bash")
         assert block.reason or block.language in known, f"{block.name}: nothing executes a block in {block.language}"
 
 
@@ -90,7 +91,7 @@ def test_commands(line: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsy
         parses(arguments, monkeypatch, capsys)
     elif program == "make":
         makes(arguments)
-    else:  # test_installations, test_consumer.py
+    else:  # test_installations, test_consumer.py, test_openvino.py
         assert program in ("pip", "cmake"), f"nothing executes {line}"
 
 
@@ -103,7 +104,7 @@ def makes(arguments: list[str]) -> None:
 
 def test_installations() -> None:
     # Not by importing: with pip in a process, setuptools, which torch.compile needs, cannot be imported any more.
-    for package in ("pip", "scikit-build-core", "optuna", "onnxscript"):
+    for package in ("pip", "scikit-build-core", "optuna", "onnxscript", "openvino", "cmake"):
         if not list(metadata.distributions(name=package)):
             pytest.skip(f"needs {package}")
     lines = [line.split() for line in [*COMMANDS, *spans("pip install .*")] if line.startswith("pip ")]

@@ -84,8 +84,8 @@ class Converter {
       cells = std::make_shared<ov::op::v1::AvgPool>(cells, ov::Strides{window[0], window[1]}, ov::Shape{0, 0},
                                                     ov::Shape{0, 0}, window, true, ov::op::RoundingType::CEIL);
     }
-    inputs["reduced"] = std::make_shared<ov::op::v0::Relu>(
-        convolved(cells, inputs.at("reduce_weight"), find(inputs, "reduce_bias")));
+    inputs["reduced"] =
+        std::make_shared<ov::op::v0::Relu>(convolved(cells, inputs.at("reduce_weight"), find(inputs, "reduce_bias")));
     // The window of the last cell needs as many zeros as make it whole, which may be more than there are at the top.
     std::vector<int64_t> begin{0, 0, 0, 0}, end{0, 0, 0, 0};
     for (int i : {0, 1}) {
@@ -126,9 +126,8 @@ class Converter {
                         : compute_type_ == ov::element::bf16 ? DType::bf16
                                                              : DType::f32;
     const auto make = op == SpanOp::layer ? make_layer_problem : make_span_problem;
-    const SpanProblem problem =
-        make(dtype, Device::cpu, image, span[0].get_length() / taps, span[1].get_length(), window, Layout::nhwc,
-             find(inputs_, "scale") != nullptr, attributes_.relu);
+    const SpanProblem problem = make(dtype, Device::cpu, image, span[0].get_length() / taps, span[1].get_length(),
+                                     window, Layout::nhwc, find(inputs_, "scale") != nullptr, attributes_.relu);
     return route(problem, op) == (op == SpanOp::layer ? Route::layer : Route::span);
   }
 
@@ -154,8 +153,8 @@ class Converter {
     ov::OutputVector outputs;
     Operation::Attributes attributes = attributes_;
     attributes.inputs.clear();
-    for (const char* name : {"input", "weight", "reduced", "reduce_weight", "reduce_bias", "span_weight", "span_bias",
-                             "scale", "shift"}) {
+    for (const char* name :
+         {"input", "weight", "reduced", "reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift"}) {
       const Output* found = find(inputs, name);
       if (found == nullptr) continue;
       Output input = *found;

@@ -15,16 +15,11 @@ namespace {
 
 DType dtype_of(const ov::element::Type& type) {
   switch (ov::element::Type_t(type)) {
-    case ov::element::f32:
-      return DType::f32;
-    case ov::element::f64:
-      return DType::f64;
-    case ov::element::f16:
-      return DType::f16;
-    case ov::element::bf16:
-      return DType::bf16;
-    default:
-      OPENVINO_THROW("input is ", type, ", expected f32, f64, f16 or bf16");
+    case ov::element::f32: return DType::f32;
+    case ov::element::f64: return DType::f64;
+    case ov::element::f16: return DType::f16;
+    case ov::element::bf16: return DType::bf16;
+    default: OPENVINO_THROW("input is ", type, ", expected f32, f64, f16 or bf16");
   }
 }
 
@@ -41,16 +36,11 @@ template <class To>
 void convert(const ov::Tensor& from, std::vector<To>& to) {
   const size_t size = from.get_size();
   switch (ov::element::Type_t(from.get_element_type())) {
-    case ov::element::f32:
-      return to.assign(from.data<const float>(), from.data<const float>() + size);
-    case ov::element::f64:
-      return to.assign(from.data<const double>(), from.data<const double>() + size);
-    case ov::element::f16:
-      return to.assign(from.data<const ov::float16>(), from.data<const ov::float16>() + size);
-    case ov::element::bf16:
-      return to.assign(from.data<const ov::bfloat16>(), from.data<const ov::bfloat16>() + size);
-    default:
-      OPENVINO_THROW("scale or shift is ", from.get_element_type(), ", expected a floating-point type");
+    case ov::element::f32: return to.assign(from.data<const float>(), from.data<const float>() + size);
+    case ov::element::f64: return to.assign(from.data<const double>(), from.data<const double>() + size);
+    case ov::element::f16: return to.assign(from.data<const ov::float16>(), from.data<const ov::float16>() + size);
+    case ov::element::bf16: return to.assign(from.data<const ov::bfloat16>(), from.data<const ov::bfloat16>() + size);
+    default: OPENVINO_THROW("scale or shift is ", from.get_element_type(), ", expected a floating-point type");
   }
 }
 
@@ -88,14 +78,10 @@ void run_span(const SpanProblem& problem, SpanOp op, SpanBuffers buffers, const 
   validate(problem, op, buffers);
   const Execution threads = execution();
   switch (dtype) {
-    case DType::f32:
-      return span_by_pixel<float, float>(problem, op, buffers, threads);
-    case DType::f64:
-      return span_by_pixel<double, double>(problem, op, buffers, threads);
-    case DType::f16:
-      return span_by_pixel<ov::float16, float>(problem, op, buffers, threads);
-    case DType::bf16:
-      return span_by_pixel<ov::bfloat16, float>(problem, op, buffers, threads);
+    case DType::f32: return span_by_pixel<float, float>(problem, op, buffers, threads);
+    case DType::f64: return span_by_pixel<double, double>(problem, op, buffers, threads);
+    case DType::f16: return span_by_pixel<ov::float16, float>(problem, op, buffers, threads);
+    case DType::bf16: return span_by_pixel<ov::bfloat16, float>(problem, op, buffers, threads);
   }
 }
 
@@ -125,10 +111,8 @@ bool Operation::visit_attributes(ov::AttributeVisitor& visitor) {
 
 void Operation::validate_and_infer_types() {
   const auto& a = attributes_;
-  const std::pair<const char*, const std::vector<int64_t>*> pairs[] = {{"kernel_size", &a.kernel_size},
-                                                                       {"stride", &a.stride},
-                                                                       {"padding", &a.padding},
-                                                                       {"dilation", &a.dilation}};
+  const std::pair<const char*, const std::vector<int64_t>*> pairs[] = {
+      {"kernel_size", &a.kernel_size}, {"stride", &a.stride}, {"padding", &a.padding}, {"dilation", &a.dilation}};
   for (const auto& [name, values] : pairs) {
     NODE_VALIDATION_CHECK(this, values->size() == 2, name, " has ", values->size(), " values, expected 2");
     const int64_t least = values == &a.padding ? 0 : 1;
@@ -179,15 +163,19 @@ void Involution2d::compute(ov::Tensor& output, const ov::TensorVector& inputs) c
   const bool planar = weight.size() == 6;
   const int64_t taps = attributes_.kernel_size[0] * attributes_.kernel_size[1];
   const int64_t groups = planar ? int64_t(weight[1]) : int64_t(weight[3]) / taps;
-  Problem problem = make_problem(dtype_of(inputs[0].get_element_type()), Device::cpu, {n, c, h, w}, groups, window(),
-                                 Layout::nhwc);
+  Problem problem =
+      make_problem(dtype_of(inputs[0].get_element_type()), Device::cpu, {n, c, h, w}, groups, window(), Layout::nhwc);
   if (planar) {
     const Problem dense = make_problem(problem.dtype, Device::cpu, {n, c, h, w}, groups, window(), Layout::nchw);
     std::copy(std::begin(dense.w_stride), std::end(dense.w_stride), problem.w_stride);
   }
   const ov::Shape expected =
-      planar ? ov::Shape{size_t(n), size_t(groups), size_t(problem.kernel_h), size_t(problem.kernel_w),
-                         size_t(problem.out_h), size_t(problem.out_w)}
+      planar ? ov::Shape{size_t(n),
+                         size_t(groups),
+                         size_t(problem.kernel_h),
+                         size_t(problem.kernel_w),
+                         size_t(problem.out_h),
+                         size_t(problem.out_w)}
              : ov::Shape{size_t(n), size_t(problem.out_h), size_t(problem.out_w), size_t(groups * taps)};
   OPENVINO_ASSERT(weight == expected, "weight has shape ", weight, ", expected ", expected);
   output.set_shape({size_t(n), size_t(problem.out_h), size_t(problem.out_w), size_t(c)});
@@ -211,8 +199,7 @@ int64_t groups_of(const ov::Tensor& span_weight, const WindowParams& window, int
 
 ov::Dimension SpanInvolution2d::pixels(int axis) const {
   const ov::PartialShape& reduced = get_input_partial_shape(1);
-  NODE_VALIDATION_CHECK(this, reduced.rank().compatible(4), "reduced has shape ", reduced,
-                        ", expected (N, Ho, Wo, R)");
+  NODE_VALIDATION_CHECK(this, reduced.rank().compatible(4), "reduced has shape ", reduced, ", expected (N, Ho, Wo, R)");
   return reduced.rank().is_static() ? reduced[1 + axis] : ov::Dimension::dynamic();
 }
 
@@ -222,9 +209,9 @@ void SpanInvolution2d::compute(ov::Tensor& output, const ov::TensorVector& input
   const auto [n, c, h, w] = input_sizes(inputs[0]);
   const int64_t r = int64_t(inputs[1].get_shape()[3]);
   const int64_t groups = groups_of(*given("span_weight"), window(), r);
-  const SpanProblem problem = make_span_problem(dtype_of(inputs[0].get_element_type()), Device::cpu, {n, c, h, w},
-                                                groups, r, window(), Layout::nhwc, given("scale") != nullptr,
-                                                attributes_.relu);
+  const SpanProblem problem =
+      make_span_problem(dtype_of(inputs[0].get_element_type()), Device::cpu, {n, c, h, w}, groups, r, window(),
+                        Layout::nhwc, given("scale") != nullptr, attributes_.relu);
   const Problem& p = problem.involution;
   const ov::Shape expected{size_t(n), size_t(p.out_h), size_t(p.out_w), size_t(r)};
   OPENVINO_ASSERT(inputs[1].get_shape() == expected, "reduced has shape ", inputs[1].get_shape(), ", expected ",
@@ -238,7 +225,9 @@ void SpanInvolution2d::compute(ov::Tensor& output, const ov::TensorVector& input
 
 ov::Dimension InvolutionLayer2d::pixels(int axis) const {
   const ov::Dimension& size = get_input_partial_shape(0)[1 + axis];
-  const auto cells = [&](int64_t pixels) { return pixels < 0 ? pixels : layer_output_size(pixels, attributes_.stride[axis]); };
+  const auto cells = [&](int64_t pixels) {
+    return pixels < 0 ? pixels : layer_output_size(pixels, attributes_.stride[axis]);
+  };
   return {cells(size.get_min_length()), cells(size.get_max_length())};
 }
 
@@ -247,13 +236,13 @@ void InvolutionLayer2d::compute(ov::Tensor& output, const ov::TensorVector& inpu
   const auto buffer = [&](const char* name) { return given(name) == nullptr ? nullptr : address(*given(name)); };
   const auto [n, c, h, w] = input_sizes(inputs[0]);
   const ov::Shape& reduce = given("reduce_weight")->get_shape();
-  OPENVINO_ASSERT(reduce.size() >= 2 && int64_t(reduce[1]) == c, "reduce_weight has shape ", reduce,
-                  ", expected (R, ", c, ", 1, 1)");
+  OPENVINO_ASSERT(reduce.size() >= 2 && int64_t(reduce[1]) == c, "reduce_weight has shape ", reduce, ", expected (R, ",
+                  c, ", 1, 1)");
   const int64_t r = int64_t(reduce[0]);
   const int64_t groups = groups_of(*given("span_weight"), window(), r);
-  const SpanProblem problem = make_layer_problem(dtype_of(inputs[0].get_element_type()), Device::cpu, {n, c, h, w},
-                                                 groups, r, window(), Layout::nhwc, given("scale") != nullptr,
-                                                 attributes_.relu);
+  const SpanProblem problem =
+      make_layer_problem(dtype_of(inputs[0].get_element_type()), Device::cpu, {n, c, h, w}, groups, r, window(),
+                         Layout::nhwc, given("scale") != nullptr, attributes_.relu);
   const Problem& p = problem.involution;
   output.set_shape({size_t(n), size_t(p.out_h), size_t(p.out_w), size_t(c)});
   SpanBuffers buffers{};
