@@ -1,10 +1,10 @@
 """Loads the native library: the operators into torch.ops.pyinvolution, and what it says of itself into ``_C``."""
 
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
+
+from pyinvolution._native import folder
 
 # A second copy of the library would register the operators twice, which ends the process without a message.
 if torch._C._jit_get_schemas_for_operator("pyinvolution::involution2d"):
@@ -13,12 +13,7 @@ if torch._C._jit_get_schemas_for_operator("pyinvolution::involution2d"):
         "either by `import pyinvolution` or by torch.ops.load_library"
     )
 
-_spec = find_spec("pyinvolution._C")
-if _spec is None or _spec.origin is None:
-    raise ImportError(
-        "pyinvolution's native library is missing; install the package (pip install .), or run outside its source"
-    )
-_folder = Path(_spec.origin).parent
+_folder = folder()
 # Loaded first by its path, so that _C finds it already in the process.
 torch.ops.load_library(_folder / "libpyinvolution.so")
 _C = import_module("pyinvolution._C")

@@ -8,9 +8,10 @@ which is standard operations:
 as one slice of the padded X, one multiplication and one addition for each tap, as in `ops.PLAIN`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -23,10 +24,13 @@ __all__ = ["DOMAIN", "translate"]
 
 DOMAIN = "pyinvolution"
 VERSION = 1
-IR_VERSION = 10
-"""The first with overloads of a function."""
 
-_OVERLOAD = f"{DOMAIN}.overload"
+_ELEMENT_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
 _END = torch.iinfo(torch.int64).max
 
 
@@ -34,29 +38,21 @@ class Configuration(NamedTuple):
     """What the body of a function depends on; sizes of tensors are free.
 
     Attributes:
-        name: of the operator.
-        inputs: names of all its tensors.
-        absent: names of the optional inputs that a call does not have.
-        narrow: whether the tensors have 16 bits, so that sums are kept in another type.
+        inputs: names of the operator's tensors.
+        dtype: of the tensors.
     """
 
-    name: str
     inputs: tuple[str, ...]
-    absent: frozenset[str]
-    narrow: bool
+    dtype: torch.dtype
     relu: bool
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    @property
-    def overload(self) -> str:
-        pairs = {"kernel": self.kernel_size, "stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        parts = [f"{name}{rows}x{columns}" for name, (rows, columns) in pairs.items()]
-        parts += [f"no_{name}" for name in self.inputs if name in self.absent]
-        parts += ["relu"] * self.relu + ["16bit"] * self.narrow
-        return "_".join(parts)
+
+Configurations = dict[str, list[Configuration]]
+"""Those of the calls in a model, by the name of the operator."""
 
 
 def translate(program: ExportedProgram, opset: int, **options: Any) -> onnx.ModelProto:
@@ -66,19 +62,21 @@ def translate(program: ExportedProgram, opset: int, **options: Any) -> onnx.Mode
         opset: version of ONNX's operations, 18 or newer.
         options: of `torch.onnx.export`.
     """
-    found: dict[tuple[str, str], Configuration] = {}
+    found: Configurations = {}
     plain = program.run_decompositions(_calls(found))
     exported = torch.onnx.export(plain, (), opset_version=opset, dynamo=True, verbose=False, **options)
     assert exported is not None
     model = exported.model_proto
-    _add_functions(model, found, opset)
+    model.functions.extend(_function(name, configurations, opset) for name, configurations in found.items())
+    if opset <= 20:  # Nothing here is newer, and ONNX Runtime 1.17 takes no newer one.
+        model.ir_version = min(model.ir_version, 9)
     return model
 
 
-def _calls(found: dict[tuple[str, str], Configuration]) -> dict[OpOverload, Callable[..., Tensor]]:
+def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
     """A table for ``ExportedProgram.run_decompositions`` that turns each operator into a call of its function.
 
-    ``found`` receives the configuration of each call, by the function's name and overload.
+    ``found`` receives the configurations; a call's attribute ``configuration`` is its place in the list.
     """
 
     def call_of(operator: OpOverload) -> Callable[..., Tensor]:
@@ -98,20 +96,22 @@ def _calls(found: dict[tuple[str, str], Configuration]) -> dict[OpOverload, Call
             for weight in ("reduce_weight", "span_weight"):
                 if weight in tensors:
                     tensors[weight] = tensors[weight].flatten(1)[:, :, None, None]
+            _fill(tensors)
             if "kernel_size" not in given:
                 given["kernel_size"] = tensors["weight"].shape[2:4]
             configuration = Configuration(
-                name,
                 tuple(tensors),
-                frozenset(key for key, tensor in tensors.items() if tensor is None),
-                input.dtype.itemsize == 2,
+                input.dtype,
                 bool(given.get("relu")),
                 *(_pair(given[key]) for key in ("kernel_size", "stride", "padding", "dilation")),
             )
-            found[name, configuration.overload] = configuration
+            known = found.setdefault(name, [])
+            if configuration not in known:
+                known.append(configuration)
             attributes: dict[str, Any] = {
                 key: int(value) if key == "relu" else list(_pair(value)) for key, value in given.items()
             }
+            attributes["configuration"] = known.index(configuration)
             return torch.onnx.ops.symbolic(
                 f"{DOMAIN}::{name}",
                 tuple(tensors.values()),
@@ -119,7 +119,6 @@ def _calls(found: dict[tuple[str, str], Configuration]) -> dict[OpOverload, Call
                 dtype=input.dtype,
                 shape=shape,
                 version=VERSION,
-                metadata_props={_OVERLOAD: configuration.overload},
             )
 
         return call
@@ -132,69 +131,96 @@ def _pair(values: Sequence[Any]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def _fill(tensors: dict[str, Tensor]) -> None:
+    """Give each optional tensor that is absent the value that changes nothing, so that all calls are alike."""
+    input = tensors["input"]
+    sums = torch.float64 if input.dtype == torch.float64 else torch.float32
+    values: dict[str, Callable[[], Tensor]] = {
+        "reduce_bias": lambda: input.new_zeros(tensors["reduce_weight"].shape[0]),
+        "span_bias": lambda: input.new_zeros(tensors["span_weight"].shape[0]),
+        "scale": lambda: input.new_ones(input.shape[1], dtype=sums),
+        "shift": lambda: input.new_zeros(input.shape[1], dtype=sums),
+    }
+    for name, tensor in tensors.items():
+        if tensor is None:
+            tensors[name] = values[name]()
+
+
 def _pixels(name: str, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> Iterable[Any]:
     if name == "involution_layer2d":
         return map(ops.layer_output_size, tensors["input"].shape[2:], attributes["stride"])
     return tensors["weight" if name == "involution2d" else "reduced"].shape[-2:]
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Also those of branches and loops."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+def _function(name: str, configurations: Sequence[Configuration], opset: int) -> onnx.FunctionProto:
+    """The function of an operator.
 
-
-def _add_functions(model: onnx.ModelProto, found: dict[tuple[str, str], Configuration], opset: int) -> None:
-    """Give each call its overload and the model the functions that it calls."""
-    called: dict[tuple[str, str], Configuration] = {}
-    for node in _nodes(model.graph):
-        if node.domain == DOMAIN:
-            (overload,) = (entry.value for entry in node.metadata_props if entry.key == _OVERLOAD)
-            node.overload = overload
-            del node.metadata_props[:]
-            called[node.op_type, overload] = found[node.op_type, overload]
-    model.functions.extend(_function(configuration, opset) for configuration in called.values())
-    model.ir_version = max(model.ir_version, IR_VERSION)
-
-
-def _function(configuration: Configuration, opset: int) -> onnx.FunctionProto:
-    attributes = ["kernel_size", "stride", "padding", "dilation"]
-    if configuration.name != "involution2d":
+    Where a model calls it in several configurations, a chain of If selects by a constant, which engines resolve when
+    they load the model. (Overloads of a function would say the same, but up to version 1.26 ONNX Runtime takes the
+    first one that it finds.)
+    """
+    attributes = ["kernel_size", "stride", "padding", "dilation", "configuration"]
+    if name != "involution2d":
         attributes.append("relu")
-    body = _Body(configuration)
-    body.write()
+    start = _Body(configurations[0], "")
+    given = start.prepare()
+    bodies = [_Body(configuration, f"c{number}_") for number, configuration in enumerate(configurations)]
+    for body in bodies:
+        body.write(given)
+    nodes = bodies[-1].nodes
+    for number in reversed(range(len(bodies) - 1)):
+        nodes = _selection(number, bodies[number], nodes)
     return onnx.helper.make_function(
         DOMAIN,
-        configuration.name,
-        configuration.inputs,
+        name,
+        configurations[0].inputs,
         ["output"],
-        body.nodes,
+        [*start.nodes, *nodes],
         [onnx.helper.make_opsetid("", opset)],
         attributes,
-        overload=configuration.overload,
     )
+
+
+def _selection(number: int, body: "_Body", otherwise: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Nodes that run a body where the attribute ``configuration`` is ``number``, and the other nodes elsewhere."""
+    type_ = onnx.helper.make_tensor_type_proto(_ELEMENT_TYPES[body.configuration.dtype], None)
+    result = onnx.helper.make_value_info("output", type_)
+    branches = {
+        key: onnx.helper.make_graph(nodes, f"{key}_{number}", [], [result])
+        for key, nodes in (("then_branch", body.nodes), ("else_branch", otherwise))
+    }
+    names = [f"{kind}{number}" for kind in ("wanted", "this", "chosen")]
+    wanted = onnx.helper.make_node("Constant", [], names[:1])
+    wanted.attribute.append(
+        onnx.AttributeProto(name="value_int", type=onnx.AttributeProto.INT, ref_attr_name="configuration")
+    )
+    return [
+        wanted,
+        onnx.helper.make_node("Constant", [], names[1:2], value_int=number),
+        onnx.helper.make_node("Equal", names[:2], names[2:]),
+        onnx.helper.make_node("If", names[2:], ["output"], **branches),
+    ]
 
 
 class _Body:
     """The nodes of a function. Values are names; sizes of tensors are read when the model runs."""
 
-    def __init__(self, configuration: Configuration) -> None:
-        self.configuration = configuration
+    def __init__(self, configuration: Configuration, prefix: str) -> None:
+        self.configuration, self.prefix = configuration, prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple[int, ...], str] = {}
 
     def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a node; returns the name of its output, or of its outputs where there are several."""
-        names = [f"v{len(self.nodes)}_{i}" for i in range(outputs)]
+        names = [f"{self.prefix}{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(onnx.helper.make_node(kind, inputs, names, **attributes))
         return names[0] if outputs == 1 else names
 
     def ints(self, *values: int) -> str:
         if values not in self.constants:
-            self.constants[values] = self.node("Constant", value_ints=list(values))
+            # As a tensor: of value_ints, ONNX 1.16 and older lose the shape inside a function.
+            tensor = onnx.numpy_helper.from_array(np.array(values, np.int64))
+            self.constants[values] = self.node("Constant", value=tensor)
         return self.constants[values]
 
     def size(self, tensor: str, start: int, end: int | None = None) -> str:
@@ -203,20 +229,32 @@ class _Body:
     def reshape(self, tensor: str, *sizes: str) -> str:
         return self.node("Reshape", tensor, self.node("Concat", *sizes, axis=0), allowzero=1)
 
-    def write(self) -> None:
+    @property
+    def narrow(self) -> bool:
+        """Whether sums are kept in another type than the tensors."""
+        return self.configuration.dtype.itemsize == 2
+
+    def prepare(self) -> dict[str, str]:
+        """Names of the inputs in the type of sums, scale and shift to multiply an image with.
+
+        What engines compute from constant inputs when they load a model is here, before a selection: ONNX Runtime 1.24
+        to 1.26 do not load one that has it inside.
+        """
+        given = {name: name for name in self.configuration.inputs}
+        for name in given:
+            if name in ("scale", "shift"):
+                given[name] = self.node("Unsqueeze", name, self.ints(1, 2))
+            elif self.narrow:
+                given[name] = self.node("Cast", name, to=onnx.TensorProto.FLOAT)
+        return given
+
+    def write(self, given: dict[str, str]) -> None:
         c = self.configuration
-        # Names of the inputs, in the type of sums; "" where there is none.
-        given = {name: "" if name in c.absent else name for name in c.inputs}
-        if c.narrow:
-            wide = {"scale", "shift"}  # which have that type already
-            given = {
-                name: self.node("Cast", value, to=onnx.TensorProto.FLOAT) if value and name not in wide else value
-                for name, value in given.items()
-            }
+        given = dict(given)
         x, taps = given["input"], c.kernel_size[0] * c.kernel_size[1]
         begin: Sequence[int] = c.padding
         end: Sequence[int] = c.padding
-        if c.name == "involution_layer2d":
+        if "reduce_weight" in given:
             cells = x
             if max(c.stride) > 1:
                 # Means of the pixels that are inside the image.
@@ -227,7 +265,7 @@ class _Body:
             # As much end padding as gives an output pixel for every cell.
             end = [d * (k - 1) - p for d, k, p in zip(c.dilation, c.kernel_size, begin, strict=True)]
         batch, channels = self.size("input", 0, 1), self.size("input", 1, 2)
-        if c.name == "involution2d":
+        if "weight" in given:
             weight, groups = given["weight"], self.size("weight", 1, 2)
             pixels = self.size("weight", 4)
         else:
@@ -236,13 +274,12 @@ class _Body:
             pixels = self.size(given["reduced"], 2)
         weight = self.reshape(weight, batch, groups, self.ints(taps), pixels)
         output = self.reshape(self.sum_of_taps(x, weight, batch, groups, begin, end), batch, channels, pixels)
-        if given.get("scale"):
-            scale, shift = (self.node("Unsqueeze", given[name], self.ints(1, 2)) for name in ("scale", "shift"))
-            output = self.node("Add", self.node("Mul", output, scale), shift)
+        if "scale" in given:
+            output = self.node("Add", self.node("Mul", output, given["scale"]), given["shift"])
         if c.relu:
             output = self.node("Relu", output)
-        self.nodes.append(onnx.helper.make_node("CastLike" if c.narrow else "Identity",
-                                                [output, "input"] if c.narrow else [output], ["output"]))  # fmt: skip
+        last = ("CastLike", [output, "input"]) if self.narrow else ("Identity", [output])
+        self.nodes.append(onnx.helper.make_node(*last, ["output"]))
 
     def sum_of_taps(
         self, x: str, weight: str, batch: str, groups: str, begin: Sequence[int], end: Sequence[int]
