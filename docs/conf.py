@@ -29,6 +29,7 @@ NAVIGATION = {
         "docs/cpp",
         "docs/onnx",
         "docs/openvino",
+        "docs/platforms",
         "docs/migration",
         "docs/when-not-to-use",
         "docs/faq",

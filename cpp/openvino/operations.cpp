@@ -8,7 +8,6 @@
 
 #include "openvino/core/type/bfloat16.hpp"
 #include "openvino/core/type/float16.hpp"
-#include "span_by_pixel.h"
 
 namespace pyinvolution::openvino {
 namespace {
@@ -72,17 +71,10 @@ void run_span(const SpanProblem& problem, SpanOp op, SpanBuffers buffers, const 
       }
     }
   }
-  // Without a kernel (of very wide images, for example) pixel by pixel.
   if (route(problem, op) == (op == SpanOp::layer ? Route::layer : Route::span))
-    return run(problem, op, buffers, execution());
-  validate(problem, op, buffers);
-  const Execution threads = execution();
-  switch (dtype) {
-    case DType::f32: return span_by_pixel<float, float>(problem, op, buffers, threads);
-    case DType::f64: return span_by_pixel<double, double>(problem, op, buffers, threads);
-    case DType::f16: return span_by_pixel<ov::float16, float>(problem, op, buffers, threads);
-    case DType::bf16: return span_by_pixel<ov::bfloat16, float>(problem, op, buffers, threads);
-  }
+    run(problem, op, buffers, execution());
+  else  // a very wide image, for example
+    run_by_pixel(problem, op, buffers, execution());
 }
 
 }  // namespace
