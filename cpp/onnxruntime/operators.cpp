@@ -332,9 +332,10 @@ class Kernel {
 
 // --- registration -----------------------------------------------------------------------------------------------------
 
-// An operator for one dtype: ONNX Runtime joins those of a name.
+// An operator for one dtype, under one of its names: ONNX Runtime joins those of a name.
 struct TypedOperator : CustomOp {
   const Operator* op;
+  std::string name;
   DType dtype;
 };
 
@@ -350,12 +351,13 @@ ElementType element_type(DType dtype, bool of_sums) {
   return ElementType::undefined;
 }
 
-TypedOperator make_operator(const Operator& op, DType dtype) {
+TypedOperator make_operator(const Operator& op, const std::string& name, DType dtype) {
   TypedOperator result{};
   result.op = &op;
+  result.name = name;
   result.dtype = dtype;
   result.version = api_version;
-  result.GetName = [](const CustomOp* self) { return typed(self).op->name; };
+  result.GetName = [](const CustomOp* self) { return typed(self).name.c_str(); };
   result.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
   result.GetInputTypeCount = [](const CustomOp* self) { return typed(self).op->input_count; };
   result.GetInputType = [](const CustomOp* self, size_t i) {
@@ -378,6 +380,9 @@ TypedOperator make_operator(const Operator& op, DType dtype) {
   return result;
 }
 
+// A file has a function for each configuration in which it calls an operator: name, name_2 and so on. A kernel reads the
+// configuration from the attributes (CONFIGURATIONS in pyinvolution/_onnx_functions.py).
+constexpr int names = 32;
 constexpr DType dtypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
 
 // The domain, made once for each copy of ONNX Runtime in the process, whose sessions it has to outlive.
@@ -385,7 +390,11 @@ CustomOpDomain* domain_of(const Api& api) {
   static const std::vector<TypedOperator> all = [] {
     std::vector<TypedOperator> made;
     for (const Operator& op : operators)
-      for (const DType dtype : dtypes) made.push_back(make_operator(op, dtype));
+      for (int number = 1; number <= names; ++number) {
+        std::string name = op.name;
+        if (number > 1) name.append("_").append(std::to_string(number));
+        for (const DType dtype : dtypes) made.push_back(make_operator(op, name, dtype));
+      }
     return made;
   }();
   static std::mutex mutex;

@@ -8,6 +8,7 @@ which is standard operations:
 as one slice of the padded X, one multiplication and one addition for each tap, as in `ops.PLAIN`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,13 +25,9 @@ __all__ = ["DOMAIN", "translate"]
 
 DOMAIN = "pyinvolution"
 VERSION = 1
+CONFIGURATIONS = 32
+"""So many functions of an operator have a kernel (cpp/onnxruntime/operators.cpp)."""
 
-_ELEMENT_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float64: onnx.TensorProto.DOUBLE,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-}
 _END = torch.iinfo(torch.int64).max
 
 
@@ -39,11 +36,13 @@ class Configuration(NamedTuple):
 
     Attributes:
         inputs: names of the operator's tensors.
-        dtype: of the tensors.
+        absent: names of the optional ones that a call does not have.
+        narrow: whether the tensors have 16 bits, so that sums are kept in another type.
     """
 
     inputs: tuple[str, ...]
-    dtype: torch.dtype
+    absent: frozenset[str]
+    narrow: bool
     relu: bool
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
@@ -53,6 +52,14 @@ class Configuration(NamedTuple):
 
 Configurations = dict[str, list[Configuration]]
 """Those of the calls in a model, by the name of the operator."""
+
+
+def _function_name(operator: str, number: int) -> str:
+    """The name of the function for the configuration at this place of the list.
+
+    Overloads of one function would say the same, but ONNX Runtime 1.18 to 1.26 ignores them and runs the wrong body.
+    """
+    return operator if number == 0 else f"{operator}_{number + 1}"
 
 
 def translate(program: ExportedProgram, opset: int, **options: Any) -> onnx.ModelProto:
@@ -67,7 +74,17 @@ def translate(program: ExportedProgram, opset: int, **options: Any) -> onnx.Mode
     exported = torch.onnx.export(plain, (), opset_version=opset, dynamo=True, verbose=False, **options)
     assert exported is not None
     model = exported.model_proto
-    model.functions.extend(_function(name, configurations, opset) for name, configurations in found.items())
+    for operator, configurations in found.items():
+        if len(configurations) > CONFIGURATIONS:
+            warnings.warn(
+                f"the model calls {operator} in {len(configurations)} configurations, of which only the first "
+                f"{CONFIGURATIONS} have a kernel in an engine",
+                stacklevel=2,
+            )
+        model.functions.extend(
+            _function(_function_name(operator, number), configuration, opset)
+            for number, configuration in enumerate(configurations)
+        )
     if opset <= 20:  # Nothing here is newer, and ONNX Runtime 1.17 takes no newer one.
         model.ir_version = min(model.ir_version, 9)
     return model
@@ -76,7 +93,7 @@ def translate(program: ExportedProgram, opset: int, **options: Any) -> onnx.Mode
 def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
     """A table for ``ExportedProgram.run_decompositions`` that turns each operator into a call of its function.
 
-    ``found`` receives the configurations; a call's attribute ``configuration`` is its place in the list.
+    ``found`` receives the configurations.
     """
 
     def call_of(operator: OpOverload) -> Callable[..., Tensor]:
@@ -96,12 +113,12 @@ def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
             for weight in ("reduce_weight", "span_weight"):
                 if weight in tensors:
                     tensors[weight] = tensors[weight].flatten(1)[:, :, None, None]
-            _fill(tensors)
             if "kernel_size" not in given:
                 given["kernel_size"] = tensors["weight"].shape[2:4]
             configuration = Configuration(
                 tuple(tensors),
-                input.dtype,
+                frozenset(key for key, tensor in tensors.items() if tensor is None),
+                input.dtype.itemsize == 2,
                 bool(given.get("relu")),
                 *(_pair(given[key]) for key in ("kernel_size", "stride", "padding", "dilation")),
             )
@@ -111,9 +128,8 @@ def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
             attributes: dict[str, Any] = {
                 key: int(value) if key == "relu" else list(_pair(value)) for key, value in given.items()
             }
-            attributes["configuration"] = known.index(configuration)
             return torch.onnx.ops.symbolic(
-                f"{DOMAIN}::{name}",
+                f"{DOMAIN}::{_function_name(name, known.index(configuration))}",
                 tuple(tensors.values()),
                 attributes,
                 dtype=input.dtype,
@@ -131,88 +147,33 @@ def _pair(values: Sequence[Any]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _fill(tensors: dict[str, Tensor]) -> None:
-    """Give each optional tensor that is absent the value that changes nothing, so that all calls are alike."""
-    input = tensors["input"]
-    sums = torch.float64 if input.dtype == torch.float64 else torch.float32
-    values: dict[str, Callable[[], Tensor]] = {
-        "reduce_bias": lambda: input.new_zeros(tensors["reduce_weight"].shape[0]),
-        "span_bias": lambda: input.new_zeros(tensors["span_weight"].shape[0]),
-        "scale": lambda: input.new_ones(input.shape[1], dtype=sums),
-        "shift": lambda: input.new_zeros(input.shape[1], dtype=sums),
-    }
-    for name, tensor in tensors.items():
-        if tensor is None:
-            tensors[name] = values[name]()
-
-
 def _pixels(name: str, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> Iterable[Any]:
     if name == "involution_layer2d":
         return map(ops.layer_output_size, tensors["input"].shape[2:], attributes["stride"])
     return tensors["weight" if name == "involution2d" else "reduced"].shape[-2:]
 
 
-def _function(name: str, configurations: Sequence[Configuration], opset: int) -> onnx.FunctionProto:
-    """The function of an operator.
-
-    Where a model calls it in several configurations, a chain of If selects by a constant, which engines resolve when
-    they load the model. (Overloads of a function would say the same, but up to version 1.26 ONNX Runtime takes the
-    first one that it finds.)
-    """
-    attributes = ["kernel_size", "stride", "padding", "dilation", "configuration"]
-    if name != "involution2d":
+def _function(name: str, configuration: Configuration, opset: int) -> onnx.FunctionProto:
+    attributes = ["kernel_size", "stride", "padding", "dilation"]
+    if "weight" not in configuration.inputs:
         attributes.append("relu")
-    start = _Body(configurations[0], "")
-    given = start.prepare()
-    bodies = [_Body(configuration, f"c{number}_") for number, configuration in enumerate(configurations)]
-    for body in bodies:
-        body.write(given)
-    nodes = bodies[-1].nodes
-    for number in reversed(range(len(bodies) - 1)):
-        nodes = _selection(number, bodies[number], nodes)
-    return onnx.helper.make_function(
-        DOMAIN,
-        name,
-        configurations[0].inputs,
-        ["output"],
-        [*start.nodes, *nodes],
-        [onnx.helper.make_opsetid("", opset)],
-        attributes,
-    )
-
-
-def _selection(number: int, body: "_Body", otherwise: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Nodes that run a body where the attribute ``configuration`` is ``number``, and the other nodes elsewhere."""
-    type_ = onnx.helper.make_tensor_type_proto(_ELEMENT_TYPES[body.configuration.dtype], None)
-    result = onnx.helper.make_value_info("output", type_)
-    branches = {
-        key: onnx.helper.make_graph(nodes, f"{key}_{number}", [], [result])
-        for key, nodes in (("then_branch", body.nodes), ("else_branch", otherwise))
-    }
-    names = [f"{kind}{number}" for kind in ("wanted", "this", "chosen")]
-    wanted = onnx.helper.make_node("Constant", [], names[:1])
-    wanted.attribute.append(
-        onnx.AttributeProto(name="value_int", type=onnx.AttributeProto.INT, ref_attr_name="configuration")
-    )
-    return [
-        wanted,
-        onnx.helper.make_node("Constant", [], names[1:2], value_int=number),
-        onnx.helper.make_node("Equal", names[:2], names[2:]),
-        onnx.helper.make_node("If", names[2:], ["output"], **branches),
-    ]
+    body = _Body(configuration)
+    body.write()
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    return onnx.helper.make_function(DOMAIN, name, configuration.inputs, ["output"], body.nodes, opsets, attributes)
 
 
 class _Body:
     """The nodes of a function. Values are names; sizes of tensors are read when the model runs."""
 
-    def __init__(self, configuration: Configuration, prefix: str) -> None:
-        self.configuration, self.prefix = configuration, prefix
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple[int, ...], str] = {}
 
     def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a node; returns the name of its output, or of its outputs where there are several."""
-        names = [f"{self.prefix}{len(self.nodes)}_{i}" for i in range(outputs)]
+        names = [f"v{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(onnx.helper.make_node(kind, inputs, names, **attributes))
         return names[0] if outputs == 1 else names
 
@@ -229,28 +190,16 @@ class _Body:
     def reshape(self, tensor: str, *sizes: str) -> str:
         return self.node("Reshape", tensor, self.node("Concat", *sizes, axis=0), allowzero=1)
 
-    @property
-    def narrow(self) -> bool:
-        """Whether sums are kept in another type than the tensors."""
-        return self.configuration.dtype.itemsize == 2
-
-    def prepare(self) -> dict[str, str]:
-        """Names of the inputs in the type of sums, scale and shift to multiply an image with.
-
-        What engines compute from constant inputs when they load a model is here, before a selection: ONNX Runtime 1.24
-        to 1.26 do not load one that has it inside.
-        """
-        given = {name: name for name in self.configuration.inputs}
-        for name in given:
-            if name in ("scale", "shift"):
-                given[name] = self.node("Unsqueeze", name, self.ints(1, 2))
-            elif self.narrow:
-                given[name] = self.node("Cast", name, to=onnx.TensorProto.FLOAT)
-        return given
-
-    def write(self, given: dict[str, str]) -> None:
+    def write(self) -> None:
         c = self.configuration
-        given = dict(given)
+        # Names of the inputs, in the type of sums; "" where there is none.
+        given = {name: "" if name in c.absent else name for name in c.inputs}
+        if c.narrow:
+            wide = {"", "scale", "shift"}  # which have that type already
+            given = {
+                name: value if value in wide else self.node("Cast", value, to=onnx.TensorProto.FLOAT)
+                for name, value in given.items()
+            }
         x, taps = given["input"], c.kernel_size[0] * c.kernel_size[1]
         begin: Sequence[int] = c.padding
         end: Sequence[int] = c.padding
@@ -274,11 +223,12 @@ class _Body:
             pixels = self.size(given["reduced"], 2)
         weight = self.reshape(weight, batch, groups, self.ints(taps), pixels)
         output = self.reshape(self.sum_of_taps(x, weight, batch, groups, begin, end), batch, channels, pixels)
-        if "scale" in given:
-            output = self.node("Add", self.node("Mul", output, given["scale"]), given["shift"])
+        if given.get("scale"):
+            scale, shift = (self.node("Unsqueeze", given[name], self.ints(1, 2)) for name in ("scale", "shift"))
+            output = self.node("Add", self.node("Mul", output, scale), shift)
         if c.relu:
             output = self.node("Relu", output)
-        last = ("CastLike", [output, "input"]) if self.narrow else ("Identity", [output])
+        last = ("CastLike", [output, "input"]) if c.narrow else ("Identity", [output])
         self.nodes.append(onnx.helper.make_node(*last, ["output"]))
 
     def sum_of_taps(
