@@ -177,22 +177,34 @@ class Converter {
 }  // namespace
 
 std::vector<ov::Extension::Ptr> extensions(bool bfloat16) {
-  using ov::frontend::NodeContext;
-  using ov::frontend::onnx::ConversionExtension;
-  const auto conversion = [&](const char* name, const Names& names, ov::OutputVector (Converter::*convert)()) {
-    return std::make_shared<ConversionExtension>(name, "pyinvolution", [=](const NodeContext& context) {
-      return (Converter(context, names, bfloat16).*convert)();
-    });
+  struct Function {
+    const char* name;
+    Names inputs;
+    ov::OutputVector (Converter::*convert)();
   };
-  return {std::make_shared<ov::OpExtension<Involution2d>>(),
-          std::make_shared<ov::OpExtension<SpanInvolution2d>>(),
-          std::make_shared<ov::OpExtension<InvolutionLayer2d>>(),
-          conversion("involution2d", {"input", "weight"}, &Converter::involution),
-          conversion("span_involution2d", {"input", "reduced", "span_weight", "span_bias", "scale", "shift"},
-                     static_cast<ov::OutputVector (Converter::*)()>(&Converter::span)),
-          conversion("involution_layer2d",
-                     {"input", "reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift"},
-                     &Converter::layer)};
+  const Function functions[] = {
+      {"involution2d", {"input", "weight"}, &Converter::involution},
+      {"span_involution2d",
+       {"input", "reduced", "span_weight", "span_bias", "scale", "shift"},
+       static_cast<ov::OutputVector (Converter::*)()>(&Converter::span)},
+      {"involution_layer2d",
+       {"input", "reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift"},
+       &Converter::layer},
+  };
+  std::vector<ov::Extension::Ptr> all{std::make_shared<ov::OpExtension<Involution2d>>(),
+                                      std::make_shared<ov::OpExtension<SpanInvolution2d>>(),
+                                      std::make_shared<ov::OpExtension<InvolutionLayer2d>>()};
+  // A file has a function for each configuration, under the names involution2d, involution2d_2, involution2d_3 and so on.
+  constexpr int names = 32;
+  for (const Function& function : functions)
+    for (int i = 1; i <= names; ++i) {
+      const std::string name = function.name + (i == 1 ? "" : "_" + std::to_string(i));
+      all.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(
+          name, "pyinvolution", [=](const ov::frontend::NodeContext& context) {
+            return (Converter(context, function.inputs, bfloat16).*function.convert)();
+          }));
+    }
+  return all;
 }
 
 }  // namespace pyinvolution::openvino
