@@ -16,7 +16,7 @@ from tolerance import assert_accurate
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pyinvolution import Involution2d, cli
+from pyinvolution import Involution2d, cli, openvino
 from pyinvolution.export import export
 
 ov = pytest.importorskip("openvino")
@@ -228,6 +228,7 @@ def test_the_command_tells_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         return capsys.readouterr().out
 
     folder = printed().removesuffix("\n")
+    assert folder == openvino.source_path()
     assert (Path(folder) / "CMakeLists.txt").is_file()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     told = [line.strip() for line in printed().splitlines()]

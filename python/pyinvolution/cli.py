@@ -4,9 +4,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pyinvolution import __version__, cmake_prefix_path, commands
+from pyinvolution import __version__, cmake_prefix_path, commands, openvino
 
 TRAINING = {
     "fit": "train a model: pyinvolution fit --config imagenet/rednet50.yaml --data.root DIR",
@@ -65,13 +64,13 @@ class _OpenVINOExtension(argparse.Action):
     """The folder alone where another program reads it, as ``cmake -S "$(...)"`` does."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        folder = Path(cmake_prefix_path).parent / "pyinvolution/openvino"
+        folder = openvino.source_path()
         print(folder)
         if sys.stdout.isatty():
             print(
                 "\nThe source of the extension, which has to be built for the OpenVINO that loads it:\n\n"
                 "  pip install openvino cmake\n"
-                f"  cmake -S {shlex.quote(str(folder))} -B build/openvino\n"
+                f"  cmake -S {shlex.quote(folder)} -B build/openvino\n"
                 "  cmake --build build/openvino\n\n"
                 'Then ov.Core().add_extension("build/openvino/libpyinvolution_openvino.so"), or\n'
                 '"build/openvino/libpyinvolution_openvino_bf16.so" to compute in bfloat16.'
