@@ -9,6 +9,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from documents import BLOCKS
@@ -67,6 +68,41 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreter
 
 
+def test_onnx_runtime_needs_no_torch(wheel: Path, tmp_path: Path) -> None:
+    """The lines of docs/onnx.md, where there is nothing but NumPy, ONNX Runtime and the wheel."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    from onnx_support import small_rednet
+
+    from pyinvolution.export import export
+
+    root, host = tmp_path / "fresh", tmp_path / "host"
+    venv.create(root, with_pip=False)
+    interpreter = root / "bin/python"
+    run(sys.executable, "-m", "pip", "--python", interpreter, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    host.mkdir()
+    for name in ("numpy", "numpy.libs", "onnxruntime", "flatbuffers", "google", "packaging"):
+        for folder in map(Path, sys.path):
+            if (folder / name).is_dir() and not (host / name).exists():
+                (host / name).symlink_to(folder / name)
+    (site,) = root.glob("lib/python*/site-packages")
+    (site / "host.pth").write_text(f"{host}\n")
+
+    model = small_rednet()
+    export(model, tmp_path / "rednet50.onnx", "onnx", torch.rand(2, 3, 64, 96), custom_ops=True)
+    (code,) = [b.code for b in BLOCKS if b.name.startswith("docs/onnx.md") and "register_custom_ops_library" in b.code]
+    program = tmp_path / "documented.py"
+    program.write_text(f"{code}\nnp.save('logits.npy', logits)\nimport sys\nassert 'torch' not in sys.modules\n")
+    run("bash", "-c", f"cd {tmp_path} && {interpreter} -I {program}")
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    torch.testing.assert_close(found, model.eval()(torch.zeros(1, 3, 224, 224)).detach(), rtol=1e-4, atol=1e-5)
+    assert Path(run(interpreter, "-I", "-m", "pyinvolution.onnxruntime").strip()).is_relative_to(root)
+    wrong = subprocess.run(
+        [interpreter, "-I", "-c", "from pyinvolution import involution2d"], capture_output=True, text=True, check=False
+    )
+    assert "pyinvolution.involution2d needs torch, which is not installed" in wrong.stderr
+
+
 @pytest.fixture(scope="module")
 def programs(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build folder of tests/consumer, the examples and the blocks of docs/cpp.md, all copied out of the tree."""
@@ -90,7 +126,8 @@ def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
     assert wheel.stat().st_size < 20e6
     names = zipfile.ZipFile(wheel).namelist()
     extension = "pyinvolution/share/pyinvolution/openvino/"
-    for name in ("libpyinvolution.so", "libpyinvolution_core.so", "include/pyinvolution/torch.h", "cli.py", "py.typed",
+    for name in ("libpyinvolution.so", "libpyinvolution_core.so", "libpyinvolution_ort.so",
+                 "include/pyinvolution/torch.h", "cli.py", "py.typed",
                  "share/cmake/pyinvolution/pyinvolutionConfig.cmake"):  # fmt: skip
         assert f"pyinvolution/{name}" in names
     sources = {path.name for path in (ROOT / "cpp/openvino").iterdir()}

@@ -310,13 +310,20 @@ def _write_onnx(program: ExportedProgram, path: Path, opset: int, custom_ops: bo
 
     from pyinvolution._onnx_functions import translate
 
+    names: dict[str, Any] = {"input_names": ["input"]}
+    if len(program.graph_signature.user_outputs) == 1:
+        names["output_names"] = ["output"]
     if custom_ops:
-        model = translate(program, opset, input_names=["input"])
+        model = translate(program, opset, **names)
     else:
         exported = torch.onnx.export(
-            program.run_decompositions(onnx_decompositions()), (), input_names=["input"], opset_version=opset,
-            dynamo=True, verbose=False,
-        )  # fmt: skip
+            program.run_decompositions(onnx_decompositions()),
+            (),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+            **names,
+        )
         assert exported is not None
         model = exported.model_proto
     onnx.checker.check_model(model)
