@@ -22,16 +22,15 @@ def name_of(value: object) -> str | None:
 
 
 def of(language: str) -> list[Block]:
-    return [b for b in BLOCKS if b.language == language and not b.reason and not b.name.startswith("docs/openvino.md")]
+    return [block for block in BLOCKS if block.language == language and not block.reason]
 
 
 def test_every_block_is_executed_or_says_why_not() -> None:
     assert of("python")
     assert COMMANDS
     for block in BLOCKS:
-        # test_consumer.py and test_openvino.py build those of these guides.
-        guide = block.name.startswith(("docs/cpp.md", "docs/openvino.md"))
-        known = ("python", "bash", "cpp", "cmake") if guide else ("python", "bash")
+        # test_consumer.py builds those of the C++ guide.
+        known = ("python", "bash", "cpp", "cmake") if block.name.startswith("docs/cpp.md") else ("python", "bash")
         assert block.reason or block.language in known, f"{block.name}: nothing executes a block in {block.language}"
 
 
