@@ -1,5 +1,6 @@
 """The extension of OpenVINO: built as docs/openvino.md says, then run with ONNX files of this library."""
 
+import copy
 import os
 import re
 import shutil
@@ -134,6 +135,17 @@ def test_any_batch_and_size(place: Path, rednet: nn.Module, dtype: torch.dtype) 
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def test_float16(place: Path, rednet: nn.Module, tmp_path: Path) -> None:
+    """Of which the CPU device makes float32, also where OpenVINO's own constants and ours were float32 already."""
+    half, images = copy.deepcopy(rednet).half(), torch.rand(2, 3, 64, 96).half()
+    export(half, tmp_path / "half.onnx", "onnx", images, custom_ops=True)
+    core = core_with(place)
+    (found,) = results(core, core.read_model(tmp_path / "half.onnx"), [images])
+    with torch.no_grad():
+        reference, exact = half(images), half.double()(images.double())
+    assert_accurate(found, exact, reference)
+
+
 @pytest.mark.parametrize("dtype", LIBRARIES, ids=str)
 def test_the_format_of_openvino(place: Path, rednet: nn.Module, dtype: torch.dtype, tmp_path: Path) -> None:
     core = core_with(place, dtype)
@@ -205,7 +217,7 @@ def test_what_does_not_fit_is_named(place: Path, tmp_path: Path) -> None:
             assert results(core, core.read_model(tmp_path / "model.onnx"), inputs)[0].shape == (1, 16, 8, 8)
 
 
-def test_the_programs_of_the_page(place: Path, rednet: nn.Module) -> None:
+def test_the_programs_of_the_page(place: Path, rednet: nn.Module, tmp_path: Path) -> None:
     (place / "program.py").write_text(code("python"))
     python = torch.from_numpy(np.random.default_rng(0).random((2, 3, 224, 224), dtype=np.float32))
     cpp = (torch.arange(2 * 3 * 224 * 224) % 255 / 255).reshape(2, 3, 224, 224)
@@ -219,6 +231,15 @@ def test_the_programs_of_the_page(place: Path, rednet: nn.Module) -> None:
             assert int(best) == image.argmax().item()
             assert float(value) == pytest.approx(image.max().item(), rel=1e-4)
     assert not re.search("libtorch|libpython", run("ldd build/openvino/*.so build/classify/classify", place))
+    # The core lies beside the extension, as on another machine.
+    core = re.search(r"libpyinvolution_core\S* => (\S+)", run(f"ldd build/openvino/{LIBRARIES[torch.float32]}", place))[
+        1
+    ]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (core, place / "build/openvino" / LIBRARIES[torch.float32]):
+        shutil.copy(file, moved)
+    assert f"=> {moved}/libpyinvolution_core" in run(f"ldd {moved / LIBRARIES[torch.float32]}", place)
 
 
 def test_the_command_tells_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
