@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from benchmarks.cpu import MODELS, Report
 from benchmarks.harness import RESULTS, about, check_alike, slug, write_rows
@@ -201,12 +201,10 @@ INT8_TOLERANCE = 0.5
 
 
 def error_columns(bench: Bench, run: Callable[[str], Tensor], what: str) -> dict[str, float]:
-    """How far the logits are from float32's, relative in norm, and how often the first class is the same."""
+    """How far the logits are from float32's, relative in norm."""
     columns = {}
     for name, expected in bench.expected.items():
-        found = run(name)
-        columns[f"{name}: logit error"] = float((found - expected).norm() / expected.norm())
-        columns[f"{name}: same class"] = float((found.argmax(1) == expected.argmax(1)).float().mean())
+        columns[f"{name}: logit error"] = float((run(name) - expected).norm() / expected.norm())
     print(f"{what}: " + ", ".join(f"{key} {value:.3f}" for key, value in columns.items()), flush=True)
     return columns
 
@@ -248,13 +246,25 @@ def int8_onnxruntime_part(bench: Bench) -> None:
     bench.measure(what, make, ("RedNet-50", "ResNet-50", "RedNet-50, float32"), INT8_TOLERANCE, columns)
 
 
+def unshared(model: fx.GraphModule) -> fx.GraphModule:
+    """A ReLU of its own for each call: the quantizer refuses a module that is called twice."""
+    for number, node in enumerate(model.graph.nodes):
+        node.meta.pop("nn_module_stack", None)  # of the module before
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.ReLU):
+            node.target = f"relu{number}"
+            model.add_submodule(node.target, nn.ReLU())
+    model.recompile()
+    return model
+
+
 def quantize_pytorch(model: nn.Module, images: Tensor) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     with torch.no_grad():
-        prepared = prepare_pt2e(torch.export.export(optimize_for_inference(model), (images,)).module(), quantizer)
+        program = torch.export.export(unshared(optimize_for_inference(model)), (images,))
+        prepared = prepare_pt2e(program.module(), quantizer)
         for _ in range(2):
             prepared(images)
         return convert_pt2e(prepared)
@@ -295,7 +305,7 @@ def summary(bench: Bench, about: dict[str, Any]) -> str:
             for key in row
             if key.endswith(": ratio") and not key.startswith("ResNet-50")
         ]
-        others += [f"{key} {value:.3g}" for key, value in row.items() if key.endswith(("error", "class"))]
+        others += [f"{key} {value:.3g}" for key, value in row.items() if key.endswith("error")]
         cells = (
             row["what"], row["name"].removeprefix("N="), row["threads"], f"{row['ms']:.1f}",
             f"{row['ResNet-50: ms']:.1f}", Ratio.from_row(row, "ResNet-50"), "; ".join(others),

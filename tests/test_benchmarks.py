@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import REDNET50, same
 
-from benchmarks import ROOT, counts, cpu, gpu, harness, operators, predict, roofline, systems, targets
+from benchmarks import ROOT, counts, cpu, engines, gpu, harness, operators, predict, roofline, systems, targets
 from benchmarks.roofline import H200, Work, batched
 from pyinvolution import ops
 from pyinvolution.studies import timing
@@ -54,6 +54,32 @@ def test_layers_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     text = files[".md"].read_text()
     assert "| 32@14 s2 N=1 | 1 |" in text
     assert "ResNet-50 |" not in text, "a table without rows"
+
+
+def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    twins = cpu.cifar_twins()
+    models = {"RedNet-50": lambda: twins["RedNet"], "ResNet-50": lambda: twins["ResNet-50"]}
+    monkeypatch.setattr(engines, "MODELS", models)
+    monkeypatch.setattr(engines, "SIZE", 48)
+    monkeypatch.setattr(engines, "find_spec", lambda package: None if package == "torchao" else package)
+    parts = ["onnxruntime", "openvino", "eager", "int8-onnxruntime", "int8-pytorch"]
+    sizes = ["--threads", "1", "--batches", "1", "2", "--seconds", "0"]
+    monkeypatch.setattr("sys.argv", ["engines", "--only", *parts, *sizes, "--output", str(tmp_path)])
+    engines.main()
+    (file,) = tmp_path.glob("*.json")
+    data = json.loads(file.read_text())
+    assert data["about"]["notes"] == {"openvino": "needs --openvino-extension", "int8-pytorch": "needs torchao"}
+    kinds = ("ONNX Runtime, float32", "eager, float32", "int8, ONNX Runtime")
+    assert [(row["what"], row["name"]) for row in data["rows"]] == [(k, f"N={n}") for k in kinds for n in (1, 2)]
+    for row in data["rows"]:
+        assert row["ResNet-50: low"] <= row["ResNet-50: ratio"] <= row["ResNet-50: high"]
+        assert (f"{engines.STANDARD}: ratio" in row) == (row["what"] == kinds[0])
+        assert ("RedNet-50: logit error" in row) == (row["what"] == kinds[2])
+    text = file.with_suffix(".md").read_text()
+    assert "| int8, ONNX Runtime | 2 | 1 |" in text
+    assert "Not measured: openvino: needs --openvino-extension." in text
 
 
 def test_systems_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

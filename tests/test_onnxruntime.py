@@ -368,3 +368,21 @@ def test_the_documented_program(file: Path, tmp_path: Path) -> None:
     wrong = subprocess.run([program, file, file], env=environment, capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "rednet50.onnx" in wrong.stderr
+
+
+def test_the_documented_quantization(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime.quantization")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(file, tmp_path / "rednet50.onnx")
+    names: dict[str, Any] = {}
+    exec(documented("python", "quantize_static"), names)
+    kinds = [node.op_type for node in onnx.load("int8.onnx").graph.node]
+    assert sum(kind.startswith("involution_layer2d") for kind in kinds) == 3
+    assert "QuantizeLinear" in kinds
+    images = names["images"][:1]
+    expected, found, without = (
+        session(tmp_path / name, registered=on).run(None, {"input": images})[0]
+        for name, on in (("rednet50.onnx", True), ("int8.onnx", True), ("int8.onnx", False))
+    )
+    assert 0 < np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+    assert np.linalg.norm(found - without) < 0.05 * np.linalg.norm(expected)
