@@ -14,7 +14,7 @@ export PYINVOLUTION_CUDA_ARCHITECTURES ?= $(or $(GPUS),90)
 COMMA := ,
 CPP_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
 
-.PHONY: demo test test-python test-cpp lint format bench bench-gpu sanitize-gpu wheel test-abi docs clean
+.PHONY: demo test test-python test-cpp test-aarch64 lint format bench bench-gpu sanitize-gpu wheel test-abi docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pyinvolution demo
@@ -29,6 +29,16 @@ test-cpp: $(VENV)/.installed
 	$(BIN)/cmake -S tests/cpp -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+# The torch-free core on 64-bit Arm: cross-compiled, and run in qemu's emulation of such a processor. Needs no .venv but
+# cmake, and apt-get install g++-aarch64-linux-gnu qemu-user
+AARCH64_TESTS := test_cpu test_fuzz test_cuda_emulator test_cuda_emulator_ucontext
+test-aarch64: export PATH := $(abspath $(BIN)):$(PATH)
+test-aarch64:
+	cmake -S tests/cpp -B build/aarch64 -DPYINVOLUTION_SANITIZE=OFF \
+		-DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64-linux-gnu.cmake)
+	cmake --build build/aarch64 --parallel 2 --target $(AARCH64_TESTS)
+	ctest --test-dir build/aarch64 --output-on-failure --tests-regex "^($(subst $() $(),|,$(AARCH64_TESTS)))$$"
 
 # dist/: a wheel for this Python and every torch from 2.10 on. Where nvcc is found it has CUDA code for all architectures of
 # cuda/CMakeLists.txt (an hour on two cores), or for those of `make wheel PYINVOLUTION_CUDA_ARCHITECTURES="80;90"`. The second

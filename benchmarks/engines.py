@@ -135,8 +135,8 @@ def openvino_part(bench: Bench, precision: str, extension: Path | None) -> None:
 
     def make(name: str, images: Tensor, threads: int) -> Callable[[], Tensor]:
         core = openvino.Core()
-        if name == "RedNet-50":
-            core.add_extension(str(extension))
+        if name == "RedNet-50" and extension is not None:
+            core.add_extension(extension / f"libpyinvolution_openvino{'_bf16' if precision == 'bf16' else ''}.so")
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         request = core.compile_model(str(bench.file(name)), "CPU", settings).create_infer_request()
         given = images.numpy()
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=4.0, help="of turns for each row")
-    parser.add_argument("--openvino-extension", type=Path, help="our extension's library")
+    parser.add_argument("--openvino-extension", type=Path, help="folder in which it was built, docs/openvino.md")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a directory")
     arguments = parser.parse_args()
     extension = arguments.openvino_extension

@@ -28,6 +28,8 @@ NAVIGATION = {
         "docs/training",
         "docs/cpp",
         "docs/onnx",
+        "docs/openvino",
+        "docs/platforms",
         "docs/migration",
         "docs/family",
         "docs/frameworks",

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_functional.py", "test_span.py", "test_kernels.py", "test_modules.py", "test_consumer.py")
+TESTS = ("test_functional.py", "test_kernels.py", "test_modules.py", "test_consumer.py")
 PACKAGES = ("numpy", "pytest", "hypothesis", "cmake", "ninja")
 
 

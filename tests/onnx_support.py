@@ -48,9 +48,9 @@ class Operators(nn.Module):
         return results
 
 
-def operator_inputs(dtype: torch.dtype) -> tuple:
+def operator_inputs(dtype: torch.dtype, channels: int = 6) -> tuple:
     torch.manual_seed(0)
-    size, channels, groups, width = (9, 11), 6, 2, 3
+    size, groups, width = (9, 11), 2, 3
     lists: list[list[torch.Tensor]] = [[], [], [], []]
     for kernel, stride, padding, dilation in Operators.CASES:
         out = [(n + 2 * p - d * (k - 1) - 1) // s + 1

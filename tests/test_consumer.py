@@ -125,12 +125,16 @@ def programs(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
     assert wheel.stat().st_size < 20e6
     names = zipfile.ZipFile(wheel).namelist()
+    extension = "pyinvolution/share/pyinvolution/openvino/"
     for name in ("libpyinvolution.so", "libpyinvolution_core.so", "libpyinvolution_ort.so",
                  "include/pyinvolution/torch.h", "cli.py", "py.typed",
                  "share/cmake/pyinvolution/pyinvolutionConfig.cmake"):  # fmt: skip
         assert f"pyinvolution/{name}" in names
+    sources = {path.name for path in (ROOT / "cpp/openvino").iterdir()}
+    assert {name.removeprefix(extension) for name in names if name.startswith(extension)} == sources
     assert all(name.startswith(("pyinvolution/", "pyinvolution-")) for name in names)
-    assert not [name for name in names if name.endswith((".cu", ".cpp", ".o", ".a"))]
+    others = [name for name in names if not name.startswith(extension)]
+    assert not [name for name in others if name.endswith((".cu", ".cpp", ".o", ".a"))]
 
 
 def test_the_wheel_is_stripped_and_bound_to_no_torch(wheel: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_commands(line: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsy
         parses(arguments, monkeypatch, capsys)
     elif program == "make":
         makes(arguments)
-    else:  # test_installations, test_consumer.py
+    else:  # test_installations, test_consumer.py, test_openvino.py
         assert program in ("pip", "cmake"), f"nothing executes {line}"
 
 
@@ -108,7 +108,7 @@ def makes(arguments: list[str]) -> None:
 
 def test_installations() -> None:
     # Not by importing: with pip in a process, setuptools, which torch.compile needs, cannot be imported any more.
-    for package in ("pip", "scikit-build-core", "optuna", "onnxscript", "natten-mps"):
+    for package in ("pip", "scikit-build-core", "optuna", "onnxscript", "openvino", "cmake", "natten-mps"):
         if not list(metadata.distributions(name=package)):
             pytest.skip(f"needs {package}")
     lines = [line.split() for line in [*COMMANDS, *spans("pip install .*")] if line.startswith("pip ")]

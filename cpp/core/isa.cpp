@@ -4,8 +4,20 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace pyinvolution {
 namespace {
+
+#if defined(__x86_64__)
+// Clang before 19 does not know this name in __builtin_cpu_supports. It says nothing of the operating system, as AVX2 does.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 struct Row {
   Isa isa;

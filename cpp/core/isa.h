@@ -20,8 +20,7 @@ namespace pyinvolution {
 #define PYINVOLUTION_TEST_ISAS(_)
 #endif
 #if defined(__x86_64__)
-#define PYINVOLUTION_HAS_AVX2 \
-  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+#define PYINVOLUTION_HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
 #define PYINVOLUTION_HAS_AVX512                                                                        \
   (PYINVOLUTION_HAS_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

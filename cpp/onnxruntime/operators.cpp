@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "abi.h"
-#include "cpu/span_by_pixel.h"
 #include "pyinvolution/involution.h"
 
 namespace pyinvolution::ort {
@@ -292,8 +291,7 @@ class Kernel {
     if (route(problem, op) == (op == SpanOp::layer ? Route::layer : Route::span)) {
       run(problem, op, buffers, execution);
     } else {
-      validate(problem, op, buffers);
-      cpu::span_by_pixel(problem, op, buffers, execution);
+      run_by_pixel(problem, op, buffers, execution);
     }
   }
 

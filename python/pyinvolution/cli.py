@@ -1,10 +1,11 @@
 """The command ``pyinvolution``. Everything it needs beyond torch is imported by the subcommand that needs it."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
-from pyinvolution import __version__, cmake_prefix_path, commands
+from pyinvolution import __version__, cmake_prefix_path, commands, openvino
 
 TRAINING = {
     "fit": "train a model: pyinvolution fit --config imagenet/rednet50.yaml --data.root DIR",
@@ -59,6 +60,24 @@ class _CMakeDir(argparse.Action):
         parser.exit()
 
 
+class _OpenVINOExtension(argparse.Action):
+    """The folder alone where another program reads it, as ``cmake -S "$(...)"`` does."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        folder = openvino.source_path()
+        print(folder)
+        if sys.stdout.isatty():
+            print(
+                "\nThe source of the extension, which has to be built for the OpenVINO that loads it:\n\n"
+                "  pip install openvino cmake\n"
+                f"  cmake -S {shlex.quote(folder)} -B build/openvino\n"
+                "  cmake --build build/openvino\n\n"
+                'Then ov.Core().add_extension("build/openvino/libpyinvolution_openvino.so"), or\n'
+                '"build/openvino/libpyinvolution_openvino_bf16.so" to compute in bfloat16.'
+            )
+        parser.exit()
+
+
 def _run(arguments: list[str]) -> int | None:
     parser = argparse.ArgumentParser(
         "pyinvolution",
@@ -72,6 +91,13 @@ def _run(arguments: list[str]) -> int | None:
         nargs=0,
         default=argparse.SUPPRESS,
         help="print what CMAKE_PREFIX_PATH needs, and exit",
+    )
+    parser.add_argument(
+        "--openvino-extension",
+        action=_OpenVINOExtension,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print the folder of the extension for OpenVINO and how to build it, and exit",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINING.items():

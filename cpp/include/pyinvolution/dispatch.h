@@ -80,6 +80,10 @@ PYINVOLUTION_API void run(const Variant&, const Problem&, Pass, const Buffers&, 
 // by a convolution and run the involution.
 PYINVOLUTION_API void run(const SpanProblem&, SpanOp, const SpanBuffers&, const Execution&);
 
+// The same in plain loops on the CPU, slowly but for every dtype and size: for callers without a convolution, where `route`
+// says that no kernel runs the problem. `op` is forward or layer. Throws std::invalid_argument as `run` does.
+PYINVOLUTION_API void run_by_pixel(const SpanProblem&, SpanOp op, const SpanBuffers&, const Execution&);
+
 // Bytes of the device's memory, aligned to 16, that `run` needs in buffers.scratch; with CUDA, of the current device.
 PYINVOLUTION_API int64_t scratch_bytes(const SpanProblem&, SpanOp);
 

@@ -1,15 +1,16 @@
 // Span involutions and layers that no kernel takes (float64, few channels in a group, very wide images), in loops over
 // pixels with the weights of one pixel in memory: the equations of pyinvolution/problem.h for every dtype and stride.
-#pragma once
-
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "core/parallel.h"
 #include "cpu/simd/dtype.h"
-#include "pyinvolution/problem.h"
+#include "pyinvolution/involution.h"
 
-namespace pyinvolution::cpu {
+namespace pyinvolution {
+namespace cpu {
 namespace {
 
 template <class T>
@@ -86,14 +87,21 @@ class SpanByPixel {
   const SpanBuffers& buffers_;
 };
 
-// `op` is forward or layer.
-inline void span_by_pixel(const SpanProblem& span, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {
+}  // namespace
+}  // namespace cpu
+
+void run_by_pixel(const SpanProblem& span, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {
+  if (op != SpanOp::forward && op != SpanOp::layer)
+    throw std::invalid_argument(std::string("op is ") + to_string(op) + ", expected forward or layer");
+  if (span.involution.device != Device::cpu)
+    throw std::invalid_argument(std::string("device is ") + to_string(span.involution.device) + ", expected cpu");
+  validate(span, op, buffers);
+  if (span.involution.channels == 0) return;
   dispatch(span.involution.dtype, [&](auto of_type) {
-    const SpanByPixel<decltype(of_type)> loops(span, op, buffers);
+    const cpu::SpanByPixel<decltype(of_type)> loops(span, op, buffers);
     const int64_t rows = span.involution.out_h;
     for_each_task(execution, span.involution.batch * rows, [&](int64_t task) { loops.row(task / rows, task % rows); });
   });
 }
 
-}  // namespace
-}  // namespace pyinvolution::cpu
+}  // namespace pyinvolution
