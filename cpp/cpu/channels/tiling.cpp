@@ -6,6 +6,7 @@
 #include "cpu/arithmetic.h"
 #include "cpu/simd/pair_product.h"
 #include "cpu/tasks.h"
+#include "pyinvolution/axis.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -29,11 +30,60 @@ constexpr int64_t min_rows = 16;
 // Rows of fewer columns share tiles even if they are whole vectors: the sums of grad_S are loaded for each tile.
 constexpr int64_t max_shared_columns = 28;
 
+// Rows of X from the first to the last that `height` rows of Y read. A border that shifts moves windows by multiples of
+// the dilation, so that those of a few rows next to it begin anywhere in one dilation.
 int64_t packed_rows(const Problem& p, int64_t height) {
-  return (height - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+  const int64_t reach = p.dilation_h * (p.kernel_h - 1) + 1, apart = (height - 1) * p.stride_h;
+  if (p.border == Border::zeros) return apart + reach;
+  return std::min(p.in_h, (height > 1 ? std::max(apart, p.dilation_h - 1) : 0) + reach);
 }
-int64_t packed_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1; }
+int64_t packed_columns(const Problem& p) {
+  if (p.border == Border::shift) return p.in_w;
+  return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1;
+}
 int64_t blocks_of(const Problem& p) { return ceil_div(p.group_channels(), block_channels); }
+
+// The columns [begin, end) of the output as runs, for a border that shifts.
+void append_runs(const Axis<int64_t>& axis, int64_t begin, int64_t end, std::vector<WindowRun>& runs) {
+  if (axis.stride != 1) {
+    for (int64_t column = begin; column < end; column += runs.back().count) {
+      WindowRun run{column, 1, 1, axis.first(column), 0};
+      if (column + 1 < end) run.slope = axis.first(column + 1) - run.first;
+      while (column + run.count < end && axis.first(column + run.count) == run.first + run.count * run.slope)
+        ++run.count;
+      runs.push_back(run);
+    }
+    return;
+  }
+  // From `left` to `right` windows slide. On either side those of a residue class are the same.
+  const int64_t dilation = axis.dilation, half = axis.kernel / 2 * dilation;
+  const int64_t left = std::clamp(half + dilation, begin, end);
+  const int64_t right = std::clamp(axis.size - axis.kernel * dilation + half, left, end);
+  if (left < right) runs.push_back({left, right - left, 1, axis.first(left), 1});
+  for (int64_t residue = 0; residue < std::min(dilation, end - begin); ++residue) {
+    WindowRun run{};
+    for (int64_t column = begin + residue; column < end; column += dilation) {
+      if (column >= left && column < right) continue;
+      const int64_t first = axis.first(column);
+      if (run.count > 0 && first == run.first && column == run.column + run.count * dilation) {
+        ++run.count;
+        continue;
+      }
+      if (run.count > 0) runs.push_back(run);
+      run = {column, 1, dilation, first, 0};
+    }
+    if (run.count > 0) runs.push_back(run);
+  }
+}
+
+// The runs of tiles of `width` columns.
+void set_runs(const Problem& p, int64_t width, WindowTables& tables) {
+  tables.tile_runs.push_back(0);
+  for (int64_t column = 0; column < p.out_w; column += width) {
+    append_runs(columns_of(p), column, std::min(column + width, p.out_w), tables.runs);
+    tables.tile_runs.push_back(int64_t(tables.runs.size()));
+  }
+}
 
 }  // namespace
 
@@ -42,7 +92,7 @@ double strip_input_bytes(const Problem& p, int64_t height) {
 }
 
 ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w,
-                                    int64_t vector_bytes, bool pairs, int threads) {
+                                    int64_t vector_bytes, bool pairs, int threads, WindowTables& tables) {
   const Problem& p = problem.involution;
   ChannelsTiling tiling{};
   tiling.problem = problem;
@@ -69,11 +119,16 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.tile_rows = std::min(tiling.tile_rows, tiling.height);
   tiling.chunks = std::min(p.groups, ceil_div(wanted, p.batch * tiling.strips));
   // Tap row i of output row o reads row o * stride + i * dilation; pairs begin at even i.
-  tiling.packed_step = pairs ? std::gcd(p.stride_h, p.kernel_h > 2 ? 2 * p.dilation_h : 0) : 1;
+  const bool evenly = pairs && p.border == Border::zeros;
+  tiling.packed_step = evenly ? std::gcd(p.stride_h, p.kernel_h > 2 ? 2 * p.dilation_h : 0) : 1;
   tiling.packed_rows = ceil_div(packed_rows(p, tiling.height), tiling.packed_step);
   tiling.vectors = ceil_div(tiling.tile_rows * tiling.tile_columns, tiling.lanes);
   tiling.tiles = ceil_div(tiling.height, tiling.tile_rows) * ceil_div(p.out_w, tiling.tile_columns);
   tiling.tile_floats = tiling.vectors * tiling.lanes * depth;
+  if (p.border == Border::shift) {
+    set_runs(p, tiling.tile_columns, tables);
+    tiling.runs = tables.runs.data(), tiling.tile_runs = tables.tile_runs.data();
+  }
   // Its sum has another order: only where the number of threads does not change the tiles.
   const bool one_strip = p.out_h * p.out_w < 2 * min_strip_pixels;
   if (pairs && one_strip && depth >= 2 * tiling.lanes && depth % tiling.lanes == 0) {

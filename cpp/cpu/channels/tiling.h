@@ -35,6 +35,13 @@ constexpr int64_t block_channels = 16;
 // The pitch of a tile of weights: known at compile time, so that addresses need no registers.
 constexpr int64_t tile_pixels = 112;
 
+// Output columns of a row, `column` and `count` - 1 more that are `step` apart, whose taps 0 read the columns `first`,
+// first + slope, ... of X. A border that shifts makes several of a row: pixels next to it share a window (slope 0), and
+// in between windows slide.
+struct WindowRun {
+  int64_t column, count, step, first, slope;
+};
+
 struct ChannelsTiling {
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w
   SpanBuffers buffers;
@@ -59,6 +66,9 @@ struct ChannelsTiling {
   int64_t packed_columns;  // of a row
   int64_t vectors;         // of pixels in a tile
   int64_t tiles;           // of a strip
+  // With a border that shifts: the columns of the i-th tile of a row are the runs [tile_runs[i], tile_runs[i + 1]).
+  const WindowRun* runs;
+  const int64_t* tile_runs;
   int64_t tile_floats;     // of R, of a tile
 
   // A layer: R is computed in slices of channels for each tile, by a first round of tasks where chunks share it.
@@ -73,9 +83,15 @@ struct ChannelsTiling {
   int64_t scratch_bytes;
 };
 
-// The tiling of a forward pass for vectors of `vector_bytes`, or for pairs of bfloat16.
+// The memory that tilings point to; see ColumnsTables.
+struct WindowTables {
+  std::vector<WindowRun> runs;
+  std::vector<int64_t> tile_runs;
+};
+
+// The tiling of a forward pass for vectors of `vector_bytes`, or for pairs of bfloat16. `tables` must outlive it.
 ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes,
-                                    bool pairs, int threads);
+                                    bool pairs, int threads, WindowTables& tables);
 
 // Backward: a task is some strips of images (a part) and some groups (a chunk). Each part has its own sums of grad_S
 // and grad_b and each chunk its own of grad_R; a second round of tasks adds them up. The numbers of parts and chunks

@@ -34,7 +34,8 @@ void run_forward(const SpanProblem& problem, const SpanBuffers& buffers, const v
   const Execution where = execution_for(work, execution);
   const CpuKernels& kernels = current_kernels();
   const bool pairs = kernels.bfloat16_pairs && p.dtype == DType::bf16;
-  ChannelsTiling tiling = make_channels_tiling(problem, buffers, w, kernels.vector_bytes, pairs, where.threads);
+  WindowTables tables;
+  ChannelsTiling tiling = make_channels_tiling(problem, buffers, w, kernels.vector_bytes, pairs, where.threads, tables);
   if (tiling.shared_bytes > 0) tiling.shared = static_cast<float*>(scratch(tiling.shared_bytes, Scratch::call));
   const auto task = [&](bool reduce) {
     return [&tiling, &kernels, reduce](int64_t index) {
