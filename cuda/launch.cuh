@@ -145,8 +145,9 @@ int vector_of(int most, const void* data, std::initializer_list<int64_t> sizes) 
   return most;
 }
 
-// What kernels in tiles require of an input and an output.
+// What kernels in tiles require of the windows, an input and an output.
 inline Refusal pixels_refusal(const Problem& p) {
+  if (const Refusal refusal = window_refusal(p)) return refusal;
   if (p.in_h < 1 || p.in_w < 1) return needs("an input with pixels", p.in_h, p.in_w);
   if (p.out_h < 1 || p.out_w < 1) return needs("an output with pixels", p.out_h, p.out_w);
   return {};
@@ -191,8 +192,8 @@ inline bool within(const Problem& p, int64_t limit) {
     for (int d = 0; d < rank && product < limit; ++d) product *= sizes[d] > 0 ? sizes[d] : 1;
     return product;
   };
-  const int64_t rows = p.in_h + 2 * p.padding_h + p.dilation_h * p.kernel_h + p.stride_h;
-  const int64_t columns = p.in_w + 2 * p.padding_w + p.dilation_w * p.kernel_w + p.stride_w;
+  const int64_t rows = (p.in_h + 2 * p.padding_h + p.dilation_h * p.kernel_h + p.stride_h) * p.upsample_h;
+  const int64_t columns = (p.in_w + 2 * p.padding_w + p.dilation_w * p.kernel_w + p.stride_w) * p.upsample_w;
   return reach(x, p.x_stride) < limit && reach(w, p.w_stride) < limit && reach(y, p.y_stride) < limit &&
          count(x, 4) < limit && count(w, 6) < limit && count(y, 4) < limit && rows < limit && columns < limit;
 }

@@ -204,9 +204,9 @@ void append(Key& key, const int64_t (&sizes)[Rank], const int64_t (&strides)[Ran
 }
 
 Key sizes_of(const Problem& p, int op) {
-  return {op,         int(p.dtype), int(p.device), p.batch,     p.channels,   p.groups,
-          p.in_h,     p.in_w,       p.out_h,       p.out_w,     p.kernel_h,   p.kernel_w,
-          p.stride_h, p.stride_w,   p.padding_h,   p.padding_w, p.dilation_h, p.dilation_w};
+  return {op,          int(p.dtype), int(p.device), p.batch,      p.channels,    p.groups,     p.in_h,
+          p.in_w,      p.out_h,      p.out_w,       p.kernel_h,   p.kernel_w,    p.stride_h,   p.stride_w,
+          p.padding_h, p.padding_w,  p.dilation_h,  p.dilation_w, int(p.border), p.upsample_h, p.upsample_w};
 }
 
 void append_images(Key& key, const Problem& p) {
@@ -496,6 +496,14 @@ const char* to_string(DType dtype) {
 }
 
 const char* to_string(Device device) { return device == Device::cuda ? "cuda" : "cpu"; }
+
+const char* to_string(Border border) {
+  switch (border) {
+    case Border::zeros: return "zeros";
+    case Border::shift: return "shift";
+  }
+  return "unknown";
+}
 
 const char* to_string(Pass pass) {
   switch (pass) {

@@ -41,14 +41,44 @@ void validate_window(const Problem& p) {
     expect(value >= 1 && value <= most, name, value, "at least 1 and below 2^31");
   for (const auto& [name, value] : {std::pair{"padding_h", p.padding_h}, {"padding_w", p.padding_w}})
     expect(value >= 0 && value <= most, name, value, "at least 0 and below 2^31");
+  for (const auto& [name, value] : {std::pair{"upsample_h", p.upsample_h}, {"upsample_w", p.upsample_w}})
+    expect(value >= 1 && value <= most, name, value, "at least 1 and below 2^31");
+  if (p.upsample_h > 1) expect(p.stride_h == 1, "stride_h", p.stride_h, "1 where upsample_h is above 1");
+  if (p.upsample_w > 1) expect(p.stride_w == 1, "stride_w", p.stride_w, "1 where upsample_w is above 1");
+  expect(p.border == Border::zeros || p.border == Border::shift, "border", int64_t(p.border), "zeros or shift");
+  if (p.border == Border::shift) {
+    for (const auto& [name, value] : {std::pair{"padding_h", p.padding_h}, {"padding_w", p.padding_w}})
+      expect(value == 0, name, value, "0 with a border that shifts");
+    const auto room = [](int64_t size, int64_t kernel, int64_t dilation) {
+      return size == 0 || kernel * dilation <= size;  // without pixels there is no window
+    };
+    expect(room(p.in_h, p.kernel_h, p.dilation_h), "in_h", p.in_h,
+           "at least kernel_h * dilation_h with a border that shifts");
+    expect(room(p.in_w, p.kernel_w, p.dilation_w), "in_w", p.in_w,
+           "at least kernel_w * dilation_w with a border that shifts");
+  }
   expect(p.channels >= 0, "channels", p.channels, "at least 0");
   if (p.groups < 1 || p.channels % p.groups != 0)
     expect(false, "groups", p.groups, ("a divisor of channels, " + std::to_string(p.channels)).c_str());
 }
 
+int64_t output_rows(const Problem& p) {
+  return output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h, p.border, p.upsample_h);
+}
+int64_t output_columns(const Problem& p) {
+  return output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w, p.border, p.upsample_w);
+}
+
 void expect_sizes(const Problem& p, int64_t out_h, int64_t out_w) {
   if (p.out_h != out_h) expect(false, "out_h", p.out_h, std::to_string(out_h).c_str());
   if (p.out_w != out_w) expect(false, "out_w", p.out_w, std::to_string(out_w).c_str());
+}
+
+// Kernels of a span involution exist for windows with a border of zeros and without upsampling.
+void expect_plain(const Problem& p) {
+  expect(p.border == Border::zeros, "border", int64_t(p.border), "zeros for kernels from a span");
+  expect(p.upsample_h == 1, "upsample_h", p.upsample_h, "1 for kernels from a span");
+  expect(p.upsample_w == 1, "upsample_w", p.upsample_w, "1 for kernels from a span");
 }
 
 // Strides of dense tensors: sizes by significance, given as (axis, size), last fastest.
@@ -68,6 +98,7 @@ constexpr std::array<size_t, 4> nchw{0, 1, 2, 3}, nhwc{0, 2, 3, 1};
 
 SpanProblem with_span(const Problem& p, int64_t reduced, Layout layout, bool epilogue, bool relu) {
   expect(reduced >= 1, "reduced", reduced, "at least 1");
+  expect_plain(p);
   SpanProblem span{};
   span.involution = p, span.reduced = reduced, span.epilogue = epilogue, span.relu = relu;
   dense<4>(span.reduced_stride, {p.batch, reduced, p.out_h, p.out_w}, layout == Layout::nchw ? nchw : nhwc);
@@ -82,9 +113,11 @@ SpanProblem with_span(const Problem& p, int64_t reduced, Layout layout, bool epi
 
 const char* version() { return PYINVOLUTION_VERSION; }
 
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, Border border,
+                    int64_t upsample) {
+  const int64_t room = border == Border::shift ? size - 1 : size + 2 * padding - dilation * (kernel - 1) - 1;
+  int64_t outputs = room < 0 ? 0 : room / stride + 1;
+  return __builtin_mul_overflow(outputs, upsample, &outputs) ? std::numeric_limits<int64_t>::max() : outputs;
 }
 
 int64_t layer_output_size(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
@@ -99,9 +132,9 @@ Problem make_problem(DType dtype, Device device, const std::array<int64_t, 4>& i
   p.stride_h = geometry.stride[0], p.stride_w = geometry.stride[1];
   p.padding_h = geometry.padding[0], p.padding_w = geometry.padding[1];
   p.dilation_h = geometry.dilation[0], p.dilation_w = geometry.dilation[1];
+  p.border = geometry.border, p.upsample_h = geometry.upsample[0], p.upsample_w = geometry.upsample[1];
   validate_window(p);
-  p.out_h = output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-  p.out_w = output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  p.out_h = output_rows(p), p.out_w = output_columns(p);
   const auto& order = layout == Layout::nchw ? nchw : nhwc;
   dense<4>(p.x_stride, input, order);
   dense<4>(p.y_stride, {p.batch, p.channels, p.out_h, p.out_w}, order);
@@ -126,8 +159,7 @@ SpanProblem make_layer_problem(DType dtype, Device device, const std::array<int6
 
 void validate(const Problem& p) {
   validate_window(p);
-  expect_sizes(p, output_size(p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h),
-               output_size(p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w));
+  expect_sizes(p, output_rows(p), output_columns(p));
 }
 
 void validate(const Problem& p, const Buffers& buffers) {
@@ -146,6 +178,7 @@ void validate(const SpanProblem& span, SpanOp op) {
   } else {
     validate(p);
   }
+  expect_plain(p);
   expect(span.reduced >= 1, "reduced", span.reduced, "at least 1");
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "pyinvolution/axis.h"
 
 namespace pyinvolution::cuda::generic {
 
@@ -19,6 +20,7 @@ struct KernelParams {
   Index channels, groups, group_channels;
   Index in_h, in_w, out_h, out_w;
   Index kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  Axis<Index> rows, columns;
   Index x_stride[4], w_stride[6], y_stride[4];
 };
 

@@ -1,8 +1,10 @@
 // Involution and its gradients for any parameters.
 //
-//   forward       Y[n,c,p]   = sum over taps k      of W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding]
-//   grad_input    X[n,c,q]   = sum over (k,p) with stride*p + dilation*k - padding = q of W[n,g(c),k,p] * Y[n,c,p]
-//   grad_weight   W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, stride*p + dilation*k - padding]
+//   forward       Y[n,c,p]   = sum over taps k      of W[n,g(c),k,p] * X[n,c, first(p) + dilation*k]
+//   grad_input    X[n,c,q]   = sum over (k,p) with first(p) + dilation*k = q of W[n,g(c),k,p] * Y[n,c,p]
+//   grad_weight   W[n,g,k,p] = sum over c of group g of Y[n,c,p] * X[n,c, first(p) + dilation*k]
+//
+// first(p) is what pyinvolution/axis.h says: stride*p - padding with a border of zeros and without upsampling.
 //
 // X is N,C,H,W; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo; all with any element strides. In the gradients the tensor on the
 // left is written and the name Y stands for grad_output. One thread gathers one element of the left side, so there are
@@ -58,10 +60,11 @@ __global__ void forward(KernelParams<Index> q, const T* __restrict__ x, const T*
     const T* kernel = w + (at.n * q.w_stride[0] + at.c / q.group_channels * q.w_stride[1] + at.h * q.w_stride[4] +
                            at.w * q.w_stride[5]);
     A sum = 0;
-    Index h = at.h * q.stride_h - q.padding_h;
+    Index h = q.rows.first(at.h);
+    const Index first_column = q.columns.first(at.w);
     for (Index kh = 0; kh < q.kernel_h; ++kh, h += q.dilation_h) {
       const bool row_inside = h >= 0 && h < q.in_h;
-      Index v = at.w * q.stride_w - q.padding_w;
+      Index v = first_column;
       for (Index kw = 0; kw < q.kernel_w; ++kw, v += q.dilation_w) {
         const bool inside = row_inside && v >= 0 && v < q.in_w;
         const A value = inside ? load(plane[h * q.x_stride[2] + v * q.x_stride[3]]) : A(0);
@@ -106,6 +109,37 @@ __global__ void grad_input(KernelParams<Index> q, T* __restrict__ x, const T* __
   }
 }
 
+// The same for every border and upsampling, where several outputs may read a position by the same tap.
+template <class T, class Index>
+__global__ void grad_input_by_rule(KernelParams<Index> q, T* __restrict__ x, const T* __restrict__ w,
+                                   const T* __restrict__ y) {
+  using A = Accumulator<T>;
+  for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
+    const auto at = point(i, q.dense_inner, q.channels, q.in_h, q.in_w);
+    const T* plane = y + (at.n * q.y_stride[0] + at.c * q.y_stride[1]);
+    const T* kernel = w + (at.n * q.w_stride[0] + at.c / q.group_channels * q.w_stride[1]);
+    A sum = 0;
+    for (Index kh = 0; kh < q.kernel_h; ++kh) {
+      const auto rows = q.rows.readers(at.h - kh * q.dilation_h);
+      for (Index kw = 0; kw < q.kernel_w; ++kw) {
+        const auto columns = q.columns.readers(at.w - kw * q.dilation_w);
+        const T* tap = kernel + (kh * q.w_stride[2] + kw * q.w_stride[3]);
+        for (Index row = rows.begin; row < rows.end; row += rows.step) {
+          const auto outputs_h = q.rows.outputs_at(row);
+          for (Index h = outputs_h.begin; h < outputs_h.end; ++h)
+            for (Index column = columns.begin; column < columns.end; column += columns.step) {
+              const auto outputs_w = q.columns.outputs_at(column);
+              for (Index v = outputs_w.begin; v < outputs_w.end; ++v)
+                sum += load(tap[h * q.w_stride[4] + v * q.w_stride[5]]) *
+                       load(plane[h * q.y_stride[2] + v * q.y_stride[3]]);
+            }
+        }
+      }
+    }
+    store(sum, &x[at.n * q.x_stride[0] + at.c * q.x_stride[1] + at.h * q.x_stride[2] + at.w * q.x_stride[3]]);
+  }
+}
+
 template <class T, class Index>
 __global__ void grad_weight(KernelParams<Index> q, const T* __restrict__ x, T* __restrict__ w,
                             const T* __restrict__ y) {
@@ -114,8 +148,8 @@ __global__ void grad_weight(KernelParams<Index> q, const T* __restrict__ x, T* _
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
     const auto at = point(i, q.dense_inner, q.groups * taps, q.out_h, q.out_w);
     const Index g = at.c / taps, kh = at.c % taps / q.kernel_w, kw = at.c % q.kernel_w;
-    const Index h = at.h * q.stride_h + kh * q.dilation_h - q.padding_h;
-    const Index v = at.w * q.stride_w + kw * q.dilation_w - q.padding_w;
+    const Index h = q.rows.first(at.h) + kh * q.dilation_h;
+    const Index v = q.columns.first(at.w) + kw * q.dilation_w;
     const bool inside = h >= 0 && h < q.in_h && v >= 0 && v < q.in_w;
     const Index first = g * q.group_channels;
     const Index x_first = at.n * q.x_stride[0] + h * q.x_stride[2] + v * q.x_stride[3];

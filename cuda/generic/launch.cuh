@@ -31,6 +31,7 @@ KernelParams<Index> kernel_params(const Problem& p, Pass pass) {
   q.stride_h = Index(p.stride_h), q.stride_w = Index(p.stride_w);
   q.padding_h = Index(p.padding_h), q.padding_w = Index(p.padding_w);
   q.dilation_h = Index(p.dilation_h), q.dilation_w = Index(p.dilation_w);
+  q.rows = rows_of<Index>(p), q.columns = columns_of<Index>(p);
   for (int d = 0; d < 4; ++d) q.x_stride[d] = Index(p.x_stride[d]), q.y_stride[d] = Index(p.y_stride[d]);
   for (int d = 0; d < 6; ++d) q.w_stride[d] = Index(p.w_stride[d]);
   return q;
@@ -50,8 +51,9 @@ void run_with_index(const Problem& problem, Pass pass, const Buffers& buffers, c
       return launch<KernelParams<Index>, const T*, const T*, T*>("generic forward", forward<T, Index>, grid, execution,
                                                                  q, x, w, y);
     case Pass::grad_input:
-      return launch<KernelParams<Index>, T*, const T*, const T*>("generic grad_input", grad_input<T, Index>, grid,
-                                                                 execution, q, x, w, y);
+      return launch<KernelParams<Index>, T*, const T*, const T*>(
+          "generic grad_input", is_plain(problem) ? grad_input<T, Index> : grad_input_by_rule<T, Index>, grid,
+          execution, q, x, w, y);
     case Pass::grad_weight:
       return launch<KernelParams<Index>, const T*, T*, const T*>("generic grad_weight", grad_weight<T, Index>, grid,
                                                                  execution, q, x, w, y);

@@ -13,6 +13,7 @@ constexpr int64_t max_row_bytes = 4 * 1024 * 1024;
 constexpr int64_t min_group_channels = 8;
 
 Refusal common_refusal(const Problem& p) {
+  if (const Refusal reason = window_refusal(p)) return reason;
   if (p.dtype == DType::f64)
     return needs("float32, float16 or bfloat16 (it accumulates in float32)", to_string(p.dtype));
   if (p.group_channels() < min_group_channels) return needs("at least 8 channels per group", p.group_channels());

@@ -5,7 +5,7 @@
 
 namespace pyinvolution::cpu {
 
-Refusal columns_refusal(const Problem&, Pass) { return {}; }
+Refusal columns_refusal(const Problem& p, Pass) { return window_refusal(p); }
 
 void columns_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   const CpuKernels& kernels = current_kernels();

@@ -11,6 +11,11 @@
 
 namespace pyinvolution {
 
+PYINVOLUTION_API const char* to_string(DType);
+PYINVOLUTION_API const char* to_string(Device);
+PYINVOLUTION_API const char* to_string(Pass);
+PYINVOLUTION_API const char* to_string(Border);
+
 // Why a variant cannot run a problem: what it requires and what the problem has instead. Plain data, since most
 // refusals are never read; text() makes the sentence. A Refusal that holds nothing means that the variant can run.
 struct Refusal {
@@ -29,6 +34,13 @@ inline Refusal needs(const char* requirement, const char* got) { return {require
 inline Refusal needs(const char* requirement, int64_t got) { return {requirement, nullptr, {got, 0}, 1}; }
 inline Refusal needs(const char* requirement, int64_t one, int64_t two) {
   return {requirement, nullptr, {one, two}, 2};
+}
+
+// What a kernel requires whose windows lie where a convolution has them (`is_plain`).
+inline Refusal window_refusal(const Problem& p) {
+  if (p.border != Border::zeros) return needs("a border of zeros", to_string(p.border));
+  if (p.upsample_h != 1 || p.upsample_w != 1) return needs("an upsampling of 1", p.upsample_h, p.upsample_w);
+  return {};
 }
 
 template <class Problem, class Op, class Buffers>
@@ -126,9 +138,6 @@ PYINVOLUTION_API void forget_choices();
 // The CUDA code of the library: "CUDA 12.8, architectures 80 86 89 90, PTX 80 90", or "none: " and the reason.
 PYINVOLUTION_API const char* cuda_build();
 
-PYINVOLUTION_API const char* to_string(DType);
-PYINVOLUTION_API const char* to_string(Device);
-PYINVOLUTION_API const char* to_string(Pass);
 PYINVOLUTION_API const char* to_string(SpanOp);
 PYINVOLUTION_API const char* to_string(Route);
 

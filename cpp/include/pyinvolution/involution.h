@@ -28,6 +28,8 @@ struct WindowParams {
   std::array<int64_t, 2> stride{1, 1};
   std::array<int64_t, 2> padding{3, 3};
   std::array<int64_t, 2> dilation{1, 1};
+  Border border = Border::zeros;  // shift: the padding must be 0
+  std::array<int64_t, 2> upsample{1, 1};
 };
 
 using Geometry [[deprecated("Geometry is now called WindowParams")]] = WindowParams;
@@ -37,9 +39,11 @@ enum class Layout : int32_t {
   nhwc,  // the channels of a pixel next to each other (channels_last), W as N,Ho,Wo,G,Kh,Kw; the faster one
 };
 
-// Pixels of the output along one axis: floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1, and 0 where
-// the window does not fit.
-PYINVOLUTION_API int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation);
+// Pixels of the output along one axis, `upsample` times as many as there are windows: with a border of zeros
+// floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1, and 0 where the window does not fit; with a border
+// that shifts ceil(size / stride). 2^63 - 1 where the number is larger.
+PYINVOLUTION_API int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                                     Border border = Border::zeros, int64_t upsample = 1);
 // Pixels of a layer's output along one axis, one for each cell of the stride: ceil(size / stride).
 PYINVOLUTION_API int64_t layer_output_size(int64_t size, int64_t stride);
 

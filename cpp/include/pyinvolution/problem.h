@@ -1,6 +1,7 @@
 // One involution as plain data: what crosses from the tensor world into kernels.
 //
-//   Y[n,c,p] = sum over k of  W[n,g(c),k,p] * X[n,c, stride*p + dilation*k - padding],   g(c) = c / (C/G)
+//   Y[n,c,p] = sum over k of  W[n,g(c),k,p] * X[n,c, first(p) + dilation*k],   g(c) = c / (C/G)
+//   first(p) = stride*p - padding; in general, with a border and an upsampling, what pyinvolution/axis.h says
 //
 // X is N,C,H,W and zero outside its borders; W is N,G,Kh,Kw,Ho,Wo; Y is N,C,Ho,Wo. An element of padding takes part in
 // the sum as a zero, so a non-finite weight at such a tap makes a NaN, as it does for an unfolded or padded input.
@@ -25,6 +26,12 @@ enum class DType : int32_t {
 };
 enum class Device : int32_t { cpu, cuda };
 
+// What a window does that reaches beyond the input.
+enum class Border : int32_t {
+  zeros,  // it reads zeros there
+  shift,  // it is moved inside, by multiples of the dilation, as in neighbourhood attention; the padding is 0
+};
+
 // Which of the three tensors is computed from the other two. `y` holds grad_output, and `x` or `w` receives the
 // gradient.
 enum class Pass : int32_t {
@@ -46,6 +53,8 @@ struct Problem {
   int64_t stride_h, stride_w;
   int64_t padding_h, padding_w;
   int64_t dilation_h, dilation_w;
+  Border border = Border::zeros;
+  int64_t upsample_h = 1, upsample_w = 1;  // outputs for each position of the input; above 1 only where the stride is 1
 
   // In elements; zero (expanded) strides are allowed for tensors that are only read.
   int64_t x_stride[4];  // n c h w
