@@ -17,14 +17,29 @@ using namespace pyinvolution;
 struct Case {
   int64_t n, c, g, h, w, kh, kw;
   int64_t sh = 1, sw = 1, ph = 0, pw = 0, dh = 1, dw = 1;
+  Border border = Border::zeros;
 
-  int64_t out_h() const { return std::max<int64_t>(0, (h + 2 * ph - dh * (kh - 1) - 1 + sh) / sh); }
-  int64_t out_w() const { return std::max<int64_t>(0, (w + 2 * pw - dw * (kw - 1) - 1 + sw) / sw); }
+  int64_t out_h() const { return outputs(h, kh, sh, ph, dh); }
+  int64_t out_w() const { return outputs(w, kw, sw, pw, dw); }
   std::string text() const {
     std::string all;
     for (const int64_t value : {n, c, g, h, w, kh, kw, sh, sw, ph, pw, dh, dw})
       all += (all.empty() ? "" : ",") + std::to_string(value);
-    return "[n,c,g,h,w,kh,kw,sh,sw,ph,pw,dh,dw = " + all + "]";
+    return "[n,c,g,h,w,kh,kw,sh,sw,ph,pw,dh,dw = " + all + (border == Border::shift ? ", shift]" : "]");
+  }
+
+  // The same with windows that shift at the border, in an image that they fit into.
+  Case shifted() const {
+    Case k = *this;
+    k.h = k.h == 0 ? 0 : std::max(h, kh * dh), k.w = k.w == 0 ? 0 : std::max(w, kw * dw);
+    k.ph = k.pw = 0, k.border = Border::shift;
+    return k;
+  }
+
+ private:
+  int64_t outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) const {
+    if (border == Border::shift) return (size + stride - 1) / stride;
+    return std::max<int64_t>(0, (size + 2 * padding - dilation * (kernel - 1) - 1 + stride) / stride);
   }
 };
 
@@ -93,7 +108,7 @@ inline Problem problem_of(const Case& k, DType dtype, Device device, const Strid
   p.batch = k.n, p.channels = k.c, p.groups = k.g;
   p.in_h = k.h, p.in_w = k.w, p.out_h = k.out_h(), p.out_w = k.out_w();
   p.kernel_h = k.kh, p.kernel_w = k.kw, p.stride_h = k.sh, p.stride_w = k.sw;
-  p.padding_h = k.ph, p.padding_w = k.pw, p.dilation_h = k.dh, p.dilation_w = k.dw;
+  p.padding_h = k.ph, p.padding_w = k.pw, p.dilation_h = k.dh, p.dilation_w = k.dw, p.border = k.border;
   std::copy(strides.x.begin(), strides.x.end(), p.x_stride);
   std::copy(strides.w.begin(), strides.w.end(), p.w_stride);
   std::copy(strides.y.begin(), strides.y.end(), p.y_stride);

@@ -37,10 +37,8 @@ int64_t packed_rows(const Problem& p, int64_t height) {
   if (p.border == Border::zeros) return apart + reach;
   return std::min(p.in_h, (height > 1 ? std::max(apart, p.dilation_h - 1) : 0) + reach);
 }
-int64_t packed_columns(const Problem& p) {
-  if (p.border == Border::shift) return p.in_w;
-  return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1;
-}
+int64_t sliding_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1; }
+int64_t packed_columns(const Problem& p) { return p.border == Border::shift ? p.in_w : sliding_columns(p); }
 int64_t blocks_of(const Problem& p) { return ceil_div(p.group_channels(), block_channels); }
 
 // The columns [begin, end) of the output as runs, for a border that shifts.
@@ -177,7 +175,7 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
 double backward_bytes(const SpanProblem& problem, int64_t height) {
   const Problem& p = problem.involution;
   const double halo = double(p.dilation_h * (p.kernel_h - 1));
-  const double x = double(packed_rows(p, height)) * double(packed_columns(p) + p.stride_w * 32);
+  const double x = double(packed_rows(p, height)) * double(sliding_columns(p) + p.stride_w * 32);
   const double grad_x = std::min(double(p.in_h), double(height * p.stride_h) + halo) * double(p.in_w);
   const double rows = 3 * double(height) + 2 * halo / double(p.stride_h);
   return 4 * ((x + grad_x) * double(blocks_of(p) * block_channels) +
@@ -199,17 +197,30 @@ std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
   count = ceil_div(p.out_h, rows);
 
   std::vector<BackwardStrip> strips;
-  // Rows of X are dealt out by the middle tap.
+  const Axis<int64_t> axis = rows_of(p);
+  const bool shift = p.border == Border::shift;
+  // Rows of X are dealt out by the middle tap, of windows that shift by the pixel that they belong to.
+  const int64_t middle = shift ? 0 : reach / 2 - p.padding_h;
   const auto first_input = [&](int64_t strip) {
     if (strip == 0) return int64_t{0};
-    return strip == count ? p.in_h
-                          : std::clamp<int64_t>(strip * rows * p.stride_h - p.padding_h + reach / 2, 0, p.in_h);
+    return strip == count ? p.in_h : std::clamp<int64_t>(strip * rows * p.stride_h + middle, 0, p.in_h);
   };
   for (int64_t i = 0; i < count; ++i) {
-    BackwardStrip strip{i * rows, std::min((i + 1) * rows, p.out_h), first_input(i), first_input(i + 1), 0, 0};
-    const int64_t first = ceil_div(std::max<int64_t>(0, strip.in_begin + p.padding_h - reach), p.stride_h);
+    BackwardStrip strip{i * rows, std::min((i + 1) * rows, p.out_h), first_input(i), first_input(i + 1), 0, 0, 0, 0};
+    // A window that shifts has its pixel inside, and so reaches no further than to one side or the other.
+    const int64_t before = shift ? -reach : p.padding_h - reach, after = shift ? reach : p.padding_h;
+    const int64_t first = ceil_div(std::max<int64_t>(0, strip.in_begin + before), p.stride_h);
     strip.first = std::min(strip.begin, first);
-    strip.last = std::max(strip.end, std::min(p.out_h, (strip.in_end - 1 + p.padding_h) / p.stride_h + 1));
+    strip.last = std::max(strip.end, std::min(p.out_h, (strip.in_end - 1 + after) / p.stride_h + 1));
+    if (shift) {
+      while (strip.first < strip.begin && axis.first(strip.first) + reach < strip.in_begin) ++strip.first;
+      while (strip.last > strip.end && axis.first(strip.last - 1) >= strip.in_end) --strip.last;
+    }
+    strip.x_begin = strip.x_end = axis.first(strip.begin);
+    for (int64_t row = strip.begin; row < strip.end; ++row) {
+      strip.x_begin = std::min(strip.x_begin, axis.first(row));
+      strip.x_end = std::max(strip.x_end, axis.first(row) + reach + 1);
+    }
     strips.push_back(strip);
   }
   return strips;
@@ -260,6 +271,15 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   for (int64_t j = 0; j < p.kernel_w; ++j)
     tables.tap_offset.push_back(p.dilation_w * j % p.stride_w * tiling.x_phase + p.dilation_w * j / p.stride_w);
   tiling.tap_offset = tables.tap_offset.data();
+  if (p.border == Border::shift) {
+    const int64_t lanes = kernels.vector_bytes / 4;
+    set_runs(p, backward_columns, tables);
+    for (int64_t column = 0; column < p.out_w; column += lanes)
+      tables.vectors.push_back(shifted_vector(columns_of(p), column, lanes));
+    tiling.runs = tables.runs.data(), tiling.tile_runs = tables.tile_runs.data();
+    tiling.vectors = tables.vectors.data();
+    tiling.problem.involution.padding_w = p.kernel_w / 2 * p.dilation_w;
+  }
 
   int64_t at = 0;
   const auto take = [&](bool wanted, int64_t floats) {
@@ -279,7 +299,7 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.span_at = take(true, p.taps() * problem.reduced);
   tiling.bias_at = take(true, p.taps());
   tiling.weights_at = take(true, (p.taps() + 1) * tile_pixels);
-  tiling.dense_at = take(x && tiling.tile_rows > 1, (p.taps() + 1) * tile_pixels);
+  tiling.dense_at = take(x && (tiling.tile_rows > 1 || p.border == Border::shift), (p.taps() + 1) * tile_pixels);
   if (tiling.pair_product != nullptr) {
     tiling.span_across_at = take(any, ceil_div(p.taps(), 2) * problem.reduced);
     tiling.rounded_at = take(any, p.taps() * tile_pixels / 2);

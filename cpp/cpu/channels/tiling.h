@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/shift.h"
 #include "pyinvolution/problem.h"
 
 namespace pyinvolution::cpu {
@@ -109,8 +110,9 @@ constexpr int64_t gradient_pitch = tile_pixels + 32;
 // A strip computes the gradients of W of the output rows [begin, end), and of X those of the rows [in_begin, in_end).
 // The latter come from the output rows [first, last), which include rows of its neighbours: their weights are computed
 // twice.
+// Its gradients of W read the rows [x_begin, x_end) of X, or of the padding around it.
 struct BackwardStrip {
-  int64_t begin, end, in_begin, in_end, first, last;
+  int64_t begin, end, in_begin, in_end, first, last, x_begin, x_end;
 };
 
 struct BackwardTiling {
@@ -143,6 +145,13 @@ struct BackwardTiling {
   int64_t grad_x_rows;        // most rows of X of a strip
   const int64_t* tap_offset;  // [kw] in a channel
 
+  // With a border that shifts, which only windows do that slide by a column (stride_w = 1): the runs of a tile's columns
+  // as in ChannelsTiling, and the vectors of a row of the output. In the middle of a row windows lie as with a padding of
+  // half a window, and that is `problem`'s padding_w here.
+  const WindowRun* runs;
+  const int64_t* tile_runs;
+  const ShiftedVector* vectors;
+
   // In floats from the start of a task's scratch memory.
   int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, dense_at,
       span_across_at, rounded_at, rounded_across_at, grad_weights_at, grad_y_at, grad_y_across_at, staging_at;
@@ -160,9 +169,10 @@ struct BackwardTiling {
 };
 
 // The memory that a tiling points to; see ColumnsTables.
-struct BackwardTables {
+struct BackwardTables : WindowTables {
   std::vector<BackwardStrip> strips;
   std::vector<int64_t> tap_offset;
+  std::vector<ShiftedVector> vectors;
 };
 
 // `tables` must outlive the tiling.

@@ -67,7 +67,8 @@ void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const 
 Refusal channels_refusal(const Problem& p, Pass pass) {
   if (const Refusal reason = common_refusal(p)) return reason;
   if (pass == Pass::forward) return {};
-  if (p.border == Border::shift) return needs("a border of zeros", to_string(p.border));  // TODO
+  if (p.border == Border::shift && p.stride_w != 1)
+    return needs("a horizontal stride of 1 where the border shifts", p.stride_w);
   if (p.out_h == 0 || p.out_w == 0) return needs("an output with pixels", p.out_h, p.out_w);
   SpanProblem span{};
   span.involution = p;
