@@ -140,7 +140,8 @@ PYINVOLUTION_APART void gather_shared_block(const float* w, const float* gy, int
 
 // The same for all taps of a row. gx is the row of X; w and gy are at the first pixel of the run.
 void gather_shared(const Problem& p, const float* w, const float* gy, const WindowRun& run, float* gx) {
-  const int64_t tap = p.dilation_w * block_channels, count = ceil_div(p.kernel_w, max_columns);
+  const int64_t tap = p.dilation_w * block_channels;
+  const int64_t count = p.kernel_w <= max_columns ? 1 : ceil_div(p.kernel_w, max_columns);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t first = p.kernel_w * b / count;
     with_count<max_columns>(p.kernel_w * (b + 1) / count - first, [&](auto n) {
@@ -148,6 +149,65 @@ void gather_shared(const Problem& p, const float* w, const float* gy, const Wind
                                               gx + run.first * block_channels + first * tap, tap);
     });
   }
+}
+
+// grad_X of Pixels neighbouring pixels whose windows slide by a column, from Taps neighbouring taps of a row: gx[i + t]
+// += w[t][i] * gy[i]. Other than gather_block it needs no zeros around the pixels.
+template <int Pixels, int Taps>
+PYINVOLUTION_APART void scatter_block(const float* w, const float* gy, float* gx) {
+  constexpr int columns = Pixels + Taps - 1;
+  V sum[columns][block_vectors];
+#pragma GCC unroll 32
+  for (int q = 0; q < columns; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[q][v] = V::load(gx + q * block_channels + v * V::lanes);
+  constexpr int spread = Pixels >= spread_columns ? spread_columns : 0;
+  V fours[Taps];
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) fours[t] = spread > 0 ? V::load_fours(w + t * tile_pixels) : V::zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < Pixels; ++i) {
+    V at[block_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + i * block_channels + v * V::lanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) {
+      if (i < spread)
+        sum[i + t][0].add_product(at[0], fours[t].spread(i));
+      else
+        add_product(sum[i + t], at, w + t * tile_pixels + i);
+    }
+  }
+#pragma GCC unroll 32
+  for (int q = 0; q < columns; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[q][v].store(gx + q * block_channels + v * V::lanes);
+}
+
+// As many sums as there are registers for: 20 with AVX-512, whose blocks are a vector wide.
+constexpr int scatter_columns = block_vectors == 1 ? max_columns + 6 : max_columns;
+
+// The same for Taps of a row's taps at all pixels of a run.
+template <int Taps>
+void scatter_taps(const float* w, const float* gy, int64_t pixels, float* gx) {
+  constexpr int most = scatter_columns - Taps + 1;
+  const int64_t count = pixels <= most ? 1 : ceil_div(pixels, most);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = pixels * b / count;
+    with_count<most>(pixels * (b + 1) / count - first, [&](auto n) {
+      scatter_block<decltype(n)::value, Taps>(w + first, gy + first * block_channels, gx + first * block_channels);
+    });
+  }
+}
+void scatter(int64_t taps, const float* w, const float* gy, int64_t pixels, float* gx) {
+  const auto add = [&](auto n) {
+    constexpr int count = decltype(n)::value;
+    if constexpr (count <= scatter_columns)
+      for (; taps >= count; taps -= count, w += count * tile_pixels, gx += count * block_channels)
+        scatter_taps<count>(w, gy, pixels, gx);
+  };
+  if constexpr (block_vectors == 1) add(Count<7>{}), add(Count<5>{});
+  add(Count<3>{}), add(Count<1>{});
 }
 
 // How many taps of a row the kernels of grad_W work on. Odd: a part of a longer row has one fewer.
@@ -555,57 +615,39 @@ struct BackwardRun {
     }
   }
 
-  // The weights of the columns [begin, end) of a row out of those of a tile, with zeros before and after them.
-  void copy_weights(const float* from, int64_t begin, int64_t end, int64_t columns, float* to) const {
-    const int64_t taps = p.taps();
-    for (int64_t v = 0; v < columns + backward_margin; v += V::lanes)
-      if (v >= begin && v + V::lanes <= end)
+  // The weights of a row out of those of a tile, with zeros after them.
+  void copy_weights(const float* from, int64_t columns, float* to) const {
+    for (int64_t v = 0; v < columns + backward_margin; v += V::lanes) {
+      const int64_t count = columns - v < 0 ? 0 : min(columns - v, V::lanes), taps = p.taps();
+      if (count == V::lanes)
         for (int64_t k = 0; k < taps; ++k) V::load(from + k * tile_pixels + v).store(to + k * tile_pixels + v);
       else
         for (int64_t k = 0; k < taps; ++k)
-          V::load_range(from + k * tile_pixels, v, begin, end).store(to + k * tile_pixels + v);
+          V::load_range(from + k * tile_pixels + v, 0, 0, count).store(to + k * tile_pixels + v);
+    }
   }
 
-  // The weights of a row's pixels whose windows slide, with zeros around them, out of all that are in `dense`.
-  void copy_sliding(int64_t column, int64_t columns, float* to) const {
+  // grad_X of a row of the output where windows shift, of a tile's columns from `column` on. The row's first tap row reads
+  // row `first` of X.
+  void gather_shifted(const BackwardStrip& strip, int64_t block, int64_t first, int64_t column,
+                      const float* weights) const {
+    const float* inner = gy + backward_margin * block_channels;
     const int64_t* const ends = tiling.tile_runs + column / backward_columns;
-    for (const WindowRun* run = tiling.runs + ends[0]; run != tiling.runs + ends[1]; ++run)
-      if (run->slope != 0)
-        copy_weights(dense, run->column - column, run->column - column + run->count, columns, to);
-  }
-
-  // grad_X of a row of the output, of a tile's columns from `column` on, where windows shift. `weights` has zeros except
-  // at the pixels whose windows slide, `all` has all. Their neighbours in gy become zeros.
-  void gather_shifted(const BackwardStrip& strip, int64_t block, int64_t row, int64_t column, int64_t columns,
-                      const float* weights, const float* all, Gather gather) const {
-    float* inner = gy + backward_margin * block_channels;
-    const int64_t* const ends = tiling.tile_runs + column / backward_columns;
-    const WindowRun* sliding = nullptr;
-    const auto for_each_tap_row = [&](const auto& body) {
-      for (int64_t i = 0; i < p.kernel_h; ++i) {
-        const int64_t h = row_axis.first(row) + i * p.dilation_h;
-        if (h >= strip.in_begin && h < strip.in_end)
-          body(i * p.kernel_w * tile_pixels, gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const int64_t h = first + i * p.dilation_h;
+      if (h < strip.in_begin || h >= strip.in_end) continue;
+      float* to = gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels;
+      for (const WindowRun* run = tiling.runs + ends[0]; run != tiling.runs + ends[1]; ++run) {
+        const float* from = weights + i * p.kernel_w * tile_pixels + run->column - column;
+        const float* grad = inner + (run->column - column) * block_channels;
+        if (run->slope == 0)
+          gather_shared(p, from, grad, *run, to);
+        else if (p.dilation_w == 1)
+          scatter(p.kernel_w, from, grad, run->count, to + run->first * block_channels);
+        else
+          gather<0, 0>(p, from, grad, run->column, run->count, to);
       }
-    };
-    for (const WindowRun* run = tiling.runs + ends[0]; run != tiling.runs + ends[1]; ++run) {
-      const int64_t at = run->column - column;
-      if (run->slope != 0)
-        sliding = run;
-      else
-        for_each_tap_row([&](int64_t taps, float* to) {
-          gather_shared(p, all + taps + at, inner + at * block_channels, *run, to);
-        });
     }
-    if (sliding == nullptr) return;
-    const int64_t at = sliding->column - column, end = at + sliding->count;
-    if (gather != cpu::gather<0, 0>) {
-      clear(inner, at * block_channels / V::lanes);
-      clear(inner + end * block_channels, (columns - end) * block_channels / V::lanes);
-    }
-    for_each_tap_row([&](int64_t taps, float* to) {
-      gather(p, weights + taps + at, inner + at * block_channels, sliding->column, sliding->count, to);
-    });
   }
 
   // W of a tile of `count` pixels.
@@ -657,15 +699,12 @@ struct BackwardRun {
     float* weights = w + backward_margin;
     if (want_x && tiling.w == nullptr) multiply_weights(index, column, count, s, rows > 1 ? dense : weights);
     for (int64_t row = first; row < first + rows; ++row) {
-      const int64_t pixel = (row - first) * columns;
+      const int64_t pixel = (row - first) * columns, x_first = row_axis.first(row);
       if (want_x) {
-        const bool shift = p.border == Border::shift;
         if (tiling.w != nullptr)
-          load_weights(weights_of<T>(p, tiling.w, n, g, row, column), p, 1, columns, shift ? dense : weights, staging);
-        if (shift) {
-          copy_sliding(column, columns, weights);
-        } else if (rows > 1) {
-          copy_weights(dense + pixel, 0, columns, columns, weights);
+          load_weights(weights_of<T>(p, tiling.w, n, g, row, column), p, 1, columns, weights, staging);
+        if (rows > 1) {
+          copy_weights(dense + pixel, columns, weights);
         } else if (tiling.w == nullptr || narrows()) {
           // Products have whole vectors: what they wrote past the columns must be zero.
           for (int64_t k = 0; k < taps; ++k)
@@ -675,17 +714,17 @@ struct BackwardRun {
       for (int64_t block = 0; block < tiling.blocks; ++block) {
         pack_gradient(n, g, block, row, column, columns);
         if (want_x && p.border == Border::shift)
-          gather_shifted(strip, block, row, column, columns, weights, dense, gather);
+          gather_shifted(strip, block, x_first, column, weights);
         else if (want_x)
           for (int64_t i = 0; i < p.kernel_h; ++i) {
-            const int64_t h = row_axis.first(row) + i * p.dilation_h;
+            const int64_t h = x_first + i * p.dilation_h;
             if (h >= strip.in_begin && h < strip.in_end)
               gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
                      gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
           }
         // What a row writes past its end is that of the next one, which comes later.
         if (!want_weights || !own) continue;
-        const int64_t x_row = row_axis.first(row) - strip.x_begin;
+        const int64_t x_row = x_first - strip.x_begin;
         if (p.border == Border::shift)
           grad_weights_shifted(block, x_row, column, columns, gw + pixel);
         else

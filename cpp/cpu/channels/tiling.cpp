@@ -299,7 +299,7 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.span_at = take(true, p.taps() * problem.reduced);
   tiling.bias_at = take(true, p.taps());
   tiling.weights_at = take(true, (p.taps() + 1) * tile_pixels);
-  tiling.dense_at = take(x && (tiling.tile_rows > 1 || p.border == Border::shift), (p.taps() + 1) * tile_pixels);
+  tiling.dense_at = take(x && tiling.tile_rows > 1, (p.taps() + 1) * tile_pixels);
   if (tiling.pair_product != nullptr) {
     tiling.span_across_at = take(any, ceil_div(p.taps(), 2) * problem.reduced);
     tiling.rounded_at = take(any, p.taps() * tile_pixels / 2);
