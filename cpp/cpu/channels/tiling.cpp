@@ -41,39 +41,6 @@ int64_t sliding_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + 
 int64_t packed_columns(const Problem& p) { return p.border == Border::shift ? p.in_w : sliding_columns(p); }
 int64_t blocks_of(const Problem& p) { return ceil_div(p.group_channels(), block_channels); }
 
-// The columns [begin, end) of the output as runs, for a border that shifts.
-void append_runs(const Axis<int64_t>& axis, int64_t begin, int64_t end, std::vector<WindowRun>& runs) {
-  if (axis.stride != 1) {
-    for (int64_t column = begin; column < end; column += runs.back().count) {
-      WindowRun run{column, 1, 1, axis.first(column), 0};
-      if (column + 1 < end) run.slope = axis.first(column + 1) - run.first;
-      while (column + run.count < end && axis.first(column + run.count) == run.first + run.count * run.slope)
-        ++run.count;
-      runs.push_back(run);
-    }
-    return;
-  }
-  // From `left` to `right` windows slide. On either side those of a residue class are the same.
-  const int64_t dilation = axis.dilation, half = axis.kernel / 2 * dilation;
-  const int64_t left = std::clamp(half + dilation, begin, end);
-  const int64_t right = std::clamp(axis.size - axis.kernel * dilation + half, left, end);
-  if (left < right) runs.push_back({left, right - left, 1, axis.first(left), 1});
-  for (int64_t residue = 0; residue < std::min(dilation, end - begin); ++residue) {
-    WindowRun run{};
-    for (int64_t column = begin + residue; column < end; column += dilation) {
-      if (column >= left && column < right) continue;
-      const int64_t first = axis.first(column);
-      if (run.count > 0 && first == run.first && column == run.column + run.count * dilation) {
-        ++run.count;
-        continue;
-      }
-      if (run.count > 0) runs.push_back(run);
-      run = {column, 1, dilation, first, 0};
-    }
-    if (run.count > 0) runs.push_back(run);
-  }
-}
-
 // The runs of tiles of `width` columns.
 void set_runs(const Problem& p, int64_t width, WindowTables& tables) {
   tables.tile_runs.push_back(0);
@@ -274,8 +241,7 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   if (p.border == Border::shift) {
     const int64_t lanes = kernels.vector_bytes / 4;
     set_runs(p, backward_columns, tables);
-    for (int64_t column = 0; column < p.out_w; column += lanes)
-      tables.vectors.push_back(shifted_vector(columns_of(p), column, lanes));
+    append_vectors(columns_of(p), lanes, tables.vectors);
     tiling.runs = tables.runs.data(), tiling.tile_runs = tables.tile_runs.data();
     tiling.vectors = tables.vectors.data();
     tiling.problem.involution.padding_w = p.kernel_w / 2 * p.dilation_w;

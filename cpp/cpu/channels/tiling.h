@@ -36,13 +36,6 @@ constexpr int64_t block_channels = 16;
 // The pitch of a tile of weights: known at compile time, so that addresses need no registers.
 constexpr int64_t tile_pixels = 112;
 
-// Output columns of a row, `column` and `count` - 1 more that are `step` apart, whose taps 0 read the columns `first`,
-// first + slope, ... of X. A border that shifts makes several of a row: pixels next to it share a window (slope 0), and
-// in between windows slide.
-struct WindowRun {
-  int64_t column, count, step, first, slope;
-};
-
 struct ChannelsTiling {
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w
   SpanBuffers buffers;
