@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "cpu/variants.h"
+#include "phases.h"
 #include "pyinvolution/involution.h"
 #ifndef PYINVOLUTION_NO_CUDA
 #include "cuda/variants.h"
@@ -179,17 +180,28 @@ bool is_disabled(const V& variant) {
   return (disabled().load(std::memory_order_relaxed) & bit(variant)) != 0;
 }
 
+Refusal inability(const SpanVariant& variant, const SpanProblem& span, SpanOp op) { return variant.refusal(span, op); }
+Refusal inability(const Variant& variant, const Problem& problem, Pass pass) {
+  const Refusal refusal = variant.refusal(problem, pass);
+  return refusal && has_phases(problem, pass) ? variant.refusal(phase_of(problem, pass), pass) : refusal;
+}
+
 template <class V, class P, class Op>
 Refusal refusal_of(const V& variant, const P& problem, Op op) {
   if (is_disabled(variant)) return needs("that PYINVOLUTION_DISABLE does not name it");
-  return variant.refusal(problem, op);
+  return inability(variant, problem, op);
+}
+
+Refusal slowness(const SpanVariant& variant, const SpanProblem& span, SpanOp op) { return variant.slower(span, op); }
+Refusal slowness(const Variant& variant, const Problem& problem, Pass pass) {
+  return variant.slower(has_phases(problem, pass) ? phase_of(problem, pass) : problem, pass);
 }
 
 // Why a variant is not the one by itself: it cannot run the problem, or a later one is faster.
 template <class V, class P, class Op>
 Refusal passed_over(const V& variant, const P& problem, Op op) {
   const Refusal refusal = refusal_of(variant, problem, op);
-  return !refusal && variant.slower != nullptr ? variant.slower(problem, op) : refusal;
+  return !refusal && variant.slower != nullptr ? slowness(variant, problem, op) : refusal;
 }
 
 // --- what was measured to be the fastest: a variant for a problem and an operation ----------------------------------
@@ -387,7 +399,14 @@ Route route(const SpanProblem& problem, SpanOp op, bool differentiable) {
 void run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   if (outputs(problem, pass) == 0) return;
   validate(problem, buffers);
-  choose(problem, pass).run(problem, pass, buffers, execution);
+  run(choose(problem, pass), problem, pass, buffers, execution);
+}
+
+void run(const Variant& variant, const Problem& problem, Pass pass, const Buffers& buffers,
+         const Execution& execution) {
+  if (has_phases(problem, pass) && variant.refusal(problem, pass))
+    return run_phases(variant.run, problem, pass, buffers, execution);
+  variant.run(problem, pass, buffers, execution);
 }
 
 int64_t scratch_bytes(const SpanProblem& span, SpanOp op) {

@@ -4,10 +4,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <sstream>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include "call.h"
+#include "pyinvolution/axis.h"
 
 namespace pyinvolution::ops {
 namespace {
@@ -17,8 +21,9 @@ using torch::headeronly::ScalarType;
 constexpr const char* involution_op = "involution2d";
 constexpr const char* span_op = "span_involution2d";
 constexpr const char* layer_op = "involution_layer2d";
+constexpr const char* correlation_op = "local_correlation2d";
 
-DType dtype_of(const char* op, const Tensor& input) {
+DType dtype_of(const char* op, const char* name, const Tensor& input) {
   switch (input.scalar_type()) {
 #define RETURN(name, text, storage, sum, scalar) \
   case ScalarType::scalar: return DType::name;
@@ -26,7 +31,7 @@ DType dtype_of(const char* op, const Tensor& input) {
 #undef RETURN
     default: break;
   }
-  fail(op, "input has dtype ", torch::headeronly::toString(input.scalar_type()),
+  fail(op, name, " has dtype ", torch::headeronly::toString(input.scalar_type()),
        ", expected float32, float64, float16 or bfloat16");
 }
 
@@ -42,35 +47,56 @@ void check_pair(const char* op, const char* name, const Sizes& pair, int64_t min
                        ", expected values of at least ", min, " and below 2^31");
 }
 
-// What input and the window's arguments say: the problem without its kernel and output.
-Problem window_of(const char* op, const Tensor& input, const Sizes& stride, const Sizes& padding,
-                  const Sizes& dilation) {
-  PYINVOLUTION_CHECK(op, input.dim() == 4, "input has shape ", text(input.sizes()),
+constexpr const char* axes[] = {"height", "width"};
+
+// What the input, an argument called `name`, and the window's arguments say: the problem without its kernel and output.
+Problem window_of(const char* op, const char* name, const Tensor& input, const Sizes& stride, const Sizes& padding,
+                  const Sizes& dilation, int64_t border = 0, const Sizes& upsample = {1, 1}) {
+  PYINVOLUTION_CHECK(op, input.dim() == 4, name, " has shape ", text(input.sizes()),
                      ", expected 4 dimensions (N, C, H, W)");
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);
+  check_pair(op, "upsample", upsample, 1);
+  PYINVOLUTION_CHECK(op, border == 0 || border == 1, "border is ", border, ", expected 0 (zeros) or 1 (shift)");
+  for (size_t i : {0, 1}) {
+    PYINVOLUTION_CHECK(op, stride[i] == 1 || upsample[i] == 1, "stride is ", stride[i], " and upsample is ",
+                       upsample[i], " for the ", axes[i], ", expected 1 for one of the two");
+    PYINVOLUTION_CHECK(op, border == 0 || padding[i] == 0, "padding is ", padding[i], " for the ", axes[i],
+                       ", expected 0 with a border that shifts");
+  }
   Problem p{};
-  p.dtype = dtype_of(op, input);
+  p.dtype = dtype_of(op, name, input);
   p.device = input.is_cuda() ? Device::cuda : Device::cpu;
   p.batch = input.size(0), p.channels = input.size(1), p.in_h = input.size(2), p.in_w = input.size(3);
   p.stride_h = stride[0], p.stride_w = stride[1];
   p.padding_h = padding[0], p.padding_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  p.border = Border(border), p.upsample_h = upsample[0], p.upsample_w = upsample[1];
   std::copy_n(input.strides().data(), 4, p.x_stride);
   return p;
 }
 
-// The kernel, given by the argument `holder`, and the size of the output.
+// The kernel, and the size of the output for the input `name`.
+void set_window(const char* op, const char* name, Problem& p, int64_t groups, int64_t kernel_h, int64_t kernel_w) {
+  const int64_t sizes[] = {p.in_h, p.in_w}, kernel[] = {kernel_h, kernel_w}, dilation[] = {p.dilation_h, p.dilation_w};
+  for (size_t i : {0, 1})
+    PYINVOLUTION_CHECK(op, p.border == Border::zeros || sizes[i] == 0 || kernel[i] * dilation[i] <= sizes[i], name,
+                       " has a ", axes[i], " of ", sizes[i], ", expected at least ", kernel[i] * dilation[i],
+                       ", kernel ", kernel[i], " times dilation ", dilation[i], ", with a border that shifts");
+  p.groups = groups, p.kernel_h = kernel_h, p.kernel_w = kernel_w;
+  p.out_h = output_size(p.in_h, kernel_h, p.stride_h, p.padding_h, p.dilation_h, p.border, p.upsample_h);
+  p.out_w = output_size(p.in_w, kernel_w, p.stride_w, p.padding_w, p.dilation_w, p.border, p.upsample_w);
+}
+
+// The same for a kernel that the argument `holder` gives.
 void set_kernel(const char* op, const char* holder, Problem& p, int64_t groups, int64_t kernel_h, int64_t kernel_w) {
   PYINVOLUTION_CHECK(op, groups >= 1 && p.channels % groups == 0, holder, " has ", groups,
                      " groups, expected a divisor of input's ", p.channels, " channels");
   constexpr int64_t max = std::numeric_limits<int32_t>::max();
   PYINVOLUTION_CHECK(op, kernel_h >= 1 && kernel_w >= 1 && kernel_h <= max && kernel_w <= max, holder,
                      " has a kernel of ", kernel_h, " x ", kernel_w, " taps, expected at least 1 x 1");
-  p.groups = groups, p.kernel_h = kernel_h, p.kernel_w = kernel_w;
-  p.out_h = output_size(p.in_h, kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-  p.out_w = output_size(p.in_w, kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  set_window(op, "input", p, groups, kernel_h, kernel_w);
 }
 
 // The strides of a dense tensor (N, C, H, W) in a memory format.
@@ -87,13 +113,21 @@ void set_output(const Tensor& input, Problem& p) {
   set_dense(p.y_stride, p.channels, p.out_h, p.out_w, memory_format_of(input));
 }
 
-void check_pixels(const char* op, const char* holder, const Problem& p, int64_t out_h, int64_t out_w) {
+// "for an input of 9 x 11, a kernel of ...", to complete an error.
+std::string window_text(const char* name, const Problem& p) {
   const auto pair = [](int64_t one, int64_t two) { return text(Sizes{one, two}); };
+  std::ostringstream out;
+  out << " for " << name << " of " << p.in_h << " x " << p.in_w << ", a kernel of " << p.kernel_h << " x " << p.kernel_w
+      << ", stride " << pair(p.stride_h, p.stride_w) << ", padding " << pair(p.padding_h, p.padding_w)
+      << " and dilation " << pair(p.dilation_h, p.dilation_w);
+  if (!is_plain(p)) out << ", border " << to_string(p.border) << ", upsample " << pair(p.upsample_h, p.upsample_w);
+  if (p.out_h == 0 || p.out_w == 0) out << ": the kernel is larger than the padded input";
+  return out.str();
+}
+
+void check_pixels(const char* op, const char* holder, const Problem& p, int64_t out_h, int64_t out_w) {
   PYINVOLUTION_CHECK(op, out_h == p.out_h && out_w == p.out_w, holder, " has kernels for ", out_h, " x ", out_w,
-                     " output pixels, expected ", p.out_h, " x ", p.out_w, " for an input of ", p.in_h, " x ", p.in_w,
-                     ", a kernel of ", p.kernel_h, " x ", p.kernel_w, ", stride ", pair(p.stride_h, p.stride_w),
-                     ", padding ", pair(p.padding_h, p.padding_w), " and dilation ", pair(p.dilation_h, p.dilation_w),
-                     p.out_h > 0 && p.out_w > 0 ? "" : ": the kernel is larger than the padded input");
+                     " output pixels, expected ", p.out_h, " x ", p.out_w, window_text("an input", p));
 }
 
 // The weight of a 1x1 convolution, with or without its last two dimensions, of `columns` input channels.
@@ -108,7 +142,7 @@ SpanProblem span_of(const char* op, const Tensor& input, int64_t reduced, const 
                     const Sizes& padding, const Sizes& dilation) {
   SpanProblem span{};
   Problem& p = span.involution;
-  p = window_of(op, input, stride, padding, dilation);
+  p = window_of(op, "input", input, stride, padding, dilation);
   check_pair(op, "kernel_size", kernel_size, 1);
   check_alike(op, "span_weight", span_weight, input);
   span.reduced = reduced;
@@ -152,9 +186,9 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const S
 }
 
 Problem involution_problem(const Tensor& input, const Tensor& weight, const Sizes& stride, const Sizes& padding,
-                           const Sizes& dilation) {
+                           const Sizes& dilation, int64_t border, const Sizes& upsample) {
   const char* const op = involution_op;
-  Problem p = window_of(op, input, stride, padding, dilation);
+  Problem p = window_of(op, "input", input, stride, padding, dilation, border, upsample);
   PYINVOLUTION_CHECK(op, weight.dim() == 6, "weight has shape ", text(weight.sizes()),
                      ", expected 6 dimensions (N, G, Kh, Kw, Ho, Wo)");
   check_alike(op, "weight", weight, input);
@@ -164,6 +198,26 @@ Problem involution_problem(const Tensor& input, const Tensor& weight, const Size
   check_pixels(op, "weight", p, weight.size(4), weight.size(5));
   std::copy_n(weight.strides().data(), 6, p.w_stride);
   set_output(input, p);
+  return p;
+}
+
+Problem correlation_problem(const Tensor& query, const Tensor& key, const Sizes& kernel_size, const Sizes& stride,
+                            const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t border,
+                            const Sizes& upsample) {
+  const char* const op = correlation_op;
+  check_pair(op, "kernel_size", kernel_size, 1);
+  Problem p = window_of(op, "key", key, stride, padding, dilation, border, upsample);
+  check_dtype(op, "query", query, key.scalar_type(), "key's dtype ");
+  PYINVOLUTION_CHECK(op, query.device() == key.device(), "query is on ", device_of(query), ", expected key's device ",
+                     device_of(key));
+  PYINVOLUTION_CHECK(op, groups >= 1 && p.channels % groups == 0, "groups is ", groups,
+                     ", expected a divisor of key's ", p.channels, " channels");
+  set_window(op, "key", p, groups, kernel_size[0], kernel_size[1]);
+  const Sizes shape{p.batch, p.channels, p.out_h, p.out_w};
+  const auto sizes = query.sizes();
+  PYINVOLUTION_CHECK(op, sizes.size() == 4 && std::equal(shape.begin(), shape.end(), sizes.begin()), "query has shape ",
+                     text(sizes), ", expected ", text(shape), window_text("a key", p));
+  std::copy_n(query.strides().data(), 4, p.y_stride);
   return p;
 }
 
@@ -263,6 +317,17 @@ Tensor new_output(const Tensor& input, Problem& p) {
   prefer_huge_pages(output);
   std::copy_n(output.strides().data(), 4, p.y_stride);
   return output;
+}
+
+Tensor new_weight(const Tensor& key, Problem& p) {
+  const bool last = memory_format_of(key) == MemoryFormat::ChannelsLast;
+  const Sizes shape = last ? Sizes{p.batch, p.out_h, p.out_w, p.groups, p.kernel_h, p.kernel_w}
+                           : Sizes{p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
+  Tensor weight = torch::stable::new_empty(key, shape);
+  prefer_huge_pages(weight);
+  if (last) weight = call("aten::permute", "", weight, Sizes{0, 3, 4, 5, 1, 2});
+  std::copy_n(weight.strides().data(), 6, p.w_stride);
+  return weight;
 }
 
 void* address(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }

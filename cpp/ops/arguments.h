@@ -54,7 +54,11 @@ void check_shape(const char* op, const char* name, const Tensor&, const Sizes& s
 // The problems of the operators (cpp/ops/schema.cpp), with the strides of the tensors that are given and, for the
 // output and what `layer_problem` computes, those of dense tensors in input's memory format.
 Problem involution_problem(const Tensor& input, const Tensor& weight, const Sizes& stride, const Sizes& padding,
-                           const Sizes& dilation);
+                           const Sizes& dilation, int64_t border, const Sizes& upsample);
+// Of the pass grad_weight, with query as grad_output and key as input; w_stride is not set.
+Problem correlation_problem(const Tensor& query, const Tensor& key, const Sizes& kernel_size, const Sizes& stride,
+                            const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t border,
+                            const Sizes& upsample);
 SpanProblem span_problem(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
                          const std::optional<Tensor>& span_bias, const Sizes& kernel_size, const Sizes& stride,
                          const Sizes& padding, const Sizes& dilation);
@@ -68,6 +72,10 @@ MemoryFormat memory_format_of(const Tensor& input);
 
 // A new tensor for the result: (N, C, Ho, Wo) in input's dtype, device and memory format. Sets problem.y_stride.
 Tensor new_output(const Tensor& input, Problem& problem);
+
+// A new tensor (N, G, Kh, Kw, Ho, Wo) in key's dtype and device; where key is channels_last, with the taps of a pixel
+// next to each other, else contiguous. Sets problem.w_stride.
+Tensor new_weight(const Tensor& key, Problem& problem);
 
 // An empty tensor of another's shape, dtype, device and memory order.
 Tensor new_like(const Tensor&);

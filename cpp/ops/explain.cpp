@@ -36,9 +36,18 @@ Enum parse(const char* op, const std::string& name, std::initializer_list<Enum> 
 
 std::string explain_involution2d(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                 const std::string& pass) {
-  return lines(involution_problem(input, weight, stride, padding, dilation),
+                                 const std::string& pass, int64_t border, const std::vector<int64_t>& upsample) {
+  return lines(involution_problem(input, weight, stride, padding, dilation, border, upsample),
                parse("explain", pass, {Pass::forward, Pass::grad_input, Pass::grad_weight}));
+}
+
+std::string explain_local_correlation2d(const Tensor& query, const Tensor& key, const std::vector<int64_t>& kernel_size,
+                                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                        const std::vector<int64_t>& dilation, int64_t groups, int64_t border,
+                                        const std::vector<int64_t>& upsample) {
+  Problem problem = correlation_problem(query, key, kernel_size, stride, padding, dilation, groups, border, upsample);
+  new_weight(key, problem);
+  return lines(problem, Pass::grad_weight);
 }
 
 std::string explain_span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,

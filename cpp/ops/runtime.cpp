@@ -52,9 +52,10 @@ bool faulty(Device device, const char* name) {
   return wanted != nullptr && std::string(to_string(device)) + "/" + name == wanted;
 }
 
-// Every window one column away from where it belongs.
+// Every window one column away from where it belongs, with a border of zeros.
 Problem shifted(Problem problem) {
   ++problem.padding_w;
+  problem.border = Border::zeros;
   return problem;
 }
 
@@ -88,8 +89,8 @@ void launch(const torch::stable::Tensor& where, const Variant& variant, const Pr
             const Buffers& buffers) {
   if (faulty(variant.device, variant.name)) [[unlikely]]
     return execute(where, problem.device,
-                   [&](const Execution& execution) { variant.run(shifted(problem), pass, buffers, execution); });
-  execute(where, problem.device, [&](const Execution& execution) { variant.run(problem, pass, buffers, execution); });
+                   [&](const Execution& execution) { run(variant, shifted(problem), pass, buffers, execution); });
+  execute(where, problem.device, [&](const Execution& execution) { run(variant, problem, pass, buffers, execution); });
 }
 
 void launch(const torch::stable::Tensor& where, const SpanVariant& variant, const SpanProblem& span, SpanOp op,

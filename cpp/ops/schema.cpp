@@ -8,10 +8,16 @@
 #include "span_involution2d.h"
 
 STABLE_TORCH_LIBRARY(pyinvolution, m) {
-  m.def("involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  // Border and upsampling have defaults: programs from before there were any load as they are.
+  m.def(
+      "involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int border=0, "
+      "int[2] upsample=1) -> Tensor");
   m.def(
       "involution2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
-      "int[2] dilation, bool[2] output_mask) -> (Tensor, Tensor)");
+      "int[2] dilation, bool[2] output_mask, int border=0, int[2] upsample=1) -> (Tensor, Tensor)");
+  m.def(
+      "local_correlation2d(Tensor query, Tensor key, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int border=0, int[2] upsample=1) -> Tensor");
   m.def(
       "span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, Tensor? span_bias, Tensor? scale, "
       "Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
@@ -36,7 +42,12 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "Tensor mean, Tensor invstd) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // The same, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
-  m.def("traced_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def(
+      "traced_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int border=0, "
+      "int[2] upsample=1) -> Tensor");
+  m.def(
+      "traced_local_correlation2d(Tensor query, Tensor key, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int border=0, int[2] upsample=1) -> Tensor");
   m.def(
       "traced_span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, Tensor? span_bias, Tensor? scale, "
       "Tensor? shift, bool relu, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
@@ -48,8 +59,11 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
 
   // What the dispatch tables decide for these arguments.
   m.def(
-      "explain_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, str pass_) -> "
-      "str");
+      "explain_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, str pass_, "
+      "int border=0, int[2] upsample=1) -> str");
+  m.def(
+      "explain_local_correlation2d(Tensor query, Tensor key, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, int border=0, int[2] upsample=1) -> str");
   m.def(
       "explain_span_involution2d(Tensor input, Tensor reduced, Tensor span_weight, int[2] kernel_size, int[2] stride, "
       "int[2] padding, int[2] dilation, str pass_) -> str");
@@ -62,20 +76,23 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
 }
 
 // The same functions for both devices: the problem says where it lives.
-#define PYINVOLUTION_IMPLEMENT(key)                                                                  \
-  STABLE_TORCH_LIBRARY_IMPL(pyinvolution, key, m) {                                                  \
-    m.impl("traced_involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                      \
-    m.impl("traced_involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));          \
-    m.impl("traced_span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));            \
-    m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                             \
-    m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));           \
-    m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));                   \
-    m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));                 \
-    m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward)); \
-    m.impl("explain_involution2d", TORCH_BOX(&pyinvolution::ops::explain_involution2d));             \
-    m.impl("explain_span_involution2d", TORCH_BOX(&pyinvolution::ops::explain_span_involution2d));   \
-    m.impl("explain_involution_layer2d", TORCH_BOX(&pyinvolution::ops::explain_involution_layer2d)); \
-    m.impl("fuses_span", TORCH_BOX(&pyinvolution::ops::fuses_span));                                 \
+#define PYINVOLUTION_IMPLEMENT(key)                                                                    \
+  STABLE_TORCH_LIBRARY_IMPL(pyinvolution, key, m) {                                                    \
+    m.impl("traced_involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                        \
+    m.impl("traced_involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));            \
+    m.impl("traced_span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));              \
+    m.impl("involution2d", TORCH_BOX(&pyinvolution::ops::involution2d));                               \
+    m.impl("local_correlation2d", TORCH_BOX(&pyinvolution::ops::local_correlation2d));                 \
+    m.impl("traced_local_correlation2d", TORCH_BOX(&pyinvolution::ops::local_correlation2d));          \
+    m.impl("explain_local_correlation2d", TORCH_BOX(&pyinvolution::ops::explain_local_correlation2d)); \
+    m.impl("involution2d_backward", TORCH_BOX(&pyinvolution::ops::involution2d_backward));             \
+    m.impl("span_involution2d", TORCH_BOX(&pyinvolution::ops::span_involution2d));                     \
+    m.impl("involution_layer2d", TORCH_BOX(&pyinvolution::ops::involution_layer2d));                   \
+    m.impl("span_involution2d_backward", TORCH_BOX(&pyinvolution::ops::span_involution2d_backward));   \
+    m.impl("explain_involution2d", TORCH_BOX(&pyinvolution::ops::explain_involution2d));               \
+    m.impl("explain_span_involution2d", TORCH_BOX(&pyinvolution::ops::explain_span_involution2d));     \
+    m.impl("explain_involution_layer2d", TORCH_BOX(&pyinvolution::ops::explain_involution_layer2d));   \
+    m.impl("fuses_span", TORCH_BOX(&pyinvolution::ops::fuses_span));                                   \
   }
 
 PYINVOLUTION_IMPLEMENT(CPU)

@@ -12,16 +12,18 @@ from pyinvolution.explain import (
     build_info,
     disable_variants,
     explain,
+    explain_correlation,
     explain_layer,
     explain_span,
     force_variant,
     override_isa,
 )
-from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.functional import involution2d, local_correlation2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
-from pyinvolution.modules import Involution2d
+from pyinvolution.modules import Involution1d, Involution2d
 
 __all__ = [
+    "Involution1d",
     "Involution2d",
     "__version__",
     "autotune",
@@ -30,11 +32,13 @@ __all__ = [
     "convert",
     "disable_variants",
     "explain",
+    "explain_correlation",
     "explain_layer",
     "explain_span",
     "force_variant",
     "functional",
     "involution2d",
+    "local_correlation2d",
     "models",
     "optimize_for_inference",
     "override_isa",

@@ -14,7 +14,7 @@ from torch.nn.modules.utils import _pair
 
 from pyinvolution import ops
 from pyinvolution._library import _C
-from pyinvolution.ops import Pair
+from pyinvolution.ops import Pair, border_index
 
 PASSES = ("forward", "grad_input", "grad_weight")
 SPAN_PASSES = ("forward", "backward")
@@ -72,9 +72,13 @@ def explain(
     padding: int | Pair = 0,
     dilation: int | Pair = 1,
     *,
+    border: str = "zeros",
+    upsample: int | Pair = 1,
     pass_: str = "forward",
 ) -> Explanation:
     """Says which kernel ``functional.involution2d`` would run for these (batched) arguments, and why not the others.
+
+    With an upsampling a kernel that has none runs once for each of the ``upsample`` x ``upsample`` phases.
 
     Args:
         pass_: "forward", "grad_input" or "grad_weight".
@@ -83,14 +87,38 @@ def explain(
         TypeError, ValueError: as ``functional.involution2d`` does.
     """
     window = (_pair(stride), _pair(padding), _pair(dilation))
+    rest = (border_index("explain", border), _pair(upsample))
     _check_pass("explain", pass_, PASSES)
-    ops.check(input, weight, *window)
+    ops.check(input, weight, *window, *rest)
     _check_device("explain", input)
+    problem = f"involution2d {pass_}, {_text(input)}, weight {tuple(weight.shape)}, {_window_text(*window, *rest)}"
+    verdicts = torch.ops.pyinvolution.explain_involution2d(input, weight, *window, pass_, *rest)
+    return _explanation(problem, verdicts, input)
+
+
+def explain_correlation(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | Pair,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    *,
+    border: str = "zeros",
+    upsample: int | Pair = 1,
+) -> Explanation:
+    """The same for ``functional.local_correlation2d``, which the kernels of `explain`'s pass "grad_weight" compute."""
+    window = (_pair(stride), _pair(padding), _pair(dilation))
+    rest = (border_index("explain_correlation", border), _pair(upsample))
+    arguments = (query, key, _pair(kernel_size), *window, groups, *rest)
+    ops.check_correlation(*arguments)
+    _check_device("explain_correlation", key)
     problem = (
-        f"involution2d {pass_}, {_text(input)}, weight {tuple(weight.shape)}, stride {window[0]}, padding {window[1]}, "
-        f"dilation {window[2]}"
+        f"local_correlation2d, {_text(key, 'key')}, {groups} groups, kernel_size {_pair(kernel_size)}, "
+        f"{_window_text(*window, *rest)}"
     )
-    return _explanation(problem, torch.ops.pyinvolution.explain_involution2d(input, weight, *window, pass_), input)
+    return _explanation(problem, torch.ops.pyinvolution.explain_local_correlation2d(*arguments), key)
 
 
 def explain_span(
@@ -169,8 +197,13 @@ def _check_device(function: str, input: Tensor) -> None:
         raise ValueError(f"{function}: input is on {input.device}, expected a CPU or CUDA device")
 
 
-def _text(input: Tensor) -> str:
-    return f"{input.dtype} on {input.device.type}: input {tuple(input.shape)}"
+def _text(input: Tensor, name: str = "input") -> str:
+    return f"{input.dtype} on {input.device.type}: {name} {tuple(input.shape)}"
+
+
+def _window_text(stride: Pair, padding: Pair, dilation: Pair, border: int, upsample: Pair) -> str:
+    text = f"stride {stride}, padding {padding}, dilation {dilation}"
+    return text if (border, upsample) == (0, (1, 1)) else f"{text}, border {ops.BORDERS[border]}, upsample {upsample}"
 
 
 def _groups(span_weight: Tensor, kernel_size: Pair) -> int:

@@ -12,7 +12,10 @@ from torch.autograd import forward_ad
 from pyinvolution import ops, reference
 from pyinvolution.ops import Pair
 
-__all__ = ["involution2d", "span_involution2d"]
+__all__ = ["involution2d", "local_correlation2d", "span_involution2d"]
+
+Window = tuple[Any, ...]
+"""Stride, padding and dilation, and where they are not the default the border (its index) and the upsampling."""
 
 
 def involution2d(
@@ -22,13 +25,22 @@ def involution2d(
     stride: int | Pair = 1,
     padding: int | Pair = 0,
     dilation: int | Pair = 1,
+    *,
+    border: str = "zeros",
+    upsample: int | Pair = 1,
 ) -> Tensor:
     r"""Applies to each pixel the kernel that ``weight`` holds for it (Li et al., CVPR 2021, arXiv 2103.06255, eq. 4).
 
     .. math::
         Y_{n,c,p} = b_c + \sum_k W_{n,g(c),k,p} \, X_{n,c,\,s p + d k - P}, \qquad g(c) = \lfloor c \, G / C \rfloor
 
-    with X zero outside its borders. Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
+    with X zero outside its borders. With ``border="shift"`` a window that reaches beyond the input is moved inside, by
+    multiples of the dilation, as in neighbourhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001); a
+    stride then takes every s-th output, where NATTEN from 0.20 on shares windows. With ``upsample`` u, u x u outputs
+    read the window of one input position, :math:`\lfloor p / u \rfloor` in the place of p (CARAFE, ICCV 2019). Both
+    combine with each other and with dilation.
+
+    Differentiable twice and more in ``input``, ``weight`` and ``bias``. Sums are kept
     in float32 (float64 for float64); the same bits on every run. On processors with AVX512-BF16, the forward pass in
     bfloat16 takes subnormal numbers as zeros. Under autocast, tensors take its dtype. Forward mode
     (`torch.func.jvp`, dual numbers) works too, outside torch.compile. `torch.jit.trace` records the operator, which has
@@ -37,9 +49,12 @@ def involution2d(
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16; any strides.
         weight: (N, G, Kh, Kw, Ho, Wo), or without N; G divides C; input's dtype and device; any strides.
-            Ho = floor((H + 2 padding - dilation (Kh - 1) - 1) / stride) + 1, and Wo alike.
+            Ho = upsample (floor((H + 2 padding - dilation (Kh - 1) - 1) / stride) + 1), with ``border="shift"``
+            upsample ceil(H / stride), and Wo alike.
         bias: (C,) or None.
         stride, padding, dilation: int or (vertical, horizontal).
+        border: "zeros" or "shift"; the latter needs a padding of 0 and dilation Kh <= H, dilation Kw <= W.
+        upsample: outputs for each position of the input, int or (vertical, horizontal); 1 on an axis with a stride.
 
     Returns:
         (N, C, Ho, Wo) or (C, Ho, Wo), in input's memory format.
@@ -50,7 +65,9 @@ def involution2d(
             what was expected.
     """
     op = "involution2d"
-    window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    window: Window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    if border != "zeros" or upsample != 1:
+        window = (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _refuse_types(op, input=input, weight=weight)
     unbatched = input.dim() == 3 and weight.dim() == 5
@@ -60,6 +77,64 @@ def involution2d(
     output = _explained(_apply, ops.check, input, weight, *window)
     if bias is not None:
         output = output + _column(bias, input)
+    return output.squeeze(0) if unbatched else output
+
+
+def local_correlation2d(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | Pair,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    *,
+    border: str = "zeros",
+    upsample: int | Pair = 1,
+) -> Tensor:
+    r"""The score of each pixel with every pixel in its window, summed over the channels of a group.
+
+    .. math::
+        S_{n,g,k,p} = \sum_{c : g(c) = g} Q_{n,c,p} \, K_{n,c,\,s p + d k - P}
+
+    It is the gradient of an involution's weight, computed by the same kernels: the query-key product of neighbourhood
+    attention (``border="shift"``, groups are heads, the scale is on the query beforehand), and the cost volume of
+    optical flow (FlowNet, PWC-Net). Its softmax over the taps is a weight for `involution2d`. Border, upsampling and
+    the rest are as there: derivatives of every order, autocast, forward mode, torch.compile, torch.export and
+    torch.func.
+
+    Args:
+        query: (N, C, Ho, Wo) or (C, Ho, Wo); float32, float64, float16 or bfloat16; any strides.
+        key: (N, C, H, W), or without N; query's dtype and device; any strides. `involution2d` explains what Ho and Wo
+            are for H and W.
+        kernel_size: int or (vertical, horizontal).
+        stride, padding, dilation: int or (vertical, horizontal).
+        groups: G, a divisor of C.
+        border, upsample: as for `involution2d`.
+
+    Returns:
+        (N, G, Kh, Kw, Ho, Wo) or (G, Kh, Kw, Ho, Wo). For a key in channels_last memory the taps of a pixel lie next to
+        each other, else it is contiguous.
+
+    Raises:
+        TypeError, ValueError: as `involution2d` does.
+    """
+    op = "local_correlation2d"
+    kernel = _pair(op, "kernel_size", kernel_size)
+    window: Window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    if border != "zeros" or upsample != 1:
+        window = (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
+    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
+        raise TypeError(f"{op}: groups is {groups!r}, expected an int")
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
+        _refuse_types(op, query=query, key=key)
+    unbatched = query.dim() == 3 and key.dim() == 3
+    if unbatched:
+        query, key = query.unsqueeze(0), key.unsqueeze(0)
+    # autocast takes the device of the first.
+    key, query = ops.autocast_tensors(key, query)
+    arguments = (query, key, kernel, *window[:3], groups, *window[3:])
+    output = _explained(_correlate, ops.check_correlation, *arguments)
     return output.squeeze(0) if unbatched else output
 
 
@@ -170,19 +245,47 @@ def _nested_forward_mode() -> bool:
     return eager_transforms.JVP_NESTING > 1
 
 
-def _apply(input: Tensor, weight: Tensor, *window: Pair) -> Tensor:
+def _reference_involution(input: Tensor, weight: Tensor, window: tuple) -> Tensor:
+    return reference.involution2d(input, weight, None, *window[:3], **_named(*window[3:]))
+
+
+def _named(border: int = 0, upsample: Pair = (1, 1)) -> dict[str, Any]:
+    """The end of a window as `reference` takes it."""
+    return {"border": ops.BORDERS[border], "upsample": upsample}
+
+
+def _apply(input: Tensor, weight: Tensor, *window: Any) -> Tensor:
     if (operator := ops.recorded(ops.involution2d)) is not ops.involution2d:
         return operator(input, weight, *window)
     if forward_mode():
         if _nested_forward_mode():
-            return reference.involution2d(input, weight, None, *window)
+            return _reference_involution(input, weight, window)
         return _Involution2dForwardMode.apply(input, weight, *window)
     # The operator by itself costs half of what it does through a Function.
     if may_require_grad(input, weight):
         if _compiles_vmap(input, weight):
-            return reference.involution2d(input, weight, None, *window)
+            return _reference_involution(input, weight, window)
         return _Involution2d.apply(input, weight, *window)
     return ops.involution2d(input, weight, *window)
+
+
+def _correlate(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    """The arguments are those of ``ops.local_correlation2d``."""
+    if (operator := ops.recorded(ops.local_correlation2d)) is not ops.local_correlation2d:
+        return operator(query, key, *rest)
+    if forward_mode():
+        if _nested_forward_mode():
+            return _reference_correlation(query, key, *rest)
+        return _LocalCorrelation2dForwardMode.apply(query, key, *rest)
+    if may_require_grad(query, key):
+        if _compiles_vmap(query, key):
+            return _reference_correlation(query, key, *rest)
+        return _LocalCorrelation2d.apply(query, key, *rest)
+    return ops.local_correlation2d(query, key, *rest)
+
+
+def _reference_correlation(query: Tensor, key: Tensor, kernel_size: Pair, *rest: Any) -> Tensor:
+    return reference.local_correlation2d(query, key, kernel_size, *rest[:4], **_named(*rest[4:]))
 
 
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
@@ -232,8 +335,8 @@ class _Involution2d(torch.autograd.Function):
     """Y from X and W, with both gradients."""
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-        return ops.involution2d(input, weight, stride, padding, dilation)
+    def forward(input: Tensor, weight: Tensor, *window: Any) -> Tensor:
+        return ops.involution2d(input, weight, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -245,10 +348,11 @@ class _Involution2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         grads = _gradients(grad_output, input, weight, *ctx.window, needed)
-        return *(grad if want else None for grad, want in zip(grads, needed, strict=True)), None, None, None
+        nothing = (None,) * len(ctx.window)
+        return *(grad if want else None for grad, want in zip(grads, needed, strict=True)), *nothing
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *window: Pair) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, *window: Any) -> tuple[Tensor, int]:
         size = info.batch_size
         merged = ops.to_batch(input, in_dims[0], size), ops.to_batch(weight, in_dims[1], size)
         return _apply(*merged, *window).unflatten(0, (size, -1)), 0
@@ -278,14 +382,15 @@ def _gradients(grad_output: Tensor, input: Tensor, weight: Tensor, *window_and_n
     if forward_mode():
         if _nested_forward_mode():
             *window, needed = window_and_needed
-            pullback: Any = torch.func.vjp(lambda x, w: reference.involution2d(x, w, None, *window), input, weight)[1]
+            pullback: Any = torch.func.vjp(lambda x, w: _reference_involution(x, w, tuple(window)), input, weight)[1]
             grad_input, grad_weight = pullback(grad_output)
             none = input.new_empty(0)
             return grad_input if needed[0] else none, grad_weight if needed[1] else none
         return _Involution2dBackwardForwardMode.apply(*arguments)
     if torch.is_grad_enabled():
         return _Involution2dBackward.apply(*arguments)
-    return ops.involution2d_backward(*arguments)
+    *window, needed = window_and_needed
+    return ops.backward(grad_output, input, weight, window, needed)
 
 
 class _Involution2dBackward(torch.autograd.Function):
@@ -296,12 +401,10 @@ class _Involution2dBackward(torch.autograd.Function):
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        needed: tuple[bool, bool],
+        *window_and_needed: Any,
     ) -> tuple[Tensor, Tensor]:
-        return ops.involution2d_backward(grad_output, input, weight, stride, padding, dilation, needed)
+        *window, needed = window_and_needed
+        return ops.backward(grad_output, input, weight, window, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -332,7 +435,7 @@ class _Involution2dBackward(torch.autograd.Function):
                 add(0, _apply(x, w, *ctx.window))
             if ctx.needs_input_grad[other]:
                 add(other, backward_of(x, w, (other == 1, other == 2))[other - 1])
-        return *grads, None, None, None, None
+        return *grads, *(None,) * (len(ctx.window) + 1)
 
     @staticmethod
     def vmap(
@@ -379,6 +482,57 @@ class _Involution2dBackwardForwardMode(_Involution2dBackward):
             for tensor, wanted in zip((input, weight), ctx.computed, strict=True)
         ]
         return tuple(zero if term is None else term for zero, term in zip(zeros, tangents, strict=True))
+
+
+class _LocalCorrelation2d(torch.autograd.Function):
+    """S from Q and K, which it is linear in; it is the gradient of a weight, so that its own gradients are an
+    involution with the incoming gradient as the weight, and the gradient of that one's input.
+    """
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        return ops.local_correlation2d(query, key, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        query, key, *ctx.rest = inputs
+        ctx.save_for_backward(query, key)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key = ctx.saved_tensors
+        _, stride, padding, dilation, _, *border = ctx.rest
+        window = (stride, padding, dilation, *border)
+        grad_query = _apply(key, grad_output, *window) if ctx.needs_input_grad[0] else None
+        grad_key = None
+        if ctx.needs_input_grad[1]:
+            grad_key = _gradients(query, key, grad_output, *window, (True, False))[0]
+        return grad_query, grad_key, *(None,) * len(ctx.rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        merged = ops.to_batch(query, in_dims[0], size), ops.to_batch(key, in_dims[1], size)
+        return _correlate(*merged, *rest).unflatten(0, (size, -1)), 0
+
+
+class _LocalCorrelation2dForwardMode(_LocalCorrelation2d):
+    """The same with tangents."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _LocalCorrelation2d.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, query_tangent: Tensor | None, key_tangent: Tensor | None, *rest: None) -> Tensor:
+        query, key = ctx.saved_tensors
+        terms = [
+            _correlate(q, k, *ctx.rest)
+            for q, k in ((query_tangent, key), (query, key_tangent))
+            if q is not None and k is not None
+        ]
+        return sum(terms[1:], terms[0])
 
 
 class _SpanInvolution2d(torch.autograd.Function):
@@ -449,6 +603,11 @@ def _set_up_involution(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(input, weight)
 
 
+def _set_up_correlation(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    query, key, *ctx.rest = inputs
+    ctx.save_for_backward(query, key)
+
+
 def _set_up_span(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, scale, shift, relu, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation = inputs
     ctx.has_epilogue = scale is not None or shift is not None or relu
@@ -469,5 +628,8 @@ def _refuse_layer(ctx: Any, grad_output: Tensor) -> None:
 
 
 torch.library.register_autograd(ops.traced_involution2d, _Involution2d.backward, setup_context=_set_up_involution)
+torch.library.register_autograd(
+    ops.traced_local_correlation2d, _LocalCorrelation2d.backward, setup_context=_set_up_correlation
+)
 torch.library.register_autograd(ops.traced_span_involution2d, _differentiate_span, setup_context=_set_up_span)
 torch.library.register_autograd(ops.traced_involution_layer2d, _refuse_layer)

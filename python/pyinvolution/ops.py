@@ -22,14 +22,17 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.functional import avg_pool2d, conv2d, pad
 from torch.utils.flop_counter import register_flop_formula
 
+from pyinvolution import reference
 from pyinvolution._library import _C
 
 involution2d = torch.ops.pyinvolution.involution2d.default
 involution2d_backward = torch.ops.pyinvolution.involution2d_backward.default
+local_correlation2d = torch.ops.pyinvolution.local_correlation2d.default
 span_involution2d = torch.ops.pyinvolution.span_involution2d.default
 span_involution2d_backward = torch.ops.pyinvolution.span_involution2d_backward.default
 involution_layer2d = torch.ops.pyinvolution.involution_layer2d.default
 traced_involution2d = torch.ops.pyinvolution.traced_involution2d.default
+traced_local_correlation2d = torch.ops.pyinvolution.traced_local_correlation2d.default
 traced_span_involution2d = torch.ops.pyinvolution.traced_span_involution2d.default
 traced_involution_layer2d = torch.ops.pyinvolution.traced_involution_layer2d.default
 
@@ -37,9 +40,28 @@ Pair = tuple[int, int]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int | torch.SymInt:
-    """Pixels of the output along one axis, as for a convolution; 0 where the kernel does not fit."""
-    return torch.sym_max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
+BORDERS = reference.BORDERS
+"""Names of the borders; the operators take their indices."""
+
+
+def border_index(op: str, border: str) -> int:
+    """The index of the border that is called so, or a TypeError or ValueError."""
+    if not isinstance(border, str):
+        raise TypeError(f"{op}: border is {border!r}, expected a str")
+    if border not in BORDERS:
+        raise ValueError(f"{op}: border is {border!r}, expected one of {', '.join(BORDERS)}")
+    return BORDERS.index(border)
+
+
+def output_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, border: int = 0, upsample: int = 1
+) -> int | torch.SymInt:
+    """Pixels of the output along one axis: with zeros outside the border as for a convolution, and 0 where the kernel
+    does not fit; with windows that it shifts one for each ``stride``; and ``upsample`` times as many.
+    """
+    if border:
+        return upsample * ((size + stride - 1) // stride)
+    return upsample * torch.sym_max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
 
 
 def layer_output_size(size: int, stride: int) -> int | torch.SymInt:
@@ -70,9 +92,10 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_tensors(op: str, input: Tensor, **others: Tensor | None) -> None:
-    """Layout and dtype of all that are given; the dtype and device of the others must be those of the input."""
-    tensors = {"input": input, **{name: tensor for name, tensor in others.items() if tensor is not None}}
+def _check_tensors(op: str, first: str, **given: Tensor | None) -> None:
+    """Layout and dtype of all that are given; the dtype and device of the others must be those of the first."""
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    input = tensors[first]
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
             raise ValueError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
@@ -80,9 +103,9 @@ def _check_tensors(op: str, input: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected float32, float64, float16 or bfloat16")
     for name, tensor in tensors.items():
         if tensor.dtype != input.dtype:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected input's dtype {input.dtype}")
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {first}'s dtype {input.dtype}")
         if tensor.device != input.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected input's device {input.device}")
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first}'s device {input.device}")
 
 
 def _check_pairs(op: str, **pairs: Sequence[int]) -> None:
@@ -92,40 +115,98 @@ def _check_pairs(op: str, **pairs: Sequence[int]) -> None:
             raise ValueError(f"{op}: {name} is {tuple(pair)}, expected two values of at least {least} and below 2^31")
 
 
-def _check_kernel(
+def _check_window(
     op: str,
-    holder: str,
-    input: Tensor,
-    groups: int,
+    name: str,
+    size: Sequence[int],
     kernel: Sequence[int],
-    out: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    border: int,
+    upsample: Sequence[int],
 ) -> None:
-    channels, height, width = input.shape[1:]
+    """What border and upsampling demand of the rest; ``size`` is that of the argument ``name``."""
+    _check_pairs(op, upsample=upsample)
+    if border not in range(len(BORDERS)):
+        raise ValueError(f"{op}: border is {border}, expected 0 (zeros) or 1 (shift)")
+    for axis, *values in zip(("height", "width"), size, kernel, stride, padding, dilation, upsample, strict=True):
+        length, taps, step, zeros, gap, factor = values
+        if step > 1 and factor > 1:
+            raise ValueError(
+                f"{op}: stride is {step} and upsample is {factor} for the {axis}, expected 1 for one of the two"
+            )
+        if border and zeros:
+            raise ValueError(f'{op}: padding is {zeros} for the {axis}, expected 0 with border="shift"')
+        if border and 0 < length < taps * gap:
+            raise ValueError(
+                f"{op}: {name} has a {axis} of {length}, expected at least {taps * gap}, kernel {taps} times dilation "
+                f'{gap}, with border="shift"'
+            )
+
+
+def _window_text(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    expected: Sequence[int | torch.SymInt],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    border: int = 0,
+    upsample: Sequence[int] = (1, 1),
+) -> str:
+    text = (
+        f"{size[0]} x {size[1]}, a kernel of {kernel[0]} x {kernel[1]}, stride {tuple(stride)}, padding "
+        f"{tuple(padding)} and dilation {tuple(dilation)}"
+    )
+    if border or max(upsample) > 1:
+        text += f", border {BORDERS[border]}, upsample {tuple(upsample)}"
+    return text if min(expected) > 0 else f"{text}: the kernel is larger than the padded input"
+
+
+def _check_kernel(
+    op: str, holder: str, input: Tensor, groups: int, kernel: Sequence[int], out: Sequence[int], *window: Any
+) -> None:
+    channels, *size = input.shape[1:]
     if groups < 1 or channels % groups != 0:
         raise ValueError(f"{op}: {holder} has {groups} groups, expected a divisor of input's {channels} channels")
     kh, kw = kernel
     if kh < 1 or kw < 1:
         raise ValueError(f"{op}: {holder} has a kernel of {kh} x {kw} taps, expected at least 1 x 1")
-    expected_h = output_size(height, kh, stride[0], padding[0], dilation[0])
-    expected_w = output_size(width, kw, stride[1], padding[1], dilation[1])
-    if out[0] != expected_h or out[1] != expected_w:
-        too_large = "" if expected_h > 0 and expected_w > 0 else ": the kernel is larger than the padded input"
+    expected = _output(size, kernel, *window)
+    if out[0] != expected[0] or out[1] != expected[1]:
         raise ValueError(
-            f"{op}: {holder} has kernels for {out[0]} x {out[1]} output pixels, expected {expected_h} x {expected_w} "
-            f"for an input of {height} x {width}, a kernel of {kh} x {kw}, stride {tuple(stride)}, padding "
-            f"{tuple(padding)} and dilation {tuple(dilation)}{too_large}"
+            f"{op}: {holder} has kernels for {out[0]} x {out[1]} output pixels, expected {expected[0]} x {expected[1]} "
+            f"for an input of {_window_text(size, kernel, expected, *window)}"
         )
 
 
+def _output(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    border: int = 0,
+    upsample: Sequence[int] = (1, 1),
+) -> list[int | torch.SymInt]:
+    """Rows and columns of the output."""
+    pairs = zip(size, kernel, stride, padding, dilation, (border, border), upsample, strict=True)
+    return [output_size(*values) for values in pairs]
+
+
 def check(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    border: int = 0,
+    upsample: Sequence[int] = (1, 1),
 ) -> None:
     """Raises a TypeError or ValueError for arguments that are no involution; the kernels make the same checks."""
     op = "involution2d"
-    _check_tensors(op, input=input, weight=weight)
+    _check_tensors(op, "input", input=input, weight=weight)
     if input.dim() != 4:
         raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W) or (C, H, W)")
     if weight.dim() != 6:
@@ -136,8 +217,40 @@ def check(
     _check_pairs(op, stride=stride, padding=padding, dilation=dilation)
     if weight.shape[0] != input.shape[0]:
         raise ValueError(f"{op}: weight has batch size {weight.shape[0]}, expected input's, {input.shape[0]}")
-    groups, kh, kw, out_h, out_w = weight.shape[1:]
-    _check_kernel(op, "weight", input, groups, (kh, kw), (out_h, out_w), stride, padding, dilation)
+    groups, kh, kw, *out = weight.shape[1:]
+    window = (stride, padding, dilation, border, upsample)
+    _check_window(op, "input", input.shape[2:], (kh, kw), *window)
+    _check_kernel(op, "weight", input, groups, (kh, kw), out, *window)
+
+
+def check_correlation(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    border: int = 0,
+    upsample: Sequence[int] = (1, 1),
+) -> None:
+    """The same for a local correlation."""
+    op = "local_correlation2d"
+    _check_tensors(op, "key", key=key, query=query)
+    if key.dim() != 4:
+        raise ValueError(f"{op}: key has shape {_shape(key)}, expected (N, C, H, W) or (C, H, W)")
+    _check_pairs(op, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+    batch, channels, *size = key.shape
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"{op}: groups is {groups}, expected a divisor of key's {channels} channels")
+    window = (stride, padding, dilation, border, upsample)
+    _check_window(op, "key", size, kernel_size, *window)
+    out = _output(size, kernel_size, *window)
+    if _shape(query) != (batch, channels, *out):
+        raise ValueError(
+            f"{op}: query has shape {_shape(query)}, expected {(batch, channels, *out)} for a key of "
+            f"{_window_text(size, kernel_size, out, *window)}"
+        )
 
 
 def check_span(
@@ -152,7 +265,7 @@ def check_span(
 ) -> None:
     """The same for a span involution."""
     op = "span_involution2d"
-    _check_tensors(op, input=input, reduced=reduced, span_weight=span_weight, span_bias=span_bias)
+    _check_tensors(op, "input", input=input, reduced=reduced, span_weight=span_weight, span_bias=span_bias)
     if input.dim() != 4:
         raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W) or (C, H, W)")
     if reduced.dim() != 4:
@@ -181,7 +294,7 @@ def check_layer(
     """The same for a whole layer, ``torch.ops.pyinvolution.involution_layer2d``."""
     op = "involution_layer2d"
     parameters = {"reduce_bias": reduce_bias, "span_weight": span_weight, "span_bias": span_bias}
-    _check_tensors(op, input=input, reduce_weight=reduce_weight, **parameters)
+    _check_tensors(op, "input", input=input, reduce_weight=reduce_weight, **parameters)
     if input.dim() != 4:
         raise ValueError(f"{op}: input has shape {_shape(input)}, expected (N, C, H, W)")
     _check_pairs(op, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
@@ -290,21 +403,24 @@ def _fuses_dense_span(
     )  # fmt: skip
 
 
+def backward(grad_output: Tensor, input: Tensor, weight: Tensor, window: Sequence[Any], needed: Sequence[bool]) -> Any:
+    """Both gradients of an involution, or those that are needed; ``window`` is all that follows the weight."""
+    return involution2d_backward(grad_output, input, weight, *window[:3], needed, *window[3:])
+
+
 # --- shape functions --------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("pyinvolution::involution2d")
-def _fake_involution(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    check(input, weight, stride, padding, dilation)
+def _fake_involution(input: Tensor, weight: Tensor, *window: Any) -> Tensor:
+    check(input, weight, *window)
     shape = (*input.shape[:2], *weight.shape[-2:])
     return input.new_empty(shape).to(memory_format=suggest_memory_format(input))
 
 
 @torch.library.register_fake("pyinvolution::involution2d_backward")
-def _(grad_output, input, weight, stride, padding, dilation, output_mask):
-    check(input, weight, stride, padding, dilation)
+def _(grad_output, input, weight, stride, padding, dilation, output_mask, *window):
+    check(input, weight, stride, padding, dilation, *window)
     expected = (*input.shape[:2], *weight.shape[-2:])
     if tuple(grad_output.shape) != expected:
         raise ValueError(f"involution2d: grad_output has shape {_shape(grad_output)}, expected {expected}")
@@ -312,6 +428,15 @@ def _(grad_output, input, weight, stride, padding, dilation, output_mask):
         torch.empty_like(tensor) if wanted else input.new_empty(0)
         for tensor, wanted in zip((input, weight), output_mask, strict=True)
     )
+
+
+@torch.library.register_fake("pyinvolution::local_correlation2d")
+def _fake_correlation(query, key, kernel_size, stride, padding, dilation, groups, *window):
+    check_correlation(query, key, kernel_size, stride, padding, dilation, groups, *window)
+    batch, pixels = key.shape[0], query.shape[2:]
+    if suggest_memory_format(key) == torch.channels_last:
+        return key.new_empty((batch, *pixels, groups, *kernel_size)).permute(0, 3, 4, 5, 1, 2)
+    return key.new_empty((batch, groups, *kernel_size, *pixels))
 
 
 @torch.library.register_fake("pyinvolution::span_involution2d")
@@ -369,24 +494,48 @@ def _widened(input: Tensor, *others: Tensor | None) -> tuple:
     return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in (input, *others))
 
 
-def _sum_of_taps(
+def _views_of_taps(
     x: Tensor,
-    weight: Tensor,
+    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    end: Sequence[int],
-) -> Tensor:
-    """For each tap a shifted view of the input times the tap's weights: no memory beyond a few images."""
-    groups, *kernel = shape_of(weight)[1:4]
-    x = pad(x, (padding[1], end[1], padding[0], end[0])).unflatten(1, (groups, -1))
-    total: Tensor | None = None
+    border: int = 0,
+    upsample: Sequence[int] = (1, 1),
+    *,
+    end: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """For each tap what all windows of ``x`` read there, (..., Ho, Wo): views, or with another border or an upsampling
+    than the default images of their own. ``end`` is a padding of its own for the bottom and right.
+    """
+    if border or max(upsample) > 1:
+        starts = [
+            reference.first_taps(size, *values, border=border, device=x.device)
+            for size, *values in zip(x.shape[2:], kernel, stride, padding, dilation, upsample, strict=True)
+        ]
+        x = pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        for i in range(kernel[0]):
+            of_row = x.index_select(-2, starts[0] + (padding[0] + dilation[0] * i))
+            for j in range(kernel[1]):
+                yield of_row.index_select(-1, starts[1] + (padding[1] + dilation[1] * j))
+        return
+    end = padding if end is None else end
+    x = pad(x, (padding[1], end[1], padding[0], end[0]))
     for tap in itertools.product(*map(range, kernel)):
         # The last taps end with the image.
         rows, columns = (
             slice(d * i, -d * (k - 1 - i) or None, s) for i, k, s, d in zip(tap, kernel, stride, dilation, strict=True)
         )
-        term = x[..., rows, columns] * weight[:, :, tap[0], tap[1]].unsqueeze(2)
+        yield x[..., rows, columns]
+
+
+def _sum_of_taps(x: Tensor, weight: Tensor, *window: Any, end: Sequence[int] | None = None) -> Tensor:
+    """For each tap a shifted view of the input times the tap's weights: no memory beyond a few images."""
+    groups, *kernel = shape_of(weight)[1:4]
+    total: Tensor | None = None
+    taps = itertools.product(*map(range, kernel))
+    for (i, j), view in zip(taps, _views_of_taps(x, kernel, *window, end=end), strict=True):
+        term = view.unflatten(1, (groups, -1)) * weight[:, :, i, j].unsqueeze(2)
         total = term if total is None else total + term
     assert total is not None
     return total.flatten(1, 2)
@@ -398,16 +547,23 @@ def _with_epilogue(output: Tensor, scale: Tensor | None, shift: Tensor | None, r
     return output.relu() if relu else output
 
 
-def plain_involution2d(input, weight, stride, padding, dilation) -> Tensor:
+def plain_involution2d(input, weight, *window) -> Tensor:
     x, weight = _widened(input, weight)
-    return _sum_of_taps(x, weight, stride, padding, dilation, padding).to(input.dtype)
+    return _sum_of_taps(x, weight, *window).to(input.dtype)
+
+
+def plain_local_correlation2d(query, key, kernel_size, stride, padding, dilation, groups, *rest) -> Tensor:
+    k, q = _widened(key, query)
+    views = _views_of_taps(k, kernel_size, stride, padding, dilation, *rest)
+    scores = [(view * q).unflatten(1, (groups, -1)).sum(2) for view in views]
+    return torch.stack(scores, 2).unflatten(2, tuple(kernel_size)).to(key.dtype)
 
 
 def plain_span_involution2d(
     input, reduced, span_weight, span_bias, scale, shift, relu, kernel_size, stride, padding, dilation
 ) -> Tensor:  # fmt: skip
     x, reduced, span_weight, span_bias = _widened(input, reduced, span_weight, span_bias)
-    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, padding)
+    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation)
     return _with_epilogue(output, scale, shift, relu).to(input.dtype)
 
 
@@ -425,12 +581,13 @@ def plain_involution_layer2d(
     reduced = conv2d(cells, reduce_weight.flatten(1)[:, :, None, None], reduce_bias).relu()
     # As much end padding as gives an output pixel for every cell.
     end = [d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
-    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, end)
+    output = _sum_of_taps(x, span(reduced, span_weight, span_bias, kernel_size), stride, padding, dilation, end=end)
     return _with_epilogue(output, scale, shift, relu).to(input.dtype)
 
 
 PLAIN: dict[OpOverload, Callable[..., Tensor]] = {
     involution2d: plain_involution2d,
+    local_correlation2d: plain_local_correlation2d,
     span_involution2d: plain_span_involution2d,
     involution_layer2d: plain_involution_layer2d,
 }
@@ -441,6 +598,7 @@ Not PyTorch's own table: inductor would then want to decompose them, too, and fa
 
 _TRACED = {
     involution2d: traced_involution2d,
+    local_correlation2d: traced_local_correlation2d,
     span_involution2d: traced_span_involution2d,
     involution_layer2d: traced_involution_layer2d,
 }
@@ -503,6 +661,8 @@ for _key, _device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
     for _operator, _tensors in (
         (involution2d, 2),
         (traced_involution2d, 2),
+        (local_correlation2d, 2),
+        (traced_local_correlation2d, 2),
         (span_involution2d, 4),
         (traced_span_involution2d, 4),
         (involution_layer2d, 5),
@@ -521,17 +681,24 @@ def to_batch(tensor: Tensor, mapped: int | None, size: int) -> Tensor:
 
 
 @torch.library.register_vmap("pyinvolution::involution2d")
-def _(info, in_dims, input, weight, stride, padding, dilation):
+def _(info, in_dims, input, weight, *window):
     size = info.batch_size
     merged = (to_batch(t, d, size) for t, d in zip((input, weight), in_dims[:2], strict=True))
-    return involution2d(*merged, stride, padding, dilation).unflatten(0, (size, -1)), 0
+    return involution2d(*merged, *window).unflatten(0, (size, -1)), 0
+
+
+@torch.library.register_vmap("pyinvolution::local_correlation2d")
+def _(info, in_dims, query, key, *rest):
+    size = info.batch_size
+    merged = (to_batch(t, d, size) for t, d in zip((query, key), in_dims[:2], strict=True))
+    return local_correlation2d(*merged, *rest).unflatten(0, (size, -1)), 0
 
 
 @torch.library.register_vmap("pyinvolution::involution2d_backward")
-def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, output_mask):
+def _(info, in_dims, grad_output, input, weight, stride, padding, dilation, output_mask, *rest):
     size = info.batch_size
     merged = (to_batch(t, d, size) for t, d in zip((grad_output, input, weight), in_dims[:3], strict=True))
-    grads = involution2d_backward(*merged, stride, padding, dilation, output_mask)
+    grads = involution2d_backward(*merged, stride, padding, dilation, output_mask, *rest)
     return tuple(
         grad.unflatten(0, (size, -1)) if wanted else grad for grad, wanted in zip(grads, output_mask, strict=True)
     ), tuple(0 if wanted else None for wanted in output_mask)
@@ -640,8 +807,13 @@ def _(input_shape, weight_shape, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.pyinvolution.involution2d_backward)
-def _(grad_shape, input_shape, weight_shape, stride, padding, dilation, output_mask, **kwargs) -> int:
+def _(grad_shape, input_shape, weight_shape, stride, padding, dilation, output_mask, *args, **kwargs) -> int:
     return sum(output_mask) * _flops(input_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.pyinvolution.local_correlation2d)
+def _(query_shape, key_shape, kernel_size, *args, **kwargs) -> int:
+    return 2 * math.prod(query_shape) * math.prod(kernel_size)
 
 
 def _span_flops(reduced_shape: Sequence[int], span_shape: Sequence[int]) -> int:

@@ -18,28 +18,19 @@ struct Case {
   int64_t n, c, g, h, w, kh, kw;
   int64_t sh = 1, sw = 1, ph = 0, pw = 0, dh = 1, dw = 1;
   Border border = Border::zeros;
+  int64_t uh = 1, uw = 1;
 
-  int64_t out_h() const { return outputs(h, kh, sh, ph, dh); }
-  int64_t out_w() const { return outputs(w, kw, sw, pw, dw); }
+  int64_t out_h() const { return uh * windows(h, kh, sh, ph, dh); }
+  int64_t out_w() const { return uw * windows(w, kw, sw, pw, dw); }
+  int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) const {
+    const int64_t positions = border == Border::shift ? size : size + 2 * padding - dilation * (kernel - 1);
+    return positions > 0 ? (positions + stride - 1) / stride : 0;
+  }
   std::string text() const {
     std::string all;
-    for (const int64_t value : {n, c, g, h, w, kh, kw, sh, sw, ph, pw, dh, dw})
+    for (const int64_t value : {n, c, g, h, w, kh, kw, sh, sw, ph, pw, dh, dw, int64_t(border), uh, uw})
       all += (all.empty() ? "" : ",") + std::to_string(value);
-    return "[n,c,g,h,w,kh,kw,sh,sw,ph,pw,dh,dw = " + all + (border == Border::shift ? ", shift]" : "]");
-  }
-
-  // The same with windows that shift at the border, in an image that they fit into.
-  Case shifted() const {
-    Case k = *this;
-    k.h = k.h == 0 ? 0 : std::max(h, kh * dh), k.w = k.w == 0 ? 0 : std::max(w, kw * dw);
-    k.ph = k.pw = 0, k.border = Border::shift;
-    return k;
-  }
-
- private:
-  int64_t outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) const {
-    if (border == Border::shift) return (size + stride - 1) / stride;
-    return std::max<int64_t>(0, (size + 2 * padding - dilation * (kernel - 1) - 1 + stride) / stride);
+    return "[n,c,g,h,w,kh,kw,sh,sw,ph,pw,dh,dw,border,uh,uw = " + all + "]";
   }
 };
 
@@ -108,7 +99,8 @@ inline Problem problem_of(const Case& k, DType dtype, Device device, const Strid
   p.batch = k.n, p.channels = k.c, p.groups = k.g;
   p.in_h = k.h, p.in_w = k.w, p.out_h = k.out_h(), p.out_w = k.out_w();
   p.kernel_h = k.kh, p.kernel_w = k.kw, p.stride_h = k.sh, p.stride_w = k.sw;
-  p.padding_h = k.ph, p.padding_w = k.pw, p.dilation_h = k.dh, p.dilation_w = k.dw, p.border = k.border;
+  p.padding_h = k.ph, p.padding_w = k.pw, p.dilation_h = k.dh, p.dilation_w = k.dw;
+  p.border = k.border, p.upsample_h = k.uh, p.upsample_w = k.uw;
   std::copy(strides.x.begin(), strides.x.end(), p.x_stride);
   std::copy(strides.w.begin(), strides.w.end(), p.w_stride);
   std::copy(strides.y.begin(), strides.y.end(), p.y_stride);
@@ -136,6 +128,33 @@ inline std::vector<Case> basic_cases() {
   all.push_back({0, 4, 2, 5, 5, 3, 3, 1, 1, 1, 1});  // nothing to do
   all.push_back({1, 4, 2, 2, 2, 3, 3, 1, 1, 0, 0});  // no output: gradients of input are zero
   return all;
+}
+
+// Windows that a border shifts.
+inline std::vector<Case> shifted_cases() {
+  constexpr Border shift = Border::shift;
+  return {
+      {2, 4, 2, 8, 9, 3, 3, 1, 1, 0, 0, 1, 1, shift},
+      {1, 32, 2, 9, 7, 7, 7, 1, 1, 0, 0, 1, 1, shift},    // one axis is one window wide
+      {1, 16, 2, 5, 13, 4, 2, 1, 1, 0, 0, 1, 1, shift},   // even
+      {1, 16, 1, 11, 12, 3, 3, 1, 1, 0, 0, 2, 3, shift},  // no multiples of the dilation
+      {1, 16, 2, 13, 21, 3, 5, 1, 1, 0, 0, 4, 4, shift},
+      {1, 8, 1, 24, 9, 3, 1, 1, 1, 0, 0, 8, 8, shift},   // exactly one window in each residue class, rows
+      {2, 8, 2, 10, 11, 3, 3, 2, 3, 0, 0, 2, 1, shift},  // every second and third
+      {1, 6, 3, 9, 5, 3, 3, 4, 1, 0, 0, 3, 1, shift},
+      {1, 4, 2, 0, 5, 3, 3, 1, 1, 0, 0, 1, 1, shift},
+  };
+}
+
+// Several outputs for each position.
+inline std::vector<Case> upsampled_cases() {
+  constexpr Border zeros = Border::zeros, shift = Border::shift;
+  return {
+      {2, 4, 2, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, zeros, 2, 2},  {1, 32, 2, 4, 5, 5, 5, 1, 1, 2, 2, 1, 1, zeros, 2, 3},
+      {1, 3, 1, 3, 4, 3, 3, 1, 2, 1, 1, 1, 1, zeros, 8, 1},  {1, 16, 1, 6, 7, 3, 3, 1, 1, 0, 1, 2, 1, zeros, 1, 4},
+      {1, 16, 2, 6, 7, 3, 3, 1, 1, 0, 0, 2, 1, shift, 2, 2}, {1, 8, 2, 5, 8, 5, 4, 1, 1, 0, 0, 1, 2, shift, 3, 1},
+      {1, 4, 2, 2, 2, 3, 3, 1, 1, 0, 0, 1, 1, zeros, 2, 2},  // no output
+  };
 }
 
 // Others by chance, always the same.

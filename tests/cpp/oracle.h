@@ -19,12 +19,14 @@ struct Expected {
   std::vector<int> terms;
 };
 
-// The first of `kernel` positions, `dilation` apart, that position i of an axis reads. Where the border shifts they are
-// the neighbours of i among the positions of its residue, as many before it as after it as far as there are any.
-inline int64_t first_tap(const Problem& p, int64_t i, int64_t size, int64_t kernel, int64_t padding, int64_t dilation) {
-  if (p.border == Border::zeros) return i - padding;
-  int64_t first = i;
-  for (int64_t k = 0; k < kernel / 2 && first - dilation >= 0; ++k) first -= dilation;
+// The input position of tap 0 of an output, for one axis: a window that a border shifts is moved, in steps of the
+// dilation, until it is inside.
+inline int64_t first_tap(Border border, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                         int64_t upsample, int64_t output) {
+  const int64_t position = output * stride / upsample;
+  if (border == Border::zeros) return position - padding;
+  int64_t first = position - kernel / 2 * dilation;
+  while (first < 0) first += dilation;
   while (first + dilation * (kernel - 1) >= size) first -= dilation;
   return first;
 }
@@ -41,18 +43,16 @@ inline Expected expect(const Problem& p, Pass pass, const Tensor& x, const Tenso
   const std::vector<double> ys = pass == Pass::forward ? std::vector<double>() : logical(y);
   Expected all{std::vector<double>(size_t(written.count())), std::vector<double>(size_t(written.count())),
                std::vector<int>(size_t(written.count()))};
-  std::vector<int64_t> first_h, first_v;
-  for (int64_t oh = 0; oh < p.out_h; ++oh)
-    first_h.push_back(first_tap(p, oh * p.stride_h, p.in_h, p.kernel_h, p.padding_h, p.dilation_h));
-  for (int64_t ow = 0; ow < p.out_w; ++ow)
-    first_v.push_back(first_tap(p, ow * p.stride_w, p.in_w, p.kernel_w, p.padding_w, p.dilation_w));
   for (int64_t n = 0; n < p.batch; ++n)
     for (int64_t c = 0; c < p.channels; ++c)
       for (int64_t i = 0; i < p.kernel_h; ++i)
         for (int64_t j = 0; j < p.kernel_w; ++j)
           for (int64_t oh = 0; oh < p.out_h; ++oh)
             for (int64_t ow = 0; ow < p.out_w; ++ow) {
-              const int64_t h = first_h[size_t(oh)] + i * p.dilation_h, v = first_v[size_t(ow)] + j * p.dilation_w;
+              const int64_t h = i * p.dilation_h + first_tap(p.border, p.in_h, p.kernel_h, p.stride_h, p.padding_h,
+                                                             p.dilation_h, p.upsample_h, oh);
+              const int64_t v = j * p.dilation_w + first_tap(p.border, p.in_w, p.kernel_w, p.stride_w, p.padding_w,
+                                                             p.dilation_w, p.upsample_w, ow);
               const bool inside = h >= 0 && h < p.in_h && v >= 0 && v < p.in_w;
               const size_t in = size_t(((n * p.channels + c) * p.in_h + h) * p.in_w + v);
               const size_t out = size_t(((n * p.channels + c) * p.out_h + oh) * p.out_w + ow);

@@ -58,7 +58,8 @@ void involution() {
   for (const Named& variant : variants_here) {
     int ran = 0;
     std::vector<Case> cases = basic_cases();
-    for (const Case& shape : wide_cases()) cases.push_back(shape);
+    for (const auto& more : {wide_cases(), shifted_cases(), upsampled_cases()})
+      cases.insert(cases.end(), more.begin(), more.end());
     for (const Case& shape : random_cases(40, 7)) cases.push_back(shape);
     uint64_t seed = 0;
     for (const Case& shape : cases)

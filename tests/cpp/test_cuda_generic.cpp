@@ -14,7 +14,9 @@ void run_and_check(const Trial& trial, uint64_t seed = 1) {
 }
 
 void every_class() {
-  for (const Case& shape : basic_cases())
+  std::vector<Case> all = basic_cases();
+  for (const auto& more : {shifted_cases(), upsampled_cases()}) all.insert(all.end(), more.begin(), more.end());
+  for (const Case& shape : all)
     for (const Layout layout : layouts)
       for (const DType dtype : dtypes)
         for (const Pass pass : passes) run_and_check({shape, layout, dtype, pass});

@@ -91,6 +91,14 @@ Case random_shape(Engine& engine) {
     if (one_in(engine, 16)) make_extreme(engine, k.h, k.kh, k.sh, k.ph, k.dh);
     if (one_in(engine, 16)) make_extreme(engine, k.w, k.kw, k.sw, k.pw, k.dw);
     if (one_in(engine, 64)) choice(engine, std::vector{&k.n, &k.h, &k.w})[0] = 0;
+    if (one_in(engine, 6)) k.sh = 1, k.uh = pick(engine, 1, 3);
+    if (one_in(engine, 6)) k.sw = 1, k.uw = pick(engine, 1, 3);
+    if (one_in(engine, 6)) {
+      k.border = Border::shift, k.ph = k.pw = 0;
+      if (k.h > 0) k.h = std::max(k.h, k.kh * k.dh);
+      if (k.w > 0) k.w = std::max(k.w, k.kw * k.dw);
+      if (k.h > 90 || k.w > 90) continue;
+    }
     const int64_t pixels = k.out_h() * k.out_w();
     if (k.out_h() > 90 || k.out_w() > 90 || pixels > 900) continue;
     if (pixels == 0 && !one_in(engine, 8)) continue;
@@ -151,6 +159,7 @@ void involution(Engine& engine) {
 void span_involution(Engine& engine) {
   Case shape = random_shape(engine);
   shape.n = std::max<int64_t>(shape.n, 1);
+  shape.border = Border::zeros, shape.uh = shape.uw = 1;
   if (shape.h == 0 || shape.w == 0 || shape.out_h() == 0 || shape.out_w() == 0) return;
   const Trial trial{shape, choice(engine, layouts), choice(engine, dtypes), Pass::forward};
   const int64_t reduced = pick(engine, 1, 20);
@@ -170,24 +179,22 @@ void hostile(Engine& engine) {
   };
   const auto two = [&] { return std::array<int64_t, 2>{any(), any()}; };
   const std::array<int64_t, 4> input{any(), any(), any(), any()};
-  const WindowParams geometry{two(), two(), two(), two()};
+  WindowParams geometry{two(), two(), two(), two()};
+  const WindowParams plain = geometry;
+  if (one_in(engine, 4)) geometry.border = Border::shift;
+  if (one_in(engine, 4)) geometry.padding = {0, 0};
+  if (one_in(engine, 4)) geometry.upsample = two();
   const int64_t groups = any(), reduced = any();
   const DType dtype = choice(engine, dtypes);
   const auto layout = one_in(engine, 2) ? pyinvolution::Layout::nchw : pyinvolution::Layout::nhwc;
   const int64_t channels = any();
   current.variant = "make_problem", current.text = "";
-  for (const int64_t value : {input[0], input[1], input[2], input[3], geometry.kernel[0], geometry.kernel[1],
-                              geometry.stride[0], geometry.stride[1], geometry.padding[0], geometry.padding[1],
-                              geometry.dilation[0], geometry.dilation[1], groups, reduced, channels})
+  for (const int64_t value :
+       {input[0], input[1], input[2], input[3], geometry.kernel[0], geometry.kernel[1], geometry.stride[0],
+        geometry.stride[1], geometry.padding[0], geometry.padding[1], geometry.dilation[0], geometry.dilation[1],
+        int64_t(geometry.border), geometry.upsample[0], geometry.upsample[1], groups, reduced, channels})
     current.text += std::to_string(value) + " ";
-  try {
-    route(make_layer_problem(dtype, Device::cpu, input, groups, reduced, geometry), SpanOp::layer, true);
-  } catch (const std::invalid_argument& error) {
-    CHECK(std::string(error.what()).find("expected") != std::string::npos, error.what());
-  }
-  try {
-    const SpanProblem span = make_span_problem(dtype, Device::cpu, input, groups, reduced, geometry, layout);
-    const Problem& p = span.involution;
+  const auto explain_all = [](const Problem& p) {
     validate(p);
     CHECK(p.out_h >= 0 && p.out_w >= 0 && p.w_stride[0] > 0 && p.x_stride[0] > 0 && p.y_stride[0] > 0, "an overflow");
     for (const Pass pass : passes) {
@@ -195,6 +202,20 @@ void hostile(Engine& engine) {
       const std::string message = checks::message_of([&] { run(p, pass, {}, {}); });
       CHECK(message.empty() || message.find("is null, expected the address of") != std::string::npos, message);
     }
+  };
+  try {
+    explain_all(make_problem(dtype, Device::cpu, input, groups, geometry, layout));
+  } catch (const std::invalid_argument& error) {
+    CHECK(std::string(error.what()).find("expected") != std::string::npos, error.what());
+  }
+  try {
+    route(make_layer_problem(dtype, Device::cpu, input, groups, reduced, geometry), SpanOp::layer, true);
+  } catch (const std::invalid_argument& error) {
+    CHECK(std::string(error.what()).find("expected") != std::string::npos, error.what());
+  }
+  try {
+    const SpanProblem span = make_span_problem(dtype, Device::cpu, input, groups, reduced, plain, layout);
+    explain_all(span.involution);
     for (const SpanOp pass : {SpanOp::forward, SpanOp::backward}) CHECK(!explain(span, pass).empty(), "a verdict");
   } catch (const std::invalid_argument& error) {
     CHECK(std::string(error.what()).find("expected") != std::string::npos, error.what());

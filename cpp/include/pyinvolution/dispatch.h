@@ -48,7 +48,7 @@ struct VariantOf {
   const char* name;  // unique for an operator and a device
   Device device;
   Refusal (*refusal)(const Problem&, Op);
-  // Throws std::runtime_error when the device reports an error. Never called for an empty output. nullptr: not a
+  // `run` below calls it. Throws std::runtime_error when the device reports an error. Never called for an empty output. nullptr: not a
   // kernel; the operator composes its result of other operators.
   void (*run)(const Problem&, Op, const Buffers&, const Execution&);
   // Bytes of the device's memory that `run` needs besides the tensors; on the device that runs it. nullptr: none.
@@ -70,6 +70,10 @@ PYINVOLUTION_API const SpanVariant& choose(const SpanProblem&, SpanOp);
 // Chooses and runs. Does nothing for an empty output; sums over nothing are zero. Throws std::invalid_argument for
 // sizes that do not fit each other and for null pointers.
 PYINVOLUTION_API void run(const Problem&, Pass, const Buffers&, const Execution&);
+// Runs a variant that can run the problem, which has been validated and has outputs. Where the variant refuses an
+// upsampling, it runs once for each phase; the gradient of X then needs memory for two of X in the type of sums, and for
+// 16-bit types for one phase of W and Y.
+PYINVOLUTION_API void run(const Variant&, const Problem&, Pass, const Buffers&, const Execution&);
 
 // Chooses a kernel and runs it; does nothing for an empty output (whose gradients are zero). Throws
 // std::invalid_argument with the reasons where no kernel runs the problem (see `route`): compute W by a convolution and

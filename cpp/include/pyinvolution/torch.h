@@ -38,12 +38,19 @@ using torch::autograd::variable_list;
 using Ints = at::IntArrayRef;
 using Bias = std::optional<Tensor>;
 
-// stride, padding and dilation, for a span involution after its kernel size.
+// stride, padding, dilation and upsampling, two of each, and the border; for a span involution its kernel size, stride,
+// padding and dilation.
 using Window = std::vector<int64_t>;
 
 inline Window window_of(std::initializer_list<IntPair> pairs) {
   Window window;
   for (const IntPair& pair : pairs) window.insert(window.end(), pair->begin(), pair->end());
+  return window;
+}
+
+inline Window window_of(std::initializer_list<IntPair> pairs, Border border) {
+  Window window = window_of(pairs);
+  window.push_back(int64_t(border));
   return window;
 }
 
@@ -61,20 +68,32 @@ struct BelowAutograd {
 };
 
 inline Tensor involution2d(const Tensor& input, const Tensor& weight, const Window& window) {
-  static const auto op =
-      find_operator<Tensor(const Tensor&, const Tensor&, Ints, Ints, Ints)>("pyinvolution::involution2d");
+  static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, Ints, Ints, Ints, int64_t, Ints)>(
+      "pyinvolution::involution2d");
   const BelowAutograd guard;
-  return op.call(input, weight, pair_of(window, 0), pair_of(window, 1), pair_of(window, 2));
+  return op.call(input, weight, pair_of(window, 0), pair_of(window, 1), pair_of(window, 2), window[8],
+                 pair_of(window, 3));
 }
 
 inline std::tuple<Tensor, Tensor> involution2d_backward(const Tensor& grad_output, const Tensor& input,
                                                         const Tensor& weight, const Window& window,
                                                         std::array<bool, 2> needed) {
-  static const auto op =
-      find_operator<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, Ints, Ints, Ints,
-                                               std::array<bool, 2>)>("pyinvolution::involution2d_backward");
+  static const auto op = find_operator<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, Ints,
+                                                                  Ints, Ints, std::array<bool, 2>, int64_t, Ints)>(
+      "pyinvolution::involution2d_backward");
   const BelowAutograd guard;
-  return op.call(grad_output, input, weight, pair_of(window, 0), pair_of(window, 1), pair_of(window, 2), needed);
+  return op.call(grad_output, input, weight, pair_of(window, 0), pair_of(window, 1), pair_of(window, 2), needed,
+                 window[8], pair_of(window, 3));
+}
+
+inline Tensor local_correlation2d(const Tensor& query, const Tensor& key, Ints kernel_size, int64_t groups,
+                                  const Window& window) {
+  static const auto op =
+      find_operator<Tensor(const Tensor&, const Tensor&, Ints, Ints, Ints, Ints, int64_t, int64_t, Ints)>(
+          "pyinvolution::local_correlation2d");
+  const BelowAutograd guard;
+  return op.call(query, key, kernel_size, pair_of(window, 0), pair_of(window, 1), pair_of(window, 2), groups, window[8],
+                 pair_of(window, 3));
 }
 
 inline Tensor span_involution2d(const Tensor& input, const Tensor& reduced, const Tensor& span_weight,
@@ -169,6 +188,37 @@ inline Tensor involve(const Tensor& input, const Tensor& weight, const Window& w
                                           : involution2d(input, weight, window);
 }
 
+// The sums of products of each pixel with its window, whose gradients are an involution and a backward pass of it.
+struct LocalCorrelation : Function<LocalCorrelation> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Window& kernel_size,
+                        int64_t groups, const Window& window) {
+    ctx->save_for_backward({query, key});
+    ctx->saved_data["window"] = window;
+    return local_correlation2d(query, key, kernel_size, groups, window);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Window window = ctx->saved_data["window"].toIntVector();
+    variable_list results(5);
+    if (ctx->needs_input_grad(0)) results[0] = involve(saved[1], grads[0], window);
+    if (ctx->needs_input_grad(1)) {
+      if (at::GradMode::is_enabled())
+        results[1] = InvolutionBackward::apply(saved[0], saved[1], grads[0], window, true, false)[0];
+      else
+        results[1] = std::get<0>(involution2d_backward(saved[0], saved[1], grads[0], window, {true, false}));
+    }
+    return results;
+  }
+};
+
+// The window of the involution that a span involution is made of.
+inline Window plain_window(const Window& span_window) {
+  Window window(span_window.begin() + 2, span_window.end());
+  window.insert(window.end(), {1, 1, int64_t(Border::zeros)});
+  return window;
+}
+
 // The weights of a span involution, (N, G, Kh, Kw, Ho, Wo): its span as the 1x1 convolution that it is.
 inline Tensor span(const Tensor& reduced, const Tensor& span_weight, const Bias& span_bias, Ints kernel_size) {
   const Tensor weight = torch::conv2d(reduced, span_weight.reshape({span_weight.size(0), span_weight.size(1), 1, 1}),
@@ -197,8 +247,8 @@ struct SpanInvolution : Function<SpanInvolution> {
       // In operators that autograd can differentiate again.
       const Tensor weight = span(reduced, span_weight, span_bias, pair_of(window, 0));
       const bool span_needed = needed[1] || needed[2] || needed[3];
-      const variable_list both = InvolutionBackward::apply(
-          grads[0], input, weight, Window(window.begin() + 2, window.end()), needed[0], span_needed);
+      const variable_list both =
+          InvolutionBackward::apply(grads[0], input, weight, plain_window(window), needed[0], span_needed);
       if (needed[0]) results[0] = both[0];
       if (!span_needed) return results;
       const Tensor grad = both[1].flatten(1, 3).flatten(2);
@@ -252,15 +302,21 @@ inline Tensor span(const Tensor& reduced, const Tensor& span_weight, const Bias&
 // float32, float64, float16 or bfloat16; `weight` (N, G, Kh, Kw, Ho, Wo), or without N; `bias` (C). Returns
 // (N, C, Ho, Wo) or (C, Ho, Wo) in input's memory format, differentiable twice and more. Under autocast, tensors take
 // its dtype. Throws c10::Error or std::runtime_error that names the argument, its value and what was expected.
+//
+// `border`: what a window does that reaches beyond the input, read zeros or move inside by multiples of the dilation
+// (Border::shift, neighbourhood attention's; the padding must be 0 then). `upsample`: kernels, and outputs, for each
+// position of the input; above 1 only with a stride of 1.
 inline torch::Tensor involution2d(torch::Tensor input, torch::Tensor weight,
                                   const std::optional<torch::Tensor>& bias = std::nullopt, IntPair stride = 1,
-                                  IntPair padding = 0, IntPair dilation = 1) {
+                                  IntPair padding = 0, IntPair dilation = 1, Border border = Border::zeros,
+                                  IntPair upsample = 1) {
   const bool unbatched = input.dim() == 3 && weight.dim() == 5;
   if (unbatched) input = input.unsqueeze(0), weight = weight.unsqueeze(0);
   weight = detail::autocast(weight, input);
   const detail::Bias column = detail::autocast(bias, input);
   input = detail::autocast(input, input);
-  torch::Tensor output = detail::involve(input, weight, detail::window_of({stride, padding, dilation}));
+  torch::Tensor output =
+      detail::involve(input, weight, detail::window_of({stride, padding, dilation, upsample}, border));
   if (column) {
     TORCH_CHECK(column->dim() == 1 && column->size(0) == input.size(1), "involution2d: bias has shape ",
                 column->sizes(), ", expected (", input.size(1), "), one for each channel");
@@ -268,6 +324,23 @@ inline torch::Tensor involution2d(torch::Tensor input, torch::Tensor weight,
                 ", expected input's dtype ", input.scalar_type());
     output = output + column->view({-1, 1, 1});
   }
+  return unbatched ? output.squeeze(0) : output;
+}
+
+// The scores of each pixel of `query` with the pixels in its window of `key`, summed over the channels of a group:
+// `query` is (N, C, Ho, Wo) or (C, Ho, Wo), `key` (N, C, H, W) or (C, H, W). Returns (N, groups, Kh, Kw, Ho, Wo), or
+// without N; its softmax over the taps is a weight for `involution2d`. The rest as there.
+inline torch::Tensor local_correlation2d(torch::Tensor query, torch::Tensor key, IntPair kernel_size,
+                                         IntPair stride = 1, IntPair padding = 0, IntPair dilation = 1,
+                                         int64_t groups = 1, Border border = Border::zeros, IntPair upsample = 1) {
+  const bool unbatched = query.dim() == 3 && key.dim() == 3;
+  if (unbatched) query = query.unsqueeze(0), key = key.unsqueeze(0);
+  query = detail::autocast(query, key), key = detail::autocast(key, key);
+  const detail::Window window = detail::window_of({stride, padding, dilation, upsample}, border);
+  const detail::Window kernel(kernel_size->begin(), kernel_size->end());
+  const torch::Tensor output = detail::any_requires_grad(query, key)
+                                   ? detail::LocalCorrelation::apply(query, key, kernel, groups, window)
+                                   : detail::local_correlation2d(query, key, kernel, groups, window);
   return unbatched ? output.squeeze(0) : output;
 }
 
