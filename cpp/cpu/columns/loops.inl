@@ -406,10 +406,10 @@ struct ColumnsRun {
   int64_t reader(int64_t row, int64_t i) const {
     return cpu::reader(row, i, p.stride_h, p.padding_h, p.dilation_h, p.out_h);
   }
-  // Calls body(h) for each output row whose first tap row reads row `base`.
+  // Calls body(h) for each output row whose tap row i reads row `row`, where the border shifts.
   template <class Body>
-  void for_each_reader(int64_t base, const Body& body) const {
-    const Positions<int64_t> positions = row_axis.readers(base);
+  void for_each_reader(int64_t row, int64_t i, const Body& body) const {
+    const Positions<int64_t> positions = tiling.readers[row * p.kernel_h + i];
     for (int64_t at = positions.begin; at < positions.end; at += positions.step) {
       const Positions<int64_t> outputs = row_axis.outputs_at(at);
       for (int64_t h = outputs.begin; h < outputs.end; ++h) body(h);
@@ -563,7 +563,7 @@ struct ColumnsRun {
           if (!gather) {
             add_forward(list, static_cast<const T*>(w_row(g, i, j, row)), slot, i, j, row);
           } else if (shift) {
-            for_each_reader(row - i * p.dilation_h, [&, i = i, j = j](int64_t h) {
+            for_each_reader(row, i, [&, i = i, j = j](int64_t h) {
               add_gather(list, static_cast<const T*>(w_row(g, i, j, h)), i, j, row, h);
             });
           } else if (tiling.flat) {
@@ -699,6 +699,13 @@ struct ColumnsRun {
     const WindowRun* const end = tiling.runs + tiling.run_count;
     for (int64_t j = 0; j < p.kernel_w; ++j, from += tiling.sum_phase, to += p.dilation_w)
       for (const WindowRun* run = tiling.runs; run != end;) {
+        if (run->slope == 0) {
+          A sum = 0;
+          for (int64_t i = 0; i < run->count; ++i) sum += from[run->column + i];
+          to[run->first] += sum;
+          ++run;
+          continue;
+        }
         if (run->slope != 1) {
           for (int64_t i = 0; i < run->count; ++i) to[run->first + i * run->slope] += from[run->column + i];
           ++run;

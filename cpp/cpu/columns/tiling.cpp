@@ -11,6 +11,8 @@ namespace {
 
 // Half of a typical L2 cache, so that a strip's packed rows and sums stay there while W passes by.
 constexpr int64_t strip_bytes = 256 * 1024;
+// Where the border shifts a row is packed, or summed, for each tap column: lower strips would pack most rows again.
+constexpr int64_t shifted_strip_bytes = 768 * 1024;
 constexpr int64_t max_chunk = 16;
 // Up to these numbers a strip is one long row even if its rows fill vectors well (measured).
 constexpr int64_t flat_columns = 128, flat_copies = 8, flat_sums = 32;
@@ -85,7 +87,11 @@ int64_t set_shifted_row(const Problem& p, bool gather, int64_t padded, int64_t l
   tables.tap_offset.assign(size_t(p.kernel_w), 0);
   if (gather) {
     tables.segments.push_back({0, 0, padded, 1});
-    if (tables.runs.empty()) append_neighbours(columns_of(p), 0, p.out_w, tables.runs);
+    if (!tables.runs.empty()) return padded;
+    append_neighbours(columns_of(p), 0, p.out_w, tables.runs);
+    for (int64_t row = 0; row < p.in_h; ++row)
+      for (int64_t i = 0; i < p.kernel_h; ++i)
+        tables.readers.push_back(rows_of(p).readers(row - i * p.dilation_h));
     return padded;
   }
   for (int64_t j = 0; j < p.kernel_w; ++j) tables.tap_offset[size_t(j)] = j * padded;
@@ -256,7 +262,7 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
     set_height(middle);
-    if (tiling.scratch_bytes <= strip_bytes)
+    if (tiling.scratch_bytes <= (shift ? shifted_strip_bytes : strip_bytes))
       low = middle;
     else
       high = middle - 1;
@@ -268,6 +274,7 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   tiling.tap_offset = tables.tap_offset.data();
   tiling.vectors = tables.vectors.data(), tiling.vector_count = int64_t(tables.vectors.size());
   tiling.runs = tables.runs.data(), tiling.run_count = int64_t(tables.runs.size());
+  tiling.readers = tables.readers.data();
   tiling.taps = tables.taps.data();
   tiling.blocks = tables.blocks.data(), tiling.block_count = int64_t(tables.blocks.size());
   tiling.phases = tables.phases.data(), tiling.phase_begin = tables.phase_begin.data();

@@ -81,11 +81,13 @@ struct ColumnsTiling {
   const Segment* segments;             // how a row is packed
   int64_t segment_count;
   const int64_t* tap_offset;  // [kw] where a tap's first column is in a packed row
-  // Where the border shifts a row is packed by the vectors of a row of Y, and grad_input joined by its runs.
+  // Where the border shifts a row is packed by the vectors of a row of Y. grad_input is joined by its runs, and a row of
+  // it is a sum of what `readers`, [in_h][kernel_h], have.
   const ShiftedVector* vectors;
   int64_t vector_count;
   const WindowRun* runs;
   int64_t run_count;
+  const Positions<int64_t>* readers;
 
   // Rows of sums (of Y or grad_input), or of grad_output for grad_weight: unshifted, from a vector's beginning.
   int64_t columns;   // that vectors cover in a row: out_w, or for grad_input the positions m of one phase
@@ -118,6 +120,7 @@ struct ColumnsTables {
   std::vector<Segment> segments;
   std::vector<ShiftedVector> vectors;
   std::vector<WindowRun> runs;
+  std::vector<Positions<int64_t>> readers;
   std::vector<int64_t> tap_offset, phases, phase_begin;
   std::vector<TapIndex> taps;
   std::vector<TapBlock> blocks;
