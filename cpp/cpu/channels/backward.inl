@@ -138,15 +138,19 @@ PYINVOLUTION_APART void gather_shared_block(const float* w, const float* gy, int
     for (int v = 0; v < block_vectors; ++v) sum[t][v].store(gx + t * tap + v * V::lanes);
 }
 
-// The same for all taps of a row. gx is the row of X; w and gy are at the first pixel of the run.
-void gather_shared(const Problem& p, const float* w, const float* gy, const WindowRun& run, float* gx) {
+// The same for all taps. w and gy are at the first pixel of the run, and for_each_row calls body(w, gx) for each tap row
+// whose row of X is wanted: where its weights are, and that row.
+template <class Rows>
+void gather_shared(const Problem& p, const float* w, const float* gy, const WindowRun& run, const Rows& for_each_row) {
   const int64_t tap = p.dilation_w * block_channels;
   const int64_t count = p.kernel_w <= max_columns ? 1 : ceil_div(p.kernel_w, max_columns);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t first = p.kernel_w * b / count;
     with_count<max_columns>(p.kernel_w * (b + 1) / count - first, [&](auto n) {
-      gather_shared_block<decltype(n)::value>(w + first * tile_pixels, gy, run.count, run.step,
-                                              gx + run.first * block_channels + first * tap, tap);
+      for_each_row(w + first * tile_pixels, [&](const float* from, float* gx) {
+        gather_shared_block<decltype(n)::value>(from, gy, run.count, run.step,
+                                                gx + run.first * block_channels + first * tap, tap);
+      });
     });
   }
 }
@@ -188,23 +192,28 @@ PYINVOLUTION_APART void scatter_block(const float* w, const float* gy, float* gx
 constexpr int scatter_columns = block_vectors == 1 ? max_columns + 6 : max_columns;
 
 // The same for Taps of a row's taps at all pixels of a run.
-template <int Taps>
-void scatter_taps(const float* w, const float* gy, int64_t pixels, float* gx) {
+template <int Taps, class Rows>
+void scatter_taps(const float* w, const float* gy, int64_t pixels, int64_t column, const Rows& for_each_row) {
   constexpr int most = scatter_columns - Taps + 1;
   const int64_t count = pixels <= most ? 1 : ceil_div(pixels, most);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t first = pixels * b / count;
     with_count<most>(pixels * (b + 1) / count - first, [&](auto n) {
-      scatter_block<decltype(n)::value, Taps>(w + first, gy + first * block_channels, gx + first * block_channels);
+      for_each_row(w + first, [&](const float* from, float* gx) {
+        scatter_block<decltype(n)::value, Taps>(from, gy + first * block_channels,
+                                                gx + (column + first) * block_channels);
+      });
     });
   }
 }
-void scatter(int64_t taps, const float* w, const float* gy, int64_t pixels, float* gx) {
+template <class Rows>
+void scatter(int64_t taps, const float* w, const float* gy, const WindowRun& run, const Rows& for_each_row) {
+  int64_t column = run.first;
   const auto add = [&](auto n) {
     constexpr int count = decltype(n)::value;
     if constexpr (count <= scatter_columns)
-      for (; taps >= count; taps -= count, w += count * tile_pixels, gx += count * block_channels)
-        scatter_taps<count>(w, gy, pixels, gx);
+      for (; taps >= count; taps -= count, w += count * tile_pixels, column += count)
+        scatter_taps<count>(w, gy, run.count, column, for_each_row);
   };
   if constexpr (block_vectors == 1) add(Count<7>{}), add(Count<5>{});
   add(Count<3>{}), add(Count<1>{});
@@ -592,7 +601,8 @@ struct BackwardRun {
     const float* from = x_block(block) + row * x_row_floats() + vector.at + p.padding_w;
     const int64_t parts = ceil_div(p.kernel_w, max_taps), row_taps = p.kernel_w * gradient_pitch;
     for (int64_t i = 0; i < p.kernel_h;) {
-      const bool three = p.kernel_w == 3 && i + 3 <= p.kernel_h;
+      // With AVX-512 there are registers for the sums of two rows.
+      const bool three = p.kernel_w == 3 && i + 3 <= p.kernel_h, two = V::shifts && !three && i + 2 <= p.kernel_h;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t j = p.kernel_w * part / parts;
         const auto block_of = [&](auto rows, auto n) {
@@ -609,9 +619,13 @@ struct BackwardRun {
         if (three)
           block_of(Count<3>{}, Count<3>{});
         else
-          with_count<max_taps>(p.kernel_w * (part + 1) / parts - j, [&](auto n) { block_of(Count<1>{}, n); });
+          with_count<max_taps>(p.kernel_w * (part + 1) / parts - j, [&](auto n) {
+            if constexpr (V::shifts)
+              if (two) return block_of(Count<2>{}, n);
+            block_of(Count<1>{}, n);
+          });
       }
-      i += three ? 3 : 1;
+      i += three ? 3 : two ? 2 : 1;
     }
   }
 
@@ -633,20 +647,23 @@ struct BackwardRun {
                       const float* weights) const {
     const float* inner = gy + backward_margin * block_channels;
     const int64_t* const ends = tiling.tile_runs + column / backward_columns;
-    for (int64_t i = 0; i < p.kernel_h; ++i) {
-      const int64_t h = first + i * p.dilation_h;
-      if (h < strip.in_begin || h >= strip.in_end) continue;
-      float* to = gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels;
-      for (const WindowRun* run = tiling.runs + ends[0]; run != tiling.runs + ends[1]; ++run) {
-        const float* from = weights + i * p.kernel_w * tile_pixels + run->column - column;
-        const float* grad = inner + (run->column - column) * block_channels;
-        if (run->slope == 0)
-          gather_shared(p, from, grad, *run, to);
-        else if (p.dilation_w == 1)
-          scatter(p.kernel_w, from, grad, run->count, to + run->first * block_channels);
-        else
-          gather<0, 0>(p, from, grad, run->column, run->count, to);
+    const auto for_each_row = [&](const float* from, const auto& body) {
+      for (int64_t i = 0; i < p.kernel_h; ++i, from += p.kernel_w * tile_pixels) {
+        const int64_t h = first + i * p.dilation_h;
+        if (h >= strip.in_begin && h < strip.in_end)
+          body(from, gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
       }
+    };
+    for (const WindowRun* run = tiling.runs + ends[0]; run != tiling.runs + ends[1]; ++run) {
+      const float* w = weights + run->column - column;
+      const float* grad = inner + (run->column - column) * block_channels;
+      if (run->slope == 0)
+        gather_shared(p, w, grad, *run, for_each_row);
+      else if (p.dilation_w == 1)
+        scatter(p.kernel_w, w, grad, *run, for_each_row);
+      else
+        for_each_row(w,
+                     [&](const float* from, float* to) { gather<0, 0>(p, from, grad, run->column, run->count, to); });
     }
   }
 

@@ -169,14 +169,14 @@ PYINVOLUTION_APART void apply_shared_block(const ApplyParams& params, const floa
     for (int c = 0; c < Columns; ++c)
 #pragma GCC unroll 4
       for (int v = 0; v < block_vectors; ++v) sum[k][c][v] = V::zero();
-  const auto add = [&](V (&to)[Columns][block_vectors], const float* from, const float* weights)
+  const auto add = [&](V(&to)[Columns][block_vectors], const float* from, const float* weights)
                        __attribute__((always_inline)) {
-    V at[block_vectors];
+                         V at[block_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(from + v * V::lanes);
+                         for (int v = 0; v < block_vectors; ++v) at[v] = V::load(from + v * V::lanes);
 #pragma GCC unroll 16
-    for (int c = 0; c < Columns; ++c) add_product(to[c], at, weights + c * step);
-  };
+                         for (int c = 0; c < Columns; ++c) add_product(to[c], at, weights + c * step);
+                       };
   for (int64_t i = 0; i < params.kernel_h; ++i, x += params.tap_row) {
     const float* from = x;
     int64_t j = 0;

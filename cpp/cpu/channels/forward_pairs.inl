@@ -165,7 +165,7 @@ void apply_pairs_shared_block(const ApplyPairsParams& params, const Pair* x, con
     for (int c = 0; c < Columns; ++c) sums[k][0][c] = PairSums<Lanes>::splat(0);
   const auto tap_row = [&](auto load) __attribute__((always_inline)) {
     const Pair* from = x;
-    const auto add = [&](PairSums<Lanes> (&to)[1][Columns]) __attribute__((always_inline)) {
+    const auto add = [&](PairSums<Lanes>(&to)[1][Columns]) __attribute__((always_inline)) {
       const Pairs<Lanes> at = load(from);
 #pragma GCC unroll 16
       for (int c = 0; c < Columns; ++c) to[0][c].add_dot(at, w[c * step]);

@@ -63,7 +63,7 @@ struct ChannelsTiling {
   // With a border that shifts: the columns of the i-th tile of a row are the runs [tile_runs[i], tile_runs[i + 1]).
   const WindowRun* runs;
   const int64_t* tile_runs;
-  int64_t tile_floats;     // of R, of a tile
+  int64_t tile_floats;  // of R, of a tile
 
   // A layer: R is computed in slices of channels for each tile, by a first round of tasks where chunks share it.
   bool layer;

@@ -324,8 +324,8 @@ struct ColumnsRun {
           case ShiftedVector::joined:
             pack([&](const A* at) {
               V joined = V::load_range(at, 0, 0, vector.split);
-              joined.value = joined.value +
-                             V::load_range(at + (vector.after - vector.at), 0, vector.split, V::lanes).value;
+              joined.value =
+                  joined.value + V::load_range(at + (vector.after - vector.at), 0, vector.split, V::lanes).value;
               return joined;
             });
             break;

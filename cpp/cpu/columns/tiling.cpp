@@ -90,8 +90,7 @@ int64_t set_shifted_row(const Problem& p, bool gather, int64_t padded, int64_t l
     if (!tables.runs.empty()) return padded;
     append_neighbours(columns_of(p), 0, p.out_w, tables.runs);
     for (int64_t row = 0; row < p.in_h; ++row)
-      for (int64_t i = 0; i < p.kernel_h; ++i)
-        tables.readers.push_back(rows_of(p).readers(row - i * p.dilation_h));
+      for (int64_t i = 0; i < p.kernel_h; ++i) tables.readers.push_back(rows_of(p).readers(row - i * p.dilation_h));
     return padded;
   }
   for (int64_t j = 0; j < p.kernel_w; ++j) tables.tap_offset[size_t(j)] = j * padded;

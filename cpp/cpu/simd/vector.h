@@ -134,7 +134,8 @@ struct Vector {
       return {(Lanes)_mm512_permutex2var_ps((__m512)low.value, (__m512i)order, (__m512)high.value)};
 #endif
     Vector v;
-    for (int64_t i = 0; i < lanes; ++i) v.value[i] = order[i] < lanes ? low.value[order[i]] : high.value[order[i] - lanes];
+    for (int64_t i = 0; i < lanes; ++i)
+      v.value[i] = order[i] < lanes ? low.value[order[i]] : high.value[order[i] - lanes];
     return v;
   }
 
