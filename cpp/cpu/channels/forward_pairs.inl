@@ -157,7 +157,7 @@ void apply_pairs(const ApplyPairsParams& params, const Pair* x, const Pair* w, i
 template <int Columns, int Lanes>
 void apply_pairs_shared_block(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t step,
                               const PixelResults& y) {
-  constexpr int chains = Columns <= 4 ? 2 : 1;
+  constexpr int chains = Columns <= 7 ? 2 : 1;
   PairSums<Lanes> sums[chains][1][Columns];
 #pragma GCC unroll 2
   for (int k = 0; k < chains; ++k)
