@@ -64,15 +64,10 @@ def everything(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     return True
 
 
-def unshifted(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
-    """Windows where a convolution has them, also for each phase of an upsampling."""
-    return case.border == "zeros"
-
-
 def along_channels(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     """Sums in float32, over at least half a vector of channels, with what they read in the cache."""
-    if case.border != "zeros":
-        return False
+    if case.border == "shift" and case.stride[1] != 1 and pass_ != "forward":
+        return False  # gradients of windows that shift are those of neighbours
     return dtype != torch.float64 and case.group_channels >= 8 and pass_ not in TOO_LARGE.get(case, ())
 
 
@@ -266,7 +261,7 @@ class Involution(Operator):
         "cuda/tiled": cuda_tiled,
         "cuda/generic": everything,
         "cpu/channels": along_channels,
-        "cpu/columns": unshifted,
+        "cpu/columns": everything,
         "cpu/scalar": everything,
     }
     cases = (*CASES, *SHIFTED_CASES, *UPSAMPLED_CASES, WIDE_ROW, MANY_TAPS, FAR_COLUMNS)

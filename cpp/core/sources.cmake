@@ -5,8 +5,8 @@ function(pyinvolution_core_sources target)
   set(core ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   set(cpu ${core}/../cpu)
   target_sources(${target} PRIVATE
-    ${core}/problem.cpp ${core}/phases.cpp ${core}/isa.cpp ${cpu}/kernels.cpp ${cpu}/tasks.cpp ${cpu}/scalar/variant.cpp
-    ${cpu}/scalar/span.cpp
+    ${core}/problem.cpp ${core}/phases.cpp ${core}/isa.cpp ${cpu}/kernels.cpp ${cpu}/shift.cpp ${cpu}/tasks.cpp
+    ${cpu}/scalar/variant.cpp ${cpu}/scalar/span.cpp
     ${cpu}/columns/variant.cpp ${cpu}/columns/tiling.cpp ${cpu}/channels/variant.cpp ${cpu}/channels/tiling.cpp
     ${cpu}/batch_norm/batch_norm.cpp)
   # The rows of PYINVOLUTION_ISAS (isa.h).

@@ -115,6 +115,110 @@ Gather gather_for(const Problem& p) {
   return gather<0, 0>;
 }
 
+// grad_X of Taps neighbouring taps of a row of a window that several pixels share, `step` apart: gx[t] += sum over the
+// pixels of w[t] * gy. The columns of X are `tap` apart.
+template <int Taps>
+PYINVOLUTION_APART void gather_shared_block(const float* w, const float* gy, int64_t pixels, int64_t step, float* gx,
+                                            int64_t tap) {
+  V sum[Taps][block_vectors];
+#pragma GCC unroll 16
+  for (int t = 0; t < Taps; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[t][v] = V::load(gx + t * tap + v * V::lanes);
+  for (int64_t i = 0; i < pixels; ++i, w += step, gy += step * block_channels) {
+    V at[block_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + v * V::lanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < Taps; ++t) add_product(sum[t], at, w + t * tile_pixels);
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < Taps; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[t][v].store(gx + t * tap + v * V::lanes);
+}
+
+// The same for all taps. w and gy are at the first pixel of the run, and for_each_row calls body(w, gx) for each tap row
+// whose row of X is wanted: where its weights are, and that row.
+template <class Rows>
+void gather_shared(const Problem& p, const float* w, const float* gy, const WindowRun& run, const Rows& for_each_row) {
+  const int64_t tap = p.dilation_w * block_channels;
+  const int64_t count = p.kernel_w <= max_columns ? 1 : ceil_div(p.kernel_w, max_columns);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = p.kernel_w * b / count;
+    with_count<max_columns>(p.kernel_w * (b + 1) / count - first, [&](auto n) {
+      for_each_row(w + first * tile_pixels, [&](const float* from, float* gx) {
+        gather_shared_block<decltype(n)::value>(from, gy, run.count, run.step,
+                                                gx + run.first * block_channels + first * tap, tap);
+      });
+    });
+  }
+}
+
+// grad_X of Pixels neighbouring pixels whose windows slide by a column, from Taps neighbouring taps of a row: gx[i + t]
+// += w[t][i] * gy[i]. Other than gather_block it needs no zeros around the pixels.
+template <int Pixels, int Taps>
+PYINVOLUTION_APART void scatter_block(const float* w, const float* gy, float* gx) {
+  constexpr int columns = Pixels + Taps - 1;
+  V sum[columns][block_vectors];
+#pragma GCC unroll 32
+  for (int q = 0; q < columns; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[q][v] = V::load(gx + q * block_channels + v * V::lanes);
+  constexpr int spread = Pixels >= spread_columns ? spread_columns : 0;
+  V fours[Taps];
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) fours[t] = spread > 0 ? V::load_fours(w + t * tile_pixels) : V::zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < Pixels; ++i) {
+    V at[block_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) at[v] = V::load(gy + i * block_channels + v * V::lanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) {
+      if (i < spread)
+        sum[i + t][0].add_product(at[0], fours[t].spread(i));
+      else
+        add_product(sum[i + t], at, w + t * tile_pixels + i);
+    }
+  }
+#pragma GCC unroll 32
+  for (int q = 0; q < columns; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) sum[q][v].store(gx + q * block_channels + v * V::lanes);
+}
+
+// As many sums as there are registers for: 20 with AVX-512, whose blocks are a vector wide.
+constexpr int scatter_columns = block_vectors == 1 ? max_columns + 6 : max_columns;
+
+// The same for Taps of a row's taps at all pixels of a run.
+template <int Taps, class Rows>
+void scatter_taps(const float* w, const float* gy, int64_t pixels, int64_t column, const Rows& for_each_row) {
+  constexpr int most = scatter_columns - Taps + 1;
+  const int64_t count = pixels <= most ? 1 : ceil_div(pixels, most);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = pixels * b / count;
+    with_count<most>(pixels * (b + 1) / count - first, [&](auto n) {
+      for_each_row(w + first, [&](const float* from, float* gx) {
+        scatter_block<decltype(n)::value, Taps>(from, gy + first * block_channels,
+                                                gx + (column + first) * block_channels);
+      });
+    });
+  }
+}
+template <class Rows>
+void scatter(int64_t taps, const float* w, const float* gy, const WindowRun& run, const Rows& for_each_row) {
+  int64_t column = run.first;
+  const auto add = [&](auto n) {
+    constexpr int count = decltype(n)::value;
+    if constexpr (count <= scatter_columns)
+      for (; taps >= count; taps -= count, w += count * tile_pixels, column += count)
+        scatter_taps<count>(w, gy, run.count, column, for_each_row);
+  };
+  if constexpr (block_vectors == 1) add(Count<7>{}), add(Count<5>{});
+  add(Count<3>{}), add(Count<1>{});
+}
+
 // How many taps of a row the kernels of grad_W work on. Odd: a part of a longer row has one fewer.
 constexpr int max_taps = 7;
 
@@ -176,6 +280,72 @@ PYINVOLUTION_APART void grad_weight_rows(const float* gy, const float* x, int64_
       for (int v = 0; v < Vectors; ++v) sum[i][j][v].store(to + (i * Width + j) * gradient_pitch + v * V::lanes);
 }
 
+// grad_weight_block for Rows rows of Taps taps where windows shift: x is at the vector's first column, `vector` says
+// where its lanes are.
+template <ShiftedVector::Kind Kind, int Rows, int Taps>
+PYINVOLUTION_APART void grad_weight_shifted(const ShiftedVector& vector, const float* gy, const float* x, int64_t x_row,
+                                            int64_t x_channel, const int64_t* offset, int64_t channels, int64_t row,
+                                            bool add, float* to) {
+  const auto order = V::order(vector.lane);
+  V sum[Rows][Taps];
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) sum[i][t] = add ? V::load(to + i * row + t * gradient_pitch) : V::zero();
+  for (int64_t c = 0; c < channels; ++c, x += x_channel) {
+    const V grad = V::load(gy + c * backward_columns);
+#pragma GCC unroll 3
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int t = 0; t < Taps; ++t) {
+        const float* from = x + i * x_row + offset[t];
+        V at;
+        if constexpr (Kind == ShiftedVector::neighbours) {
+          at = V::load(from);
+        } else if constexpr (Kind == ShiftedVector::permuted) {
+          at = V::load(from).permuted(order);
+        } else {
+          at = V::load_range(from, 0, 0, vector.split);
+          at.value = at.value + V::load_range(from + (vector.after - vector.at), 0, vector.split, V::lanes).value;
+        }
+        sum[i][t].add_product(grad, at);
+      }
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) sum[i][t].store(to + i * row + t * gradient_pitch);
+}
+
+// The same for taps without dilation whose lanes change places: all of them are in two vectors of x, each of which is
+// loaded once.
+template <int Rows, int Taps>
+PYINVOLUTION_APART void grad_weight_permuted(const ShiftedVector& vector, const float* gy, const float* x,
+                                             int64_t x_row, int64_t x_channel, int64_t channels, int64_t row, bool add,
+                                             float* to) {
+  typename V::Order order[Taps];
+#pragma GCC unroll 8
+  for (int t = 0; t < Taps; ++t) order[t] = V::order(vector.lane, t);
+  V sum[Rows][Taps];
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) sum[i][t] = add ? V::load(to + i * row + t * gradient_pitch) : V::zero();
+  for (int64_t c = 0; c < channels; ++c, x += x_channel) {
+    const V grad = V::load(gy + c * backward_columns);
+#pragma GCC unroll 3
+    for (int i = 0; i < Rows; ++i) {
+      const V low = V::load(x + i * x_row), high = V::load(x + i * x_row + V::lanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < Taps; ++t) sum[i][t].add_product(grad, V::permuted(low, high, order[t]));
+    }
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int t = 0; t < Taps; ++t) sum[i][t].store(to + i * row + t * gradient_pitch);
+}
+
 float total(const float* from, int64_t count) {
   V sum = V::zero();
   int64_t i = 0;
@@ -191,6 +361,7 @@ struct BackwardRun {
   const BackwardTiling& tiling;
   const SpanProblem& span;
   const Problem& p;
+  const Axis<int64_t> row_axis;
   float* memory;
   float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *dense, *gw, *gy, *gy_across, *staging;
   int64_t chunk, part;
@@ -200,6 +371,7 @@ struct BackwardRun {
       : tiling(backward),
         span(backward.problem),
         p(backward.problem.involution),
+        row_axis(rows_of(p)),
         memory(static_cast<float*>(scratch)),
         chunk(task % backward.chunks),
         part(task / backward.chunks) {
@@ -236,9 +408,7 @@ struct BackwardRun {
     const T* image =
         static_cast<const T*>(tiling.buffers.x) + n * p.x_stride[0] + first_channel(g, block) * p.x_stride[1];
     float* to = x_block(block);
-    const int64_t rows = (strip.end - strip.begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
-    for (int64_t r = 0; r < rows; ++r, to += x_row_floats()) {
-      const int64_t h = strip.begin * p.stride_h - p.padding_h + r;
+    for (int64_t h = strip.x_begin; h < strip.x_end; ++h, to += x_row_floats()) {
       if (h < 0 || h >= p.in_h) {
         if (tiling.height < p.out_h) std::memset(to, 0, size_t(x_row_floats()) * sizeof(float));
         continue;
@@ -345,20 +515,20 @@ struct BackwardRun {
 
   // --- the products of a tile
 
-  // grad_W at row `row` of a strip, to the pixels of a tile from `to` on.
-  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns, float* to) const {
+  // grad_W at some columns of a row of the output whose first tap row reads row `row` of packed X; gy is [channel][pixel].
+  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns, const float* gy, float* to) const {
     if constexpr (V::shifts) {
-      if (p.dilation_w == 1 && p.stride_w == 1) return grad_weights<1>(block, row, column, columns, to);
-      if (p.dilation_w == 1 && p.stride_w == 2) return grad_weights<2>(block, row, column, columns, to);
+      if (p.dilation_w == 1 && p.stride_w == 1) return grad_weights<1>(block, row, column, columns, gy, to);
+      if (p.dilation_w == 1 && p.stride_w == 2) return grad_weights<2>(block, row, column, columns, gy, to);
     }
     const int64_t channels = channels_of(block), parts = (p.kernel_w + max_taps - 1) / max_taps;
     for (int64_t i = 0; i < p.kernel_h; ++i, to += p.kernel_w * gradient_pitch) {
-      const float* from = x_block(block) + (row * p.stride_h + i * p.dilation_h) * x_row_floats() + column;
+      const float* from = x_block(block) + (row + i * p.dilation_h) * x_row_floats() + column;
       for (int64_t v = 0; v < columns; v += V::lanes)
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t j = p.kernel_w * part / parts;
           with_count<max_taps>(p.kernel_w * (part + 1) / parts - j, [&](auto n) {
-            grad_weight_block<decltype(n)::value>(gy_across + v, backward_columns, from + v, tiling.x_channel,
+            grad_weight_block<decltype(n)::value>(gy + v, backward_columns, from + v, tiling.x_channel,
                                                   tiling.tap_offset + j, channels, block > 0,
                                                   to + j * gradient_pitch + v);
           });
@@ -367,9 +537,9 @@ struct BackwardRun {
   }
 
   template <int Stride>
-  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns, float* to) const {
+  void grad_weights(int64_t block, int64_t row, int64_t column, int64_t columns, const float* gy, float* to) const {
     const int64_t channels = channels_of(block), x_row = p.dilation_h * x_row_floats();
-    const float* from = x_block(block) + row * p.stride_h * x_row_floats() + column;
+    const float* from = x_block(block) + row * x_row_floats() + column;
     for (int64_t i = 0; i < p.kernel_h;) {
       const int64_t rows = p.kernel_w == 3 && i + 3 <= p.kernel_h ? 3 : 1;
       // The parts of a row start with a tap of phase 0.
@@ -382,7 +552,7 @@ struct BackwardRun {
           constexpr int m = decltype(wide)::value;
           for (; v + (m - 1) * V::lanes < columns; v += m * V::lanes)
             grad_weight_rows<m, decltype(high)::value, Stride, decltype(n)::value>(
-                gy_across + v, x_taps + v, x_row, tiling.x_channel, tiling.x_phase, channels, block > 0, to_taps + v);
+                gy + v, x_taps + v, x_row, tiling.x_channel, tiling.x_phase, channels, block > 0, to_taps + v);
         };
         if (rows == 3) {
           vectors(Count<2>{}, Count<3>{}, Count<3>{});
@@ -399,6 +569,66 @@ struct BackwardRun {
     }
   }
 
+  // The same where windows shift.
+  void grad_weights_shifted(int64_t block, int64_t row, int64_t column, int64_t columns, float* to) const {
+    for (int64_t v = 0; v < columns;) {
+      const ShiftedVector* vector = tiling.vectors + (column + v) / V::lanes;
+      const auto slides = [&](int64_t at) {
+        return vector->kind == ShiftedVector::neighbours && vector->at + p.padding_w == column + at;
+      };
+      int64_t end = v;
+      for (; end < columns && slides(end); end += V::lanes) ++vector;
+      if (end > v) {
+        grad_weights(block, row, column + v, min(end, columns) - v, gy_across + v, to + v);
+        v = end;
+        continue;
+      }
+      with_kind(vector->kind, [&](auto kind) {
+        grad_weights_shifted<ShiftedVector::Kind(decltype(kind)::value)>(*vector, block, row, gy_across + v, to + v);
+      });
+      v += V::lanes;
+    }
+  }
+  template <class Body>
+  static void with_kind(ShiftedVector::Kind kind, const Body& body) {
+    if (kind == ShiftedVector::neighbours) return body(Count<ShiftedVector::neighbours>{});
+    if (kind == ShiftedVector::permuted) return body(Count<ShiftedVector::permuted>{});
+    body(Count<ShiftedVector::joined>{});
+  }
+  template <ShiftedVector::Kind Kind>
+  void grad_weights_shifted(const ShiftedVector& vector, int64_t block, int64_t row, const float* gy, float* to) const {
+    const int64_t channels = channels_of(block), x_row = p.dilation_h * x_row_floats();
+    const float* from = x_block(block) + row * x_row_floats() + vector.at + p.padding_w;
+    const int64_t parts = ceil_div(p.kernel_w, max_taps), row_taps = p.kernel_w * gradient_pitch;
+    for (int64_t i = 0; i < p.kernel_h;) {
+      // With AVX-512 there are registers for the sums of two rows.
+      const bool three = p.kernel_w == 3 && i + 3 <= p.kernel_h, two = V::shifts && !three && i + 2 <= p.kernel_h;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t j = p.kernel_w * part / parts;
+        const auto block_of = [&](auto rows, auto n) {
+          constexpr int high = decltype(rows)::value, taps = decltype(n)::value;
+          float* to_taps = to + (i * p.kernel_w + j) * gradient_pitch;
+          if constexpr (V::shifts && Kind == ShiftedVector::permuted) {
+            if (p.dilation_w == 1)
+              return grad_weight_permuted<high, taps>(vector, gy, from + i * x_row + j, x_row, tiling.x_channel,
+                                                      channels, row_taps, block > 0, to_taps);
+          }
+          grad_weight_shifted<Kind, high, taps>(vector, gy, from + i * x_row, x_row, tiling.x_channel,
+                                                tiling.tap_offset + j, channels, row_taps, block > 0, to_taps);
+        };
+        if (three)
+          block_of(Count<3>{}, Count<3>{});
+        else
+          with_count<max_taps>(p.kernel_w * (part + 1) / parts - j, [&](auto n) {
+            if constexpr (V::shifts)
+              if (two) return block_of(Count<2>{}, n);
+            block_of(Count<1>{}, n);
+          });
+      }
+      i += three ? 3 : two ? 2 : 1;
+    }
+  }
+
   // The weights of a row out of those of a tile, with zeros after them.
   void copy_weights(const float* from, int64_t columns, float* to) const {
     for (int64_t v = 0; v < columns + backward_margin; v += V::lanes) {
@@ -408,6 +638,32 @@ struct BackwardRun {
       else
         for (int64_t k = 0; k < taps; ++k)
           V::load_range(from + k * tile_pixels + v, 0, 0, count).store(to + k * tile_pixels + v);
+    }
+  }
+
+  // grad_X of a row of the output where windows shift, of a tile's columns from `column` on. The row's first tap row reads
+  // row `first` of X.
+  void gather_shifted(const BackwardStrip& strip, int64_t block, int64_t first, int64_t column,
+                      const float* weights) const {
+    const float* inner = gy + backward_margin * block_channels;
+    const int64_t* const ends = tiling.tile_runs + column / backward_columns;
+    const auto for_each_row = [&](const float* from, const auto& body) {
+      for (int64_t i = 0; i < p.kernel_h; ++i, from += p.kernel_w * tile_pixels) {
+        const int64_t h = first + i * p.dilation_h;
+        if (h >= strip.in_begin && h < strip.in_end)
+          body(from, gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
+      }
+    };
+    for (const WindowRun* run = tiling.runs + ends[0]; run != tiling.runs + ends[1]; ++run) {
+      const float* w = weights + run->column - column;
+      const float* grad = inner + (run->column - column) * block_channels;
+      if (run->slope == 0)
+        gather_shared(p, w, grad, *run, for_each_row);
+      else if (p.dilation_w == 1)
+        scatter(p.kernel_w, w, grad, *run, for_each_row);
+      else
+        for_each_row(w,
+                     [&](const float* from, float* to) { gather<0, 0>(p, from, grad, run->column, run->count, to); });
     }
   }
 
@@ -460,7 +716,7 @@ struct BackwardRun {
     float* weights = w + backward_margin;
     if (want_x && tiling.w == nullptr) multiply_weights(index, column, count, s, rows > 1 ? dense : weights);
     for (int64_t row = first; row < first + rows; ++row) {
-      const int64_t pixel = (row - first) * columns;
+      const int64_t pixel = (row - first) * columns, x_first = row_axis.first(row);
       if (want_x) {
         if (tiling.w != nullptr)
           load_weights(weights_of<T>(p, tiling.w, n, g, row, column), p, 1, columns, weights, staging);
@@ -474,15 +730,22 @@ struct BackwardRun {
       }
       for (int64_t block = 0; block < tiling.blocks; ++block) {
         pack_gradient(n, g, block, row, column, columns);
-        if (want_x)
+        if (want_x && p.border == Border::shift)
+          gather_shifted(strip, block, x_first, column, weights);
+        else if (want_x)
           for (int64_t i = 0; i < p.kernel_h; ++i) {
-            const int64_t h = row * p.stride_h + i * p.dilation_h - p.padding_h;
+            const int64_t h = x_first + i * p.dilation_h;
             if (h >= strip.in_begin && h < strip.in_end)
               gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
                      gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
           }
         // What a row writes past its end is that of the next one, which comes later.
-        if (want_weights && own) grad_weights(block, row - strip.begin, column, columns, gw + pixel);
+        if (!want_weights || !own) continue;
+        const int64_t x_row = x_first - strip.x_begin;
+        if (p.border == Border::shift)
+          grad_weights_shifted(block, x_row, column, columns, gw + pixel);
+        else
+          grad_weights(block, x_row, column, columns, gy_across, gw + pixel);
       }
     }
     if (!own) return;

@@ -88,6 +88,27 @@ template <int Columns, int Stride, int tap>
   for (; taps > 0; --taps, x += block_channels, w += tap) add_row<Columns, Stride, 1, tap>(sum, x, w);
 }
 
+// The sums of a block, with the epilogue.
+template <int Columns>
+[[gnu::always_inline]] inline void store_sums(const ApplyParams& params, V (&sum)[Columns][block_vectors], float* y,
+                                              int64_t pixel) {
+  if (params.scale != nullptr) {
+    for (int v = 0; v < block_vectors; ++v) {
+      const V scale = V::load(params.scale + v * V::lanes), shift = V::load(params.shift + v * V::lanes);
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) sum[c][v].value = sum[c][v].value * scale.value + shift.value;
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+    for (int v = 0; v < block_vectors; ++v) {
+      // A NaN stays a NaN.
+      if (params.relu) sum[c][v].value = sum[c][v].value < 0 ? typename V::Lanes{} : sum[c][v].value;
+      sum[c][v].store(y + c * pixel + v * V::lanes);
+    }
+}
+
 // A block of channels at Columns neighbouring pixels. Stride is that of a window without dilation, or 0: any window; and
 // Width its width, or 0.
 template <int Columns, int Stride, int Width>
@@ -118,21 +139,7 @@ PYINVOLUTION_APART void apply_block(const ApplyParams& params, const float* x, c
     x += params.tap_row;
     w += width * tile_pixels;
   }
-  if (params.scale != nullptr) {
-    for (int v = 0; v < block_vectors; ++v) {
-      const V scale = V::load(params.scale + v * V::lanes), shift = V::load(params.shift + v * V::lanes);
-#pragma GCC unroll 16
-      for (int c = 0; c < Columns; ++c) sum[c][v].value = sum[c][v].value * scale.value + shift.value;
-    }
-  }
-#pragma GCC unroll 16
-  for (int c = 0; c < Columns; ++c)
-#pragma GCC unroll 4
-    for (int v = 0; v < block_vectors; ++v) {
-      // A NaN stays a NaN.
-      if (params.relu) sum[c][v].value = sum[c][v].value < 0 ? typename V::Lanes{} : sum[c][v].value;
-      sum[c][v].store(y + c * pixel + v * V::lanes);
-    }
+  store_sums(params, sum, y, pixel);
 }
 
 // `columns` neighbouring pixels of a row.
@@ -144,6 +151,58 @@ void apply(const ApplyParams& params, const float* x, const float* w, int64_t co
     with_count<max_columns>(columns * (b + 1) / count - first, [&](auto n) {
       apply_block<decltype(n)::value, Stride, Width>(params, x + first * params.column, w + first, y + first * pixel,
                                                      pixel);
+    });
+  }
+}
+
+// A block of channels at Columns pixels that share a window, `step` apart in a tile of W. A vector of x is loaded once
+// for all of them. Few pixels have two sums each, which do not wait for each other.
+template <int Columns, bool Neighbours>
+PYINVOLUTION_APART void apply_shared_block(const ApplyParams& params, const float* x, const float* w, int64_t step,
+                                           float* y, int64_t pixel) {
+  constexpr int chains = Columns * block_vectors <= 4 ? 2 : 1;
+  if constexpr (Neighbours) step = 1;
+  V sum[chains][Columns][block_vectors];
+#pragma GCC unroll 2
+  for (int k = 0; k < chains; ++k)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+      for (int v = 0; v < block_vectors; ++v) sum[k][c][v] = V::zero();
+  const auto add = [&](V(&to)[Columns][block_vectors], const float* from, const float* weights)
+                       __attribute__((always_inline)) {
+                         V at[block_vectors];
+#pragma GCC unroll 4
+                         for (int v = 0; v < block_vectors; ++v) at[v] = V::load(from + v * V::lanes);
+#pragma GCC unroll 16
+                         for (int c = 0; c < Columns; ++c) add_product(to[c], at, weights + c * step);
+                       };
+  for (int64_t i = 0; i < params.kernel_h; ++i, x += params.tap_row) {
+    const float* from = x;
+    int64_t j = 0;
+    for (; j + chains <= params.kernel_w; j += chains)
+#pragma GCC unroll 2
+      for (int k = 0; k < chains; ++k, from += params.tap_column, w += tile_pixels) add(sum[k], from, w);
+    for (; j < params.kernel_w; ++j, from += params.tap_column, w += tile_pixels) add(sum[0], from, w);
+  }
+  if constexpr (chains == 2)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c)
+#pragma GCC unroll 4
+      for (int v = 0; v < block_vectors; ++v) sum[0][c][v].value += sum[1][c][v].value;
+  store_sums(params, sum[0], y, pixel);
+}
+
+// `columns` pixels that share a window.
+void apply_shared(const ApplyParams& params, const float* x, const float* w, int64_t step, int64_t columns, float* y,
+                  int64_t pixel) {
+  const int64_t count = ceil_div(columns, max_columns);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = columns * b / count;
+    with_count<max_columns>(columns * (b + 1) / count - first, [&](auto n) {
+      constexpr int block = decltype(n)::value;
+      const auto apply = step == 1 ? apply_shared_block<block, true> : apply_shared_block<block, false>;
+      apply(params, x, w + first * step, step, y + first * pixel, pixel);
     });
   }
 }
@@ -180,7 +239,7 @@ template <class T>
 struct ChannelsRun : StripTask<T, ChannelsRun<T>> {
   using Base = StripTask<T, ChannelsRun<T>>;
   using Base::begin, Base::block_floats, Base::channels_of, Base::end, Base::epilogue_of, Base::first_channel,
-      Base::memory, Base::n, Base::p, Base::pool, Base::span, Base::tiling;
+      Base::memory, Base::n, Base::p, Base::pool, Base::row_axis, Base::span, Base::tiling, Base::x_begin;
   const Apply apply;
   const ApplyParams window;
   const float* rows = nullptr;  // of S, [tap][r]
@@ -207,7 +266,7 @@ struct ChannelsRun : StripTask<T, ChannelsRun<T>> {
     const int64_t first = min(p.padding_w, tiling.packed_columns);
     const int64_t last = first + min(p.in_w, tiling.packed_columns - first);
     for (int64_t r = from_row; r < to_row; ++r, to += row_floats) {
-      const int64_t h = begin * p.stride_h - p.padding_h + r;
+      const int64_t h = x_begin + r;
       if (h < 0 || h >= p.in_h || first == last) {
         std::memset(to, 0, size_t(row_floats) * sizeof(float));
         continue;
@@ -221,6 +280,24 @@ struct ChannelsRun : StripTask<T, ChannelsRun<T>> {
     }
   }
 
+  // Some columns of a row of the output, `x` being the row of packed X that its first tap row reads, and w and y those
+  // of the tile's first column.
+  void apply_row(const ApplyParams& params, const Tile& tile, const float* x, const float* w, float* y,
+                 int64_t pixel) const {
+    if (p.border == Border::zeros)
+      return apply(params, x + tile.column * p.stride_w * block_channels, w, tile.columns, y, pixel);
+    Base::for_each_run(tile, [&](const WindowRun& run) {
+      const int64_t column = run.column - tile.column;
+      const float* from = x + run.first * block_channels;
+      float* to = y + column * pixel;
+      if (run.slope == 0) return apply_shared(params, from, w + column, run.step, run.count, to, run.step * pixel);
+      if (run.slope == p.stride_w) return apply(params, from, w + column, run.count, to, pixel);
+      ApplyParams other = params;
+      other.column = run.slope * block_channels;
+      cpu::apply<0, 0>(other, from, w + column, run.count, to, pixel);
+    });
+  }
+
   void apply_tile(const Tile& tile, int64_t g, int64_t block) const {
     const int64_t channels = channels_of(block), first = first_channel(g, block);
     const Epilogue epilogue = span.epilogue ? epilogue_of(first, channels) : Epilogue{};
@@ -231,18 +308,17 @@ struct ChannelsRun : StripTask<T, ChannelsRun<T>> {
     float* result = memory + tiling.result_at;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.row + r;
-      const float* x =
-          packed + ((row - begin) * p.stride_h * tiling.packed_columns + tile.column * p.stride_w) * block_channels;
+      const float* x = packed + (row_axis.first(row) - x_begin) * tiling.packed_columns * block_channels;
       T* y = static_cast<T*>(tiling.buffers.y) + n * p.y_stride[0] + first * p.y_stride[1] + row * p.y_stride[2] +
              tile.column * p.y_stride[3];
       const float* w = weights + r * tile.columns;
       if constexpr (is_float<T>) {
         if (p.y_stride[1] == 1 && channels == block_channels) {
-          apply(params, x, w, tile.columns, y, p.y_stride[3]);
+          apply_row(params, tile, x, w, y, p.y_stride[3]);
           continue;
         }
       }
-      apply(params, x, w, tile.columns, result, block_channels);
+      apply_row(params, tile, x, w, result, block_channels);
       store_pixels(result, channels, tile.columns, y, p.y_stride[1], p.y_stride[3], memory + tiling.staging_at);
     }
   }

@@ -51,6 +51,31 @@ struct PixelResults {
   }
 };
 
+// The sums of a block, with the epilogue.
+template <int Rows, int Columns, int Lanes>
+[[gnu::always_inline]] inline void store_pair_sums(const ApplyPairsParams& params,
+                                                   PairSums<Lanes> (&sum)[Rows][Columns], const PixelResults& y) {
+#pragma GCC unroll 2
+  for (int r = 0; r < Rows; ++r) {
+    if (params.scale != nullptr) {
+      const auto scale = PairSums<Lanes>::load(params.scale), shift = PairSums<Lanes>::load(params.shift);
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) sum[r][c].value = sum[r][c].value * scale.value + shift.value;
+    }
+    if (params.relu) {
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) sum[r][c].relu();
+    }
+    if (y.narrow != nullptr) {
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) sum[r][c].round_to(y.narrow + r * y.row + c * y.column);
+    } else {
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) sum[r][c].store(y.wide + r * y.row + c * y.column);
+    }
+  }
+}
+
 // A block of Lanes channels at Rows x Columns neighbouring pixels; rows of W are w_row apart. Stride and Width, where
 // not 0, are those of a window without dilation.
 //
@@ -102,31 +127,13 @@ void apply_pairs_block(const ApplyPairsParams& params, const Pair* x, const Pair
   if (params.single_row)
     tap_row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load_low(from); });
 
-#pragma GCC unroll 2
-  for (int r = 0; r < Rows; ++r) {
-    if (params.scale != nullptr) {
-      const auto scale = PairSums<Lanes>::load(params.scale), shift = PairSums<Lanes>::load(params.shift);
-#pragma GCC unroll 16
-      for (int c = 0; c < Columns; ++c) sum[r][c].value = sum[r][c].value * scale.value + shift.value;
-    }
-    if (params.relu) {
-#pragma GCC unroll 16
-      for (int c = 0; c < Columns; ++c) sum[r][c].relu();
-    }
-    if (y.narrow != nullptr) {
-#pragma GCC unroll 16
-      for (int c = 0; c < Columns; ++c) sum[r][c].round_to(y.narrow + r * y.row + c * y.column);
-    } else {
-#pragma GCC unroll 16
-      for (int c = 0; c < Columns; ++c) sum[r][c].store(y.wide + r * y.row + c * y.column);
-    }
-  }
+  store_pair_sums(params, sum, y);
 }
 
-// All pixels of a tile.
+// Some columns of some rows of a tile, whose rows of W are w_row apart.
 template <int Stride, int Width, int Lanes>
 void apply_pairs(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t rows, int64_t columns,
-                 const PixelResults& y) {
+                 int64_t w_row, const PixelResults& y) {
   const int64_t count = ceil_div(columns, max_pair_columns);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t first = columns * b / count;
@@ -135,7 +142,7 @@ void apply_pairs(const ApplyPairsParams& params, const Pair* x, const Pair* w, i
       int64_t r = 0;
       const auto apply = [&](auto together) {
         apply_pairs_block<decltype(together)::value, block, Stride, Width, Lanes>(
-            params, x + r * params.row + first * params.column, w + r * columns + first, columns, y.at(r, first));
+            params, x + r * params.row + first * params.column, w + r * w_row + first, w_row, y.at(r, first));
         r += decltype(together)::value;
       };
       if constexpr (2 * block <= max_pair_columns)
@@ -145,8 +152,56 @@ void apply_pairs(const ApplyPairsParams& params, const Pair* x, const Pair* w, i
   }
 }
 
+// A block of Lanes channels at Columns pixels that share a window, `step` apart in a tile of W. A vector of X is loaded
+// once for all of them. Few pixels have two sums each, which do not wait for each other.
+template <int Columns, int Lanes>
+void apply_pairs_shared_block(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t step,
+                              const PixelResults& y) {
+  constexpr int chains = Columns <= 7 ? 2 : 1;
+  PairSums<Lanes> sums[chains][1][Columns];
+#pragma GCC unroll 2
+  for (int k = 0; k < chains; ++k)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) sums[k][0][c] = PairSums<Lanes>::splat(0);
+  const auto tap_row = [&](auto load) __attribute__((always_inline)) {
+    const Pair* from = x;
+    const auto add = [&](PairSums<Lanes>(&to)[1][Columns]) __attribute__((always_inline)) {
+      const Pairs<Lanes> at = load(from);
+#pragma GCC unroll 16
+      for (int c = 0; c < Columns; ++c) to[0][c].add_dot(at, w[c * step]);
+      from += params.tap_column, w += tile_pixels;
+    };
+    int64_t j = 0;
+    for (; j + chains <= params.kernel_w; j += chains)
+#pragma GCC unroll 2
+      for (int k = 0; k < chains; ++k) add(sums[k]);
+    for (; j < params.kernel_w; ++j) add(sums[0]);
+  };
+  for (int64_t i = 0; i < params.pair_rows; ++i, x += params.tap_row)
+    tap_row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load(from); });
+  if (params.single_row)
+    tap_row([](const Pair* from) __attribute__((always_inline)) { return Pairs<Lanes>::load_low(from); });
+  if constexpr (chains == 2)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) sums[0][0][c].value += sums[1][0][c].value;
+  store_pair_sums(params, sums[0], y);
+}
+
+// `columns` pixels of a row that share a window.
+template <int Lanes>
+void apply_pairs_shared(const ApplyPairsParams& params, const Pair* x, const Pair* w, int64_t step, int64_t columns,
+                        const PixelResults& y) {
+  const int64_t count = ceil_div(columns, max_pair_columns);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = columns * b / count;
+    with_count<max_pair_columns>(columns * (b + 1) / count - first, [&](auto n) {
+      apply_pairs_shared_block<decltype(n)::value, Lanes>(params, x, w + first * step, step, y.at(0, first));
+    });
+  }
+}
+
 using ApplyPairs = void (*)(const ApplyPairsParams&, const Pair* x, const Pair* w, int64_t rows, int64_t columns,
-                            const PixelResults& y);
+                            int64_t w_row, const PixelResults& y);
 
 template <int Lanes>
 ApplyPairs apply_pairs_for(const Problem& p) {
@@ -208,7 +263,7 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
     const int64_t start = round_up(from_row, tiling.packed_step);
     Pair* to = pairs_at(block * block_floats()) + start / tiling.packed_step * row_pairs;
     for (int64_t r = start; r < to_row; r += tiling.packed_step, to += row_pairs) {
-      const int64_t h = begin * p.stride_h - p.padding_h + r;
+      const int64_t h = x_begin + r;
       const TwoRows from(row_of(h), row_of(h + p.dilation_h));
       // Other groups leave the zeros as they are.
       if (g == first_group) {
@@ -223,6 +278,43 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
     }
   }
 
+  // The pixels of a tile from the rows of packed X of a block.
+  void apply_rows(ApplyPairsParams& params, const Tile& tile, const Pair* packed, bool half,
+                  const PixelResults& y) const {
+    const int64_t row_pairs = tiling.packed_columns * block_channels;
+    const ApplyPairs apply_run = half ? apply_half : apply;
+    const Pair* w = pairs_at(tiling.weights_at);
+    const auto x_row = [&](int64_t r) {
+      return packed + (row_axis.first(tile.row + r) - x_begin) / tiling.packed_step * row_pairs;
+    };
+    if (p.border == Border::zeros)
+      return apply_run(params, x_row(0) + tile.column * params.column, w, tile.rows, tile.columns, tile.columns, y);
+    // Two rows at a time, however far apart their windows are.
+    for (int64_t r = 0; r < tile.rows; r += 2) {
+      const int64_t rows = min(2, tile.rows - r);
+      params.row = rows == 2 ? x_row(r + 1) - x_row(r) : 0;
+      for_each_run(tile, [&](const WindowRun& run) {
+        const int64_t column = run.column - tile.column;
+        const Pair *from = x_row(r) + run.first * block_channels, *weights = w + r * tile.columns + column;
+        const PixelResults to = y.at(r, column);
+        if (run.slope == 0) {
+          for (int64_t i = 0; i < rows; ++i) {
+            PixelResults pixels = to.at(i, 0);
+            pixels.column *= run.step;
+            const auto shared = half ? apply_pairs_shared<8> : apply_pairs_shared<16>;
+            shared(params, from + i * params.row, weights + i * tile.columns, run.step, run.count, pixels);
+          }
+          return;
+        }
+        ApplyPairsParams other = params;
+        other.column = run.slope * block_channels;
+        ApplyPairs apply_any = half ? apply_pairs<0, 0, 8> : apply_pairs<0, 0, 16>;
+        if (run.slope == p.stride_w) apply_any = apply_run;
+        apply_any(other, from, weights, rows, run.count, tile.columns, to);
+      });
+    }
+  }
+
   void apply_tile(const Tile& tile, int64_t g, int64_t block) const {
     const int64_t channels = channels_of(block), first = first_channel(g, block);
     const Epilogue epilogue = span.epilogue ? epilogue_of(first, channels) : Epilogue{};
@@ -231,13 +323,12 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
     const bool half = channels <= block_channels / 2;
     const bool in_place = p.y_stride[1] == 1 && channels == (half ? block_channels / 2 : block_channels);
     float* result = memory + tiling.result_at;
-    const Pair* x = pairs_at(block * block_floats()) + (tile.row - begin) * window.row + tile.column * window.column;
     BFloat16* y = static_cast<BFloat16*>(tiling.buffers.y) + n * p.y_stride[0] + first * p.y_stride[1] +
                   tile.row * p.y_stride[2] + tile.column * p.y_stride[3];
     const PixelResults results = in_place
                                      ? PixelResults{y, result, p.y_stride[2], p.y_stride[3]}
                                      : PixelResults{nullptr, result, tile.columns * block_channels, block_channels};
-    (half ? apply_half : apply)(params, x, pairs_at(tiling.weights_at), tile.rows, tile.columns, results);
+    apply_rows(params, tile, pairs_at(block * block_floats()), half, results);
     for (int64_t r = 0; r < tile.rows && !in_place; ++r)
       store_pixels(result + r * results.row, channels, tile.columns, y + r * p.y_stride[2], p.y_stride[1],
                    p.y_stride[3], memory + tiling.staging_at);

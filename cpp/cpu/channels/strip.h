@@ -8,6 +8,7 @@
 #include "cpu/channels/packing.h"
 #include "cpu/channels/tiling.h"
 #include "cpu/simd/prefetch.h"
+#include "pyinvolution/axis.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -38,15 +39,24 @@ struct StripTask {
   const ChannelsTiling& tiling;
   const SpanProblem& span;
   const Problem& p;
+  const Axis<int64_t> row_axis;
   int64_t n, begin, end;        // rows of the strip
+  int64_t x_begin;              // the first row of X that it reads
   int64_t first_group, groups;  // of the chunk, up to `groups`
   float* memory;
 
   StripTask(const ChannelsTiling& channels, int64_t n_and_strip, int64_t chunk, void* scratch)
-      : tiling(channels), span(channels.problem), p(channels.problem.involution), memory(static_cast<float*>(scratch)) {
+      : tiling(channels),
+        span(channels.problem),
+        p(channels.problem.involution),
+        row_axis(rows_of(p)),
+        memory(static_cast<float*>(scratch)) {
     begin = n_and_strip % tiling.strips * tiling.height;
     end = min(begin + tiling.height, p.out_h);
     n = n_and_strip / tiling.strips;
+    x_begin = row_axis.first(begin);
+    if (p.border == Border::shift)
+      for (int64_t row = begin + 1; row < end; ++row) x_begin = min(x_begin, row_axis.first(row));
     first_group = p.groups * chunk / tiling.chunks;
     groups = p.groups * (chunk + 1) / tiling.chunks;
   }
@@ -62,6 +72,21 @@ struct StripTask {
   int64_t block_floats() const { return tiling.packed_rows * tiling.packed_columns * block_channels; }
   int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
   int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
+
+  // How many rows of X from x_begin on the strip's rows up to those of a tile read.
+  int64_t rows_read(const Tile& tile) const {
+    int64_t last = row_axis.first(tile.row + tile.rows - 1);
+    if (p.border == Border::shift)
+      for (int64_t row = tile.row; row < tile.row + tile.rows; ++row) last = max(last, row_axis.first(row));
+    return last - x_begin + p.dilation_h * (p.kernel_h - 1) + 1;
+  }
+
+  // Calls body(run) for the runs of a tile's columns, where the border is shifted.
+  template <class Body>
+  void for_each_run(const Tile& tile, const Body& body) const {
+    const int64_t* const ends = tiling.tile_runs + tile.column / tiling.tile_columns;
+    for (int64_t i = ends[0]; i < ends[1]; ++i) body(tiling.runs[i]);
+  }
 
   Epilogue epilogue_of(int64_t first, int64_t channels) const {
     Epilogue epilogue;
@@ -139,8 +164,7 @@ struct StripTask {
       int64_t packed = 0;
       for_each_tile([&](const Tile& tile, int64_t index) {
         // A tile's rows of X are packed just before it reads them.
-        const int64_t last = tile.row + tile.rows - 1 - begin;
-        const int64_t needed = last * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+        const int64_t needed = max(packed, rows_read(tile));
         for (int64_t block = 0; block < tiling.blocks && needed > packed; ++block)
           loops().pack_input(g, block, packed, needed);
         packed = needed;

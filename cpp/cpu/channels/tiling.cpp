@@ -6,6 +6,7 @@
 #include "cpu/arithmetic.h"
 #include "cpu/simd/pair_product.h"
 #include "cpu/tasks.h"
+#include "pyinvolution/axis.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -29,11 +30,25 @@ constexpr int64_t min_rows = 16;
 // Rows of fewer columns share tiles even if they are whole vectors: the sums of grad_S are loaded for each tile.
 constexpr int64_t max_shared_columns = 28;
 
+// Rows of X from the first to the last that `height` rows of Y read. A border that shifts moves windows by multiples of
+// the dilation, so that those of a few rows next to it begin anywhere in one dilation.
 int64_t packed_rows(const Problem& p, int64_t height) {
-  return (height - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
+  const int64_t reach = p.dilation_h * (p.kernel_h - 1) + 1, apart = (height - 1) * p.stride_h;
+  if (p.border == Border::zeros) return apart + reach;
+  return std::min(p.in_h, (height > 1 ? std::max(apart, p.dilation_h - 1) : 0) + reach);
 }
-int64_t packed_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1; }
+int64_t sliding_columns(const Problem& p) { return (p.out_w - 1) * p.stride_w + p.dilation_w * (p.kernel_w - 1) + 1; }
+int64_t packed_columns(const Problem& p) { return p.border == Border::shift ? p.in_w : sliding_columns(p); }
 int64_t blocks_of(const Problem& p) { return ceil_div(p.group_channels(), block_channels); }
+
+// The runs of tiles of `width` columns.
+void set_runs(const Problem& p, int64_t width, WindowTables& tables) {
+  tables.tile_runs.push_back(0);
+  for (int64_t column = 0; column < p.out_w; column += width) {
+    append_runs(columns_of(p), column, std::min(column + width, p.out_w), tables.runs);
+    tables.tile_runs.push_back(int64_t(tables.runs.size()));
+  }
+}
 
 }  // namespace
 
@@ -42,7 +57,7 @@ double strip_input_bytes(const Problem& p, int64_t height) {
 }
 
 ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w,
-                                    int64_t vector_bytes, bool pairs, int threads) {
+                                    int64_t vector_bytes, bool pairs, int threads, WindowTables& tables) {
   const Problem& p = problem.involution;
   ChannelsTiling tiling{};
   tiling.problem = problem;
@@ -69,11 +84,16 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.tile_rows = std::min(tiling.tile_rows, tiling.height);
   tiling.chunks = std::min(p.groups, ceil_div(wanted, p.batch * tiling.strips));
   // Tap row i of output row o reads row o * stride + i * dilation; pairs begin at even i.
-  tiling.packed_step = pairs ? std::gcd(p.stride_h, p.kernel_h > 2 ? 2 * p.dilation_h : 0) : 1;
+  const bool evenly = pairs && p.border == Border::zeros;
+  tiling.packed_step = evenly ? std::gcd(p.stride_h, p.kernel_h > 2 ? 2 * p.dilation_h : 0) : 1;
   tiling.packed_rows = ceil_div(packed_rows(p, tiling.height), tiling.packed_step);
   tiling.vectors = ceil_div(tiling.tile_rows * tiling.tile_columns, tiling.lanes);
   tiling.tiles = ceil_div(tiling.height, tiling.tile_rows) * ceil_div(p.out_w, tiling.tile_columns);
   tiling.tile_floats = tiling.vectors * tiling.lanes * depth;
+  if (p.border == Border::shift) {
+    set_runs(p, tiling.tile_columns, tables);
+    tiling.runs = tables.runs.data(), tiling.tile_runs = tables.tile_runs.data();
+  }
   // Its sum has another order: only where the number of threads does not change the tiles.
   const bool one_strip = p.out_h * p.out_w < 2 * min_strip_pixels;
   if (pairs && one_strip && depth >= 2 * tiling.lanes && depth % tiling.lanes == 0) {
@@ -122,7 +142,7 @@ ChannelsTiling make_channels_tiling(const SpanProblem& problem, const SpanBuffer
 double backward_bytes(const SpanProblem& problem, int64_t height) {
   const Problem& p = problem.involution;
   const double halo = double(p.dilation_h * (p.kernel_h - 1));
-  const double x = double(packed_rows(p, height)) * double(packed_columns(p) + p.stride_w * 32);
+  const double x = double(packed_rows(p, height)) * double(sliding_columns(p) + p.stride_w * 32);
   const double grad_x = std::min(double(p.in_h), double(height * p.stride_h) + halo) * double(p.in_w);
   const double rows = 3 * double(height) + 2 * halo / double(p.stride_h);
   return 4 * ((x + grad_x) * double(blocks_of(p) * block_channels) +
@@ -144,17 +164,30 @@ std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
   count = ceil_div(p.out_h, rows);
 
   std::vector<BackwardStrip> strips;
-  // Rows of X are dealt out by the middle tap.
+  const Axis<int64_t> axis = rows_of(p);
+  const bool shift = p.border == Border::shift;
+  // Rows of X are dealt out by the middle tap, of windows that shift by the pixel that they belong to.
+  const int64_t middle = shift ? 0 : reach / 2 - p.padding_h;
   const auto first_input = [&](int64_t strip) {
     if (strip == 0) return int64_t{0};
-    return strip == count ? p.in_h
-                          : std::clamp<int64_t>(strip * rows * p.stride_h - p.padding_h + reach / 2, 0, p.in_h);
+    return strip == count ? p.in_h : std::clamp<int64_t>(strip * rows * p.stride_h + middle, 0, p.in_h);
   };
   for (int64_t i = 0; i < count; ++i) {
-    BackwardStrip strip{i * rows, std::min((i + 1) * rows, p.out_h), first_input(i), first_input(i + 1), 0, 0};
-    const int64_t first = ceil_div(std::max<int64_t>(0, strip.in_begin + p.padding_h - reach), p.stride_h);
+    BackwardStrip strip{i * rows, std::min((i + 1) * rows, p.out_h), first_input(i), first_input(i + 1), 0, 0, 0, 0};
+    // A window that shifts has its pixel inside, and so reaches no further than to one side or the other.
+    const int64_t before = shift ? -reach : p.padding_h - reach, after = shift ? reach : p.padding_h;
+    const int64_t first = ceil_div(std::max<int64_t>(0, strip.in_begin + before), p.stride_h);
     strip.first = std::min(strip.begin, first);
-    strip.last = std::max(strip.end, std::min(p.out_h, (strip.in_end - 1 + p.padding_h) / p.stride_h + 1));
+    strip.last = std::max(strip.end, std::min(p.out_h, (strip.in_end - 1 + after) / p.stride_h + 1));
+    if (shift) {
+      while (strip.first < strip.begin && axis.first(strip.first) + reach < strip.in_begin) ++strip.first;
+      while (strip.last > strip.end && axis.first(strip.last - 1) >= strip.in_end) --strip.last;
+    }
+    strip.x_begin = strip.x_end = axis.first(strip.begin);
+    for (int64_t row = strip.begin; row < strip.end; ++row) {
+      strip.x_begin = std::min(strip.x_begin, axis.first(row));
+      strip.x_end = std::max(strip.x_end, axis.first(row) + reach + 1);
+    }
     strips.push_back(strip);
   }
   return strips;
@@ -205,6 +238,14 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   for (int64_t j = 0; j < p.kernel_w; ++j)
     tables.tap_offset.push_back(p.dilation_w * j % p.stride_w * tiling.x_phase + p.dilation_w * j / p.stride_w);
   tiling.tap_offset = tables.tap_offset.data();
+  if (p.border == Border::shift) {
+    const int64_t lanes = kernels.vector_bytes / 4;
+    set_runs(p, backward_columns, tables);
+    append_vectors(columns_of(p), lanes, tables.vectors);
+    tiling.runs = tables.runs.data(), tiling.tile_runs = tables.tile_runs.data();
+    tiling.vectors = tables.vectors.data();
+    tiling.problem.involution.padding_w = p.kernel_w / 2 * p.dilation_w;
+  }
 
   int64_t at = 0;
   const auto take = [&](bool wanted, int64_t floats) {

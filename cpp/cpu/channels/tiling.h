@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/shift.h"
 #include "pyinvolution/problem.h"
 
 namespace pyinvolution::cpu {
@@ -59,7 +60,10 @@ struct ChannelsTiling {
   int64_t packed_columns;  // of a row
   int64_t vectors;         // of pixels in a tile
   int64_t tiles;           // of a strip
-  int64_t tile_floats;     // of R, of a tile
+  // With a border that shifts: the columns of the i-th tile of a row are the runs [tile_runs[i], tile_runs[i + 1]).
+  const WindowRun* runs;
+  const int64_t* tile_runs;
+  int64_t tile_floats;  // of R, of a tile
 
   // A layer: R is computed in slices of channels for each tile, by a first round of tasks where chunks share it.
   bool layer;
@@ -73,9 +77,15 @@ struct ChannelsTiling {
   int64_t scratch_bytes;
 };
 
-// The tiling of a forward pass for vectors of `vector_bytes`, or for pairs of bfloat16.
+// The memory that tilings point to; see ColumnsTables.
+struct WindowTables {
+  std::vector<WindowRun> runs;
+  std::vector<int64_t> tile_runs;
+};
+
+// The tiling of a forward pass for vectors of `vector_bytes`, or for pairs of bfloat16. `tables` must outlive it.
 ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, const void* w, int64_t vector_bytes,
-                                    bool pairs, int threads);
+                                    bool pairs, int threads, WindowTables& tables);
 
 // Backward: a task is some strips of images (a part) and some groups (a chunk). Each part has its own sums of grad_S
 // and grad_b and each chunk its own of grad_R; a second round of tasks adds them up. The numbers of parts and chunks
@@ -93,8 +103,9 @@ constexpr int64_t gradient_pitch = tile_pixels + 32;
 // A strip computes the gradients of W of the output rows [begin, end), and of X those of the rows [in_begin, in_end).
 // The latter come from the output rows [first, last), which include rows of its neighbours: their weights are computed
 // twice.
+// Its gradients of W read the rows [x_begin, x_end) of X, or of the padding around it.
 struct BackwardStrip {
-  int64_t begin, end, in_begin, in_end, first, last;
+  int64_t begin, end, in_begin, in_end, first, last, x_begin, x_end;
 };
 
 struct BackwardTiling {
@@ -127,6 +138,13 @@ struct BackwardTiling {
   int64_t grad_x_rows;        // most rows of X of a strip
   const int64_t* tap_offset;  // [kw] in a channel
 
+  // With a border that shifts, which only windows do that slide by a column (stride_w = 1): the runs of a tile's columns
+  // as in ChannelsTiling, and the vectors of a row of the output. In the middle of a row windows lie as with a padding of
+  // half a window, and that is `problem`'s padding_w here.
+  const WindowRun* runs;
+  const int64_t* tile_runs;
+  const ShiftedVector* vectors;
+
   // In floats from the start of a task's scratch memory.
   int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, dense_at,
       span_across_at, rounded_at, rounded_across_at, grad_weights_at, grad_y_at, grad_y_across_at, staging_at;
@@ -144,9 +162,10 @@ struct BackwardTiling {
 };
 
 // The memory that a tiling points to; see ColumnsTables.
-struct BackwardTables {
+struct BackwardTables : WindowTables {
   std::vector<BackwardStrip> strips;
   std::vector<int64_t> tap_offset;
+  std::vector<ShiftedVector> vectors;
 };
 
 // `tables` must outlive the tiling.

@@ -13,7 +13,7 @@ constexpr int64_t max_row_bytes = 4 * 1024 * 1024;
 constexpr int64_t min_group_channels = 8;
 
 Refusal common_refusal(const Problem& p) {
-  if (const Refusal reason = window_refusal(p)) return reason;
+  if (p.upsample_h != 1 || p.upsample_w != 1) return needs("an upsampling of 1", p.upsample_h, p.upsample_w);
   if (p.dtype == DType::f64)
     return needs("float32, float16 or bfloat16 (it accumulates in float32)", to_string(p.dtype));
   if (p.group_channels() < min_group_channels) return needs("at least 8 channels per group", p.group_channels());
@@ -35,7 +35,8 @@ void run_forward(const SpanProblem& problem, const SpanBuffers& buffers, const v
   const Execution where = execution_for(work, execution);
   const CpuKernels& kernels = current_kernels();
   const bool pairs = kernels.bfloat16_pairs && p.dtype == DType::bf16;
-  ChannelsTiling tiling = make_channels_tiling(problem, buffers, w, kernels.vector_bytes, pairs, where.threads);
+  WindowTables tables;
+  ChannelsTiling tiling = make_channels_tiling(problem, buffers, w, kernels.vector_bytes, pairs, where.threads, tables);
   if (tiling.shared_bytes > 0) tiling.shared = static_cast<float*>(scratch(tiling.shared_bytes, Scratch::call));
   const auto task = [&](bool reduce) {
     return [&tiling, &kernels, reduce](int64_t index) {
@@ -66,6 +67,8 @@ void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const 
 Refusal channels_refusal(const Problem& p, Pass pass) {
   if (const Refusal reason = common_refusal(p)) return reason;
   if (pass == Pass::forward) return {};
+  if (p.border == Border::shift && p.stride_w != 1)
+    return needs("a horizontal stride of 1 where the border shifts", p.stride_w);
   if (p.out_h == 0 || p.out_w == 0) return needs("an output with pixels", p.out_h, p.out_w);
   SpanProblem span{};
   span.involution = p;
@@ -86,6 +89,7 @@ void channels_run(const Problem& problem, Pass pass, const Buffers& buffers, con
 }
 
 Refusal fused_refusal(const SpanProblem& problem, SpanOp op) {
+  if (const Refusal reason = window_refusal(problem.involution)) return reason;
   if (const Refusal reason = common_refusal(problem.involution)) return reason;
   if (problem.reduced < 1) return needs("at least 1 reduced channel", problem.reduced);
   if (problem.reduced > 4096) return needs("at most 4096 reduced channels", problem.reduced);

@@ -200,15 +200,20 @@ struct ColumnsRun {
 
   const ColumnsTiling& tiling;
   const Problem& p;
+  const Axis<int64_t> row_axis;
+  const bool shift;
   int64_t n, first_group, groups, begin, end;  // rows of the strip: of Y, or of X for grad_input
   int64_t group;                               // channels of one
+  int64_t x_begin, x_end;                      // rows of X, or of padding, that a strip of Y reads
   A* packed;
   A* sums;     // of Y or grad_input; or grad_output
   A* weights;  // of a row, or of a block or strip of grad_weight
   A* staging;
+  A* row_memory;  // [channels] rows of X before they shift, or of grad_input whose phases are joined
   void* list_memory;
 
-  ColumnsRun(const ColumnsTiling& columns, int64_t task, void* scratch) : tiling(columns), p(columns.problem) {
+  ColumnsRun(const ColumnsTiling& columns, int64_t task, void* scratch)
+      : tiling(columns), p(columns.problem), row_axis(rows_of(p)), shift(p.border == Border::shift) {
     const int64_t rows = tiling.pass == Pass::grad_input ? p.in_h : p.out_h;
     begin = task % tiling.strips * tiling.height;
     end = min(begin + tiling.height, rows);
@@ -221,7 +226,16 @@ struct ColumnsRun {
     sums = reinterpret_cast<A*>(memory + tiling.sums_at);
     weights = reinterpret_cast<A*>(memory + tiling.weights_at);
     staging = reinterpret_cast<A*>(memory + tiling.staging_at);
+    row_memory = reinterpret_cast<A*>(memory + tiling.row_at);
     list_memory = memory + tiling.list_at;
+    if (tiling.pass == Pass::grad_input) return;
+    x_begin = row_axis.first(begin);
+    int64_t last = row_axis.first(end - 1);
+    for (int64_t row = begin; shift && row < end; ++row) {
+      x_begin = min(x_begin, row_axis.first(row));
+      last = max(last, row_axis.first(row));
+    }
+    x_end = last + p.dilation_h * (p.kernel_h - 1) + 1;
   }
 
   T* x_row(int64_t c, int64_t h) const {
@@ -255,6 +269,7 @@ struct ColumnsRun {
   void pack_row(const T* from, const T* last, int64_t channel_stride, int64_t column_stride, int64_t channels,
                 int64_t columns, A* to) const {
     const int64_t pitch = tiling.packed_channel;
+    if (tiling.vector_count > 0) return pack_shifted(from, channel_stride, column_stride, channels, columns, to);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t s = 0; s < tiling.segment_count; ++s) {
         const Segment& segment = tiling.segments[s];
@@ -273,6 +288,54 @@ struct ColumnsRun {
           clear_over(row + after, segment.count - after);
         } else {
           pack_apart(segment, from, channel_stride, column_stride, channels, columns, c, to + segment.at);
+        }
+      }
+  }
+  // The same where the border shifts: the columns of each tap, whose vectors are made of those of the row.
+  void pack_shifted(const T* from, int64_t channel_stride, int64_t column_stride, int64_t channels, int64_t columns,
+                    A* to) const {
+    const int64_t pitch = columns + V::lanes;
+    if (column_stride != 1 && channel_stride == 1 && channels > 1) {
+      transpose_in(from, column_stride, columns, channels, row_memory, pitch, staging);
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        if (column_stride == 1)
+          load_run(from + c * channel_stride, columns, row_memory + c * pitch);
+        else
+          for (int64_t v = 0; v < columns; ++v)
+            row_memory[c * pitch + v] = load(from[c * channel_stride + v * column_stride]);
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t v = 0; v < tiling.vector_count; ++v) {
+        const ShiftedVector& vector = tiling.vectors[v];
+        const A* source = row_memory + c * pitch + vector.at;
+        A* target = to + c * tiling.packed_channel + v * V::lanes;
+        const auto pack = [&](const auto& load_at) {
+          for (int64_t j = 0; j < p.kernel_w; ++j)
+            load_at(source + j * p.dilation_w).store(target + tiling.tap_offset[j]);
+        };
+        switch (vector.kind) {
+          case ShiftedVector::neighbours: pack([](const A* at) { return V::load(at); }); break;
+          case ShiftedVector::permuted: {
+            const auto order = V::order(vector.lane);
+            pack([&](const A* at) { return V::load(at).permuted(order); });
+            break;
+          }
+          case ShiftedVector::joined:
+            pack([&](const A* at) {
+              V joined = V::load_range(at, 0, 0, vector.split);
+              joined.value =
+                  joined.value + V::load_range(at + (vector.after - vector.at), 0, vector.split, V::lanes).value;
+              return joined;
+            });
+            break;
+          case ShiftedVector::scattered:
+            pack([&](const A* at) {
+              A lanes[V::lanes];
+              for (int64_t i = 0; i < V::lanes; ++i) lanes[i] = at[vector.lane[i]];
+              return V::load(lanes);
+            });
+            break;
         }
       }
   }
@@ -317,38 +380,51 @@ struct ColumnsRun {
 
   // Rows of X that output rows begin .. end read.
   void pack_input(int64_t first_channel, int64_t channels) const {
-    const int64_t first = begin * p.stride_h - p.padding_h;
     const T* const last = end_of(tiling.buffers.x, p.x_stride, p.in_h, p.in_w);
     const auto pack = [&](int64_t slot, int64_t h) {
       const T* from = h >= 0 && h < p.in_h ? x_row(first_channel, h) : nullptr;
       pack_row(from, last, p.x_stride[1], p.x_stride[3], channels, p.in_w, packed_slot(slot));
     };
     if (tiling.share_rows) {
-      const int64_t rows = (end - begin - 1) * p.stride_h + p.dilation_h * (p.kernel_h - 1) + 1;
-      for (int64_t r = 0; r < rows; ++r) pack(r, first + r);
+      for (int64_t h = x_begin; h < x_end; ++h) pack(h - x_begin, h);
     } else {
-      for (int64_t r = 0; r < end - begin; ++r)
-        for (int64_t i = 0; i < p.kernel_h; ++i) pack(r * p.kernel_h + i, first + r * p.stride_h + i * p.dilation_h);
+      for (int64_t r = 0; r < end - begin; ++r) {
+        const int64_t first = row_axis.first(begin + r);
+        for (int64_t i = 0; i < p.kernel_h; ++i) pack(r * p.kernel_h + i, first + i * p.dilation_h);
+      }
     }
   }
-  const A* packed_input(int64_t row, int64_t i, int64_t j) const {
-    const int64_t r = row - begin;
-    return packed_slot(tiling.share_rows ? r * p.stride_h + i * p.dilation_h : r * p.kernel_h + i) +
-           tiling.tap_offset[j];
+  // Where the first tap row of an output row is.
+  int64_t first_slot(int64_t row) const {
+    return tiling.share_rows ? row_axis.first(row) - x_begin : (row - begin) * p.kernel_h;
+  }
+  const A* packed_input(int64_t slot, int64_t i, int64_t j) const {
+    return packed_slot(slot + (tiling.share_rows ? i * p.dilation_h : i)) + tiling.tap_offset[j];
   }
 
   // The output row whose tap row i reads input row `row`, or -1.
   int64_t reader(int64_t row, int64_t i) const {
     return cpu::reader(row, i, p.stride_h, p.padding_h, p.dilation_h, p.out_h);
   }
+  // Calls body(h) for each output row whose tap row i reads row `row`, where the border shifts.
+  template <class Body>
+  void for_each_reader(int64_t row, int64_t i, const Body& body) const {
+    const Positions<int64_t> positions = tiling.readers[row * p.kernel_h + i];
+    for (int64_t at = positions.begin; at < positions.end; at += positions.step) {
+      const Positions<int64_t> outputs = row_axis.outputs_at(at);
+      for (int64_t h = outputs.begin; h < outputs.end; ++h) body(h);
+    }
+  }
+
   // The first output row that any tap row of the strip can read, and of a flat strip also rows above the image.
   int64_t first_reader() const {
+    // A window that shifts has its pixel inside.
     const int64_t shifted = begin + p.padding_h - p.dilation_h * (p.kernel_h - 1);
     if (tiling.flat) return shifted;
     return shifted <= 0 ? 0 : (shifted + p.stride_h - 1) / p.stride_h;
   }
   int64_t last_reader() const {
-    const int64_t last = (end - 1 + p.padding_h) / p.stride_h;
+    const int64_t last = (end - 1 + (shift ? p.dilation_h * (p.kernel_h - 1) : p.padding_h)) / p.stride_h;
     return tiling.flat || last < p.out_h ? last : p.out_h - 1;
   }
 
@@ -441,14 +517,15 @@ struct ColumnsRun {
   // Adds the tap (i, j) of a row to the list, if it reads or is read by the row. `place` is what a tap row of the list
   // is added to.
   template <class W>
-  void add_forward(TapList<W, A>& list, const W* w, int64_t i, int64_t j, int64_t row) const {
+  void add_forward(TapList<W, A>& list, const W* w, int64_t slot, int64_t i, int64_t j, int64_t row) const {
     // What vectors read past the row is another row, and is not used.
-    list.add(w, packed_input(row, i, j), 0, rows_follow() ? (p.out_h - row) * p.out_w : p.out_w);
+    list.add(w, packed_input(slot, i, j), 0, rows_follow() ? (p.out_h - row) * p.out_w : p.out_w);
   }
   // Whether the rows of a tap of W are a run of memory.
   bool rows_follow() const { return tiling.in_place && p.w_stride[4] == p.out_w; }
   template <class W>
   void add_gather(TapList<W, A>& list, const W* w, int64_t i, int64_t j, int64_t row, int64_t h) const {
+    if (shift) return list.add(w, packed_gradient(row, i, h, j), 0, p.out_w);
     const int64_t first = p.dilation_w * j / p.stride_w - tiling.first_m;
     list.add(w, packed_gradient(row, i, h, j), first, first + p.out_w);
   }
@@ -471,17 +548,24 @@ struct ColumnsRun {
         next = p.w_stride[1] - tap_at(first.i, first.j);
       }
       const int64_t run = (end - begin) * p.w_stride[4];
+      int64_t slot = 0;
       for (int64_t row = begin; row < end; row += step()) {
         if (!gather && row > begin) {
-          const int64_t slots = tiling.share_rows ? p.stride_h : p.kernel_h;
-          list.move(p.w_stride[4], slots * tiling.packed_row, rows_follow() ? -p.out_w : 0);
+          const int64_t next_slot = first_slot(row);
+          list.move(p.w_stride[4], (next_slot - slot) * tiling.packed_row, rows_follow() ? -p.out_w : 0);
+          slot = next_slot;
         } else {
           list.clear();
+          if (!gather) slot = first_slot(row);
         }
         for (int64_t t = block.begin; t < block.end && (gather || row == begin); ++t) {
           const auto [i, j] = tiling.taps[t];
           if (!gather) {
-            add_forward(list, static_cast<const T*>(w_row(g, i, j, row)), i, j, row);
+            add_forward(list, static_cast<const T*>(w_row(g, i, j, row)), slot, i, j, row);
+          } else if (shift) {
+            for_each_reader(row, i, [&, i = i, j = j](int64_t h) {
+              add_gather(list, static_cast<const T*>(w_row(g, i, j, h)), i, j, row, h);
+            });
           } else if (tiling.flat) {
             // Position 0 is the first pixel of the strip.
             const int64_t at = (i * p.dilation_h - p.padding_h - begin) * p.out_w;
@@ -513,7 +597,7 @@ struct ColumnsRun {
 
   void forward_by_pixel(int64_t first_channel, int64_t channels, int64_t row) const {
     TapList<A, A> list{static_cast<Tap<A, A>*>(list_memory), 0, 0, 0};
-    const int64_t width = min(group, channels);
+    const int64_t width = min(group, channels), slot = first_slot(row);
     for (int64_t c = 0; c < channels; c += width) {
       const int64_t g = (first_channel + c) / group;
       pack_weights(g, row);
@@ -521,7 +605,7 @@ struct ColumnsRun {
       list.clear();
       for (int64_t t = 0; t < p.taps(); ++t) {
         const int64_t i = t / p.kernel_w, j = t % p.kernel_w;
-        add_forward(list, static_cast<const A*>(weights + t * tiling.weight_tap), i, j, row);
+        add_forward(list, static_cast<const A*>(weights + t * tiling.weight_tap), slot, i, j, row);
         list.taps[t].shifted += c * tiling.packed_channel;
       }
       add_taps(list, tiling.packed_channel, width, tiling.columns, false, sums_of(row) + c * tiling.sum_channel,
@@ -541,9 +625,10 @@ struct ColumnsRun {
         for (int64_t h = first_reader(); h <= last_reader(); ++h) grad_input_by_pixel(first, channels, h);
       }
       for (int64_t row = begin; row < end; ++row) {
-        const bool joined = p.stride_w == 1 && !tiling.flat;
-        for (int64_t c = 0; c < channels && !joined; ++c) join_phases(row, c, staging + c * p.in_w);
-        unpack_row(joined ? sums_of(row) : staging, joined ? tiling.sum_channel : p.in_w, channels, p.in_w,
+        const bool joined = p.stride_w == 1 && !tiling.by_column;
+        const int64_t pitch = shift ? p.in_w + V::lanes : p.in_w;
+        for (int64_t c = 0; c < channels && !joined; ++c) join_phases(row, c, row_memory + c * pitch);
+        unpack_row(joined ? sums_of(row) : row_memory, joined ? tiling.sum_channel : pitch, channels, p.in_w,
                    x_row(first, row), p.x_stride[1], p.x_stride[3]);
       }
     });
@@ -552,14 +637,14 @@ struct ColumnsRun {
   // What output row h adds to the strip.
   void grad_input_by_pixel(int64_t first_channel, int64_t channels, int64_t h) const {
     TapList<A, A> list{static_cast<Tap<A, A>*>(list_memory), 0, 0, 0};
-    const int64_t width = min(group, channels);
+    const int64_t width = min(group, channels), first = row_axis.first(h);
     for (int64_t c = 0; c < channels; c += width) {
       const int64_t g = (first_channel + c) / group;
       pack_weights(g, h);
       prefetch_weights(g + 1, h);
       for (int64_t f = 0; f < tiling.phase_count; ++f)
         for (int64_t t = tiling.phase_begin[f]; t < tiling.phase_begin[f + 1];) {
-          const int64_t i = tiling.taps[t].i, row = h * p.stride_h - p.padding_h + i * p.dilation_h;
+          const int64_t i = tiling.taps[t].i, row = first + i * p.dilation_h;
           list.clear();
           for (; t < tiling.phase_begin[f + 1] && tiling.taps[t].i == i; ++t) {
             if (row < begin || row >= end) continue;
@@ -577,6 +662,7 @@ struct ColumnsRun {
   // A row of grad_input from the sums of its phases.
   void join_phases(int64_t row, int64_t c, A* to) const {
     const A* from = sums_of(row) + c * tiling.sum_channel;
+    if (shift) return join_shifted(from, to);
     if (tiling.flat && p.stride_w == 1) {  // a phase is a tap column j: position v is column v + d j - padding
       for (int64_t q = 0; q < p.in_w; q += V::lanes) {
         V sum = V::zero();
@@ -605,14 +691,49 @@ struct ColumnsRun {
     }
   }
 
+  // The same where the border shifts. Runs that are added to the same columns are added to each other first. `to` has room
+  // for a vector past the row.
+  void join_shifted(const A* from, A* to) const {
+    for (int64_t q = 0; q < p.in_w + V::lanes; q += V::lanes)
+      V::zero().store(to + (q + V::lanes <= p.in_w + V::lanes ? q : p.in_w));
+    const WindowRun* const end = tiling.runs + tiling.run_count;
+    for (int64_t j = 0; j < p.kernel_w; ++j, from += tiling.sum_phase, to += p.dilation_w)
+      for (const WindowRun* run = tiling.runs; run != end;) {
+        if (run->slope == 0) {
+          A sum = 0;
+          for (int64_t i = 0; i < run->count; ++i) sum += from[run->column + i];
+          to[run->first] += sum;
+          ++run;
+          continue;
+        }
+        if (run->slope != 1) {
+          for (int64_t i = 0; i < run->count; ++i) to[run->first + i * run->slope] += from[run->column + i];
+          ++run;
+          continue;
+        }
+        const WindowRun* last = run + 1;
+        for (; last != end && last->first == run->first && last->slope == 1 && last->count <= run->count;) ++last;
+        for (int64_t m = 0; m < run->count; m += V::lanes) {
+          V sum = V::zero();
+          for (const WindowRun* other = run; other != last; ++other)
+            sum.value = sum.value + V::load_range(from + other->column, m, 0, other->count).value;
+          A* at = to + run->first + m;
+          sum.value = sum.value + V::load(at).value;
+          sum.store(at);
+        }
+        run = last;
+      }
+  }
+
   // --- grad_weight: sums over channels
 
   // A block's taps of a row (of a flat strip, all rows).
   void grad_weight_block(const TapBlock& block, int64_t c, int64_t channels, int64_t row, bool accumulate,
                          A* to) const {
     const A* shifted[max_block_taps];
+    const int64_t slot = first_slot(row);
     for (int64_t t = block.begin; t < block.end; ++t)
-      shifted[t - block.begin] = packed_input(row, tiling.taps[t].i, tiling.taps[t].j) + c * tiling.packed_channel;
+      shifted[t - block.begin] = packed_input(slot, tiling.taps[t].i, tiling.taps[t].j) + c * tiling.packed_channel;
     const A* grad = sums_of(row) + c * tiling.sum_channel;
     switch (block.end - block.begin) {
 #define PYINVOLUTION_CASE(taps)                                                                                   \

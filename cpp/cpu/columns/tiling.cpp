@@ -4,12 +4,15 @@
 
 #include "cpu/arithmetic.h"
 #include "cpu/tasks.h"
+#include "pyinvolution/axis.h"
 
 namespace pyinvolution::cpu {
 namespace {
 
 // Half of a typical L2 cache, so that a strip's packed rows and sums stay there while W passes by.
 constexpr int64_t strip_bytes = 256 * 1024;
+// Where the border shifts a row is packed, or summed, for each tap column: lower strips would pack most rows again.
+constexpr int64_t shifted_strip_bytes = 768 * 1024;
 constexpr int64_t max_chunk = 16;
 // Up to these numbers a strip is one long row even if its rows fill vectors well (measured).
 constexpr int64_t flat_columns = 128, flat_copies = 8, flat_sums = 32;
@@ -78,18 +81,35 @@ void set_flat_row(const Problem& p, bool gather, int64_t long_row, ColumnsTables
   }
 }
 
+// Where the border shifts: a row for each tap column, but of gradients, which are not shifted by columns, only one. Returns
+// its width.
+int64_t set_shifted_row(const Problem& p, bool gather, int64_t padded, int64_t lanes, ColumnsTables& tables) {
+  tables.tap_offset.assign(size_t(p.kernel_w), 0);
+  if (gather) {
+    tables.segments.push_back({0, 0, padded, 1});
+    if (!tables.runs.empty()) return padded;
+    append_neighbours(columns_of(p), 0, p.out_w, tables.runs);
+    for (int64_t row = 0; row < p.in_h; ++row)
+      for (int64_t i = 0; i < p.kernel_h; ++i) tables.readers.push_back(rows_of(p).readers(row - i * p.dilation_h));
+    return padded;
+  }
+  for (int64_t j = 0; j < p.kernel_w; ++j) tables.tap_offset[size_t(j)] = j * padded;
+  if (tables.vectors.empty()) append_vectors(columns_of(p), lanes, tables.vectors);
+  return p.kernel_w * padded;
+}
+
 // Blocks of whole tap rows, or where a row has too many taps equal parts of it.
-void set_taps(const Problem& p, bool gather, bool flat, int64_t most, ColumnsTables& tables) {
+void set_taps(const Problem& p, bool gather, bool by_column, int64_t most, ColumnsTables& tables) {
   if (!gather) {
     tables.phases.push_back(0);
   } else {
-    const int64_t count = flat ? p.kernel_w : std::min(p.stride_w, p.in_w);
-    for (int64_t f = 0; f < count; ++f) tables.phases.push_back(flat ? f : (p.padding_w + f) % p.stride_w);
+    const int64_t count = by_column ? p.kernel_w : std::min(p.stride_w, p.in_w);
+    for (int64_t f = 0; f < count; ++f) tables.phases.push_back(by_column ? f : (p.padding_w + f) % p.stride_w);
   }
   tables.phase_begin.push_back(0);
   for (int64_t f = 0; f < int64_t(tables.phases.size()); ++f) {
     const auto belongs = [&](int64_t j) {
-      return !gather || (flat ? j : p.dilation_w * j % p.stride_w) == tables.phases[size_t(f)];
+      return !gather || (by_column ? j : p.dilation_w * j % p.stride_w) == tables.phases[size_t(f)];
     };
     for (int64_t i = 0; i < p.kernel_h; ++i)
       for (int64_t j = 0; j < p.kernel_w; ++j)
@@ -110,6 +130,11 @@ void set_taps(const Problem& p, bool gather, bool flat, int64_t most, ColumnsTab
 // How many packed rows a strip of `height` needs when neighbours share them.
 int64_t shared_rows(const Problem& p, bool gather, bool flat, int64_t height) {
   const int64_t reach = p.dilation_h * (p.kernel_h - 1);
+  if (p.border == Border::shift) {
+    // A window has its pixel inside, and those of neighbours begin less than a dilation apart more than these are.
+    if (gather) return std::min((height - 1 + 2 * reach) / p.stride_h + 1, p.out_h);
+    return std::min(p.in_h, std::max((height - 1) * p.stride_h, height > 1 ? p.dilation_h - 1 : 0) + reach + 1);
+  }
   if (gather && !flat) return std::min((height - 1 + reach) / p.stride_h + 1, p.out_h);
   return (height - 1) * p.stride_h + reach + 1;
 }
@@ -129,8 +154,9 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   const int64_t group = p.group_channels(), rows = gather ? p.in_h : p.out_h;
 
   tiling.in_place = p.w_stride[5] == 1;
-  tiling.first_m = gather ? p.padding_w / p.stride_w : 0;
-  tiling.columns = gather ? (p.padding_w + p.in_w - 1) / p.stride_w - tiling.first_m + 1 : p.out_w;
+  const bool shift = p.border == Border::shift, sliding = gather && !shift;
+  tiling.first_m = sliding ? p.padding_w / p.stride_w : 0;
+  tiling.columns = sliding ? (p.padding_w + p.in_w - 1) / p.stride_w - tiling.first_m + 1 : p.out_w;
   const int64_t padded = round_up(tiling.columns, lanes);
   const int64_t w_bytes = p.batch * p.groups * p.taps() * p.out_h * p.out_w * stored;
   tiling.past_cache = pass == Pass::grad_weight && tiling.in_place && w_bytes > past_cache_bytes;
@@ -148,14 +174,15 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   const int64_t copies = p.kernel_w * tiling.chunk;
   const int64_t image = p.in_h + p.kernel_h;
   const bool near = p.stride_h <= image && shared_rows(p, gather, true, std::max<int64_t>(1, rows)) <= 4 * image;
-  tiling.flat = near && tiling.in_place && (p.stride_h == 1 || !gather) && p.w_stride[4] == p.out_w &&
+  tiling.flat = near && !shift && tiling.in_place && (p.stride_h == 1 || !gather) && p.w_stride[4] == p.out_w &&
                 p.out_h * p.out_w > 0 &&
                 (5 * p.out_w < 4 * round_up(p.out_w, lanes) ||
                  (p.out_w < flat_columns && copies <= (gather ? flat_sums : flat_copies)));
 
   // As long as W is in the cache, there is no memory to follow, and fewer blocks load and store fewer sums.
   tiling.cached = w_bytes <= past_cache_bytes && pass != Pass::grad_weight;
-  set_taps(p, gather, tiling.flat, tiling.cached ? p.taps() : max_block_taps, tables);
+  tiling.by_column = gather && (tiling.flat || shift);
+  set_taps(p, gather, tiling.by_column, tiling.cached ? p.taps() : max_block_taps, tables);
   tiling.phase_count = int64_t(tables.phases.size());
   int64_t most_taps = 0;
   for (const TapBlock& block : tables.blocks) most_taps = std::max(most_taps, block.end - block.begin);
@@ -165,7 +192,7 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
     tables.segments.clear();
     tiling.height = height;
     const int64_t shared = shared_rows(p, gather, tiling.flat, height);
-    tiling.share_rows = tiling.flat || shared <= height * p.kernel_h;
+    tiling.share_rows = tiling.flat || (shift && gather) || shared <= height * p.kernel_h;
     tiling.packed_rows = tiling.share_rows ? shared : height * p.kernel_h;
     int64_t packed;
     if (tiling.flat) {
@@ -179,8 +206,9 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
       tiling.sum_channel = round_up(height * p.out_w, lanes);
       tiling.sum_phase = tiling.chunk * tiling.sum_channel;
     } else {
-      tiling.packed_channel =
-          gather ? set_gathered_row(p, padded, tiling.first_m, tables) : set_strided_row(p, padded, tables);
+      tiling.packed_channel = shift    ? set_shifted_row(p, gather, padded, lanes, tables)
+                              : gather ? set_gathered_row(p, padded, tiling.first_m, tables)
+                                       : set_strided_row(p, padded, tables);
       tiling.packed_row = tiling.chunk * tiling.packed_channel;
       packed = tiling.packed_rows * tiling.packed_row;
       tiling.sum_channel = padded;
@@ -205,14 +233,17 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
       tiling.weight_tap = round_up(p.out_w, lanes);
       weights = p.taps() * tiling.weight_tap;
     }
-    // A vector of pixels on their way to another order, or rows of grad_input whose phases are joined.
-    const int64_t staging =
-        std::max(lanes * round_up(std::max(p.taps(), tiling.chunk), 4), gather ? tiling.chunk * p.in_w : 0);
+    // A vector of pixels on their way to another order; rows of X before they shift, or of grad_input whose phases are
+    // joined.
+    const int64_t row = p.in_w + (shift ? lanes : 0);
+    const int64_t staging = lanes * round_up(std::max(p.taps(), tiling.chunk), 4);
     tiling.sums_at = round_up((packed + lanes) * bytes, 64);
     tiling.weights_at = tiling.sums_at + round_up((sums + lanes) * bytes, 64);
     tiling.staging_at = tiling.weights_at + round_up((weights + lanes) * bytes, 64);
-    tiling.list_at = tiling.staging_at + round_up((staging + lanes) * bytes, 64);
-    tiling.scratch_bytes = tiling.list_at + 32 * std::max(most_taps, p.taps());
+    tiling.row_at = tiling.staging_at + round_up((staging + lanes) * bytes, 64);
+    tiling.list_at = tiling.row_at + round_up((gather || shift ? tiling.chunk * row : 0) * bytes, 64);
+    // Where the border shifts, a row of X is read by up to two windows' worth of rows of Y.
+    tiling.scratch_bytes = tiling.list_at + 32 * std::max({most_taps, p.taps(), 2 * p.kernel_h});
   };
 
   const int64_t chunks = p.batch * tiling.group_chunks;
@@ -230,7 +261,7 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
     set_height(middle);
-    if (tiling.scratch_bytes <= strip_bytes)
+    if (tiling.scratch_bytes <= (shift ? shifted_strip_bytes : strip_bytes))
       low = middle;
     else
       high = middle - 1;
@@ -240,6 +271,9 @@ ColumnsTiling make_columns_tiling(const Problem& p, Pass pass, const Buffers& bu
 
   tiling.segments = tables.segments.data(), tiling.segment_count = int64_t(tables.segments.size());
   tiling.tap_offset = tables.tap_offset.data();
+  tiling.vectors = tables.vectors.data(), tiling.vector_count = int64_t(tables.vectors.size());
+  tiling.runs = tables.runs.data(), tiling.run_count = int64_t(tables.runs.size());
+  tiling.readers = tables.readers.data();
   tiling.taps = tables.taps.data();
   tiling.blocks = tables.blocks.data(), tiling.block_count = int64_t(tables.blocks.size());
   tiling.phases = tables.phases.data(), tiling.phase_begin = tables.phase_begin.data();

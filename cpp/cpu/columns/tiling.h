@@ -27,6 +27,10 @@
 // that a shift by whole rows is a shift of the long row. grad_input then keeps a sum for each tap column, and adds them
 // where the result is written.
 //
+// A border that shifts bends rows, so that the taps of a row no longer share a run of packed columns: each has its own,
+// whose vectors are loads of the row of X with their lanes in another order. grad_input keeps a sum for each tap column,
+// as in a flat strip. Strips are never flat.
+//
 // Arithmetic takes a load for each FMA, and one of W for each tap. A sum runs over taps (or channels) in an order that
 // depends only on the problem, so that every number of threads and every height of strips gives the same bits.
 #pragma once
@@ -34,6 +38,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/shift.h"
 #include "pyinvolution/problem.h"
 
 namespace pyinvolution::cpu {
@@ -76,6 +81,13 @@ struct ColumnsTiling {
   const Segment* segments;             // how a row is packed
   int64_t segment_count;
   const int64_t* tap_offset;  // [kw] where a tap's first column is in a packed row
+  // Where the border shifts a row is packed by the vectors of a row of Y. grad_input is joined by its runs, and a row of
+  // it is a sum of what `readers`, [in_h][kernel_h], have.
+  const ShiftedVector* vectors;
+  int64_t vector_count;
+  const WindowRun* runs;
+  int64_t run_count;
+  const Positions<int64_t>* readers;
 
   // Rows of sums (of Y or grad_input), or of grad_output for grad_weight: unshifted, from a vector's beginning.
   int64_t columns;   // that vectors cover in a row: out_w, or for grad_input the positions m of one phase
@@ -84,7 +96,8 @@ struct ColumnsTiling {
 
   // The taps in the order of sums, by phase, then row, then column. Only in grad_input is there more than one phase:
   // columns q = s * m + phase - padding, m = first_m ..., are read by the taps with d * j = phase mod s; in a flat
-  // strip a phase is a tap column.
+  // strip, or where the border shifts, a phase is a tap column (`by_column`).
+  bool by_column;
   const TapIndex* taps;
   const TapBlock* blocks;
   int64_t block_count;
@@ -97,7 +110,7 @@ struct ColumnsTiling {
   int64_t weight_row, weight_tap;  // distances of rows and of taps
 
   // In bytes from the start of a task's scratch memory; the packed rows are at 0.
-  int64_t sums_at, weights_at, staging_at, list_at;
+  int64_t sums_at, weights_at, staging_at, row_at, list_at;
   int64_t scratch_bytes;
 };
 
@@ -105,6 +118,9 @@ struct ColumnsTiling {
 // processor, could become the copy that the linker keeps for all.
 struct ColumnsTables {
   std::vector<Segment> segments;
+  std::vector<ShiftedVector> vectors;
+  std::vector<WindowRun> runs;
+  std::vector<Positions<int64_t>> readers;
   std::vector<int64_t> tap_offset, phases, phase_begin;
   std::vector<TapIndex> taps;
   std::vector<TapBlock> blocks;

@@ -5,7 +5,10 @@
 
 namespace pyinvolution::cpu {
 
-Refusal columns_refusal(const Problem& p, Pass) { return window_refusal(p); }
+Refusal columns_refusal(const Problem& p, Pass) {
+  if (p.upsample_h != 1 || p.upsample_w != 1) return needs("an upsampling of 1", p.upsample_h, p.upsample_w);
+  return {};
+}
 
 void columns_run(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
   const CpuKernels& kernels = current_kernels();

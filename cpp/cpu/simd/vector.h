@@ -105,6 +105,40 @@ struct Vector {
     return v;
   }
 
+  // Numbers of lanes.
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Number;
+  typedef Number Order __attribute__((vector_size(VECTOR_BYTES)));
+  [[gnu::always_inline]] static Order order(const int32_t* lane, int32_t plus = 0) {
+    Order numbers;
+    for (int64_t i = 0; i < lanes; ++i) numbers[i] = lane[i] + plus;
+    return numbers;
+  }
+  // Lane i is lane order[i] of this one.
+  [[gnu::always_inline]] Vector permuted(const Order& order) const {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+      return {(Lanes)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)order, (__m512)value)};
+    else
+      return {(Lanes)_mm512_maskz_permutexvar_pd(0xff, (__m512i)order, (__m512d)value)};
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) return {(Lanes)_mm256_permutevar8x32_ps((__m256)value, (__m256i)order)};
+#endif
+    Vector v;
+    for (int64_t i = 0; i < lanes; ++i) v.value[i] = value[order[i]];
+    return v;
+  }
+  // Lane i is lane order[i] of `low`, or if that is past its last one of `high`.
+  [[gnu::always_inline]] static Vector permuted(const Vector& low, const Vector& high, const Order& order) {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+      return {(Lanes)_mm512_permutex2var_ps((__m512)low.value, (__m512i)order, (__m512)high.value)};
+#endif
+    Vector v;
+    for (int64_t i = 0; i < lanes; ++i)
+      v.value[i] = order[i] < lanes ? low.value[order[i]] : high.value[order[i] - lanes];
+    return v;
+  }
+
   // Of a 16-bit type, converted.
   template <class T>
   static Vector load(const T* from) {
