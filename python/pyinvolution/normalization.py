@@ -33,7 +33,8 @@ def norm_relu(norm: nn.Module, activation: nn.Module, input: Tensor, residual: T
         return _run(norm, input, residual)
     output = norm(input)
     if residual is not None:
-        output += residual
+        # Not `+=`, which torch.fx would trace as a sum in new memory.
+        output = output.add_(residual)
     return activation(output)
 
 

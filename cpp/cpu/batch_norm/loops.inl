@@ -214,9 +214,8 @@ void batch_norm_rows(const BatchNormTiling& t, BatchNormStep step, int64_t task)
   float* second = partial + t.tasks * t.channels;
   if (step == BatchNormStep::moments) return moments_of_rows(t, p.x, pixels, partial, second);
   if (step == BatchNormStep::sums) return sums_of_rows(t, p, pixels, partial, second);
-  // A row at a time keeps to the order of memory; where registers hold the parameters of a whole row, they stay there.
-  const int64_t rows = t.channels <= norm_vectors * Floats::lanes ? pixels : 1;
-  for (int64_t r = 0; r < pixels; r += rows) {
+  for (int64_t r = 0; r < pixels; r += t.block_pixels) {
+    const int64_t rows = min(t.block_pixels, pixels - r);
     if (step == BatchNormStep::output)
       outputs_of_rows(t, p, r, rows);
     else
