@@ -5,6 +5,7 @@
 #include "cpu/arithmetic.h"
 #include "cpu/batch_norm/tiling.h"
 #include "cpu/simd/convert.h"
+#include "cpu/simd/dtype.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -214,9 +215,27 @@ void batch_norm_rows(const BatchNormTiling& t, BatchNormStep step, int64_t task)
   float* second = partial + t.tasks * t.channels;
   if (step == BatchNormStep::moments) return moments_of_rows(t, p.x, pixels, partial, second);
   if (step == BatchNormStep::sums) return sums_of_rows(t, p, pixels, partial, second);
+  const bool output = step == BatchNormStep::output;
+  if (is_float<T> && t.channels > norm_vectors * Floats::lanes) {
+    // Waits for memory, which is fastest in its own order. (Types of 16 bits wait for conversions.)
+    for (int64_t r = 0; r < pixels; ++r) {
+      const auto vector = [&](int64_t c, auto whole, int64_t count) {
+        constexpr bool W = decltype(whole)::value;
+        const Parameters parameters = parameters_of<W>(t, c, count);
+        const int64_t at = r * t.channels + c;
+        if (output) return put_output<W>(p, at, count, parameters);
+        put_gradient<W>(p, at, count, parameters, load_lanes<W>(t.linear + c, count),
+                        load_lanes<W>(t.constant + c, count));
+      };
+      int64_t c = 0;
+      for (; c + Floats::lanes <= t.channels; c += Floats::lanes) vector(c, std::true_type{}, Floats::lanes);
+      if (c < t.channels) vector(c, std::false_type{}, t.channels - c);
+    }
+    return;
+  }
   for (int64_t r = 0; r < pixels; r += t.block_pixels) {
     const int64_t rows = min(t.block_pixels, pixels - r);
-    if (step == BatchNormStep::output)
+    if (output)
       outputs_of_rows(t, p, r, rows);
     else
       gradients_of_rows(t, p, r, rows);
