@@ -47,6 +47,9 @@ def test_rednet(memory_format: torch.memory_format) -> None:
     torch.testing.assert_close(optimized(x), expected, rtol=1e-4, atol=1e-4)
     # About a third of the launches are left.
     assert not any("norm" in str(node.target) for node in optimized.graph.nodes)
+    # The sums of residual blocks are added in place, as in the model.
+    sums = [node.target for node in optimized.graph.nodes if "add" in str(node.target)]
+    assert sums == ["add_"] * sum(model.layers)
 
 
 def test_compile_has_one_graph() -> None:

@@ -15,6 +15,8 @@ from pyinvolution.normalization import norm_relu
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES = [(2, 64, 9, 11), (3, 17, 5, 7), (2, 5, 40, 41), (4, 130, 14, 14), (1, 3, 97, 301), (2, 1, 6, 6), (5, 40, 1, 1)]
+# In channels_last, few channels are folded: 16 pixels count as one here, then 2, and none where pixels are odd.
+SHAPES += [(16, 4, 6, 6), (3, 24, 4, 5), (1, 8, 7, 9)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ops = torch.ops.pyinvolution
 

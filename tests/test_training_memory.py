@@ -485,6 +485,19 @@ def test_functional_call(grad_checkpointing):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_checkpointed_blocks_run_twice(monkeypatch):
+    """Once forward and once in the backward pass: looking at what a block has saved would run it again."""
+    model, _ = pair(grad_checkpointing=True)
+    blocks = [block for stage in model.stages for block in stage]
+    calls = []
+    forward = Bottleneck.forward
+    monkeypatch.setattr(Bottleneck, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    loss = penalty(model(image()))
+    assert calls == blocks
+    loss.backward()
+    assert sorted(map(blocks.index, calls)) == sorted([*range(len(blocks))] * 2)
+
+
 def test_function_transforms():
     model, twin = pair(torch.float64, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
 

@@ -21,7 +21,8 @@ def norm_relu(norm: nn.Module, activation: nn.Module, input: Tensor, residual: T
     A batch norm that computes statistics and a ReLU, both stock, run as one operator if they run eagerly on a CPU and
     nothing takes part in the computation that the operator does not know: torch moves 9 elements forward and 8 backward
     for each of the input where it moves 4 and 7, without a residual 6 and 8 where it moves 3 and 5. Gradients of every
-    order are those of the modules, results agree but for rounding, and the buffers of ``norm`` are updated as usual.
+    order are those of the modules, results agree but for rounding, and the buffers of ``norm`` are updated as usual. On
+    processors with AVX512-BF16, results in bfloat16 that are subnormal numbers become zeros.
 
     Args:
         norm: a module, called with ``input``.
@@ -33,7 +34,8 @@ def norm_relu(norm: nn.Module, activation: nn.Module, input: Tensor, residual: T
         return _run(norm, input, residual)
     output = norm(input)
     if residual is not None:
-        output += residual
+        # Not `+=`, which torch.fx would trace as a sum in new memory.
+        output = output.add_(residual)
     return activation(output)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN_PARAMETERS = (type(None), torch.Tensor, nn.Parameter)
 _FORWARD: dict[type, Any] = {
     cls: cls.forward for cls in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.AvgPool2d)
 }
@@ -29,12 +29,22 @@ def is_stock(module: object, *classes: type[nn.Module]) -> bool:
         return False
     if has_hooks(module) or "forward" in module.__dict__ or cls.forward is not _FORWARD.get(cls, cls.forward):
         return False
-    return not any(is_traceable_wrapper_subclass(p) for p in module._parameters.values())
+    # Loops and names instead of generators: this is asked for every module of a training step.
+    for parameter in module._parameters.values():
+        if type(parameter) not in _PLAIN_PARAMETERS and is_traceable_wrapper_subclass(parameter):
+            return False
+    return True
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs hooks: its own, or those registered for all modules."""
-    return _has_any_global_hook() or any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        _has_any_global_hook()
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def is_pointwise(module: object) -> bool:

@@ -5,6 +5,7 @@
 #include "cpu/arithmetic.h"
 #include "cpu/batch_norm/tiling.h"
 #include "cpu/simd/convert.h"
+#include "cpu/simd/dtype.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -175,25 +176,69 @@ void sums_of_rows(const BatchNormTiling& t, const Pointers<T>& p, int64_t pixels
   }
 }
 
+// The second pass of rows [first, first + rows).
+template <class T>
+void outputs_of_rows(const BatchNormTiling& t, const Pointers<T>& p, int64_t first, int64_t rows) {
+  for_channels(t.channels, [&](int64_t c, auto vectors, auto whole, int64_t count) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr bool W = decltype(whole)::value;
+    Parameters parameters[V];
+    for (int v = 0; v < V; ++v) parameters[v] = parameters_of<W>(t, c + v * Floats::lanes, count);
+    for (int64_t r = first; r < first + rows; ++r)
+      for (int v = 0; v < V; ++v) put_output<W>(p, r * t.channels + c + v * Floats::lanes, count, parameters[v]);
+  });
+}
+
+template <class T>
+void gradients_of_rows(const BatchNormTiling& t, const Pointers<T>& p, int64_t first, int64_t rows) {
+  for_channels(t.channels, [&](int64_t c, auto vectors, auto whole, int64_t count) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr bool W = decltype(whole)::value;
+    Parameters parameters[V];
+    Floats linear[V], constant[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = c + v * Floats::lanes;
+      parameters[v] = parameters_of<W>(t, at, count);
+      linear[v] = load_lanes<W>(t.linear + at, count), constant[v] = load_lanes<W>(t.constant + at, count);
+    }
+    for (int64_t r = first; r < first + rows; ++r)
+      for (int v = 0; v < V; ++v)
+        put_gradient<W>(p, r * t.channels + c + v * Floats::lanes, count, parameters[v], linear[v], constant[v]);
+  });
+}
+
 template <class T>
 void batch_norm_rows(const BatchNormTiling& t, BatchNormStep step, int64_t task) {
-  const int64_t first = task * t.task_pixels, pixels = min(t.task_pixels, t.batch * t.pixels - first);
+  const int64_t first = task * t.task_pixels, pixels = min(t.task_pixels, t.pixels - first);
   const Pointers<T> p(t, first * t.channels);
   float* partial = t.partial + task * t.channels;
   float* second = partial + t.tasks * t.channels;
   if (step == BatchNormStep::moments) return moments_of_rows(t, p.x, pixels, partial, second);
   if (step == BatchNormStep::sums) return sums_of_rows(t, p, pixels, partial, second);
-  for (int64_t r = 0; r < pixels; ++r) {
-    const auto vector = [&](int64_t c, auto whole, int64_t count) {
-      constexpr bool W = decltype(whole)::value;
-      const Parameters parameters = parameters_of<W>(t, c, count);
-      if (step == BatchNormStep::output) return put_output<W>(p, r * t.channels + c, count, parameters);
-      put_gradient<W>(p, r * t.channels + c, count, parameters, load_lanes<W>(t.linear + c, count),
-                      load_lanes<W>(t.constant + c, count));
-    };
-    int64_t c = 0;
-    for (; c + Floats::lanes <= t.channels; c += Floats::lanes) vector(c, std::true_type{}, Floats::lanes);
-    if (c < t.channels) vector(c, std::false_type{}, t.channels - c);
+  const bool output = step == BatchNormStep::output;
+  if (is_float<T> && t.channels > norm_vectors * Floats::lanes) {
+    // Waits for memory, which is fastest in its own order. (Types of 16 bits wait for conversions.)
+    for (int64_t r = 0; r < pixels; ++r) {
+      const auto vector = [&](int64_t c, auto whole, int64_t count) {
+        constexpr bool W = decltype(whole)::value;
+        const Parameters parameters = parameters_of<W>(t, c, count);
+        const int64_t at = r * t.channels + c;
+        if (output) return put_output<W>(p, at, count, parameters);
+        put_gradient<W>(p, at, count, parameters, load_lanes<W>(t.linear + c, count),
+                        load_lanes<W>(t.constant + c, count));
+      };
+      int64_t c = 0;
+      for (; c + Floats::lanes <= t.channels; c += Floats::lanes) vector(c, std::true_type{}, Floats::lanes);
+      if (c < t.channels) vector(c, std::false_type{}, t.channels - c);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < pixels; r += t.block_pixels) {
+    const int64_t rows = min(t.block_pixels, pixels - r);
+    if (output)
+      outputs_of_rows(t, p, r, rows);
+    else
+      gradients_of_rows(t, p, r, rows);
   }
 }
 
@@ -295,15 +340,6 @@ template <class T>
 void batch_norm(const BatchNormTiling& t, BatchNormStep step, int64_t task) {
   if (t.channels_last) return batch_norm_rows<T>(t, step, task);
   batch_norm_planes<T>(t, step, task);
-}
-
-void batch_norm_task(const BatchNormTiling& t, BatchNormStep step, int64_t task) {
-  switch (t.dtype) {
-    case DType::f32: return batch_norm<float>(t, step, task);
-    case DType::f16: return batch_norm<Half>(t, step, task);
-    case DType::bf16: return batch_norm<BFloat16>(t, step, task);
-    default: break;
-  }
 }
 
 }  // namespace

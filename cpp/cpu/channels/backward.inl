@@ -492,25 +492,41 @@ struct BackwardRun {
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
   }
 
-  // Asks for what group g reads and writes at an output row, while the group before it is computed.
-  void prefetch(int64_t n, int64_t g, int64_t row, const BackwardStrip& strip) const {
-    const int64_t channels = p.group_channels(), c = g * channels;
-    prefetch_pixels(
-        static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
-        p.y_stride[1], channels, p.y_stride[3], p.out_w);
+  // What is computed after a group of a strip: the next group, or the first one of the next strip.
+  struct Following {
+    int64_t n, g;
+    const BackwardStrip* strip;
+    bool begins;  // a strip, whose R is read, too
+  };
+
+  // Asks for the i-th of `of` parts of what it reads and writes, while the group before it is computed.
+  void prefetch(const Following& next, int64_t i, int64_t of) const {
+    const BackwardStrip& strip = *next.strip;
+    const int64_t n = next.n, g = next.g, channels = p.group_channels(), c = g * channels;
+    const auto rows = [&](int64_t begin, int64_t end, const auto& body) {
+      for (int64_t h = begin + (end - begin) * i / of; h < begin + (end - begin) * (i + 1) / of; ++h) body(h);
+    };
     const auto image = [&](const void* at, const int64_t (&stride)[4]) {
-      const int64_t rows = strip.in_end - strip.in_begin, first = first_row(strip), of = last_row(strip) - first;
-      const int64_t i = row - first;
-      for (int64_t h = strip.in_begin + rows * i / of; h < strip.in_begin + rows * (i + 1) / of; ++h)
+      rows(strip.in_begin, strip.in_end, [&](int64_t h) {
         prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
                         stride[3], p.in_w);
+      });
     };
     if (want_weights) image(tiling.buffers.x, p.x_stride);
     if (want_x) image(tiling.buffers.grad_x, span.grad_x_stride);
     const void* const weights[] = {tiling.w, tiling.grad_w};
-    for (const void* at : weights)
-      if (at != nullptr)
-        prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
+    rows(first_row(strip), last_row(strip), [&](int64_t row) {
+      prefetch_pixels(
+          static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
+          p.y_stride[1], channels, p.y_stride[3], p.out_w);
+      for (const void* at : weights)
+        if (at != nullptr)
+          prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
+      if (next.begins && span.reduced > 0)
+        prefetch_pixels(
+            static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] + row * span.reduced_stride[2],
+            span.reduced_stride[1], span.reduced, span.reduced_stride[3], p.out_w);
+    });
   }
 
   // --- the products of a tile
@@ -713,7 +729,7 @@ struct BackwardRun {
             const BackwardStrip& strip, const MatrixA& s, Gather gather) const {
     const bool own = first >= strip.begin && first < strip.end;
     const int64_t columns = min(backward_columns, p.out_w - column), taps = p.taps(), count = rows * columns;
-    float* weights = w + backward_margin;
+    float* weights = w + tiling.margin;
     if (want_x && tiling.w == nullptr) multiply_weights(index, column, count, s, rows > 1 ? dense : weights);
     for (int64_t row = first; row < first + rows; ++row) {
       const int64_t pixel = (row - first) * columns, x_first = row_axis.first(row);
@@ -763,12 +779,17 @@ struct BackwardRun {
 
   // --- the task
 
-  void strip(int64_t n, const BackwardStrip& strip) const {
+  // A strip of an image, after which a task computes the next one, if it does.
+  void strip(int64_t unit, bool another) const {
+    const auto strip_of = [&](int64_t u) -> const BackwardStrip& { return tiling.strips[u % tiling.strip_count]; };
+    const int64_t n = unit / tiling.strip_count;
+    const BackwardStrip& strip = strip_of(unit);
     const Gather gather = gather_for(p);
     const int64_t in_rows = strip.in_end - strip.in_begin;
     if (tiling.buffers.grad_reduced != nullptr) std::memset(gr, 0, size_t(span.reduced * tiling.plane) * sizeof(float));
     if (span.reduced > 0) pack_reduced(n, strip);
-    for (int64_t g = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks; g < last; ++g) {
+    const int64_t first = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks;
+    for (int64_t g = first; g < last; ++g) {
       for (int64_t block = 0; block < tiling.blocks; ++block) {
         if (want_x) std::memset(gx_block(block), 0, size_t(in_rows * p.in_w * block_channels) * sizeof(float));
         if (want_weights) pack_input(n, g, block, strip);
@@ -784,9 +805,13 @@ struct BackwardRun {
         if (!in_pairs()) s = span_rows<T>(span, tiling.buffers, g, span_memory, &pitch);
         load_bias<T>(span, tiling.buffers, g, bias);
       }
+      const Following next = g + 1 < last
+                                 ? Following{n, g + 1, &strip, false}
+                                 : Following{(unit + 1) / tiling.strip_count, first, &strip_of(unit + 1), true};
       for_each_tile(strip, [&](int64_t row, int64_t rows, int64_t index) {
-        if (g + 1 < p.groups)
-          for (int64_t i = 0; i < rows; ++i) prefetch(n, g + 1, row + i, strip);
+        if (g + 1 < last || another)
+          for (int64_t i = row; i < row + rows; ++i)
+            prefetch(next, i - first_row(strip), last_row(strip) - first_row(strip));
         for (int64_t column = 0; column < p.out_w; column += backward_columns)
           tile(n, g, row, rows, index, column, strip, {s, pitch, 1}, gather);
       });
@@ -847,9 +872,8 @@ struct BackwardRun {
     clear(w, (taps + 1) * tile_pixels / V::lanes);
     clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
     clear(gy_across, block_channels * backward_columns / V::lanes);
-    const int64_t strips = tiling.strip_count, units = p.batch * strips;
-    for (int64_t unit = units * part / tiling.parts; unit < units * (part + 1) / tiling.parts; ++unit)
-      strip(unit / strips, tiling.strips[unit % strips]);
+    const int64_t units = p.batch * tiling.strip_count, end = units * (part + 1) / tiling.parts;
+    for (int64_t unit = units * part / tiling.parts; unit < end; ++unit) strip(unit, unit + 1 < end);
   }
 
   // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R

@@ -220,6 +220,7 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   const bool share = problem.reduced > 0 && (p.out_w < max_shared_columns || p.out_w % tiling.lanes != 0);
   tiling.tile_rows = share ? std::clamp<int64_t>(tile_pixels / p.out_w, 1, tiling.height) : 1;
   tiling.tile_pitch = round_up(tiling.tile_rows * p.out_w, tiling.lanes);
+  tiling.margin = p.out_w + 2 * aligned_margin <= tile_pixels ? aligned_margin : backward_margin;
   tiling.plane = ceil_div(tiling.height, tiling.tile_rows) * tiling.tile_pitch;
   const int64_t units = p.batch * tiling.strip_count;
   const int64_t sums = std::clamp(p.batch * problem.span_rows() * p.out_h * p.out_w / 2, min_sums, max_sums);

@@ -96,6 +96,8 @@ ChannelsTiling make_channels_tiling(const SpanProblem&, const SpanBuffers&, cons
 // columns reads past the row.
 constexpr int64_t backward_columns = 96;
 constexpr int64_t backward_margin = (tile_pixels - backward_columns) / 2;
+// Shorter rows begin after a whole vector, so that their weights are stored to whole cache lines.
+constexpr int64_t aligned_margin = 16;
 // The pitch of a tile of grad_W: its last row is written in whole vectors, and cache lines of neighbouring taps should
 // not compete for the same places.
 constexpr int64_t gradient_pitch = tile_pixels + 32;
@@ -128,6 +130,7 @@ struct BackwardTiling {
   // A tile is some whole rows, so that short rows share the vectors of products, or where they are long some columns of
   // one. In grad_R and R, the pixels of a tile of rows have `tile_pitch` places.
   int64_t tile_rows, tile_pitch;
+  int64_t margin;                                                            // zeros before the weights of a row
   int64_t plane;                                                             // places of a strip, for one channel
   [[gnu::always_inline]] int64_t place(int64_t row, int64_t column) const {  // row of the strip
     return row / tile_rows * tile_pitch + row % tile_rows * problem.involution.out_w + column;

@@ -17,6 +17,18 @@
 #include "cpu/kernels.h"
 
 namespace pyinvolution::cpu {
+namespace {
+
+void batch_norm_task(const BatchNormTiling& t, BatchNormStep step, int64_t task) {
+  switch (t.dtype) {
+    case DType::f32: return batch_norm<float>(t, step, task);
+    case DType::f16: return batch_norm<Half>(t, step, task);
+    case DType::bf16: return batch_norm<BFloat16>(t, step, task);
+    default: break;
+  }
+}
+
+}  // namespace
 
 constexpr CpuKernels KERNELS = {VECTOR_BYTES,  false,           columns_task, channels_task,
                                 backward_task, batch_norm_task, nullptr};

@@ -5,6 +5,7 @@
 //   VECTOR_BYTES   of a vector of the latter
 //
 // What kernels.inl says of names and their linkage holds here, too.
+#include "cpu/batch_norm/loops.inl"
 #include "cpu/channels/forward_pairs.inl"
 #include "cpu/kernels.h"
 #include "cpu/simd/pairs_sums.h"
@@ -26,6 +27,8 @@ void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void
 }
 
 void batch_norm_task(const BatchNormTiling& tiling, BatchNormStep step, int64_t task) {
+  // With the instruction that rounds.
+  if (tiling.dtype == DType::bf16) return batch_norm<BFloat16>(tiling, step, task);
   OTHER_KERNELS.batch_norm(tiling, step, task);
 }
 

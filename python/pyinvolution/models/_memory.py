@@ -29,25 +29,29 @@ def forget_activations(block: nn.Module, input: Tensor, output: Tensor) -> None:
     saved by autograd itself, with its checks.
 
     Nothing is done, which costs memory only, unless the block has the stock modules, without hooks, and ran eagerly on
-    a CPU: other code may hold an activation, or change it without autograd's knowledge.
+    a CPU: other code may hold an activation, or change it without autograd's knowledge. Not for a block that ran in
+    `checkpoint`, which keeps none: reading what its nodes have saved would run it again for each tensor.
     """
     if torch.compiler.is_compiling() or type(output) is not Tensor or output.device.type != "cpu":
         return
     if output.grad_fn is None or intercepted() or _saves_in_another_way():
         return
-    if not all(map(_is_stock, block.modules())):
+    if not _has_stock_modules(block):
         return
-    nodes = list(_graph(output, input))
     try:
-        recipes = [made for node in nodes if node is not output.grad_fn and (made := _recipe(node)) is not None]
+        nodes = [(node, list(_saved(node))) for node in _graph(output, input)]
+        recipes = {}
+        for node, saved in nodes:
+            made = None if node is output.grad_fn else _recipe(node, [tensor for tensor, _ in saved])
+            if made is not None:
+                recipes[made[0].data_ptr()] = made
         # Found first and replaced then: a tensor that an operator has changed since it was saved raises an error here,
         # and is left to raise it in backward.
         found = [
-            (raw, recipe)
-            for node in nodes
-            for tensor, raw in _saved(node)
-            for activation, recipe in recipes
-            if tensor.is_set_to(activation)
+            (raw, made[1])
+            for _, saved in nodes
+            for tensor, raw in saved
+            if (made := recipes.get(tensor.data_ptr())) is not None and tensor.is_set_to(made[0])
         ]
     except RuntimeError:
         return
@@ -107,13 +111,16 @@ class _OfOperator(_Recipe):
         return torch.ops.pyinvolution.batch_norm_relu_again(self.input, None, *self.statistics)
 
 
-def _recipe(node: Any) -> tuple[Tensor, _Recipe] | None:
-    """The result of an autograd node with its recipe, if that is the ReLU of a batch norm that can be computed again
-    exactly."""
-    if node.name() == f"{BatchNormReLU.__name__}Backward":
-        input, weight, bias, mean, invstd, output = node.saved_tensors
-        return None if node.adds else (output, _OfOperator(input, mean, invstd, weight, bias))
-    if node.name() != "ReluBackward0":
+def _recipe(node: Any, saved: list[Tensor]) -> tuple[Tensor, _Recipe] | None:
+    """The result of an autograd node, which has ``saved`` tensors, with its recipe, if that is the ReLU of a batch norm
+    that can be computed again exactly."""
+    name = node.name()
+    if name == f"{BatchNormReLU.__name__}Backward":
+        if node.adds:
+            return None
+        input, weight, bias, mean, invstd, output = saved
+        return output, _OfOperator(input, mean, invstd, weight, bias)
+    if name != "ReluBackward0":
         return None
     norm = node.next_functions[0][0]
     if norm is None or norm.name() != "NativeBatchNormBackward0" or not norm._saved_training:
@@ -142,10 +149,19 @@ def _saves_in_another_way() -> bool:
     )
 
 
-def _is_stock(module: nn.Module) -> bool:
-    if type(module).__module__.startswith("pyinvolution."):
-        return "forward" not in vars(module) and not has_hooks(module)
-    return is_stock(module, *_STOCK)
+def _has_stock_modules(block: nn.Module) -> bool:
+    left: list[nn.Module | None] = [block]
+    while left:
+        module = left.pop()
+        if module is None:
+            continue
+        if type(module).__module__.startswith("pyinvolution."):
+            if "forward" in vars(module) or has_hooks(module):
+                return False
+        elif not is_stock(module, *_STOCK):
+            return False
+        left += module._modules.values()
+    return True
 
 
 def _graph(output: Tensor, input: Tensor) -> Iterator[Any]:
@@ -167,8 +183,7 @@ def _saved(node: Any) -> Iterator[tuple[Tensor, Any]]:
         if not isinstance(tensors, tuple):
             tensors, raws = (tensors,), (raws,)
         for tensor, raw in zip(tensors, raws, strict=True):
-            # Neither None nor a parameter.
-            if type(tensor) is Tensor:
+            if tensor is not None:
                 yield tensor, raw
 
 

@@ -56,7 +56,10 @@ class Stage(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         for block in self:
-            output = checkpoint(block, input) if self.grad_checkpointing else block(input)
+            if self.grad_checkpointing:
+                input = checkpoint(block, input)
+                continue
+            output = block(input)
             forget_activations(block, input, output)
             input = output
         return input
