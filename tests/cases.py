@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Case:
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     reduced: int = 0
+    border: str = "zeros"
+    upsample: tuple[int, int] = (1, 1)
 
     @property
     def group_channels(self) -> int:
@@ -33,9 +36,19 @@ class Case:
     @property
     def output(self) -> tuple[int, int]:
         return tuple(
-            output_size(size, k, s, p, d)
-            for size, k, s, p, d in zip(self.input[2:], self.kernel, *self.geometry, strict=True)
+            output_size(size, k, s, p, d, reference.BORDERS.index(self.border), u)
+            for size, k, s, p, d, u in zip(self.input[2:], self.kernel, *self.geometry, self.upsample, strict=True)
         )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the public functions, besides the geometry."""
+        return {"border": self.border, "upsample": self.upsample}
+
+    @property
+    def trailing(self) -> tuple[int, tuple[int, int]]:
+        """The same as the last arguments of the operators."""
+        return reference.BORDERS.index(self.border), self.upsample
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -45,6 +58,8 @@ class Case:
         parts = ["x".join(map(str, self.input)), f"g{self.groups}", "k" + "x".join(map(str, self.kernel))]
         parts += [f"{n}{'x'.join(map(str, v))}" for n, v in zip("spd", self.geometry, strict=True)]
         parts += [f"r{self.reduced}"] if self.reduced else []
+        parts += [self.border] if self.border != "zeros" else []
+        parts += [f"u{'x'.join(map(str, self.upsample))}"] if self.upsample != (1, 1) else []
         return "-".join(parts)
 
 
@@ -89,6 +104,32 @@ CASES = [
     Case((1, 2, 3, 3), 1, (3, 3), (7, 9), (30, 30), (25, 25)),
     Case((1, 64, 14, 14), 4, (7, 7), padding=(3, 3)),
     Case((3, 1, 1, 1), 1, (3, 3)),
+]
+
+
+def shifted(
+    input: tuple[int, int, int, int], groups: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1), upsample: tuple[int, int] = (1, 1),
+) -> Case:  # fmt: skip
+    """Windows that the border moves inside."""
+    return Case(input, groups, kernel, stride, (0, 0), dilation, border="shift", upsample=upsample)
+
+
+SHIFTED_CASES = [
+    shifted((2, 32, 9, 11), 2, (7, 7)),
+    shifted((1, 6, 7, 12), 2, (7, 3)),  # one window high
+    shifted((1, 16, 8, 10), 1, (4, 2)),  # even
+    shifted((1, 16, 13, 11), 2, (3, 3), dilation=(4, 2)),  # no multiples of the dilation
+    shifted((1, 8, 24, 9), 1, (3, 3), dilation=(8, 3)),  # one window in each residue class
+    shifted((2, 3, 10, 9), 1, (3, 3), (3, 2), (2, 1)),
+    shifted((1, 16, 6, 7), 1, (3, 3), dilation=(2, 1), upsample=(2, 3)),
+]
+
+UPSAMPLED_CASES = [
+    Case((2, 32, 5, 6), 2, (5, 5), padding=(2, 2), upsample=(2, 2)),
+    Case((1, 3, 4, 5), 1, (3, 3), padding=(1, 1), upsample=(8, 8)),
+    Case((1, 16, 6, 7), 2, (3, 2), padding=(0, 1), dilation=(1, 2), upsample=(1, 3)),
+    Case((1, 24, 7, 5), 3, (3, 3), (2, 1), (1, 1), upsample=(1, 4)),
 ]
 
 SPAN_CASES = [

@@ -12,12 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EMPTY_CASES, LAYER_CASES, SPAN_CASES, Case, in_layout, random_like, same, with_gradients
+from cases import (
+    CASES,
+    EMPTY_CASES,
+    LAYER_CASES,
+    SHIFTED_CASES,
+    SPAN_CASES,
+    UPSAMPLED_CASES,
+    Case,
+    in_layout,
+    random_like,
+    same,
+    shifted,
+    with_gradients,
+)
 from tolerance import assert_accurate
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad
 
-from pyinvolution import explain, explain_span, force_variant, functional, ops, reference
+from pyinvolution import explain, explain_correlation, explain_span, force_variant, functional, ops, reference
 from pyinvolution._library import _C
 
 ISAS = _C.available_isas()
@@ -51,9 +64,26 @@ def everything(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     return True
 
 
+def unshifted(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
+    """Windows where a convolution has them, also for each phase of an upsampling."""
+    return case.border == "zeros"
+
+
 def along_channels(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     """Sums in float32, over at least half a vector of channels, with what they read in the cache."""
+    if case.border != "zeros":
+        return False
     return dtype != torch.float64 and case.group_channels >= 8 and pass_ not in TOO_LARGE.get(case, ())
+
+
+def in_phases(pass_: str, case: Case, layout: str, strided: bool = False) -> bool:
+    """Whether a CUDA kernel that knows neither a border nor an upsampling is run for each phase of one, or once.
+
+    ``strided``: the kernel takes rows that are not dense, which those of a phase are not unless channels are.
+    """
+    factor = case.upsample[0] * case.upsample[1]
+    phases = pass_ != "grad_input" and factor <= 16 and (strided or layout == "channels_last")
+    return case.border == "zeros" and (factor == 1 or phases)
 
 
 def in_tiles(case: Case) -> bool:
@@ -62,17 +92,21 @@ def in_tiles(case: Case) -> bool:
 
 
 def cuda_tiled(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
-    return in_tiles(case) and dtype != torch.float64 and layout != "strided" and case.group_channels in (8, 16, 24, 32)
+    dense = layout != "strided" and in_phases(pass_, case, layout)
+    return in_tiles(case) and dtype != torch.float64 and dense and case.group_channels in (8, 16, 24, 32)
 
 
 def cuda_sliding(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
+    if not in_phases(pass_, case, layout, strided=True):
+        return False
     return case not in (WIDE_ROW, FAR_COLUMNS) and (pass_ != "grad_input" or max(case.stride) <= 4)
 
 
 def cuda_mma(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     # Expanded weights are those of one group; their gradient is a dense tensor.
     dense = layout != "strided" and (layout != "expanded" or case.groups == 1 or pass_ == "grad_weight")
-    return in_tiles(case) and dtype.itemsize == 2 and dense and case.group_channels == 16
+    able = in_tiles(case) and in_phases(pass_, case, layout) and dtype.itemsize == 2
+    return able and dense and case.group_channels == 16
 
 
 def cuda_fused(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
@@ -110,6 +144,7 @@ def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 class Operator:
     """An operator in the way of torch's OpInfo; tensors are lists in the order of ``names``. It has
 
+    - kernels: the name of the operator whose kernels compute it,
     - names: of the tensors; the last one is grad_output where there is a backward operator,
     - passes: the output_mask with which the backward operator runs a pass, None for the forward operator,
     - takes: for each variant, "device/name", the problems that it must run,
@@ -117,7 +152,7 @@ class Operator:
     - spoiled: tensors, and where to put a value that is not finite,
     - vmapped: dimensions that vmap takes from the tensors,
     - roundings: how many epsilons of the sum of absolute terms a result may be off,
-    - shapes(case), explain(case, *tensors, pass_),
+    - shapes(case), output(case), explain(case, *tensors, pass_),
     - forward(case, *tensors), backward(case, *tensors, mask): the operator to call, and its arguments,
     - function(case, *tensors): the public function, which autograd differentiates, or None,
     - composed(case, *tensors, store): the equation in torch's functions, keeping in ``store`` what is kept in memory.
@@ -129,6 +164,13 @@ class Operator:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def kernels(self) -> str:
+        return self.name
+
+    def output(self, case: Case) -> tuple[int, ...]:
+        return *case.input[:2], *case.output
 
     @property
     def differentiable(self) -> bool:
@@ -224,10 +266,10 @@ class Involution(Operator):
         "cuda/tiled": cuda_tiled,
         "cuda/generic": everything,
         "cpu/channels": along_channels,
-        "cpu/columns": everything,
+        "cpu/columns": unshifted,
         "cpu/scalar": everything,
     }
-    cases = (*CASES, WIDE_ROW, MANY_TAPS, FAR_COLUMNS)
+    cases = (*CASES, *SHIFTED_CASES, *UPSAMPLED_CASES, WIDE_ROW, MANY_TAPS, FAR_COLUMNS)
     # Narrow and wide tiles, whole and partial chunks of groups.
     cuda_cases = tuple(
         Case((batch, groups * width, *size), groups, (k, k), (stride, stride), (k // 2, k // 2))
@@ -239,6 +281,8 @@ class Involution(Operator):
         Case((2, 4, 3, 4), 2, (3, 3)),
         Case((1, 3, 5, 3), 3, (2, 4), (2, 1), (1, 2), (1, 1)),
         Case((1, 4, 5, 5), 1, (3, 3), (2, 2), (2, 2), (2, 2)),
+        shifted((1, 4, 5, 6), 2, (3, 2), dilation=(1, 2)),
+        Case((1, 2, 3, 2), 1, (3, 3), upsample=(2, 3)),
     )
     spoiled = (
         ("input", ((0, 17, 2, 9),)),
@@ -251,19 +295,56 @@ class Involution(Operator):
         return case.input, case.weight, (*case.input[:2], *case.output)
 
     def forward(self, case: Case, x: Tensor, w: Tensor) -> tuple[Any, tuple]:
-        return ops.involution2d, (x, w, *case.geometry)
+        return ops.involution2d, (x, w, *case.geometry, *case.trailing)
 
     def backward(self, case: Case, x: Tensor, w: Tensor, gy: Tensor, *, mask: Sequence[bool]) -> tuple[Any, tuple]:
-        return ops.involution2d_backward, (gy, x, w, *case.geometry, mask)
+        return ops.involution2d_backward, (gy, x, w, *case.geometry, mask, *case.trailing)
 
     def composed(self, case: Case, x: Tensor, w: Tensor, *, store: torch.dtype | None = None) -> Tensor:
-        return reference.involution2d(x, w, None, *case.geometry)
+        return reference.involution2d(x, w, None, *case.geometry, **case.options)
 
     def function(self, case: Case, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.involution2d(x, w, bias, *case.geometry)
+        return functional.involution2d(x, w, bias, *case.geometry, **case.options)
 
     def explain(self, case: Case, x: Tensor, w: Tensor, gy: Tensor, *, pass_: str) -> Any:
-        return explain(x, w, *case.geometry, pass_=pass_)
+        return explain(x, w, *case.geometry, **case.options, pass_=pass_)
+
+
+def as_grad_weight(takes: Takes) -> Takes:
+    """Who takes a correlation: who takes the pass that it is."""
+    return lambda pass_, case, dtype, layout: takes("grad_weight", case, dtype, layout)
+
+
+class LocalCorrelation(Operator):
+    name = "local_correlation2d"
+    kernels = "involution2d"
+    names = ("query", "key")
+    passes = {"forward": None}  # noqa: RUF012
+    takes = {variant: as_grad_weight(takes) for variant, takes in Involution.takes.items()}  # noqa: RUF012
+    cases = Involution.cases
+    cuda_cases = Involution.cuda_cases
+    empty = EMPTY_CASES
+    small = Involution.small
+    spoiled = (
+        ("query", ((0, 17, 2, 9),)),
+        ("key", ((0, 17, 2, 9),)),
+    )
+    vmapped = Involution.vmapped
+
+    def shapes(self, case: Case) -> tuple[tuple[int, ...], ...]:
+        return (*case.input[:2], *case.output), case.input
+
+    def output(self, case: Case) -> tuple[int, ...]:
+        return case.weight
+
+    def forward(self, case: Case, q: Tensor, k: Tensor) -> tuple[Any, tuple]:
+        return ops.local_correlation2d, (q, k, case.kernel, *case.geometry, case.groups, *case.trailing)
+
+    def composed(self, case: Case, q: Tensor, k: Tensor, *, store: torch.dtype | None = None) -> Tensor:
+        return reference.local_correlation2d(q, k, case.kernel, *case.geometry, case.groups, **case.options)
+
+    def explain(self, case: Case, q: Tensor, k: Tensor, *, pass_: str) -> Any:
+        return explain_correlation(q, k, case.kernel, *case.geometry, case.groups, **case.options)
 
 
 class SpanInvolution(Operator):
@@ -328,6 +409,7 @@ class SpanInvolution(Operator):
 
 class Layer(Operator):
     name = "involution_layer2d"
+    kernels = "span_involution2d"
     names = ("input", "reduce_weight", "reduce_bias", "span_weight", "span_bias")
     passes = {"forward": None}  # noqa: RUF012
     takes = {  # noqa: RUF012
@@ -370,7 +452,7 @@ class Layer(Operator):
         return SPAN.composed(case, pad(x, (0, odd[1], 0, odd[0])), reduced, s, sb, store=store)
 
 
-INVOLUTION, SPAN, LAYER = OPERATORS = (Involution(), SpanInvolution(), Layer())
+INVOLUTION, SPAN, LAYER, CORRELATION = OPERATORS = (Involution(), SpanInvolution(), Layer(), LocalCorrelation())
 
 # --- over what tests loop ---------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 import torch
-from cases import Case
-from operators import INVOLUTION, LAYER, OPERATORS, SPAN, Operator, over_functions, over_operators
+from cases import SHIFTED_CASES, UPSAMPLED_CASES, Case
+from operators import CORRELATION, INVOLUTION, LAYER, OPERATORS, SPAN, Operator, over_functions, over_operators
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -136,7 +136,10 @@ def test_gradients_survive_a_strided_grad_output() -> None:
 # --- what PyTorch asks of an operator ---------------------------------------------------------------------------------
 
 
-CHECKED = [(op, case) for op, count in zip(OPERATORS, (9, 6, 4), strict=True) for case in op.cases[:count]]
+CHECKED = [(op, case) for op, count in zip(OPERATORS, (9, 6, 4, 9), strict=True) for case in op.cases[:count]]
+
+
+CHECKED += [(op, case) for op in (INVOLUTION, CORRELATION) for case in (SHIFTED_CASES[3], UPSAMPLED_CASES[0])]
 
 
 @pytest.mark.parametrize(("op", "case"), CHECKED, ids=str)
@@ -160,7 +163,10 @@ def test_memory_format_is_the_one_of_a_convolution(
     x, *others = op.tensors(case, torch.float32)
     x = x.to(memory_format=memory_format)
     operator, arguments = op.forward(case, *[x, *others][: op.leaves])
-    assert not x.numel() or operator(*arguments).is_contiguous(memory_format=memory_format)
+    result = operator(*arguments)
+    if result.dim() == 6:  # kernels: as a 1x1 convolution would have made them
+        result = result.flatten(1, 3)
+    assert not x.numel() or result.is_contiguous(memory_format=memory_format)
     fake = torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
     assert fake == {"test_faketensor": "SUCCESS"}
     if op.differentiable:
@@ -224,7 +230,9 @@ def test_autocast_is_a_cast_of_all_tensors_but_float64(op: Operator, dtype: torc
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
-    ("op", "multiply_adds"), [(INVOLUTION, 32 * 49), (SPAN, 98 * 8 + 32 * 49), (LAYER, 32 * 8 + 98 * 8 + 32 * 49)],
+    ("op", "multiply_adds"), [
+        (INVOLUTION, 32 * 49), (SPAN, 98 * 8 + 32 * 49), (LAYER, 32 * 8 + 98 * 8 + 32 * 49), (CORRELATION, 32 * 49)
+    ],
     ids=str,
 )  # fmt: skip
 def test_flops_are_counted(op: Operator, multiply_adds: int, device: str) -> None:

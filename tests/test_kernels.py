@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,6 +13,8 @@ from cases import DTYPES, LAYOUTS, Case, layer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import (
+    CORRELATION,
+    INVOLUTION,
     ISAS,
     LAYER,
     OPERATORS,
@@ -62,8 +65,7 @@ def test_a_variant_takes_what_the_table_says_and_is_accurate(
 
 @over_operators
 def test_the_table_has_every_variant_in_order(op: Operator) -> None:
-    name = "span_involution2d" if op is LAYER else op.name  # the same kernels
-    assert list(op.takes) == _C.variants(name)
+    assert list(op.takes) == _C.variants(op.kernels)
 
 
 @over_devices
@@ -91,6 +93,9 @@ def problems(draw: st.DrawFn, op: Operator) -> Case:
         return layer(shape, groups, kernel, stride, dilation, reduced)
     padding = draw(st.tuples(st.integers(0, 4), st.integers(0, 4)))
     case = Case(shape, groups, kernel, stride, padding, dilation, reduced)
+    if op in (INVOLUTION, CORRELATION):
+        factors = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+        case = replace(case, upsample=tuple(u if s == 1 else 1 for u, s in zip(factors, stride, strict=True)))
     assume(0 not in case.output)
     return case
 
@@ -120,7 +125,7 @@ def test_empty_batches_and_images_give_zeros(op: Operator, device: str) -> None:
     for case in op.empty:
         tensors = op.tensors(case, torch.float32, device=device)
         results = op.run(case, tensors)
-        shapes = [(*case.input[:2], *case.output), *(t.shape for t in tensors)]
+        shapes = [op.output(case), *(t.shape for t in tensors)]
         for (name, result), shape in zip(results.items(), shapes, strict=False):
             assert result.shape == shape, f"{name} of {case}"
             assert torch.equal(result, torch.zeros_like(result)), f"{name} of {case}"

@@ -20,8 +20,19 @@ struct KernelParams {
   Index channels, groups, group_channels;
   Index in_h, in_w, out_h, out_w;
   Index kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  Axis<Index> rows, columns;
   Index x_stride[4], w_stride[6], y_stride[4];
+
+  __device__ __forceinline__ Index first_row(Index p) const { return p * stride_h - padding_h; }
+  __device__ __forceinline__ Index first_column(Index p) const { return p * stride_w - padding_w; }
+};
+
+// The same for every border and upsampling. A type of its own, so that the kernels for the usual windows cost no more.
+template <class Index>
+struct RuleParams : KernelParams<Index> {
+  Axis<Index> rows, columns;
+
+  __device__ __forceinline__ Index first_row(Index p) const { return rows.first(p); }
+  __device__ __forceinline__ Index first_column(Index p) const { return columns.first(p); }
 };
 
 // Launches the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.

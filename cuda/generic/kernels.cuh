@@ -51,8 +51,8 @@ __device__ __forceinline__ Index index_step() {
   return Index(gridDim.x) * Index(blockDim.x);
 }
 
-template <class T, class Index>
-__global__ void forward(KernelParams<Index> q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
+template <class T, class Index, template <class> class Params>
+__global__ void forward(Params<Index> q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   using A = Accumulator<T>;
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
     const auto at = point(i, q.dense_inner, q.channels, q.out_h, q.out_w);
@@ -60,11 +60,10 @@ __global__ void forward(KernelParams<Index> q, const T* __restrict__ x, const T*
     const T* kernel = w + (at.n * q.w_stride[0] + at.c / q.group_channels * q.w_stride[1] + at.h * q.w_stride[4] +
                            at.w * q.w_stride[5]);
     A sum = 0;
-    Index h = q.rows.first(at.h);
-    const Index first_column = q.columns.first(at.w);
+    Index h = q.first_row(at.h);
     for (Index kh = 0; kh < q.kernel_h; ++kh, h += q.dilation_h) {
       const bool row_inside = h >= 0 && h < q.in_h;
-      Index v = first_column;
+      Index v = q.first_column(at.w);
       for (Index kw = 0; kw < q.kernel_w; ++kw, v += q.dilation_w) {
         const bool inside = row_inside && v >= 0 && v < q.in_w;
         const A value = inside ? load(plane[h * q.x_stride[2] + v * q.x_stride[3]]) : A(0);
@@ -111,7 +110,7 @@ __global__ void grad_input(KernelParams<Index> q, T* __restrict__ x, const T* __
 
 // The same for every border and upsampling, where several outputs may read a position by the same tap.
 template <class T, class Index>
-__global__ void grad_input_by_rule(KernelParams<Index> q, T* __restrict__ x, const T* __restrict__ w,
+__global__ void grad_input_by_rule(RuleParams<Index> q, T* __restrict__ x, const T* __restrict__ w,
                                    const T* __restrict__ y) {
   using A = Accumulator<T>;
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
@@ -140,16 +139,15 @@ __global__ void grad_input_by_rule(KernelParams<Index> q, T* __restrict__ x, con
   }
 }
 
-template <class T, class Index>
-__global__ void grad_weight(KernelParams<Index> q, const T* __restrict__ x, T* __restrict__ w,
-                            const T* __restrict__ y) {
+template <class T, class Index, template <class> class Params>
+__global__ void grad_weight(Params<Index> q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
   using A = Accumulator<T>;
   const Index taps = q.kernel_h * q.kernel_w;
   for (Index i = first_index<Index>(); i < q.count; i += index_step<Index>()) {
     const auto at = point(i, q.dense_inner, q.groups * taps, q.out_h, q.out_w);
     const Index g = at.c / taps, kh = at.c % taps / q.kernel_w, kw = at.c % q.kernel_w;
-    const Index h = q.rows.first(at.h) + kh * q.dilation_h;
-    const Index v = q.columns.first(at.w) + kw * q.dilation_w;
+    const Index h = q.first_row(at.h) + kh * q.dilation_h;
+    const Index v = q.first_column(at.w) + kw * q.dilation_w;
     const bool inside = h >= 0 && h < q.in_h && v >= 0 && v < q.in_w;
     const Index first = g * q.group_channels;
     const Index x_first = at.n * q.x_stride[0] + h * q.x_stride[2] + v * q.x_stride[3];

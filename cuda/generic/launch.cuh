@@ -31,15 +31,14 @@ KernelParams<Index> kernel_params(const Problem& p, Pass pass) {
   q.stride_h = Index(p.stride_h), q.stride_w = Index(p.stride_w);
   q.padding_h = Index(p.padding_h), q.padding_w = Index(p.padding_w);
   q.dilation_h = Index(p.dilation_h), q.dilation_w = Index(p.dilation_w);
-  q.rows = rows_of<Index>(p), q.columns = columns_of<Index>(p);
   for (int d = 0; d < 4; ++d) q.x_stride[d] = Index(p.x_stride[d]), q.y_stride[d] = Index(p.y_stride[d]);
   for (int d = 0; d < 6; ++d) q.w_stride[d] = Index(p.w_stride[d]);
   return q;
 }
 
-template <class T, class Index>
-void run_with_index(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
-  const KernelParams<Index> q = kernel_params<Index>(problem, pass);
+template <class T, class Index, template <class> class Params>
+void launch_pass(const Params<Index>& q, void (*grad_input)(Params<Index>, T*, const T*, const T*), Pass pass,
+                 const Buffers& buffers, const Execution& execution) {
   if (q.count == 0) return;
   const int64_t blocks = std::min<int64_t>((int64_t(q.count) + threads - 1) / threads, max_blocks);
   const Grid grid{blocks, threads, 0};
@@ -48,16 +47,23 @@ void run_with_index(const Problem& problem, Pass pass, const Buffers& buffers, c
   T* y = static_cast<T*>(buffers.y);
   switch (pass) {
     case Pass::forward:
-      return launch<KernelParams<Index>, const T*, const T*, T*>("generic forward", forward<T, Index>, grid, execution,
-                                                                 q, x, w, y);
+      return launch<Params<Index>, const T*, const T*, T*>("generic forward", forward<T, Index, Params>, grid,
+                                                           execution, q, x, w, y);
     case Pass::grad_input:
-      return launch<KernelParams<Index>, T*, const T*, const T*>(
-          "generic grad_input", is_plain(problem) ? grad_input<T, Index> : grad_input_by_rule<T, Index>, grid,
-          execution, q, x, w, y);
+      return launch<Params<Index>, T*, const T*, const T*>("generic grad_input", grad_input, grid, execution, q, x, w,
+                                                           y);
     case Pass::grad_weight:
-      return launch<KernelParams<Index>, const T*, T*, const T*>("generic grad_weight", grad_weight<T, Index>, grid,
-                                                                 execution, q, x, w, y);
+      return launch<Params<Index>, const T*, T*, const T*>("generic grad_weight", grad_weight<T, Index, Params>, grid,
+                                                           execution, q, x, w, y);
   }
+}
+
+template <class T, class Index>
+void run_with_index(const Problem& problem, Pass pass, const Buffers& buffers, const Execution& execution) {
+  const KernelParams<Index> q = kernel_params<Index>(problem, pass);
+  if (is_plain(problem)) return launch_pass<T>(q, grad_input<T, Index>, pass, buffers, execution);
+  RuleParams<Index> by_rule{q, rows_of<Index>(problem), columns_of<Index>(problem)};
+  launch_pass<T>(by_rule, grad_input_by_rule<T, Index>, pass, buffers, execution);
 }
 
 template <DType dtype>

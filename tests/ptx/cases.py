@@ -66,6 +66,11 @@ def generic() -> Iterator[Problem]:
         # Only the tap in the middle is inside; numbers of rows beyond 32 bits.
         far = 1 << 30
         yield one("nchw", 1, 4, 5, 6, 2, 3, padding=far, dilation=far)
+        yield one("nhwc", 1, 4, 9, 11, 2, 3, 2, dilation=2, shift=True)
+        yield one("nchw", 1, 4, 4, 5, 2, 4, upsample=2, shift=True)
+        yield one("mixed", 1, 3, 3, 4, 1, 3, upsample=3)
+        # Row numbers times the upsampling are beyond 32 bits.
+        yield one("nchw", 1, 2, 3, 4, 1, 3, padding=far, dilation=far, upsample=2)
     for pass_ in PASSES:
         yield Problem("generic", pass_, "float32", "nchw", 1, 6, 7, 8, 2, 5, spoil=True)
     yield Problem("generic", "forward", "float32", "nchw", 1, 6, 7, 8, 2, 5, expanded=True)

@@ -68,15 +68,21 @@ class Problem:
     spoil: bool = False
     expanded: bool = False  # W has the same values in all groups
     multiprocessors: int = 2
+    shift: bool = False  # the border moves windows inside
+    upsample: int = 1
 
     @property
     def pad(self) -> int:
+        if self.shift:
+            return 0
         return self.kernel // 2 if self.padding < 0 else self.padding
 
     def out(self, size: int) -> int:
         if self.pass_ == "layer":
             return -(-size // self.stride)
-        return (size + 2 * self.pad - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+        if self.shift:
+            return self.upsample * -(-size // self.stride)
+        return self.upsample * ((size + 2 * self.pad - self.dilation * (self.kernel - 1) - 1) // self.stride + 1)
 
     @property
     def output(self) -> tuple[int, int]:
@@ -92,7 +98,8 @@ class Problem:
         parts += [f"s{self.stride}"] * (self.stride > 1) + [f"p{self.pad}"] * (self.padding >= 0)
         parts += [f"d{self.dilation}"] * (self.dilation > 1) + [f"r{self.reduced}"] * (self.reduced > 0)
         parts += [f"offset{self.offset}"] * (self.offset > 0)
-        parts += [name for name in ("epilogue", "spoil", "expanded") if getattr(self, name)]
+        parts += [f"u{self.upsample}"] * (self.upsample > 1)
+        parts += [name for name in ("epilogue", "spoil", "expanded", "shift") if getattr(self, name)]
         return "-".join(parts)
 
 
@@ -157,7 +164,14 @@ def tensors_of(p: Problem) -> dict[str, Tensor]:
 
 def taps(p: Problem, size: int, out: int) -> tuple[Array, Array]:
     """[K, out]: the position that a tap of an output position reads, and whether that is inside."""
-    at = np.arange(p.kernel)[:, None] * p.dilation - p.pad + np.arange(out) * p.stride
+    position = np.arange(out) * p.stride // p.upsample
+    if p.shift:
+        residue, step = position % p.dilation, position // p.dilation
+        last = -((residue - size) // p.dilation) - p.kernel
+        first = residue + p.dilation * np.clip(step - p.kernel // 2, 0, last)
+    else:
+        first = position - p.pad
+    at = np.arange(p.kernel)[:, None] * p.dilation + first
     inside = (at >= 0) & (at < size)
     return np.where(inside, at, 0), inside
 
@@ -277,6 +291,7 @@ def prepare(
     numbers += [DTYPES[p.dtype], p.batch, p.channels, p.groups, p.height, p.width, *p.output, p.kernel, p.kernel]
     numbers += [p.stride, p.stride, p.pad, p.pad, p.dilation, p.dilation]
     if not p.span:
+        numbers += [p.shift, p.upsample, p.upsample]
         for name in "xwy":
             numbers += tensors[name].strides
     else:

@@ -81,6 +81,7 @@ const char* record(const char* strategy, int pass, const int64_t* numbers, void*
          {&p.batch, &p.channels, &p.groups, &p.in_h, &p.in_w, &p.out_h, &p.out_w, &p.kernel_h, &p.kernel_w, &p.stride_h,
           &p.stride_w, &p.padding_h, &p.padding_w, &p.dilation_h, &p.dilation_w})
       *field = next();
+    p.border = Border(next()), p.upsample_h = next(), p.upsample_w = next();
     for (int64_t& stride : p.x_stride) stride = next();
     for (int64_t& stride : p.w_stride) stride = next();
     for (int64_t& stride : p.y_stride) stride = next();
