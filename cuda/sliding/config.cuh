@@ -359,8 +359,6 @@ struct Classes {
 };
 
 struct KernelParams {
-  Classes classes_h, classes_w;
-  Division by_kernel_w;
   int group_channels;
   int w_height, w_width, kernel_h, kernel_w;
   Axis h[max_classes], w_axis[max_classes];
@@ -376,6 +374,8 @@ struct KernelParams {
   Area x_area, y_area;
   View x, y;
   WeightView w;
+  Classes classes_h, classes_w;
+  Division by_kernel_w;
 };
 
 // Launches the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.

@@ -75,12 +75,6 @@ __device__ __forceinline__ bool inside(int h, int w, int height, int width) {
 __device__ __forceinline__ int pixels_of(const Classes& classes, int number, int pixels) {
   return pixels - (number >= classes.whole ? 1 : 0);
 }
-__device__ __forceinline__ Area area_of(const KernelParams& q, const Area& area, const Tile& tile) {
-  Area of_class = area;
-  of_class.height = pixels_of(q.classes_h, tile.class_h, area.height);
-  of_class.width = pixels_of(q.classes_w, tile.class_w, area.width);
-  return of_class;
-}
 
 // By how many taps a window is moved to the left into an image of `pixels` pixels, with its first tap at `first`.
 __device__ __forceinline__ int moved(int first, int taps, int pixels) {
@@ -112,8 +106,8 @@ __device__ __forceinline__ int most_readers(int first, int last, int taps, int p
 }
 
 // Brings vectors of channels of the block's units, from `first_vector` of each on and from pixel (first_row,
-// first_column) on. Outside the image there are zeros, or it repeats with the size of the kernel.
-template <int V, bool Repeats, class A, class T>
+// first_column) on. Outside the image there are zeros, or it repeats with the size of the kernel. Shifts: it is a class.
+template <int V, bool Shifts, bool Repeats, class A, class T>
 __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, const KernelParams& q, const View& view,
                                             const Area& area, const Tile& tile, int first_vector, int first_row,
                                             int first_column) {
@@ -121,6 +115,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
   const auto [own_row, own_column] = divide(other, area.by_column_lanes);
   if (lane >= area.lanes || own_row >= area.row_lanes) return;
+  const int height = Shifts ? pixels_of(q.classes_h, tile.class_h, area.height) : area.height;
+  const int width = Shifts ? pixels_of(q.classes_w, tile.class_w, area.width) : area.width;
   constexpr int batch = 8 / V;
 #pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
@@ -137,8 +133,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
 #pragma unroll 1
     for (int column = own_column; column < area.columns; column += area.column_lanes) {
       int w = first_column + column;
-      if constexpr (Repeats) w = repeated(w, q.kernel_w, area.width);
-      const bool column_exists = w >= 0 && w < area.width;
+      if constexpr (Repeats) w = repeated(w, q.kernel_w, width);
+      const bool column_exists = w >= 0 && w < width;
       const int row_offset = column_exists ? w * view.w : 0;
       Vector<A, V>* to = shared + (vector * area.plane + column + int(area.by_every.quotient(uint32_t(column))));
 #pragma unroll 1
@@ -147,8 +143,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
           int h = first_row + first + i * area.row_lanes;
-          if constexpr (Repeats) h = repeated(h, q.kernel_h, area.height);
-          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          if constexpr (Repeats) h = repeated(h, q.kernel_h, height);
+          const bool exists = column_exists && unsigned(h) < unsigned(height);
           const int pixel = exists ? h * view.h + row_offset : 0;
           if (vectors) {
             values[i] = *reinterpret_cast<const Vector<T, V>*>(from + pixel);
@@ -161,8 +157,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
         for (int i = 0; i < batch; ++i) {
           const int row = first + i * area.row_lanes;
           int h = first_row + row;
-          if constexpr (Repeats) h = repeated(h, q.kernel_h, area.height);
-          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          if constexpr (Repeats) h = repeated(h, q.kernel_h, height);
+          const bool exists = column_exists && unsigned(h) < unsigned(height);
           Vector<A, V> all;
 #pragma unroll
           for (int c = 0; c < V; ++c) all.v[c] = exists && c < channels ? load(values[i].v[c]) : A(0);
@@ -383,9 +379,9 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
     y += tile.class_h * q.classes_h.tiled + tile.class_w * q.classes_w.tiled;
   }
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
-  bring_image<V, Shifts && !ToInput>(image, x, q, q.x, Shifts ? area_of(q, q.x_area, tile) : q.x_area, tile,
-                                     tile.chunk * M, tile.row * rows.stride - rows.padding,
-                                     tile.column * columns.stride - columns.padding);
+  bring_image<V, Shifts, Shifts && !ToInput>(image, x, q, q.x, q.x_area, tile, tile.chunk * M,
+                                             tile.row * rows.stride - rows.padding,
+                                             tile.column * columns.stride - columns.padding);
   if constexpr (!Staged) __syncthreads();
 
   const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
@@ -605,12 +601,13 @@ __global__ void __launch_bounds__(max_threads, 2)
   int to_top = 0, to_left[P] = {};
   bool in_place = true;
   if constexpr (Shifts) {
-    const Area of_class = area_of(q, q.x_area, tile);
-    to_top = moved(h * rows.stride - rows.padding, q.kernel_h, of_class.height);
+    const int height = pixels_of(q.classes_h, tile.class_h, q.x_area.height);
+    const int width = pixels_of(q.classes_w, tile.class_w, q.x_area.width);
+    to_top = moved(h * rows.stride - rows.padding, q.kernel_h, height);
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       const int pixel = min(v + i * q.spacing, columns.pixels - 1);
-      to_left[i] = moved(pixel * columns.stride - columns.padding, q.kernel_w, of_class.width);
+      to_left[i] = moved(pixel * columns.stride - columns.padding, q.kernel_w, width);
       in_place = in_place && to_left[i] == 0;
     }
   }
@@ -623,10 +620,10 @@ __global__ void __launch_bounds__(max_threads, 2)
     for (int stage = 0; stage < q.stages; ++stage) {
       if (stage + first_kernel_row == 0 || q.stages > 1) {
         if (stage + first_kernel_row > 0) __syncthreads();
-        bring_image<V, Shifts>(image, x, q, q.x, Shifts ? area_of(q, q.x_area, tile) : q.x_area, tile,
-                               stage * q.unit_vectors, first_row, first_column);
-        bring_image<V, false>(gradient, y, q, q.y, Shifts ? area_of(q, q.y_area, tile) : q.y_area, tile,
-                              stage * q.unit_vectors, tile.row, tile.column);
+        bring_image<V, Shifts, Shifts>(image, x, q, q.x, q.x_area, tile, stage * q.unit_vectors, first_row,
+                                       first_column);
+        bring_image<V, Shifts, false>(gradient, y, q, q.y, q.y_area, tile, stage * q.unit_vectors, tile.row,
+                                      tile.column);
         __syncthreads();
       }
       if (!active || kernel_row >= rows.taps) continue;
