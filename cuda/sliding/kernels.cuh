@@ -115,8 +115,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
   const auto [own_row, own_column] = divide(other, area.by_column_lanes);
   if (lane >= area.lanes || own_row >= area.row_lanes) return;
-  const int height = Shifts ? pixels_of(q.classes_h, tile.class_h, area.height) : area.height;
-  const int width = Shifts ? pixels_of(q.classes_w, tile.class_w, area.width) : area.width;
+  const auto height = [&] { return Shifts ? pixels_of(q.classes_h, tile.class_h, area.height) : area.height; };
+  const auto width = [&] { return Shifts ? pixels_of(q.classes_w, tile.class_w, area.width) : area.width; };
   constexpr int batch = 8 / V;
 #pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
@@ -132,9 +132,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
     for (int c = 0; c < V; ++c) of_channel[c] = from + (c < channels ? c : 0) * view.c;
 #pragma unroll 1
     for (int column = own_column; column < area.columns; column += area.column_lanes) {
-      int w = first_column + column;
-      if constexpr (Repeats) w = repeated(w, q.kernel_w, width);
-      const bool column_exists = w >= 0 && w < width;
+      const int w = Repeats ? repeated(first_column + column, q.kernel_w, width()) : first_column + column;
+      const bool column_exists = w >= 0 && w < width();
       const int row_offset = column_exists ? w * view.w : 0;
       Vector<A, V>* to = shared + (vector * area.plane + column + int(area.by_every.quotient(uint32_t(column))));
 #pragma unroll 1
@@ -142,9 +141,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
         Vector<T, V> values[batch];
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-          int h = first_row + first + i * area.row_lanes;
-          if constexpr (Repeats) h = repeated(h, q.kernel_h, height);
-          const bool exists = column_exists && unsigned(h) < unsigned(height);
+          const int at = first_row + first + i * area.row_lanes, h = Repeats ? repeated(at, q.kernel_h, height()) : at;
+          const bool exists = column_exists && unsigned(h) < unsigned(height());
           const int pixel = exists ? h * view.h + row_offset : 0;
           if (vectors) {
             values[i] = *reinterpret_cast<const Vector<T, V>*>(from + pixel);
@@ -155,10 +153,9 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
         }
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-          const int row = first + i * area.row_lanes;
-          int h = first_row + row;
-          if constexpr (Repeats) h = repeated(h, q.kernel_h, height);
-          const bool exists = column_exists && unsigned(h) < unsigned(height);
+          const int row = first + i * area.row_lanes, at = first_row + row;
+          const int h = Repeats ? repeated(at, q.kernel_h, height()) : at;
+          const bool exists = column_exists && unsigned(h) < unsigned(height());
           Vector<A, V> all;
 #pragma unroll
           for (int c = 0; c < V; ++c) all.v[c] = exists && c < channels ? load(values[i].v[c]) : A(0);
@@ -425,14 +422,8 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
 #pragma unroll 1
   for (int kh = 0; kh < rows.taps; ++kh) {
     const int kernel_row = rows.first_tap + kh * rows.tap_step;
-    int from_row = ToInput ? h - rows.padding + kh * rows.dilation : h;
-    int position_row = kh;
-    if constexpr (Shifts && ToInput) {
-      from_row = row_readers.begin + kh;
-      position_row = from_row - h + rows.padding;
-    } else if constexpr (Shifts) {
-      position_row = wrapped(kh - to_top, q.kernel_h);
-    }
+    const int from_row = !ToInput ? h : Shifts ? row_readers.begin + kh : h - rows.padding + kh * rows.dilation;
+    const int position_row = !Shifts ? kh : ToInput ? from_row - h + rows.padding : wrapped(kh - to_top, q.kernel_h);
     int staged_taps = 0;
     if constexpr (Staged) {
       const int after = ToInput ? 0 : kh % q.w_rows;
