@@ -222,6 +222,7 @@ inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
   plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
   if (!is_staged(p, pass)) return true;
   plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
+  if (p.border == Border::shift) plan.w_columns = std::min(plan.w_columns, int(p.out_w));
   plan.w_pitch = plan.columns % 8 == 0 ? plan.columns + 4 : plan.columns;
   for (int64_t stages = pass == Pass::grad_input ? p.kernel_h : 1; stages <= p.kernel_h; ++stages) {
     plan.w_rows = int(ceil_div(p.kernel_h, stages));

@@ -285,7 +285,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
 #pragma unroll 1
     for (int pixel = int(threadIdx.x) >> q.w_lane_bits; pixel < pixels; pixel += int(blockDim.x) >> q.w_lane_bits) {
       const auto [row, column] = divide(pixel, q.by_w_columns);
-      const int v = first_column + column;
+      const int v = (Shifts && ToInput ? max(0, min(first_column, width - q.w_columns)) : first_column) + column;
       int h = first_row + row, own_kernel_row = 0;
       if constexpr (Shifts && ToInput) {
         const WeightsRow own = weights_row<ToInput>(q, tile.row + row, kernel_row, height);
@@ -298,7 +298,13 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
       const T* from = w + (of_unit + at);
       const bool within = exists && at >= first_within && at <= last_within;
       T* to = to_unit + (row * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
-      const int to_left = Shifts && !ToInput ? moved(v * columns.stride - columns.padding, q.kernel_w, image_width) : 0;
+      // The place of tap k of a kernel row is k - `turn`, or K more for the taps before `turn`.
+      int turn = 0;
+      if constexpr (Shifts && !ToInput) {
+        const int to_left = moved(v * columns.stride - columns.padding, q.kernel_w, image_width);
+        turn = to_left > 0 ? to_left : to_left + q.kernel_w;
+        to -= turn * q.w_pitch;
+      }
       // Pieces are numbered from the 16 bytes on in which the first weight is.
       int begin = lane * elements - offset_of(from) / int(sizeof(T));
 #pragma unroll 1
@@ -322,17 +328,19 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
         for (int i = 0; i < Batch; ++i) {
           const int first = begin + i * lanes * elements;
           if (first >= length) break;
+          int of_row = first;
+          if constexpr (Shifts && !ToInput) of_row = first < 0 ? first : divide(first, q.by_kernel_w).remainder;
 #pragma unroll
           for (int e = 0; e < elements; ++e) {
-            const int tap = first + e;
+            const int tap = first + e, more = Shifts && !ToInput && of_row < turn ? q.kernel_w : 0;
+            if constexpr (Shifts && !ToInput) of_row = of_row + 1 == q.kernel_w ? 0 : of_row + 1;
             if (unsigned(tap) >= unsigned(length)) continue;
             if constexpr (Shifts && ToInput) {
               const int to_column = first_of_window(v, q.kernel_w, width) + tap - tile.column;
               if (unsigned(to_column) < unsigned(q.columns))
-                to[(column - to_column) * q.w_pitch + to_column] = values[i].v[e];
+                to[(v - first_column - to_column) * q.w_pitch + to_column] = values[i].v[e];
             } else if constexpr (Shifts) {
-              const int of_row = divide(tap, q.by_kernel_w).remainder;
-              to[(tap - of_row + wrapped(of_row - to_left, q.kernel_w)) * q.w_pitch] = values[i].v[e];
+              to[(tap + more) * q.w_pitch] = values[i].v[e];
             } else if constexpr (ToInput) {
               // With a stride or a dilation of 1 this is linear in the tap.
               if (q.plain) {

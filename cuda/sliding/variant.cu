@@ -33,6 +33,10 @@ Refusal sliding_refusal(const Problem& p, Pass pass) {
 
 // By counting; not measured.
 Refusal sliding_slower(const Problem& p, Pass pass) {
+  if (p.border == Border::shift)
+    return pass != Pass::grad_weight && p.group_channels() <= 2
+               ? needs("more than 2 channels per group where the border is shifted", p.group_channels())
+               : Refusal{};
   const int64_t products = p.taps() * p.group_channels();
   if (products < sliding::least_products && sliding::taps_are_inner(p))
     return needs("at least 24 products for each pixel and group, where taps are dense", products);

@@ -153,6 +153,11 @@ void slower() {
     CHECK(left(little, Layout::contiguous, pass).find("1024 pixels, got 18") != std::string::npos, "small images");
     CHECK(left(large, Layout::channels_last, pass).find("dense, got 18") != std::string::npos, "few dense taps");
     CHECK(left({1, 32, 2, 9, 9, 3, 3, 1, 1, 1, 1}, Layout::channels_last, pass).size() > 0, "what tiled takes");
+    const Case shifted{1, 32, 2, 9, 9, 3, 3, 1, 1, 0, 0, 1, 1, Border::shift};
+    CHECK(left(shifted, Layout::channels_last, pass).empty(), "shifted borders, which tiled does not take");
+    Case narrowest = shifted;
+    narrowest.g = 16;
+    CHECK(left(narrowest, Layout::contiguous, pass).empty() == (pass == Pass::grad_weight), "with enough channels");
   }
   CHECK(left(narrow, Layout::channels_last, Pass::forward).empty(), "dense taps");
   CHECK(left(narrow, Layout::channels_last, Pass::grad_input).find("16 channels") != std::string::npos, "grad_input");
