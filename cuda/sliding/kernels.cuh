@@ -556,7 +556,7 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
 }
 
 template <class T, int V, int Taps, bool Shifts>
-__global__ void __launch_bounds__(max_threads, 2)
+__global__ void __launch_bounds__(max_threads, Shifts ? least_blocks<T, V> : 2)
     grad_weight(KernelParams q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
   using A = Accumulator<T>;
   constexpr int P = run_pixels;
