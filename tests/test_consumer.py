@@ -15,7 +15,7 @@ from documents import BLOCKS
 from torch import nn
 
 import pyinvolution
-from pyinvolution import Involution2d, involution2d, span_involution2d
+from pyinvolution import Involution2d, involution2d, local_correlation2d, span_involution2d
 
 ROOT = Path(__file__).parents[1]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -166,7 +166,8 @@ LAYERS = [
 def test_torch_h_computes_what_python_does(programs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shapes = {"x": (2, 8, 7, 6), "w": (2, 2, 3, 3, 4, 6), "bias": (8,), "reduced": (2, 4, 4, 6), "span": (18, 4, 1, 1),
-              "span_bias": (18,)}  # fmt: skip
+              "span_bias": (18,), "shifted": (2, 2, 3, 3, 7, 6), "enlarged": (2, 4, 3, 3, 14, 18),
+              "query": (2, 8, 7, 6), "large": (2, 8, 14, 15)}  # fmt: skip
     given = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     expected: dict[str, torch.Tensor] = {}
 
@@ -184,6 +185,14 @@ def test_torch_h_computes_what_python_does(programs: Path, tmp_path: Path) -> No
     span = lambda *inputs: span_involution2d(*inputs, kernel_size=3, **window)  # noqa: E731
     differentiate("span", span, "x", "reduced", "span", "span_bias")
     differentiate("span_without_bias", span, "x", "reduced", "span")
+    shift = {"border": "shift", "dilation": (2, 1)}
+    differentiate("shifted", lambda *t: involution2d(*t, **shift), "x", "shifted", "bias")
+    differentiate("enlarged", lambda *t: involution2d(*t, padding=1, upsample=(2, 3)), "x", "enlarged")
+    differentiate("scores", lambda *t: local_correlation2d(*t, 3, groups=2, **shift), "query", "x")
+    large = {"padding": (1, 0), "groups": 4, "upsample": (2, 3)}
+    differentiate("large_scores", lambda *t: local_correlation2d(*t, (3, 2), **large), "large", "x")
+    unbatched = (given["query"][0], given["x"][0], 3)
+    expected["unbatched_scores"] = local_correlation2d(*unbatched, groups=2, border="shift")
     given["image"], given["kernels"] = torch.randn(2, 64, 9, 8), torch.randn(2, 4, 7, 7, 9, 8)
     documented = expected["documented"] = involution2d(given["image"], given["kernels"], padding=3)
     expected["documented/raw"] = documented.permute(0, 2, 3, 1)

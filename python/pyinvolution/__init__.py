@@ -20,9 +20,10 @@ from pyinvolution.explain import (
 )
 from pyinvolution.functional import involution2d, local_correlation2d, span_involution2d
 from pyinvolution.inference import optimize_for_inference
-from pyinvolution.modules import Involution2d
+from pyinvolution.modules import Involution1d, Involution2d
 
 __all__ = [
+    "Involution1d",
     "Involution2d",
     "__version__",
     "autotune",

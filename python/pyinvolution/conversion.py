@@ -114,4 +114,10 @@ def _involution(convolution: nn.Conv2d, options: dict[str, Any]) -> Involution2d
     }
     if given := sorted(taken.keys() & options.keys()):
         raise TypeError(f"{given[0]} comes from each convolution and cannot be given")
+    for name, reason in (
+        ("generator", "each layer needs one of its own"),
+        ("guide_channels", "a network calls its layers with one tensor"),
+    ):
+        if options.get(name) is not None:
+            raise TypeError(f"{name} cannot be given: {reason}")
     return Involution2d(convolution.in_channels, **taken, **options).train(convolution.training)  # type: ignore[arg-type]

@@ -65,9 +65,7 @@ def involution2d(
             what was expected.
     """
     op = "involution2d"
-    window: Window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
-    if border != "zeros" or upsample != 1:
-        window = (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
+    window = _window(op, stride, padding, dilation, border, upsample)
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _refuse_types(op, input=input, weight=weight)
     unbatched = input.dim() == 3 and weight.dim() == 5
@@ -121,9 +119,7 @@ def local_correlation2d(
     """
     op = "local_correlation2d"
     kernel = _pair(op, "kernel_size", kernel_size)
-    window: Window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
-    if border != "zeros" or upsample != 1:
-        window = (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
+    window = _window(op, stride, padding, dilation, border, upsample)
     if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
         raise TypeError(f"{op}: groups is {groups!r}, expected an int")
     if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
@@ -133,7 +129,8 @@ def local_correlation2d(
         query, key = query.unsqueeze(0), key.unsqueeze(0)
     # autocast takes the device of the first.
     key, query = ops.autocast_tensors(key, query)
-    output = _explained(_correlate, ops.check_correlation, query, key, kernel, *window[:3], groups, *window[3:])
+    arguments = (query, key, kernel, *window[:3], groups, *window[3:])
+    output = _explained(_correlate, ops.check_correlation, *arguments)
     return output.squeeze(0) if unbatched else output
 
 
@@ -245,12 +242,12 @@ def _nested_forward_mode() -> bool:
 
 
 def _reference_involution(input: Tensor, weight: Tensor, window: tuple) -> Tensor:
-    return reference.involution2d(input, weight, None, *_named(window))
+    return reference.involution2d(input, weight, None, *window[:3], **_named(*window[3:]))
 
 
-def _named(window: tuple) -> tuple:
-    """A window with the name of its border, for `reference`."""
-    return window if len(window) == 3 else (*window[:3], ops.BORDERS[window[3]], window[4])
+def _named(border: int = 0, upsample: Pair = (1, 1)) -> dict[str, Any]:
+    """The end of a window as `reference` takes it."""
+    return {"border": ops.BORDERS[border], "upsample": upsample}
 
 
 def _apply(input: Tensor, weight: Tensor, *window: Any) -> Tensor:
@@ -284,9 +281,7 @@ def _correlate(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
 
 
 def _reference_correlation(query: Tensor, key: Tensor, kernel_size: Pair, *rest: Any) -> Tensor:
-    stride, padding, dilation, groups, *border = rest
-    window = _named((stride, padding, dilation, *border))
-    return reference.local_correlation2d(query, key, kernel_size, *window[:3], groups, *window[3:])
+    return reference.local_correlation2d(query, key, kernel_size, *rest[:4], **_named(*rest[4:]))
 
 
 def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: Tensor | None, *window: Pair) -> Tensor:
@@ -300,6 +295,15 @@ def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: 
             return _compose_span(*tensors, window)
         return _SpanInvolution2d.apply(*tensors, *window)
     return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *window)
+
+
+def _window(
+    op: str, stride: int | Pair, padding: int | Pair, dilation: int | Pair, border: str, upsample: int | Pair
+) -> Window:
+    window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    if type(border) is str and border == "zeros" and type(upsample) is int and upsample == 1:
+        return window
+    return (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
 
 
 def _pair(op: str, name: str, value: int | Pair) -> Pair:

@@ -158,6 +158,11 @@ class _FoldedInvolution2d(nn.Module):
         )
 
 
+def _folds(layer: Involution2d, call: fx.Node) -> bool:
+    """Whether a layer makes its kernels from its input by ``reduce`` and ``span`` and nothing else."""
+    return layer.generator is None and layer.kernel_norm is None and len(call.args) == 1 and not call.kwargs
+
+
 def _foldable(module: object) -> bool:
     """Whether a module is a batch norm that is an affine map in evaluation mode."""
     return is_stock(module, nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None  # type: ignore[attr-defined]
@@ -206,7 +211,7 @@ def _fold(model: fx.GraphModule) -> None:
 
     for node in list(model.graph.nodes):
         layer = module_of(node, (nn.Conv2d, Involution2d))
-        if layer is None:
+        if layer is None or (isinstance(layer, Involution2d) and not _folds(layer, node)):
             continue
         norm_node: Any = follower(node, norm_of)
         norm: Any = norm_of(norm_node) if norm_node is not None else None

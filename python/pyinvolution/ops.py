@@ -148,7 +148,7 @@ def _check_window(
 def _window_text(
     size: Sequence[int],
     kernel: Sequence[int],
-    expected: Sequence[int],
+    expected: Sequence[int | torch.SymInt],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -189,7 +189,7 @@ def _output(
     dilation: Sequence[int],
     border: int = 0,
     upsample: Sequence[int] = (1, 1),
-) -> list[int]:
+) -> list[int | torch.SymInt]:
     """Rows and columns of the output."""
     pairs = zip(size, kernel, stride, padding, dilation, (border, border), upsample, strict=True)
     return [output_size(*values) for values in pairs]
@@ -511,13 +511,13 @@ def _views_of_taps(
     if border or max(upsample) > 1:
         starts = [
             reference.first_taps(size, *values, border=border, device=x.device)
-            for size, *values in zip(x.shape[2:], kernel, stride, padding, dilation, upsample, strict=True)
+            for size, *values in zip(shape_of(x)[2:], kernel, stride, padding, dilation, upsample, strict=True)
         ]
         x = pad(x, (padding[1], padding[1], padding[0], padding[0]))
         for i in range(kernel[0]):
-            rows = x.index_select(-2, starts[0] + (padding[0] + dilation[0] * i))
+            of_row = x.index_select(-2, starts[0] + (padding[0] + dilation[0] * i))
             for j in range(kernel[1]):
-                yield rows.index_select(-1, starts[1] + (padding[1] + dilation[1] * j))
+                yield of_row.index_select(-1, starts[1] + (padding[1] + dilation[1] * j))
         return
     end = padding if end is None else end
     x = pad(x, (padding[1], end[1], padding[0], end[0]))

@@ -61,6 +61,7 @@ def windows(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
+    *,
     border: str = "zeros",
     upsample: int | tuple[int, int] = 1,
 ) -> Tensor:
@@ -89,6 +90,7 @@ def involution2d(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
+    *,
     border: str = "zeros",
     upsample: int | tuple[int, int] = 1,
 ) -> Tensor:
@@ -106,7 +108,7 @@ def involution2d(
     """
     n, c = input.shape[:2]
     groups, kh, kw, ho, wo = weight.shape[1:]
-    columns = windows(input, (kh, kw), stride, padding, dilation, border, upsample)
+    columns = windows(input, (kh, kw), stride, padding, dilation, border=border, upsample=upsample)
     columns = columns.unflatten(1, (groups, c // groups))
     output = torch.einsum("ngcijhw,ngijhw->ngchw", columns, weight).reshape(n, c, ho, wo)
     return output if bias is None else output + bias.view(-1, 1, 1)
@@ -120,6 +122,7 @@ def local_correlation2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    *,
     border: str = "zeros",
     upsample: int | tuple[int, int] = 1,
 ) -> Tensor:
@@ -135,6 +138,6 @@ def local_correlation2d(
     Returns:
         (N, G, Kh, Kw, Ho, Wo), contiguous.
     """
-    columns = windows(key, kernel_size, stride, padding, dilation, border, upsample)
+    columns = windows(key, kernel_size, stride, padding, dilation, border=border, upsample=upsample)
     pair = (columns.unflatten(1, (groups, -1)), query.unflatten(1, (groups, -1)))
     return torch.einsum("ngcijhw,ngchw->ngijhw", *pair).contiguous()

@@ -45,6 +45,20 @@ void functions(const Inputs& in, Results& results) {
                 {x, reduced, span, span_bias}, results);
   differentiate("span_without_bias", pyinvolution::span_involution2d(x, reduced, span, {}, 3, {2, 1}, 1),
                 {x, reduced, span}, results);
+  // Windows that the border shifts, and two by three outputs for each position.
+  const Tensor shifted = leaf("shifted"), enlarged = leaf("enlarged"), query = leaf("query"), large = leaf("large");
+  using pyinvolution::Border;
+  differentiate("shifted", pyinvolution::involution2d(x, shifted, bias, 1, 0, {2, 1}, Border::shift),
+                {x, shifted, bias}, results);
+  differentiate("enlarged", pyinvolution::involution2d(x, enlarged, {}, 1, 1, 1, Border::zeros, {2, 3}), {x, enlarged},
+                results);
+  differentiate("scores", pyinvolution::local_correlation2d(query, x, 3, 1, 0, {2, 1}, 2, Border::shift), {query, x},
+                results);
+  differentiate("large_scores",
+                pyinvolution::local_correlation2d(large, x, {3, 2}, 1, {1, 0}, 1, 4, Border::zeros, {2, 3}), {large, x},
+                results);
+  results.emplace("unbatched_scores",
+                  pyinvolution::local_correlation2d(query[0], x[0], 3, 1, 0, 1, 2, Border::shift).detach());
   results.emplace("unbatched", pyinvolution::involution2d(x[0], w[0], {}, {2, 1}, 1).detach());
   {
     const Tensor grad_input =
@@ -60,6 +74,9 @@ void functions(const Inputs& in, Results& results) {
   for (const auto& refuse : std::vector<std::function<void()>>{
            [&] { pyinvolution::involution2d(x, w); }, [&] { pyinvolution::involution2d(x, w, bias[0], {2, 1}, 1); },
            [&] { pyinvolution::nn::Involution2d(7); },
+           [&] { pyinvolution::involution2d(x, shifted, {}, 1, 1, 1, Border::shift); },
+           [&] { pyinvolution::local_correlation2d(query, x, 3, 1, 0, 3, 2, Border::shift); },
+           [&] { pyinvolution::involution2d(x, enlarged, {}, 2, 1, 1, Border::zeros, 2); },
            [&] {
              pyinvolution::nn::Involution2d layer(16);
              layer(x);

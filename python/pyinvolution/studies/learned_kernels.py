@@ -1,6 +1,7 @@
 """The kernels that a network's involutions generate."""
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +29,13 @@ def involution_kernels(
         for name, module in net.named_modules()
         if isinstance(module, Involution2d) and (names is None or name in names)
     }
-    spans: dict[nn.Module, Tensor] = {}
-    hooks = [
-        layer.span.register_forward_hook(lambda span, _, output: spans.update({span: output}))
-        for layer in layers.values()
-    ]
+    kernels: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+        kernels[layer] = layer.kernels(*arguments)
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers.values()]
     net.eval()(images)
     for hook in hooks:
         hook.remove()
-    return {
-        name: spans[layer.span].unflatten(1, (layer.groups, *layer.kernel_size)).double().cpu().numpy()
-        for name, layer in layers.items()
-    }
+    return {name: kernels[layer].double().cpu().numpy() for name, layer in layers.items()}
