@@ -21,6 +21,12 @@
 // time, coalesced over the runs of a row. Weights with dense taps, whose pixels are far apart, come through shared
 // memory as they are stored, in 16-byte pieces: a few kernel rows of all pixels at a time.
 //
+// A border that shifts windows changes what is brought into shared memory, and little of the sums (class_of in
+// config.cuh): each residue class of the dilation is an image of its own, X repeats beyond its borders, and rows of X and
+// taps of W take the places that they have in a window that is not moved. In the gradient of the input, a pixel sums over
+// those whose windows have it, up to K + K/2 in a row and in a column, and a product without a tap is left out. Weights
+// always come through shared memory, and channels in vectors of 4.
+//
 // Bytes: each weight crosses the memory bus once, and 8 channels share its read from L2; an x is read 1 to 3 times,
 // mostly from L2. Limit: with up to 4 channels in a group, the bytes of W; with many, a pixel and channel takes for each
 // tap 1 FMA, 1/4 of a 16-byte load of x and 1/8 of a load of a weight.
@@ -89,7 +95,8 @@ __device__ __forceinline__ int repeated(int pixel, int period, int pixels) {
   return pixel < 0 ? pixel + period : pixel >= pixels ? pixel - period : pixel;
 }
 
-// The pixels of Y, of an axis, whose windows have this pixel of X, and the first pixel of such a window.
+// The pixels of Y, of an axis, whose windows have this pixel of X, and the first pixel of a window: in a class, what
+// pyinvolution/axis.h says with a dilation of 1.
 struct Readers {
   int begin, end;
 };
