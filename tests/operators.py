@@ -101,7 +101,9 @@ def cuda_sliding(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> boo
     if not in_phases(pass_, case, layout, strided=True, shifts=True):
         return False
     if case.border == "shift":
-        return all(s == 1 or (d == 1 and pass_ != "grad_input") for s, d in zip(case.stride, case.dilation, strict=True))
+        return all(
+            s == 1 or (d == 1 and pass_ != "grad_input") for s, d in zip(case.stride, case.dilation, strict=True)
+        )
     return case not in (WIDE_ROW, FAR_COLUMNS) and (pass_ != "grad_input" or max(case.stride) <= 4)
 
 
