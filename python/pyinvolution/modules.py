@@ -275,8 +275,9 @@ class Involution1d(Involution2d):
     r"""Involution of sequences, such as speech or time series: `Involution2d` of images with one row.
 
     With ``causal`` an output at a time sees the inputs up to it and none after: its window ends there, and the kernel
-    is made from the input at that time. A norm in ``reduce`` takes its statistics in training from all times of the
-    batch, as it does in any network; in evaluation mode nothing of the future is seen.
+    is made from the input at that time. That holds in evaluation mode with the norm that there is by default; in
+    training its statistics are those of all times, as in any network, and a GroupNorm or InstanceNorm takes such
+    statistics in evaluation mode, too. A ``generator`` must be causal itself.
 
     Args:
         channels, group_channels, reduction, and all keyword arguments: as for `Involution2d`. ``norm_layer`` and
