@@ -145,12 +145,15 @@ int vector_of(int most, const void* data, std::initializer_list<int64_t> sizes) 
   return most;
 }
 
-// What kernels in tiles require of the windows, an input and an output.
-inline Refusal pixels_refusal(const Problem& p) {
-  if (const Refusal refusal = window_refusal(p)) return refusal;
+// What kernels in tiles require: an input and an output, and with few exceptions windows as a convolution has them.
+inline Refusal image_refusal(const Problem& p) {
   if (p.in_h < 1 || p.in_w < 1) return needs("an input with pixels", p.in_h, p.in_w);
   if (p.out_h < 1 || p.out_w < 1) return needs("an output with pixels", p.out_h, p.out_w);
   return {};
+}
+inline Refusal pixels_refusal(const Problem& p) {
+  const Refusal refusal = window_refusal(p);
+  return refusal ? refusal : image_refusal(p);
 }
 
 // What kernels for square windows and dense rows require.

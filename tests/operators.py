@@ -71,14 +71,15 @@ def along_channels(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> b
     return dtype != torch.float64 and case.group_channels >= 8 and pass_ not in TOO_LARGE.get(case, ())
 
 
-def in_phases(pass_: str, case: Case, layout: str, strided: bool = False) -> bool:
-    """Whether a CUDA kernel that knows neither a border nor an upsampling is run for each phase of one, or once.
+def in_phases(pass_: str, case: Case, layout: str, strided: bool = False, shifts: bool = False) -> bool:
+    """Whether a CUDA kernel that does not know an upsampling is run for each phase of one, or once.
 
     ``strided``: the kernel takes rows that are not dense, which those of a phase are not unless channels are.
+    ``shifts``: it knows a border that shifts.
     """
     factor = case.upsample[0] * case.upsample[1]
     phases = pass_ != "grad_input" and factor <= 16 and (strided or layout == "channels_last")
-    return case.border == "zeros" and (factor == 1 or phases)
+    return (case.border == "zeros" or shifts) and (factor == 1 or phases)
 
 
 def in_tiles(case: Case) -> bool:
@@ -92,8 +93,12 @@ def cuda_tiled(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
 
 
 def cuda_sliding(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
-    if not in_phases(pass_, case, layout, strided=True):
+    if not in_phases(pass_, case, layout, strided=True, shifts=True):
         return False
+    if case.border == "shift":
+        return all(
+            s == 1 or (d == 1 and pass_ != "grad_input") for s, d in zip(case.stride, case.dilation, strict=True)
+        )
     return case not in (WIDE_ROW, FAR_COLUMNS) and (pass_ != "grad_input" or max(case.stride) <= 4)
 
 

@@ -65,11 +65,37 @@ inline Axis gradient_axis(int64_t remainder, int64_t pixels, int64_t taps, int64
           int(-step)};
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where the border is shifted, the pixels with one remainder by the dilation are an image of their own: no window leaves
+// it, and there the dilation is 1. This is the first such class as a problem, which has the most pixels; any problem with
+// a border of zeros is itself. The tensors of the other classes begin later.
+//
+// A window that is moved inside by s taps reads the same pixels as the one that is not, where the image repeats with
+// period K beyond its borders: pixel i < 0 is pixel i + K, and pixel i >= L is pixel i - K. Its tap t is then tap
+// (t + s) mod K of the moved one. So windows slide as with a border of zeros: X is brought in repeated, and taps change
+// their places.
+inline Problem class_of(const Problem& p) {
+  Problem one = p;
+  if (p.border == Border::zeros) return one;
+  for (int64_t* size : {&one.in_h, &one.out_h}) *size = ceil_div(*size, p.dilation_h);
+  for (int64_t* size : {&one.in_w, &one.out_w}) *size = ceil_div(*size, p.dilation_w);
+  for (int64_t* stride : {&one.x_stride[2], &one.w_stride[4], &one.y_stride[2]}) *stride *= p.dilation_h;
+  for (int64_t* stride : {&one.x_stride[3], &one.w_stride[5], &one.y_stride[3]}) *stride *= p.dilation_w;
+  one.dilation_h = one.dilation_w = 1;
+  one.padding_h = p.kernel_h / 2, one.padding_w = p.kernel_w / 2;
+  return one;
+}
+
+// The gradient of the input with a shifted border: a pixel gets something from those that are less than K away, each by
+// another tap.
+inline Axis shifted_gradient_axis(int64_t pixels, int64_t taps) {
+  return forward_axis(pixels, 2 * taps - 1, 1, taps - 1, 1);
+}
+
 inline bool taps_are_inner(const Problem& p) {
   return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && p.w_stride[5] != 1 && p.taps() > 1;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `all` in nearly equal parts of at most `most`: the size of the first.
 inline int64_t even_part(int64_t all, int64_t most) { return ceil_div(all, ceil_div(all, std::max<int64_t>(1, most))); }
@@ -79,6 +105,8 @@ struct Sum {
   int64_t height, width, taps_h, taps_w, stride_h, stride_w, dilation_h, dilation_w;
 };
 inline Sum sum_of(const Problem& p, Pass pass) {
+  if (p.border == Border::shift && pass == Pass::grad_input)
+    return {p.in_h, p.in_w, 2 * p.kernel_h - 1, 2 * p.kernel_w - 1, 1, 1, 1, 1};
   if (pass != Pass::grad_input)
     return {p.out_h, p.out_w, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w};
   const int64_t common_h = std::gcd(p.stride_h, p.dilation_h), common_w = std::gcd(p.stride_w, p.dilation_w);
@@ -92,11 +120,11 @@ inline Sum sum_of(const Problem& p, Pass pass) {
           p.dilation_w / common_w};
 }
 
-// Whether weights come through shared memory: where their taps are dense, many threads need them, or a run of them
-// cannot be read at once.
+// Whether weights come through shared memory: where their taps are dense, many threads need them, a run of them cannot
+// be read at once, or the pixels of a run differ in the order of their taps.
 inline bool is_staged(const Problem& p, Pass pass) {
   const bool parts = pass == Pass::forward && p.out_w % run_pixels != 0;
-  return taps_are_inner(p) || p.group_channels() > (parts ? 8 : 16);
+  return p.border == Border::shift || taps_are_inner(p) || p.group_channels() > (parts ? 8 : 16);
 }
 
 // How a problem is cut into blocks. A unit is a group of an image; its channels come in chunks of `vectors` vectors of
@@ -170,6 +198,7 @@ inline Plan start_plan(const Problem& p, Pass pass, const Sum& sum, int vector, 
   plan.chunks = ceil_div(p.group_channels(), vector * vectors);
   plan.classes_h = pass == Pass::grad_input ? int(p.stride_h) : 1;
   plan.classes_w = pass == Pass::grad_input ? int(p.stride_w) : 1;
+  if (p.border == Border::shift) plan.classes_h = int(p.dilation_h), plan.classes_w = int(p.dilation_w);
   const int64_t common = std::lcm(sum.stride_w, sum.dilation_w);
   const int64_t spacing = common / sum.stride_w, phases = common / sum.dilation_w;
   plan.slides = (spacing == 1 || phases == 1) && spacing <= 8 && phases < sum.taps_w;
@@ -193,10 +222,11 @@ inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
   plan.w_offset = int(ceil_div(x_bytes, 16) * 16), plan.shared_bytes = plan.w_offset;
   if (!is_staged(p, pass)) return true;
   plan.w_columns = plan.columns + (pass == Pass::grad_input ? int((sum.taps_w - 1) * sum.dilation_w) : 0);
+  if (p.border == Border::shift) plan.w_columns = std::min(plan.w_columns, int(p.out_w));
   plan.w_pitch = plan.columns % 8 == 0 ? plan.columns + 4 : plan.columns;
   for (int64_t stages = pass == Pass::grad_input ? p.kernel_h : 1; stages <= p.kernel_h; ++stages) {
     plan.w_rows = int(ceil_div(p.kernel_h, stages));
-    plan.w_row_pitch = int(plan.w_rows * p.kernel_w * plan.w_pitch);
+    plan.w_row_pitch = int(plan.w_rows * std::max(p.kernel_w, sum.taps_w) * plan.w_pitch);
     plan.shared_bytes = plan.w_offset + int64_t{plan.units} * plan.rows * plan.w_row_pitch * element;
     if (plan.fits(limit)) break;
   }
@@ -266,10 +296,12 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
 }
 
 // The first plan that fits, of those with much and with little shared memory; else one without threads.
-inline Plan plan_of(const Problem& p, Pass pass) {
+inline Plan plan_of(const Problem& problem, Pass pass) {
+  const Problem p = class_of(problem);
   const int64_t channels = p.group_channels();
   const bool two = channels > 4 && pass == Pass::forward && p.dtype != DType::f64;
-  const int vector = channels <= 2 ? int(channels) : 4, vectors = two ? 2 : 1;
+  // A shifted border has kernels for vectors of 4 only.
+  const int vector = channels <= 2 && p.border == Border::zeros ? int(channels) : 4, vectors = two ? 2 : 1;
   const Sum sum = sum_of(p, pass);
   // So that sizes fit in 32 bits below.
   if ((double(sum.taps_h * sum.dilation_h) + 256.0 * double(sum.stride_h)) *
@@ -281,14 +313,14 @@ inline Plan plan_of(const Problem& p, Pass pass) {
   for (const int limit : {wide ? max_shared_bytes : wanted_shared_bytes, max_shared_bytes}) {
     if (pass == Pass::grad_weight) {
       for (const int64_t min_pixels : {96, 32, 1}) {
-        Plan plan = start_plan(p, pass, sum, vector, 1);
+        Plan plan = start_plan(problem, pass, sum, vector, 1);
         if (plan_grad_weight(plan, p, sum, limit, min_pixels)) return plan;
       }
       continue;
     }
     for (const bool choosy : {true, false}) {
       for (int each = vectors; each >= 1; --each) {
-        Plan plan = start_plan(p, pass, sum, vector, each);
+        Plan plan = start_plan(problem, pass, sum, vector, each);
         if (plan_apply(plan, p, pass, sum, limit, choosy)) return plan;
       }
     }
@@ -321,6 +353,12 @@ struct WeightView {
   bool vectors, dense;  // the pixels of a run can be read at once; are neighbours
 };
 
+// The classes of a shifted border along an axis: those from number `whole` on have a pixel less than the first. And the
+// distances in memory from a class to the next, of the image that has a halo, the weights and the image that is tiled.
+struct Classes {
+  int whole, halo, weights, tiled;
+};
+
 struct KernelParams {
   int group_channels;
   int w_height, w_width, kernel_h, kernel_w;
@@ -337,6 +375,8 @@ struct KernelParams {
   Area x_area, y_area;
   View x, y;
   WeightView w;
+  Classes classes_h, classes_w;
+  Division by_kernel_w;
 };
 
 // Launches the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.

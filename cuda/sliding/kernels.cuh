@@ -21,6 +21,12 @@
 // time, coalesced over the runs of a row. Weights with dense taps, whose pixels are far apart, come through shared
 // memory as they are stored, in 16-byte pieces: a few kernel rows of all pixels at a time.
 //
+// A border that shifts windows changes what is brought into shared memory, and little of the sums (class_of in
+// config.cuh): each residue class of the dilation is an image of its own, X repeats beyond its borders, and rows of X and
+// taps of W take the places that they have in a window that is not moved. In the gradient of the input, a pixel sums over
+// those whose windows have it, up to K + K/2 in a row and in a column, and a product without a tap is left out. Weights
+// always come through shared memory, and channels in vectors of 4.
+//
 // Bytes: each weight crosses the memory bus once, and 8 channels share its read from L2; an x is read 1 to 3 times,
 // mostly from L2. Limit: with up to 4 channels in a group, the bytes of W; with many, a pixel and channel takes for each
 // tap 1 FMA, 1/4 of a 16-byte load of x and 1/8 of a load of a weight.
@@ -71,9 +77,44 @@ __device__ __forceinline__ bool inside(int h, int w, int height, int width) {
   return h >= 0 && h < height && w >= 0 && w < width;
 }
 
+// The number of pixels of a class, where the first one has `pixels`.
+__device__ __forceinline__ int pixels_of(const Classes& classes, int number, int pixels) {
+  return pixels - (number >= classes.whole ? 1 : 0);
+}
+
+// By how many taps a window is moved to the left into an image of `pixels` pixels, with its first tap at `first`.
+__device__ __forceinline__ int moved(int first, int taps, int pixels) {
+  return first < 0 ? first : max(0, first + taps - pixels);
+}
+// The same number modulo `period`, if it is less than that outside.
+__device__ __forceinline__ int wrapped(int number, int period) {
+  return number < 0 ? number + period : number >= period ? number - period : number;
+}
+// The pixel inside that an image without end has there, if it repeats with `period` beyond its borders.
+__device__ __forceinline__ int repeated(int pixel, int period, int pixels) {
+  return pixel < 0 ? pixel + period : pixel >= pixels ? pixel - period : pixel;
+}
+
+// The pixels of Y, of an axis, whose windows have this pixel of X, and the first pixel of a window: in a class, what
+// pyinvolution/axis.h says with a dilation of 1.
+struct Readers {
+  int begin, end;
+};
+__device__ __forceinline__ Readers readers_of(int pixel, int taps, int pixels) {
+  return {pixel < taps ? 0 : pixel - (taps - 1 - taps / 2), pixel >= pixels - taps ? pixels : pixel + taps / 2 + 1};
+}
+__device__ __forceinline__ int first_of_window(int pixel, int taps, int pixels) {
+  return min(max(pixel - taps / 2, 0), pixels - taps);
+}
+// The most readers that a pixel of [first, last] has, or a little more.
+__device__ __forceinline__ int most_readers(int first, int last, int taps, int pixels) {
+  if (first >= taps && last < pixels - taps) return taps;
+  return pixels < 2 * taps ? pixels : taps + taps / 2;
+}
+
 // Brings vectors of channels of the block's units, from `first_vector` of each on and from pixel (first_row,
-// first_column) on.
-template <int V, class A, class T>
+// first_column) on. Outside the image there are zeros, or it repeats with the size of the kernel. Shifts: it is a class.
+template <int V, bool Shifts, bool Repeats, class A, class T>
 __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, const KernelParams& q, const View& view,
                                             const Area& area, const Tile& tile, int first_vector, int first_row,
                                             int first_column) {
@@ -81,6 +122,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
   const auto [own_row, own_column] = divide(other, area.by_column_lanes);
   if (lane >= area.lanes || own_row >= area.row_lanes) return;
+  const auto height = [&] { return Shifts ? pixels_of(q.classes_h, tile.class_h, area.height) : area.height; };
+  const auto width = [&] { return Shifts ? pixels_of(q.classes_w, tile.class_w, area.width) : area.width; };
   constexpr int batch = 8 / V;
 #pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
@@ -96,8 +139,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
     for (int c = 0; c < V; ++c) of_channel[c] = from + (c < channels ? c : 0) * view.c;
 #pragma unroll 1
     for (int column = own_column; column < area.columns; column += area.column_lanes) {
-      const int w = first_column + column;
-      const bool column_exists = w >= 0 && w < area.width;
+      const int w = Repeats ? repeated(first_column + column, q.kernel_w, width()) : first_column + column;
+      const bool column_exists = w >= 0 && w < width();
       const int row_offset = column_exists ? w * view.w : 0;
       Vector<A, V>* to = shared + (vector * area.plane + column + int(area.by_every.quotient(uint32_t(column))));
 #pragma unroll 1
@@ -105,8 +148,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
         Vector<T, V> values[batch];
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-          const int h = first_row + first + i * area.row_lanes;
-          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          const int at = first_row + first + i * area.row_lanes, h = Repeats ? repeated(at, q.kernel_h, height()) : at;
+          const bool exists = column_exists && unsigned(h) < unsigned(height());
           const int pixel = exists ? h * view.h + row_offset : 0;
           if (vectors) {
             values[i] = *reinterpret_cast<const Vector<T, V>*>(from + pixel);
@@ -117,8 +160,9 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
         }
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-          const int row = first + i * area.row_lanes, h = first_row + row;
-          const bool exists = column_exists && unsigned(h) < unsigned(area.height);
+          const int row = first + i * area.row_lanes, at = first_row + row;
+          const int h = Repeats ? repeated(at, q.kernel_h, height()) : at;
+          const bool exists = column_exists && unsigned(h) < unsigned(height());
           Vector<A, V> all;
 #pragma unroll
           for (int c = 0; c < V; ++c) all.v[c] = exists && c < channels ? load(values[i].v[c]) : A(0);
@@ -145,6 +189,20 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
   return (span * q.spacing + first) * run_pixels + i;
 }
 
+// Where the border is shifted: the row of W's pixels that a row of the tile needs in a step, and which of its kernel rows.
+// In the gradient of the input a step is a pixel that has the row in its window; a row beyond the image stands for none.
+struct WeightsRow {
+  int pixel, kernel_row;
+};
+template <bool ToInput>
+__device__ __forceinline__ WeightsRow weights_row(const KernelParams& q, int row, int step, int height) {
+  if constexpr (!ToInput) return {row, 0};
+  if (row >= height) return {height, 0};
+  const Readers readers = readers_of(row, q.kernel_h, height);
+  const int pixel = readers.begin + step;
+  return {pixel < readers.end ? pixel : height, row - first_of_window(pixel, q.kernel_h, height)};
+}
+
 // Brings the weights of `kernel_rows` kernel rows from `kernel_row` on, of the tile's pixels, into shared memory:
 // [unit][row][tap][pixel]. For the gradient of the input, the pixels are those of the result, to which the weights of
 // others lead; a tap's place is that in the sum, and weights that do not exist are zero.
@@ -152,23 +210,59 @@ __device__ __forceinline__ int place_in_runs(int column, const KernelParams& q) 
 // Where taps are inner, 2 or 4 threads bring those of a pixel in 16-byte pieces; the pieces at both ends have some of its
 // neighbours' too. Loads have up to 64 bytes in a row, and stores meet in few banks. Else a thread brings a pixel's, tap by
 // tap, and its neighbours those of the next pixels.
-template <bool ToInput, int Batch, class T>
+//
+// Where the border is shifted, a tap's place is that in the window that is not moved.
+template <bool ToInput, bool Shifts, int Batch, class T>
 __device__ __forceinline__ void bring_weights(T* shared, const T* w, const KernelParams& q, const Tile& tile,
                                               const Axis& columns, int first_row, int first_column, int kernel_row,
                                               int kernel_rows) {
   constexpr int elements = 16 / int(sizeof(T));
   const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
+  // Of a shifted border: the pixels of the class. In the gradient of the input, each row has a kernel row of its own.
+  const int height = Shifts ? pixels_of(q.classes_h, tile.class_h, q.w_height) : q.w_height;
+  const int width = Shifts ? pixels_of(q.classes_w, tile.class_w, q.w_width) : q.w_width;
+  const int image_width = Shifts ? pixels_of(q.classes_w, tile.class_w, q.x_area.width) : 0;
+  const int of_class = Shifts ? tile.class_h * q.classes_h.weights + tile.class_w * q.classes_w.weights : 0;
 #pragma unroll 1
   for (int unit_index = 0; unit_index < min(q.units, tile.end_unit - tile.unit); ++unit_index) {
     const auto [n, g] = divide(tile.unit + unit_index, q.by_groups);
-    const int64_t of_unit = n * q.w.n + (g * q.w.g + kernel_row * q.w.kh);
+    const int64_t of_unit = n * q.w.n + (g * q.w.g + of_class + (ToInput && Shifts ? 0 : kernel_row * q.w.kh));
     T* const to_unit = shared + unit_index * q.rows * q.w_row_pitch;
     if (!q.taps_inner) {
       const int pixels = q.rows * q.columns;
 #pragma unroll 1
       for (int pixel = int(threadIdx.x); pixel < pixels; pixel += int(blockDim.x)) {
         const auto [row, column] = divide(pixel, q.by_columns);
+        if constexpr (Shifts) {
+          T* const to_pixel = to_unit + (row * q.w_row_pitch + column);
+          const auto [h, own_kernel_row] = weights_row<ToInput>(q, tile.row + row, kernel_row, height);
+          const int own = tile.column + column;
+          if (h >= height || own >= width) continue;
+          const T* from = w + (of_unit + (h * q.w.h + own_kernel_row * q.w.kh));
+          if constexpr (ToInput) {
+            const Readers readers = readers_of(own, q.kernel_w, width);
+            T* to = to_pixel + (readers.begin - own + q.kernel_w - 1) * q.w_pitch;
+#pragma unroll 4
+            for (int v = readers.begin; v < readers.end; ++v, to += q.w_pitch)
+              *to = from[v * q.w.w + (own - first_of_window(v, q.kernel_w, width)) * q.w.kw];
+          } else {
+            const int first =
+                wrapped(moved(own * columns.stride - columns.padding, q.kernel_w, image_width), q.kernel_w);
+            from += own * q.w.w + first * q.w.kw;
+            T* to = to_pixel;
+#pragma unroll 1
+            for (int kh = 0; kh < kernel_rows; ++kh, from += q.w.kh) {
+              const T* tap = from;
+#pragma unroll 4
+              for (int place = 0; place < q.kernel_w; ++place, to += q.w_pitch) {
+                *to = *tap;
+                tap += first + place + 1 == q.kernel_w ? (1 - q.kernel_w) * q.w.kw : q.w.kw;
+              }
+            }
+          }
+          continue;
+        }
         const int h = first_row + row, first_tap = ToInput ? columns.first_tap : 0;
         int v = first_column + column;
         if (h < 0 || h >= q.w_height) continue;
@@ -198,14 +292,26 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
 #pragma unroll 1
     for (int pixel = int(threadIdx.x) >> q.w_lane_bits; pixel < pixels; pixel += int(blockDim.x) >> q.w_lane_bits) {
       const auto [row, column] = divide(pixel, q.by_w_columns);
-      const int h = first_row + row, v = first_column + column;
-      if (h < 0 || h >= q.w_height) continue;
-      const bool exists = v >= 0 && v < q.w_width;
-      if (!ToInput && !exists) continue;
-      const int at = exists ? h * q.w.h + v * q.w.w : 0;
+      const int v = (Shifts && ToInput ? max(0, min(first_column, width - q.w_columns)) : first_column) + column;
+      int h = first_row + row, own_kernel_row = 0;
+      if constexpr (Shifts && ToInput) {
+        const WeightsRow own = weights_row<ToInput>(q, tile.row + row, kernel_row, height);
+        h = own.pixel, own_kernel_row = own.kernel_row;
+      }
+      if (h < 0 || h >= height) continue;
+      const bool exists = v >= 0 && v < width;
+      if ((Shifts || !ToInput) && !exists) continue;
+      const int at = exists ? h * q.w.h + v * q.w.w + own_kernel_row * q.w.kh : 0;
       const T* from = w + (of_unit + at);
       const bool within = exists && at >= first_within && at <= last_within;
       T* to = to_unit + (row * q.w_row_pitch + (ToInput ? 0 : place_in_runs(column, q)));
+      // The place of tap k of a kernel row is k - `turn`, or K more for the taps before `turn`.
+      int turn = 0;
+      if constexpr (Shifts && !ToInput) {
+        const int to_left = moved(v * columns.stride - columns.padding, q.kernel_w, image_width);
+        turn = to_left > 0 ? to_left : to_left + q.kernel_w;
+        to -= turn * q.w_pitch;
+      }
       // Pieces are numbered from the 16 bytes on in which the first weight is.
       int begin = lane * elements - offset_of(from) / int(sizeof(T));
 #pragma unroll 1
@@ -229,11 +335,20 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
         for (int i = 0; i < Batch; ++i) {
           const int first = begin + i * lanes * elements;
           if (first >= length) break;
+          int of_row = first;
+          if constexpr (Shifts && !ToInput) of_row = first < 0 ? first : divide(first, q.by_kernel_w).remainder;
 #pragma unroll
           for (int e = 0; e < elements; ++e) {
-            const int tap = first + e;
+            const int tap = first + e, more = Shifts && !ToInput && of_row < turn ? q.kernel_w : 0;
+            if constexpr (Shifts && !ToInput) of_row = of_row + 1 == q.kernel_w ? 0 : of_row + 1;
             if (unsigned(tap) >= unsigned(length)) continue;
-            if constexpr (ToInput) {
+            if constexpr (Shifts && ToInput) {
+              const int to_column = first_of_window(v, q.kernel_w, width) + tap - tile.column;
+              if (unsigned(to_column) < unsigned(q.columns))
+                to[(v - first_column - to_column) * q.w_pitch + to_column] = values[i].v[e];
+            } else if constexpr (Shifts) {
+              to[(tap + more) * q.w_pitch] = values[i].v[e];
+            } else if constexpr (ToInput) {
               // With a stride or a dilation of 1 this is linear in the tap.
               if (q.plain) {
                 const int place = columns.first_tap - tap, to_column = column - place * columns.dilation;
@@ -255,7 +370,8 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
   }
 }
 
-template <class T, int V, int M, bool ToInput, bool Staged>
+// Shifts: the border is shifted, and weights are staged.
+template <class T, int V, int M, bool ToInput, bool Staged, bool Shifts>
 __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
     apply(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   using A = Accumulator<T>;
@@ -263,11 +379,21 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
   Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
   T* staged = reinterpret_cast<T*>(shared_memory() + q.w_offset);
   const Tile tile = tile_of_block(q);
-  const Axis rows = ToInput ? axis_of(q.h, tile.class_h) : q.h[0];
-  const Axis columns = ToInput ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
+  Axis rows = ToInput && !Shifts ? axis_of(q.h, tile.class_h) : q.h[0];
+  Axis columns = ToInput && !Shifts ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
+  int image_height = 0, image_width = 0;
+  if constexpr (Shifts) {
+    rows.pixels = pixels_of(q.classes_h, tile.class_h, rows.pixels);
+    columns.pixels = pixels_of(q.classes_w, tile.class_w, columns.pixels);
+    image_height = pixels_of(q.classes_h, tile.class_h, q.x_area.height);
+    image_width = pixels_of(q.classes_w, tile.class_w, q.x_area.width);
+    x += tile.class_h * q.classes_h.halo + tile.class_w * q.classes_w.halo;
+    y += tile.class_h * q.classes_h.tiled + tile.class_w * q.classes_w.tiled;
+  }
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
-  bring_image<V>(image, x, q, q.x, q.x_area, tile, tile.chunk * M, tile.row * rows.stride - rows.padding,
-                 tile.column * columns.stride - columns.padding);
+  bring_image<V, Shifts, Shifts && !ToInput>(image, x, q, q.x, q.x_area, tile, tile.chunk * M,
+                                             tile.row * rows.stride - rows.padding,
+                                             tile.column * columns.stride - columns.padding);
   if constexpr (!Staged) __syncthreads();
 
   const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
@@ -290,32 +416,51 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
   const int tap_step = phases * (columns.tap_step * q.w.kw + (ToInput ? columns.dilation * q.w.w : 0));
   const int from_column = ToInput ? v - columns.padding : v;
 
+  // Where the border is shifted. In the gradient of the input: the taps of the run, and those of each pixel among them.
+  const int to_top = Shifts ? moved(h * rows.stride - rows.padding, q.kernel_h, image_height) : 0;
+  const Readers row_readers = readers_of(h, q.kernel_h, image_height);
+  int first_tap = 0, end_tap = columns.taps, first_taps[P] = {}, tap_counts[P] = {};
+  if constexpr (Shifts && ToInput) {
+    rows.taps = most_readers(tile.row, min(tile.row + q.rows, rows.pixels) - 1, q.kernel_h, image_height);
+    first_tap = columns.taps, end_tap = 0;
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      const int pixel = min(v + i, columns.pixels - 1);
+      const Readers readers = readers_of(pixel, q.kernel_w, image_width);
+      first_taps[i] = readers.begin - (v + i) + columns.padding, tap_counts[i] = readers.end - readers.begin;
+      first_tap = min(first_tap, first_taps[i]), end_tap = max(end_tap, first_taps[i] + tap_counts[i]);
+    }
+    first_tap = max(first_tap, 0) / P * P, end_tap = min(end_tap, columns.taps);
+  }
+
   A sums[M][P][V] = {};
 #pragma unroll 1
   for (int kh = 0; kh < rows.taps; ++kh) {
     const int kernel_row = rows.first_tap + kh * rows.tap_step;
-    const int from_row = ToInput ? h - rows.padding + kh * rows.dilation : h;
+    const int from_row = !ToInput ? h : Shifts ? row_readers.begin + kh : h - rows.padding + kh * rows.dilation;
+    const int position_row = !Shifts ? kh : ToInput ? from_row - h + rows.padding : wrapped(kh - to_top, q.kernel_h);
     int staged_taps = 0;
     if constexpr (Staged) {
       const int after = ToInput ? 0 : kh % q.w_rows;
       if (after == 0) {
         if (kh > 0) __syncthreads();
-        bring_weights<ToInput, M == 2 ? 1 : 2>(
+        bring_weights<ToInput, Shifts, M == 2 ? 1 : 2>(
             staged, w, q, tile, columns, tile.row + (ToInput ? kh * rows.dilation - rows.padding : 0),
             tile.column - (ToInput ? columns.padding : 0), kernel_row, min(q.w_rows, rows.taps - kh));
         __syncthreads();
       }
       staged_taps = after * q.kernel_w;
     }
-    if (!active || (ToInput && (from_row < 0 || from_row >= q.w_height))) continue;
-    const Vector<A, V>* row_positions = positions + kh * rows.dilation * q.x_area.pitch;
+    if (!active || (ToInput && !Shifts && (from_row < 0 || from_row >= q.w_height))) continue;
+    if (ToInput && Shifts && from_row >= row_readers.end) continue;
+    const Vector<A, V>* row_positions = positions + position_row * rows.dilation * q.x_area.pitch;
 #pragma unroll 1
     for (int phase = 0; phase < phases; ++phase) {
-      const Vector<A, V>* next = row_positions + phase * columns.dilation;
+      const Vector<A, V>* next = row_positions + (phase * columns.dilation + first_tap / P * (q.every + 1));
       int column = from_column + (ToInput ? phase * columns.dilation : 0);
       const T* kernel = kernels + (from_row * q.w.h + column * q.w.w + kernel_row * q.w.kh +
                                    (columns.first_tap + phase * columns.tap_step) * q.w.kw);
-      int staged_tap = staged_taps + phase;
+      int staged_tap = staged_taps + phase + first_tap;
       Vector<A, V> window[M][P];
 #pragma unroll
       for (int i = 0; i < P; ++i) {
@@ -325,6 +470,7 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
       // Slides over 4 taps, or over the `left` ones at the end.
       const auto slide = [&](auto all, int left) {
         A weights[P][P];  // of a tap and a pixel
+        const int tap = staged_tap;
         if (Staged || (!ToInput && q.w.vectors)) {
 #pragma unroll
           for (int u = 0; u < P; ++u) {
@@ -363,6 +509,8 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
           for (int m = 0; m < M; ++m) {
 #pragma unroll
             for (int i = 0; i < P; ++i) {
+              // A weight of zero would turn an Inf into a NaN.
+              if (Shifts && ToInput && unsigned(tap + u - first_taps[i]) >= unsigned(tap_counts[i])) continue;
 #pragma unroll
               for (int c = 0; c < V; ++c) sums[m][i][c] += weights[u][i] * window[m][(i + u) % P].v[c];
             }
@@ -372,7 +520,7 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
           }
         }
       };
-      int left = (columns.taps - phase + phases - 1) / phases;
+      int left = (end_tap - first_tap - phase + phases - 1) / phases;
 #pragma unroll 1
       for (; left >= P; left -= P) slide(std::true_type{}, P);
       if (left > 0) slide(std::false_type{}, left);
@@ -414,8 +562,8 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
   }
 }
 
-template <class T, int V, int Taps>
-__global__ void __launch_bounds__(max_threads, 2)
+template <class T, int V, int Taps, bool Shifts>
+__global__ void __launch_bounds__(max_threads, Shifts ? least_blocks<T, V> : 2)
     grad_weight(KernelParams q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
   using A = Accumulator<T>;
   constexpr int P = run_pixels;
@@ -424,7 +572,14 @@ __global__ void __launch_bounds__(max_threads, 2)
   Vector<A, V>* gradient = image + vectors * q.x_area.plane;
   A* staged = reinterpret_cast<A*>(gradient + vectors * q.y_area.plane);
   const Tile tile = tile_of_block(q);
-  const Axis rows = q.h[0], columns = q.w_axis[0];
+  Axis rows = q.h[0], columns = q.w_axis[0];
+  if constexpr (Shifts) {
+    rows.pixels = pixels_of(q.classes_h, tile.class_h, rows.pixels);
+    columns.pixels = pixels_of(q.classes_w, tile.class_w, columns.pixels);
+    x += tile.class_h * q.classes_h.halo + tile.class_w * q.classes_w.halo;
+    w += tile.class_h * q.classes_h.weights + tile.class_w * q.classes_w.weights;
+    y += tile.class_h * q.classes_h.tiled + tile.class_w * q.classes_w.tiled;
+  }
   const int first_row = tile.row * rows.stride - rows.padding;
   const int first_column = tile.column * columns.stride - columns.padding;
 
@@ -448,6 +603,20 @@ __global__ void __launch_bounds__(max_threads, 2)
                first_of_span * columns.stride + phase * columns.dilation + first_taps * (Taps / P) * (q.every + 1));
   const Vector<A, V>* gradients = gradient + (unit_index * q.unit_vectors * q.y_area.plane + row * q.y_area.pitch +
                                               span * (q.y_every + 1) + first_of_span);
+  // Where the border is shifted, by how many taps the windows are moved.
+  int to_top = 0, to_left[P] = {};
+  bool in_place = true;
+  if constexpr (Shifts) {
+    const int height = pixels_of(q.classes_h, tile.class_h, q.x_area.height);
+    const int width = pixels_of(q.classes_w, tile.class_w, q.x_area.width);
+    to_top = moved(h * rows.stride - rows.padding, q.kernel_h, height);
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      const int pixel = min(v + i * q.spacing, columns.pixels - 1);
+      to_left[i] = moved(pixel * columns.stride - columns.padding, q.kernel_w, width);
+      in_place = in_place && to_left[i] == 0;
+    }
+  }
 
 #pragma unroll 1
   for (int first_kernel_row = 0; first_kernel_row < rows.taps; first_kernel_row += q.w_rows) {
@@ -457,12 +626,15 @@ __global__ void __launch_bounds__(max_threads, 2)
     for (int stage = 0; stage < q.stages; ++stage) {
       if (stage + first_kernel_row == 0 || q.stages > 1) {
         if (stage + first_kernel_row > 0) __syncthreads();
-        bring_image<V>(image, x, q, q.x, q.x_area, tile, stage * q.unit_vectors, first_row, first_column);
-        bring_image<V>(gradient, y, q, q.y, q.y_area, tile, stage * q.unit_vectors, tile.row, tile.column);
+        bring_image<V, Shifts, Shifts>(image, x, q, q.x, q.x_area, tile, stage * q.unit_vectors, first_row,
+                                       first_column);
+        bring_image<V, Shifts, false>(gradient, y, q, q.y, q.y_area, tile, stage * q.unit_vectors, tile.row,
+                                      tile.column);
         __syncthreads();
       }
       if (!active || kernel_row >= rows.taps) continue;
-      const Vector<A, V>* xs = positions + kernel_row * rows.dilation * q.x_area.pitch;
+      const int position_row = Shifts ? wrapped(kernel_row - to_top, q.kernel_h) : kernel_row;
+      const Vector<A, V>* xs = positions + position_row * rows.dilation * q.x_area.pitch;
       const Vector<A, V>* ys = gradients;
 #pragma unroll 1
       for (int vector = min(q.unit_vectors, q.vectors - stage * q.unit_vectors); vector > 0; --vector) {
@@ -492,8 +664,14 @@ __global__ void __launch_bounds__(max_threads, 2)
 #pragma unroll
       for (int t = 0; t < Taps; ++t) {
         if (t >= count) break;
-        T* to = out + (first_tap + t * q.phases) * q.w.kw;
-        if (q.w.vectors) {
+        const int tap = first_tap + t * q.phases;
+        T* to = out + tap * q.w.kw;
+        if (Shifts && !in_place) {
+#pragma unroll
+          for (int i = 0; i < P; ++i)
+            if (v + i * q.spacing < columns.pixels)
+              store(sums[t][i], &out[wrapped(tap + to_left[i], q.kernel_w) * q.w.kw + i * q.spacing * q.w.w]);
+        } else if (q.w.vectors) {
           Vector<T, P> all;
 #pragma unroll
           for (int i = 0; i < P; ++i) store(sums[t][i], &all.v[i]);
@@ -515,7 +693,10 @@ __global__ void __launch_bounds__(max_threads, 2)
         const int at = local + i * q.spacing;
 #pragma unroll
         for (int t = 0; t < Taps; ++t)
-          if (t < count) to[at * q.w_pitch + at / P + t * q.phases] = sums[t][i];
+          if (t < count)
+            to[at * q.w_pitch + at / P +
+               (Shifts ? wrapped(first_tap + t * q.phases + to_left[i], q.kernel_w) - first_tap : t * q.phases)] =
+                sums[t][i];
       }
     }
     __syncthreads();

@@ -32,11 +32,24 @@ inline Area area(const Plan& plan, const View& view, int rows, int columns, int 
   return area;
 }
 
+inline Classes classes_of(Pass pass, int64_t pixels, int64_t dilation, int64_t x, int64_t w, int64_t y) {
+  const int whole = int(pixels % dilation == 0 ? dilation : pixels % dilation);
+  if (pass == Pass::grad_input) std::swap(x, y);
+  return {whole, int(x), int(w), int(y)};
+}
+
 template <class T>
-KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const Buffers& buffers) {
+KernelParams kernel_params(const Problem& problem, Pass pass, const Plan& plan, const Buffers& buffers) {
   KernelParams q{};
-  const bool to_input = pass == Pass::grad_input;
-  const View x = view<T>(p, plan, p.x_stride, buffers.x), y = view<T>(p, plan, p.y_stride, buffers.y);
+  const bool to_input = pass == Pass::grad_input, shifts = problem.border == Border::shift;
+  const Problem p = class_of(problem);
+  q.classes_h =
+      classes_of(pass, problem.in_h, problem.dilation_h, problem.x_stride[2], problem.w_stride[4], problem.y_stride[2]);
+  q.classes_w =
+      classes_of(pass, problem.in_w, problem.dilation_w, problem.x_stride[3], problem.w_stride[5], problem.y_stride[3]);
+  q.by_kernel_w = Division(p.kernel_w);
+  View x = view<T>(problem, plan, problem.x_stride, buffers.x), y = view<T>(problem, plan, problem.y_stride, buffers.y);
+  x.h = int(p.x_stride[2]), x.w = int(p.x_stride[3]), y.h = int(p.y_stride[2]), y.w = int(p.y_stride[3]);
   q.x = to_input ? y : x, q.y = to_input ? x : y;
   q.w_height = int(p.out_h), q.w_width = int(p.out_w);
   q.kernel_h = int(p.kernel_h), q.kernel_w = int(p.kernel_w);
@@ -44,9 +57,13 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
     q.h[0] = forward_axis(p.out_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
     q.w_axis[0] = forward_axis(p.out_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
   }
-  for (int i = 0; to_input && i < p.stride_h; ++i)
+  if (to_input && shifts) {
+    q.h[0] = shifted_gradient_axis(p.in_h, p.kernel_h);
+    q.w_axis[0] = shifted_gradient_axis(p.in_w, p.kernel_w);
+  }
+  for (int i = 0; to_input && !shifts && i < p.stride_h; ++i)
     q.h[i] = gradient_axis(i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-  for (int i = 0; to_input && i < p.stride_w; ++i)
+  for (int i = 0; to_input && !shifts && i < p.stride_w; ++i)
     q.w_axis[i] = gradient_axis(i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 
   q.group_channels = int(p.group_channels());
@@ -77,31 +94,35 @@ KernelParams kernel_params(const Problem& p, Pass pass, const Plan& plan, const 
                   to_input ? p.out_w : p.in_w);
   q.y_area = area(plan, q.y, plan.rows, plan.columns, plan.y_pitch, plan.y_every, p.out_h, p.out_w);
 
-  const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
+  const int64_t w_sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, problem.out_h, problem.out_w};
   q.w = {p.w_stride[0],
          int(p.w_stride[1]),
          int(p.w_stride[2]),
          int(p.w_stride[3]),
          int(p.w_stride[4]),
          int(p.w_stride[5]),
-         reach(w_sizes, p.w_stride) + 1,
+         reach(w_sizes, problem.w_stride) + 1,
          false,
          plan.spacing == 1 && p.w_stride[5] == 1};
+  // Where columns are dense there is one class of them, or each has one pixel.
   const bool whole_runs = plan.spacing == 1 && p.out_w % run_pixels == 0;
+  const int64_t (&w_stride)[6] = problem.w_stride;
   q.w.vectors = whole_runs && p.w_stride[5] == 1 &&
-                aligned_runs<T>(buffers.w, {p.w_stride[0], p.w_stride[1], p.w_stride[2], p.w_stride[3], p.w_stride[4]});
+                aligned_runs<T>(buffers.w, {w_stride[0], w_stride[1], w_stride[2], w_stride[3], w_stride[4]});
   q.store_vectors = plan.spacing == 1 && q.y.w == 1 && q.y.c != 1 &&
                     (to_input ? p.in_w % run_pixels == 0 && p.stride_w == 1 : whole_runs) &&
-                    aligned_runs<T>(to_input ? buffers.x : buffers.y, {q.y.n, q.y.c, q.y.h});
+                    aligned_runs<T>(to_input ? buffers.x : buffers.y,
+                                    {q.y.n, q.y.c, to_input ? problem.x_stride[2] : problem.y_stride[2]});
   return q;
 }
 
-template <class T, int V, int M, bool ToInput>
+template <class T, int V, int M, bool ToInput, bool Shifts = false>
 void run_apply(bool staged, const Grid& grid, const KernelParams& q, const T* x, const T* w, T* y,
                const Execution& execution) {
-  launch<KernelParams, const T*, const T*, T*>(ToInput ? "sliding grad_input" : "sliding forward",
-                                               staged ? apply<T, V, M, ToInput, true> : apply<T, V, M, ToInput, false>,
-                                               grid, execution, q, x, w, y);
+  launch<KernelParams, const T*, const T*, T*>(
+      ToInput ? "sliding grad_input" : "sliding forward",
+      staged ? apply<T, V, M, ToInput, true, Shifts> : apply<T, V, M, ToInput, Shifts, Shifts>, grid, execution, q, x,
+      w, y);
 }
 
 // Calls `body` with the width of a vector as an integral_constant.
@@ -122,6 +143,20 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
   T* x = static_cast<T*>(buffers.x);
   T* w = static_cast<T*>(buffers.w);
   T* y = static_cast<T*>(buffers.y);
+  const auto run_grad_weight = [&](auto vector, auto shifts) {
+    constexpr int V = vector.value;
+    constexpr bool Shifts = shifts.value;
+    launch<KernelParams, const T*, T*, const T*>(
+        "sliding grad_weight", slot_taps(plan, p) == 4 ? grad_weight<T, V, 4, Shifts> : grad_weight<T, V, 8, Shifts>,
+        grid, execution, q, x, w, y);
+  };
+  if (p.border == Border::shift) {
+    if (pass == Pass::grad_weight) return run_grad_weight(std::integral_constant<int, 4>{}, std::true_type{});
+    if (pass == Pass::grad_input) return run_apply<T, 4, 1, true, true>(true, grid, q, y, w, x, execution);
+    if constexpr (dtype != DType::f64)
+      if (plan.vectors == 2) return run_apply<T, 4, 2, false, true>(true, grid, q, x, w, y, execution);
+    return run_apply<T, 4, 1, false, true>(true, grid, q, x, w, y, execution);
+  }
   if constexpr (dtype != DType::f64)
     if (plan.vectors == 2 && pass == Pass::forward)
       return run_apply<T, 4, 2, false>(staged, grid, q, x, w, y, execution);
@@ -129,11 +164,7 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
     switch (pass) {
       case Pass::forward: return run_apply<T, vector.value, 1, false>(staged, grid, q, x, w, y, execution);
       case Pass::grad_input: return run_apply<T, vector.value, 1, true>(staged, grid, q, y, w, x, execution);
-      case Pass::grad_weight:
-        return launch<KernelParams, const T*, T*, const T*>(
-            "sliding grad_weight",
-            slot_taps(plan, p) == 4 ? grad_weight<T, vector.value, 4> : grad_weight<T, vector.value, 8>, grid,
-            execution, q, x, w, y);
+      case Pass::grad_weight: return run_grad_weight(vector, std::false_type{});
     }
   });
 }

@@ -4,7 +4,14 @@
 namespace pyinvolution::cuda {
 
 Refusal sliding_refusal(const Problem& p, Pass pass) {
-  if (const Refusal refusal = pixels_refusal(p)) return refusal;
+  const bool shifts = p.border == Border::shift;
+  if (shifts && (p.upsample_h != 1 || p.upsample_w != 1))
+    return needs("an upsampling of 1", p.upsample_h, p.upsample_w);
+  if (const Refusal refusal = shifts ? image_refusal(p) : pixels_refusal(p)) return refusal;
+  if (shifts && pass == Pass::grad_input && (p.stride_h > 1 || p.stride_w > 1))
+    return needs("a stride of 1 for the gradient of the input with a shifted border", p.stride_h, p.stride_w);
+  if (shifts && ((p.stride_h > 1 && p.dilation_h > 1) || (p.stride_w > 1 && p.dilation_w > 1)))
+    return needs("a stride of 1 where a shifted border has a dilation", p.stride_h, p.stride_w);
   if (p.batch < 1 || p.channels < 1) return needs("images with channels", p.batch, p.channels);
   if (pass == Pass::grad_input && (p.stride_h > sliding::max_classes || p.stride_w > sliding::max_classes))
     return needs("a stride of at most 4 (vertical and horizontal)", p.stride_h, p.stride_w);
@@ -26,6 +33,10 @@ Refusal sliding_refusal(const Problem& p, Pass pass) {
 
 // By counting; not measured.
 Refusal sliding_slower(const Problem& p, Pass pass) {
+  if (p.border == Border::shift)
+    return pass != Pass::grad_weight && p.group_channels() <= 2
+               ? needs("more than 2 channels per group where the border is shifted", p.group_channels())
+               : Refusal{};
   const int64_t products = p.taps() * p.group_channels();
   if (products < sliding::least_products && sliding::taps_are_inner(p))
     return needs("at least 24 products for each pixel and group, where taps are dense", products);

@@ -50,6 +50,45 @@ void networks() {
       for (const Pass pass : passes) run_and_check({shape, layout, dtypes[++next % 4], pass}, uint64_t(next));
 }
 
+// Whether it leaves a shifted border to `generic`.
+bool leaves(const Case& shape, Pass pass) {
+  return (shape.sh > 1 && (shape.dh > 1 || pass == Pass::grad_input)) ||
+         (shape.sw > 1 && (shape.dw > 1 || pass == Pass::grad_input));
+}
+
+// Windows that a border shifts: whole images and tiles, one window in an axis, classes with a pixel less than the first.
+std::vector<Case> windows_inside() {
+  constexpr Border shift = Border::shift;
+  std::vector<Case> all{
+      {1, 32, 2, 14, 14, 7, 7, 1, 1, 0, 0, 1, 1, shift}, {1, 32, 2, 14, 14, 13, 13, 1, 1, 0, 0, 1, 1, shift},
+      {1, 32, 1, 22, 38, 7, 7, 1, 1, 0, 0, 1, 1, shift}, {2, 16, 1, 56, 14, 7, 7, 1, 1, 0, 0, 8, 2, shift},
+      {9, 28, 2, 7, 7, 5, 7, 1, 1, 0, 0, 1, 1, shift},   {1, 3, 1, 19, 70, 4, 6, 1, 1, 0, 0, 1, 1, shift},
+      {1, 2, 2, 40, 12, 3, 3, 1, 1, 0, 0, 1, 4, shift},  {1, 6, 3, 23, 33, 3, 5, 1, 1, 0, 0, 3, 5, shift},
+      {1, 8, 1, 17, 40, 5, 5, 2, 3, 0, 0, 1, 1, shift},  {1, 20, 1, 12, 21, 1, 1, 1, 1, 0, 0, 3, 2, shift},
+      {1, 4, 1, 40, 2, 31, 2, 1, 1, 0, 0, 1, 1, shift},  {2, 16, 4, 12, 16, 7, 7, 1, 1, 0, 0, 1, 1, shift},
+  };
+  for (const Case& shape : shifted_cases()) all.push_back(shape);
+  for (Case shape : random_cases(60, 11)) {
+    shape.border = shift, shape.ph = shape.pw = 0;
+    shape.h = shape.kh * shape.dh + shape.h - 1, shape.w = shape.kw * shape.dw + shape.w - 1;
+    all.push_back(shape);
+  }
+  return all;
+}
+
+void shifted() {
+  int next = 0;
+  for (const Case& shape : windows_inside())
+    for (const Layout layout : layouts)
+      for (const Pass pass : passes) {
+        if (shape.out_h() == 0 || shape.out_w() == 0) continue;
+        if (leaves(shape, pass))
+          check_refused(sliding, shape, DType::f32, layout, pass, "stride of 1");
+        else
+          run_and_check({shape, layout, dtypes[++next % 4], pass}, uint64_t(next));
+      }
+}
+
 // Layouts that differ between the tensors, and channels_last memory whose rows are not aligned to vectors.
 void mixed_layouts() {
   for (int mix = 0; mix < 32; ++mix)
@@ -66,9 +105,11 @@ void mixed_layouts() {
 }
 
 void special_values() {
-  for (const Case& shape : {Case{2, 4, 2, 8, 9, 3, 3, 1, 1, 1, 1}, Case{1, 16, 1, 9, 9, 7, 7, 2, 2, 3, 3},
-                            Case{1, 6, 2, 8, 6, 5, 5, 2, 2, 2, 1}, Case{3, 3, 3, 5, 5, 3, 3, 1, 1, 2, 2, 2, 2},
-                            Case{1, 12, 1, 5, 17, 7, 7, 1, 1, 3, 3}})
+  for (const Case& shape :
+       {Case{2, 4, 2, 8, 9, 3, 3, 1, 1, 1, 1}, Case{1, 16, 1, 9, 9, 7, 7, 2, 2, 3, 3},
+        Case{1, 6, 2, 8, 6, 5, 5, 2, 2, 2, 1}, Case{3, 3, 3, 5, 5, 3, 3, 1, 1, 2, 2, 2, 2},
+        Case{1, 12, 1, 5, 17, 7, 7, 1, 1, 3, 3}, Case{1, 12, 1, 8, 17, 7, 7, 1, 1, 0, 0, 1, 1, Border::shift},
+        Case{1, 4, 2, 12, 11, 3, 4, 1, 1, 0, 0, 3, 2, Border::shift}})
     for (const Layout layout : {Layout::contiguous, Layout::channels_last})
       for (const Pass pass : passes)
         for (uint64_t seed = 1; seed <= 4; ++seed)
@@ -79,10 +120,9 @@ void schedules_and_races() {
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const Layout layout : {Layout::contiguous, Layout::channels_last})
       for (const Pass pass : passes)
-        for (const int64_t s : {1, 2}) {
-          const Trial trial{{1, 16, 4, 10, 17, 5, 5, s, s, 2, 2}, layout, dtype, pass};
-          check_schedules(sliding, trial, strides_of(trial.shape, layout, pass));
-        }
+        for (const Case& shape : {Case{1, 16, 4, 10, 17, 5, 5, 1, 1, 2, 2}, Case{1, 16, 4, 10, 17, 5, 5, 2, 2, 2, 2},
+                                  Case{1, 16, 4, 10, 17, 5, 5, 1, 1, 0, 0, 1, 2, Border::shift}})
+          check_schedules(sliding, {shape, layout, dtype, pass}, strides_of(shape, layout, pass));
 }
 
 void refusals() {
@@ -113,6 +153,11 @@ void slower() {
     CHECK(left(little, Layout::contiguous, pass).find("1024 pixels, got 18") != std::string::npos, "small images");
     CHECK(left(large, Layout::channels_last, pass).find("dense, got 18") != std::string::npos, "few dense taps");
     CHECK(left({1, 32, 2, 9, 9, 3, 3, 1, 1, 1, 1}, Layout::channels_last, pass).size() > 0, "what tiled takes");
+    const Case shifted{1, 32, 2, 9, 9, 3, 3, 1, 1, 0, 0, 1, 1, Border::shift};
+    CHECK(left(shifted, Layout::channels_last, pass).empty(), "shifted borders, which tiled does not take");
+    Case narrowest = shifted;
+    narrowest.g = 16;
+    CHECK(left(narrowest, Layout::contiguous, pass).empty() == (pass == Pass::grad_weight), "with enough channels");
   }
   CHECK(left(narrow, Layout::channels_last, Pass::forward).empty(), "dense taps");
   CHECK(left(narrow, Layout::channels_last, Pass::grad_input).find("16 channels") != std::string::npos, "grad_input");
@@ -123,6 +168,7 @@ void slower() {
 int main() {
   parameters();
   networks();
+  shifted();
   mixed_layouts();
   special_values();
   schedules_and_races();

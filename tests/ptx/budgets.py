@@ -42,6 +42,12 @@ NARROW: dict[str, dict[str, Any]] = {
     "3@64 K15, one group": {"channels": 3, "height": 64, "width": 64, "groups": 1, "kernel": 15, "batch": 16},
 }
 """What `sliding` is for."""
+SHIFTED: dict[str, dict[str, Any]] = {
+    "64@56 shifted, groups of 32": {"groups": 2, "batch": 32},
+    "64@56 shifted, dilation 8": {"groups": 2, "dilation": 8, "batch": 32},
+    "128@14 K13 shifted": {"channels": 128, "height": 14, "width": 14, "groups": 8, "kernel": 13, "batch": 32},
+}
+"""Neighbourhood attention: windows that the border moves inside."""
 INVOLUTION_PASSES = ("forward", "grad_input", "grad_weight")
 
 
@@ -77,6 +83,8 @@ def classes() -> Iterator[tuple[str, Problem]]:
         yield "stem 32@112 K3", layer("mma", pass_, "bfloat16", "nhwc", "64@56", **stem)
         for name, narrow in NARROW.items():
             yield name, layer("sliding", pass_, "float32", "nchw", "64@56", **narrow)
+        for name, shifted in SHIFTED.items():
+            yield name, layer("sliding", pass_, "float32", "nhwc", "64@56", shift=True, **shifted)
         yield "64@56, groups of 4", layer("sliding", pass_, "bfloat16", "nchw", "64@56", **NARROW["64@56, groups of 4"])
         for dtype in ("float32", "bfloat16", "float64"):
             yield "64@14", layer("generic", pass_, dtype, "nhwc", "64@56", batch=16, height=14, width=14)

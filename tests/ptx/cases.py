@@ -115,6 +115,16 @@ def sliding() -> Iterator[Problem]:
         yield one(9, 8, 6, 5, 2, 3)
         yield one(1, 4, 12, 34, 1, 9)
         yield one(1, 8, 9, 10, 2, 7, spoil=True)
+        shifted = partial(one, shift=True)
+        yield shifted(2, 32, 14, 14, 2, 7)  # small images
+        yield shifted(1, 16, 10, 38, 1, 5)  # tiles
+        yield shifted(1, 24, 9, 11, 1, 4, offset=1)
+        yield shifted(1, 8, 16, 9, 2, 3, dilation=3)
+        yield shifted(1, 8, 9, 10, 2, 7, spoil=True)
+    for pass_, dtype, kernel in product(PASSES, ("float64", *HALVES), (3, 7)):
+        yield Problem("sliding", pass_, dtype, "nhwc", 1, 16, 9, 17, 2, kernel, shift=True)
+    for pass_ in ("forward", "grad_weight"):
+        yield Problem("sliding", pass_, "float32", "nhwc", 1, 8, 11, 13, 1, 3, 2, shift=True)
 
 
 def whole_layers() -> Iterator[Problem]:
