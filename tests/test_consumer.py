@@ -166,8 +166,8 @@ LAYERS = [
 def test_torch_h_computes_what_python_does(programs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shapes = {"x": (2, 8, 7, 6), "w": (2, 2, 3, 3, 4, 6), "bias": (8,), "reduced": (2, 4, 4, 6), "span": (18, 4, 1, 1),
-              "span_bias": (18,), "shifted": (2, 2, 3, 3, 7, 6), "enlarged": (2, 4, 3, 3, 14, 18), "query": (2, 8, 7, 6),
-              "large": (2, 8, 14, 15)}  # fmt: skip
+              "span_bias": (18,), "shifted": (2, 2, 3, 3, 7, 6), "enlarged": (2, 4, 3, 3, 14, 18),
+              "query": (2, 8, 7, 6), "large": (2, 8, 14, 15)}  # fmt: skip
     given = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     expected: dict[str, torch.Tensor] = {}
 

@@ -253,6 +253,18 @@ def test_programs_become_operations_of_onnx(program: torch.export.ExportedProgra
         torch.testing.assert_close(plain.module()(*inputs), Attention()(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_modules_become_operations_of_onnx(dynamo: bool, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    inputs, path = attention_inputs(7, 9), tmp_path / "attention.onnx"
+    torch.onnx.export(Attention().eval(), inputs, path, dynamo=dynamo, opset_version=18, verbose=False)
+    session = runtime.InferenceSession(path)
+    names = [given.name for given in session.get_inputs()]
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(found), Attention()(*inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("op", [INVOLUTION, CORRELATION], ids=str)
 @pytest.mark.parametrize("case", [*SHIFTED_CASES, *UPSAMPLED_CASES], ids=str)
 def test_operations_of_onnx_compute_the_operator(op: Operator, case: Case) -> None:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor
 
-from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.ops import DTYPES, output_size
+from pyinvolution.functional import involution2d, local_correlation2d, span_involution2d
+from pyinvolution.ops import BORDERS, DTYPES, output_size
 
 MOST = 2**31 - 1
 FUZZ = settings(
@@ -55,19 +55,32 @@ def laid_out(tensor: Tensor, how: str) -> Tensor:
 
 
 @st.composite
-def problems(draw: Any, span: bool) -> dict[str, Any]:
+def problems(draw: Any, function: Any) -> dict[str, Any]:
     """Arguments of a valid call."""
     n, groups, per_group = draw(st.integers(0, 2)), draw(small), draw(st.sampled_from([0, 1, 2, 3, 8, 9]))
-    rows, columns = draw(windows()), draw(windows())
-    out = [output_size(*window) for window in (rows, columns)]
+    axes = [draw(windows()), draw(windows())]
+    options: dict[str, Any] = {}
+    if function is not span_involution2d and draw(st.booleans()):
+        factors = [draw(small) if stride == 1 else 1 for _, _, stride, _, _ in axes]
+        options["border"], options["upsample"] = draw(st.sampled_from(["zeros", "shift"])), tuple(factors)
+        if options["border"] == "shift":
+            assume(all(kernel * dilation <= 40 for _, kernel, _, _, dilation in axes))
+            axes = [(max(size, k * d) if size else 0, k, stride, 0, d) for size, k, stride, _, d in axes]
+    trailing = BORDERS.index(options.get("border", "zeros")), options.get("upsample", (1, 1))
+    rows, columns = axes
+    out = [output_size(*window, trailing[0], up) for window, up in zip(axes, trailing[1], strict=True)]
     # The sums of 7 x 7 taps are more than bfloat16 holds.
     assume(out[0] * out[1] <= 600 and rows[1] * columns[1] <= 21)
     geometry = dict(zip(("stride", "padding", "dilation"), zip(rows[2:], columns[2:], strict=True), strict=True))
     if draw(st.booleans()):
         geometry = {name: pair[0] if pair[0] == pair[1] else [*pair] for name, pair in geometry.items()}
     channels, kernel, seed = groups * per_group, (rows[1], columns[1]), draw(seeds)
-    tensors = {"input": integers(seed, n, channels, rows[0], columns[0], most=2)}
-    if span:
+    image = integers(seed, n, channels, rows[0], columns[0], most=2)
+    tensors = {"key" if function is local_correlation2d else "input": image}
+    if function is local_correlation2d:
+        tensors["query"] = integers(seed + 1, n, channels, *out, most=2)
+        geometry |= {"kernel_size": kernel, "groups": groups}
+    elif function is span_involution2d:
         reduced, taps = draw(small), groups * kernel[0] * kernel[1]
         tensors["reduced"] = integers(seed + 1, n, reduced, *out)
         tensors["span_weight"] = integers(seed + 2, taps, reduced, *draw(st.sampled_from([(), (1, 1)])))
@@ -77,12 +90,12 @@ def problems(draw: Any, span: bool) -> dict[str, Any]:
         tensors["weight"] = integers(seed + 1, n, groups, *kernel, *out, most=2)
         tensors |= {"bias": integers(seed + 2, channels)} if draw(st.booleans()) else {}
     dtype, layout = draw(st.sampled_from(DTYPES)), st.sampled_from(["", "transposed", "last", "sliced", "expanded"])
-    images = [name for name in tensors if name in ("input", "weight", "reduced")]
+    images = [name for name in tensors if name in ("input", "weight", "reduced", "query", "key")]
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     tensors |= {name: laid_out(tensors[name], draw(layout)) for name in images}
     if n == 1 and draw(st.booleans()):
         tensors |= {name: tensors[name][0] for name in images}
-    return tensors | geometry
+    return tensors | geometry | options
 
 
 # --- what may be wrong ------------------------------------------------------------------------------------------------
@@ -130,8 +143,8 @@ def wrong_tensors(draw: Any, tensor: Tensor) -> Tensor:
 
 
 @st.composite
-def spoiled(draw: Any, span: bool) -> dict[str, Any]:
-    arguments = draw(problems(span))
+def spoiled(draw: Any, function: Any) -> dict[str, Any]:
+    arguments = draw(problems(function))
     for name in draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
         value = arguments[name]
         is_tensor = isinstance(value, Tensor) and draw(st.integers(0, 4))
@@ -144,25 +157,46 @@ def spoiled(draw: Any, span: bool) -> dict[str, Any]:
 
 def oracle(arguments: dict[str, Any]) -> Tensor:
     """The equation, tap by tap, of valid arguments in float64."""
-    x, w = arguments["input"], arguments.get("weight")
+    query, w = arguments.get("query"), arguments.get("weight")
+    x = arguments["input"] if query is None else arguments["key"]
     unbatched = x.dim() == 3
+    border, upsample = arguments.get("border", "zeros"), torch.nn.modules.utils._pair(arguments.get("upsample", 1))
     stride, padding, dilation, kernel = (
         torch.nn.modules.utils._pair(arguments.get(name, default))
         for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("kernel_size", 7))
     )
-    if w is None:
+    if w is None and query is None:
         w = torch.einsum("kr,...rhw->...khw", arguments["span_weight"].flatten(1), arguments["reduced"])
         if arguments.get("span_bias") is not None:
             w = w + arguments["span_bias"][:, None, None]
         w = w.unflatten(-3, (w.shape[-3] // (kernel[0] * kernel[1]), *kernel))
+    pixels = (w if query is None else query).shape[-2:]
+    taps = kernel if w is None else w.shape[-4:-2]
     if unbatched:
-        x, w = x[None], w[None]
+        x, w, query = (t if t is None else t[None] for t in (x, w, query))
 
     def moved(axis: int, tap: int) -> Tensor:
         """A matrix that takes a row or column of the image to what the tap sees of it."""
-        seen = torch.arange(w.shape[4 + axis]) * stride[axis] + tap * dilation[axis] - padding[axis]
+        first = torch.arange(pixels[axis]) // upsample[axis] * stride[axis] - padding[axis]
+        if border == "shift":  # a window that is not inside moves by a dilation
+            step, last = dilation[axis], x.shape[2 + axis] - dilation[axis] * (taps[axis] - 1)
+            first = first - taps[axis] // 2 * step
+            for _ in range(taps[axis]):
+                first = torch.where(first < 0, first + step, first)
+            for _ in range(taps[axis]):
+                first = torch.where(first >= last, first - step, first)
+        seen = first + tap * dilation[axis]
         return (seen[:, None] == torch.arange(x.shape[2 + axis])).double()
 
+    if query is not None:
+        groups = arguments.get("groups", 1)
+        scores = [
+            (moved(0, i) @ x @ moved(1, j).T * query).unflatten(1, (groups, x.shape[1] // groups)).sum(2)
+            for i in range(taps[0])
+            for j in range(taps[1])
+        ]
+        result = torch.stack(scores, 2).unflatten(2, tuple(taps))
+        return result[0] if unbatched else result
     y = x.new_zeros(*x.shape[:2], *w.shape[4:])
     for i in range(w.shape[2]):
         for j in range(w.shape[3]):
@@ -176,7 +210,7 @@ def oracle(arguments: dict[str, Any]) -> Tensor:
 def assert_right(function: Any, arguments: dict[str, Any], result: Tensor | None = None) -> None:
     """The result and its gradients."""
     given, exact = ({k: f(v) if isinstance(v, Tensor) else v for k, v in arguments.items()} for f in LEAVES)
-    dtype = given["input"].dtype
+    dtype = given["key" if "key" in given else "input"].dtype
     if result is None:
         result = function(**given)
     expected = oracle(exact)
@@ -193,13 +227,15 @@ def assert_right(function: Any, arguments: dict[str, Any], result: Tensor | None
 
 
 LEAVES = (lambda t: t.detach().requires_grad_(), lambda t: t.detach().double().requires_grad_())
-FUNCTIONS = pytest.mark.parametrize("function", [involution2d, span_involution2d], ids=lambda f: f.__name__)
+FUNCTIONS = pytest.mark.parametrize(
+    "function", [involution2d, local_correlation2d, span_involution2d], ids=lambda f: f.__name__
+)
 
 
 @FUNCTIONS
 def test_valid_calls(function: Any) -> None:
     @FUZZ
-    @given(problems(function is span_involution2d))
+    @given(problems(function))
     def check(arguments: dict[str, Any]) -> None:
         assert_right(function, arguments)
 
@@ -209,7 +245,7 @@ def test_valid_calls(function: Any) -> None:
 @FUNCTIONS
 def test_spoiled_calls(function: Any) -> None:
     @FUZZ
-    @given(spoiled(function is span_involution2d))
+    @given(spoiled(function))
     def check(arguments: dict[str, Any]) -> None:
         name = f"{function.__name__}: "
         message, result = name, None

@@ -135,6 +135,17 @@ def test_compiled_and_exported_layers_keep_the_options():
     torch.testing.assert_close(torch.jit.trace(made, (x, guide))(x, guide), expected)
 
 
+def test_symbolic_traces_keep_the_options():
+    x, guide = random(2, 16, 6, 7), random(2, 4, 6, 7)
+    plain, joint, causal = layer(16, 3), layer(16, 3, guide_channels=4), layer(16, 3, cls=Involution1d, causal=True)
+    torch.testing.assert_close(torch.fx.symbolic_trace(plain)(x), plain(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(plain)(x, x + 1), plain(x, x + 1))
+    torch.testing.assert_close(torch.fx.symbolic_trace(joint)(x, guide), joint(x, guide))
+    torch.testing.assert_close(torch.fx.symbolic_trace(causal)(x.flatten(2)), causal(x.flatten(2)))
+    own = layer(16, 3, group_channels=8, kernel_norm="l2", generator=Generator(16, 2, 3))
+    torch.testing.assert_close(torch.fx.symbolic_trace(own)(x), own(x))
+
+
 def test_networks_are_converted_with_normed_kernels_but_with_no_generator():
     net = convert(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), kernel_norm="l2")
     assert net[0].kernel_norm == "l2"

@@ -65,9 +65,7 @@ def involution2d(
             what was expected.
     """
     op = "involution2d"
-    window: Window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
-    if border != "zeros" or upsample != 1:
-        window = (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
+    window = _window(op, stride, padding, dilation, border, upsample)
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _refuse_types(op, input=input, weight=weight)
     unbatched = input.dim() == 3 and weight.dim() == 5
@@ -121,9 +119,7 @@ def local_correlation2d(
     """
     op = "local_correlation2d"
     kernel = _pair(op, "kernel_size", kernel_size)
-    window: Window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
-    if border != "zeros" or upsample != 1:
-        window = (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
+    window = _window(op, stride, padding, dilation, border, upsample)
     if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
         raise TypeError(f"{op}: groups is {groups!r}, expected an int")
     if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
@@ -299,6 +295,15 @@ def _apply_span(input: Tensor, reduced: Tensor, span_weight: Tensor, span_bias: 
             return _compose_span(*tensors, window)
         return _SpanInvolution2d.apply(*tensors, *window)
     return ops.span_involution2d(input, reduced, span_weight, span_bias, None, None, False, *window)
+
+
+def _window(
+    op: str, stride: int | Pair, padding: int | Pair, dilation: int | Pair, border: str, upsample: int | Pair
+) -> Window:
+    window = (_pair(op, "stride", stride), _pair(op, "padding", padding), _pair(op, "dilation", dilation))
+    if type(border) is str and border == "zeros" and type(upsample) is int and upsample == 1:
+        return window
+    return (*window, ops.border_index(op, border), _pair(op, "upsample", upsample))
 
 
 def _pair(op: str, name: str, value: int | Pair) -> Pair:

@@ -27,7 +27,7 @@ torch.fx.wrap("involution2d")
 torch.fx.wrap("span_involution2d")
 torch.fx.wrap("check_input")
 torch.fx.wrap("_drop_batch")
-torch.fx.wrap("_check_guide")
+torch.fx.wrap("_source")
 torch.fx.wrap("_check_kernels")
 torch.fx.wrap("_with_row")
 torch.fx.wrap("_drop_row")
@@ -192,7 +192,7 @@ class Involution2d(nn.Module):
 
     def forward(self, input: Tensor, guide: Tensor | None = None) -> Tensor:
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
-        source = self._source(x, guide)
+        source = _source(x, guide, self.guide_channels)
         window = (self.stride, self.padding, self.dilation)
         if self._may_fuse():
             reduced = self._reduce(source)
@@ -211,16 +211,8 @@ class Involution2d(nn.Module):
     def kernels(self, input: Tensor, guide: Tensor | None = None) -> Tensor:
         """The kernels that `forward` applies for these arguments, (N, G, Kh, Kw, Ho, Wo), or without N."""
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
-        kernels = self._generate(self._source(x, guide))
+        kernels = self._generate(_source(x, guide, self.guide_channels))
         return kernels if input.dim() == 4 else kernels.squeeze(0)
-
-    def _source(self, x: Tensor, guide: Tensor | None) -> Tensor:
-        """What the kernels are made from."""
-        if guide is None:
-            if self.guide_channels != self.channels:
-                raise ValueError(f"Involution2d: guide is None, expected a tensor with {self.guide_channels} channels")
-            return x
-        return _check_guide(guide, x, self.guide_channels)
 
     def _may_fuse(self) -> bool:
         """Whether the kernels are those of the span's convolution, so that they can be computed where they are used."""
@@ -231,8 +223,7 @@ class Involution2d(nn.Module):
 
     def _generate(self, source: Tensor) -> Tensor:
         if self.generator is not None:
-            pixels = map(layer_output_size, shape_of(source)[2:], self.stride)
-            kernels = _check_kernels(self.generator(source), (self.groups, *self.kernel_size, *pixels))
+            kernels = _check_kernels(self.generator(source), (self.groups, *self.kernel_size), source, self.stride)
         else:
             span: Any = self.span
             kernels = span(self._reduce(source)).unflatten(1, (self.groups, *self.kernel_size))
@@ -275,8 +266,9 @@ class Involution1d(Involution2d):
     r"""Involution of sequences, such as speech or time series: `Involution2d` of images with one row.
 
     With ``causal`` an output at a time sees the inputs up to it and none after: its window ends there, and the kernel
-    is made from the input at that time. A norm in ``reduce`` takes its statistics in training from all times of the
-    batch, as it does in any network; in evaluation mode nothing of the future is seen.
+    is made from the input at that time. That holds in evaluation mode with the norm that there is by default; in
+    training its statistics are those of all times, as in any network, and a GroupNorm or InstanceNorm takes such
+    statistics in evaluation mode, too. A ``generator`` must be causal itself.
 
     Args:
         channels, group_channels, reduction, and all keyword arguments: as for `Involution2d`. ``norm_layer`` and
@@ -316,20 +308,21 @@ class Involution1d(Involution2d):
             self.padding, self._extra_padding = (0, 0), (dilation * (kernel_size - 1), 0, 0, 0)
 
     def forward(self, input: Tensor, guide: Tensor | None = None) -> Tensor:
-        row = _with_row(input, "input")
-        return _drop_row(super().forward(row, None if guide is None else _with_row(guide, "guide")))
+        return _drop_row(super().forward(_with_row(input, "input"), _with_row(guide, "guide")))
 
     def kernels(self, input: Tensor, guide: Tensor | None = None) -> Tensor:
         """The kernels that `forward` applies for these arguments, (N, G, K, Lo), or without N."""
-        kernels = super().kernels(_with_row(input, "input"), None if guide is None else _with_row(guide, "guide"))
+        kernels = super().kernels(_with_row(input, "input"), _with_row(guide, "guide"))
         return kernels.squeeze(-4).squeeze(-2)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", causal=True" if self.causal else "")
 
 
-def _with_row(sequence: Tensor, name: str) -> Tensor:
-    """(N, C, L) or (C, L) as an image of one row."""
+def _with_row(sequence: Any, name: str) -> Any:
+    """(N, C, L) or (C, L) as an image of one row; no guide is none."""
+    if sequence is None and name == "guide":
+        return None
     if not isinstance(sequence, Tensor):
         raise TypeError(f"Involution1d: {name} is a {type(sequence).__name__}, expected a Tensor")
     if sequence.dim() not in (2, 3):
@@ -393,8 +386,12 @@ def check_input(input: Tensor, channels: int, owner: str, unbatched: bool = Fals
     return input if input.dim() == 4 else input.unsqueeze(0)
 
 
-def _check_guide(guide: Tensor, x: Tensor, channels: int) -> Tensor:
-    """The guide of an input (N, C, H, W), as (N, channels, H, W)."""
+def _source(x: Tensor, guide: Tensor | None, channels: int) -> Tensor:
+    """What the kernels for an input (N, C, H, W) are made from, (N, channels, H, W): the guide, or the input."""
+    if guide is None:
+        if shape_of(x)[1] != channels:
+            raise ValueError(f"Involution2d: guide is None, expected a tensor with {channels} channels")
+        return x
     if not isinstance(guide, Tensor):
         raise TypeError(f"Involution2d: guide is a {type(guide).__name__}, expected a Tensor or None")
     batch, _, height, width = shape_of(x)
@@ -408,12 +405,13 @@ def _check_guide(guide: Tensor, x: Tensor, channels: int) -> Tensor:
     return batched
 
 
-def _check_kernels(kernels: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """What a generator returned, as (N, G, Kh, Kw, Ho, Wo); ``shape`` is what is expected without N."""
+def _check_kernels(kernels: Tensor, kernel: tuple[int, int, int], source: Tensor, stride: tuple[int, int]) -> Tensor:
+    """What a generator returned for ``source``, as (N, G, Kh, Kw, Ho, Wo); ``kernel`` is G, Kh and Kw."""
     if not isinstance(kernels, Tensor):
         raise TypeError(f"Involution2d: generator returned a {type(kernels).__name__}, expected a Tensor")
-    groups, kh, kw, *pixels = shape
-    got = tuple(shape_of(kernels))[1:]
+    groups, kh, kw = kernel
+    pixels = tuple(map(layer_output_size, shape_of(source)[2:], stride))
+    shape, got = (*kernel, *pixels), tuple(shape_of(kernels))[1:]
     if got not in (shape, (groups * kh * kw, *pixels)):
         raise ValueError(
             f"Involution2d: generator returned kernels of shape {tuple(shape_of(kernels))}, expected "

@@ -511,7 +511,7 @@ def _views_of_taps(
     if border or max(upsample) > 1:
         starts = [
             reference.first_taps(size, *values, border=border, device=x.device)
-            for size, *values in zip(x.shape[2:], kernel, stride, padding, dilation, upsample, strict=True)
+            for size, *values in zip(shape_of(x)[2:], kernel, stride, padding, dilation, upsample, strict=True)
         ]
         x = pad(x, (padding[1], padding[1], padding[0], padding[0]))
         for i in range(kernel[0]):

@@ -1,8 +1,12 @@
 // The dispatch tables: which CUDA variant it takes, refusals, forced variants, and that each computes the same.
 #include "pyinvolution/dispatch.h"
 
+#include <algorithm>
+#include <functional>
+
 #include "cuda/variants.h"
 #include "oracle.h"
+#include "pyinvolution/involution.h"
 
 namespace {
 
@@ -89,6 +93,73 @@ void forced() {
   CHECK(!checks::message_of([] { force_variant("cuda/unheard-of"); }).empty(), "an unknown variant is an error");
 }
 
+// Kernels without upsampling run once for each phase; the generic one takes what would be a sum over phases.
+void phases() {
+  const Case shape{2, 32, 2, 5, 9, 5, 5, 1, 1, 2, 2, 1, 1, Border::zeros, 2, 2};
+  Case many = shape;
+  many.uh = many.uw = 8;
+  for (const Layout layout : {Layout::contiguous, Layout::channels_last}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      CHECK(chosen(problem(shape, dtype, layout), Pass::grad_input) == "generic", "no kernel sums phases");
+      CHECK(chosen(problem(many, dtype, layout), Pass::forward) == "generic", "nor is one launched for 64 phases");
+      for (const Pass pass : passes) {
+        Setting setting({shape, layout, dtype, pass}, Device::cuda);
+        int ran = 0;
+        for (const Verdict& verdict : explain(setting.problem, pass)) {
+          if (!verdict.refusal.empty() && verdict.refusal.find("least 24 products") == std::string::npos) continue;
+          force_variant(std::string("cuda/") + verdict.variant);
+          setting.written().poison();
+          run(setting.problem, pass, setting.buffers(), {});
+          setting.check();
+          ++ran;
+        }
+        force_variant("");
+        CHECK(pass == Pass::grad_input ? ran == 1 : ran > 1, "more than the generic kernel run phases, but for sums");
+      }
+    }
+  }
+  CHECK(chosen(problem(shape, DType::bf16, Layout::channels_last), Pass::forward) == "mma",
+        "the best kernel of a phase");
+}
+
+void borders() {
+  Case shape = rednet;
+  shape.ph = shape.pw = 0;
+  shape.border = Border::shift;
+  for (const Pass pass : passes) {
+    const auto verdicts = explain(problem(shape, DType::bf16, Layout::channels_last), pass);
+    CHECK(verdicts.front().refusal == "requires a border of zeros, got shift", verdicts.front().refusal);
+    CHECK(verdicts.back().chosen, "the last one takes every border");
+  }
+  Problem p = problem(shape, DType::f32);
+  std::vector<std::string> texts;
+  for (const auto& change : std::vector<std::function<void(Problem&)>>{
+           [](Problem&) {}, [](Problem& q) { q.border = Border::zeros; }, [](Problem& q) { q.upsample_h = 2; },
+           [](Problem& q) { q.upsample_w = 2; }}) {
+    Problem other = p;
+    change(other);
+    texts.push_back(describe(other, Pass::forward));
+  }
+  std::sort(texts.begin(), texts.end());
+  CHECK(std::adjacent_find(texts.begin(), texts.end()) == texts.end(), "borders and upsamplings are told apart");
+  for (const auto& [change, part] : std::vector<std::pair<std::function<void(Problem&)>, const char*>>{
+           {[](Problem& q) { q.padding_h = 1; }, "padding_h is 1, expected 0"},
+           {[](Problem& q) { q.in_w = 6, q.out_w = 6; }, "in_w is 6, expected at least kernel_w * dilation_w"},
+           {[](Problem& q) { q.upsample_h = 0; }, "upsample_h is 0, expected at least 1"},
+           {[](Problem& q) { q.upsample_w = 2, q.stride_w = 2; }, "stride_w is 2, expected 1"},
+           {[](Problem& q) { q.border = Border(2); }, "border is 2, expected zeros or shift"},
+           {[](Problem& q) { q.out_h = 4; }, "out_h is 4, expected 10"}}) {
+    Problem wrong = p;
+    change(wrong);
+    const std::string message = checks::message_of([&, w = wrong] { validate(w); });
+    CHECK(message.find(part) != std::string::npos, message);
+  }
+  SpanProblem span{};
+  span.involution = p, span.reduced = 4;
+  CHECK(checks::message_of([&] { validate(span, SpanOp::forward); }).find("border") != std::string::npos,
+        "kernels from a span have a border of zeros");
+}
+
 void disabled() {
   const Problem p = problem(rednet, DType::bf16, Layout::channels_last);
   disable_variants("mma, cuda/tiled");
@@ -158,6 +229,8 @@ int main() {
   verdicts();
   spans();
   forced();
+  phases();
+  borders();
   disabled();
   measured();
   empty();

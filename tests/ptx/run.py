@@ -32,9 +32,10 @@ def main() -> None:
         ("reduced", 0),
         ("dilation", 1),
         ("offset", 0),
+        ("upsample", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("epilogue", "spoil", "expanded"):
+    for name in ("epilogue", "spoil", "expanded", "shift"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--multiprocessors", type=int, default=2)
     parser.add_argument("--count", action="store_true", help="only count, without checks and with zeros as data")

@@ -54,11 +54,15 @@ class Problem:
     size: Pair = (9, 18)
     batch: int = 2
     groups: int = 2
+    border: str = "zeros"
+    upsample: int = 1
 
     def __str__(self) -> str:
         parts = [self.dtype, self.layout, f"{self.kernel}x{self.kernel}"]
         parts += [f"stride {self.stride}"] if self.stride > 1 else []
         parts += [f"dilation {self.dilation}"] if self.dilation > 1 else []
+        parts += [f"border {self.border}"] if self.border != "zeros" else []
+        parts += [f"upsample {self.upsample}"] if self.upsample > 1 else []
         parts += [f"{self.groups} x {self.width} channels"]
         parts += [f"{self.reduced} reduced"] if self.reduced else []
         return ", ".join(parts)
@@ -69,9 +73,14 @@ class Problem:
 
     @property
     def geometry(self) -> tuple[Pair, Pair, Pair]:
-        """stride, padding, dilation; the padding keeps ceil(size / stride) pixels."""
-        padding = self.dilation * (self.kernel - 1) // 2
+        """stride, padding, dilation; the padding keeps ceil(size / stride) pixels, as a border that shifts does."""
+        padding = self.dilation * (self.kernel - 1) // 2 if self.border == "zeros" else 0
         return (self.stride,) * 2, (padding,) * 2, (self.dilation,) * 2
+
+    @property
+    def trailing(self) -> tuple[int, Pair]:
+        """border, upsample: the last arguments of involution2d."""
+        return ops.BORDERS.index(self.border), (self.upsample,) * 2
 
     @property
     def window(self) -> tuple[Pair, Pair, Pair, Pair]:
@@ -80,7 +89,8 @@ class Problem:
     def tensors(self, device: str) -> dict[str, Tensor]:
         """Random operands, the same for every variant."""
         stride, padding, dilation = (pair[0] for pair in self.geometry)
-        pixels = [int(output_size(size, self.kernel, stride, padding, dilation)) for size in self.size]
+        window = (self.kernel, stride, padding, dilation, self.trailing[0], self.upsample)
+        pixels = [int(output_size(size, *window)) for size in self.size]
         n, g, k, c, r = self.batch, self.groups, self.kernel, self.channels, self.reduced
         shapes: dict[str, tuple[int, ...]] = {"x": (n, c, *self.size)}
         if self.operator == "involution2d":
@@ -129,6 +139,10 @@ def problems(quick: bool) -> Iterator[Problem]:
             continue
         for width in (3, 16) if quick else (3, 8, 16, 24, 32):
             yield Problem("involution2d", dtype, layout, k, s, d, width)
+    for dtype, layout, width in itertools.product(DTYPES, layouts[:2], (3, 16)):
+        for k, s, d in ((7, 1, 1), (3, 1, 2), (3, 2, 1)):
+            yield Problem("involution2d", dtype, layout, k, s, d, width, border="shift")
+        yield Problem("involution2d", dtype, layout, 5, 1, 1, width, upsample=2)
     spans = [(width, r) for width in ((3, 16) if quick else (3, 8, 16)) for r in ((16,) if quick else (5, 16, 32))]
     for dtype, layout, (k, s, d), (width, r) in itertools.product(DTYPES, layouts, windows[:3], spans):
         yield Problem("span_involution2d", dtype, layout, k, s, d, width, r)
@@ -154,10 +168,10 @@ def computed(problem: Problem, pass_: str, t: dict[str, Tensor]) -> Results:
     """What a pass of the operator gives."""
     if problem.operator == "involution2d":
         if pass_ == "forward":
-            found: Sequence[Tensor] = [ops.involution2d(t["x"], t["w"], *problem.geometry)]
+            found: Sequence[Tensor] = [ops.involution2d(t["x"], t["w"], *problem.geometry, *problem.trailing)]
         else:
             mask = (pass_ == "grad_input", pass_ == "grad_weight")
-            both = ops.involution2d_backward(t["gy"], t["x"], t["w"], *problem.geometry, mask)
+            both = ops.backward(t["gy"], t["x"], t["w"], (*problem.geometry, *problem.trailing), mask)
             found = [both[mask.index(True)]]
     elif problem.operator == "span_involution2d":
         if pass_ == "forward":
@@ -187,7 +201,8 @@ def expected(problem: Problem, t: dict[str, Tensor], work: torch.dtype | None) -
     leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
 
     def output(x: Tensor, w: Tensor) -> Tensor:
-        return reference.involution2d(x, w, None, *problem.geometry)
+        border, upsample = problem.border, problem.upsample
+        return reference.involution2d(x, w, None, *problem.geometry, border=border, upsample=upsample)
 
     def spanned(r: Tensor) -> Tensor:
         kernels = conv2d(r, leaves["s"][..., None, None], leaves["b"])
@@ -212,7 +227,8 @@ def expected(problem: Problem, t: dict[str, Tensor], work: torch.dtype | None) -
 def refusal(problem: Problem, pass_: str, variant: str, t: dict[str, Tensor]) -> str | None:
     """Why the dispatch table would not let ``variant`` run this pass, or None."""
     if problem.operator == "involution2d":
-        explanation = explain(t["x"], t["w"], *problem.geometry, pass_=pass_)
+        border, upsample = problem.border, problem.upsample
+        explanation = explain(t["x"], t["w"], *problem.geometry, border=border, upsample=upsample, pass_=pass_)
     elif problem.operator == "span_involution2d":
         explanation = explain_span(t["x"], t["r"], t["s"], t["b"], *problem.window, pass_=pass_)
     else:
