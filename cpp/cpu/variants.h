@@ -9,7 +9,7 @@ namespace pyinvolution::cpu {
 Refusal scalar_refusal(const Problem&, Pass);
 void scalar_run(const Problem&, Pass, const Buffers&, const Execution&);
 
-// Vectors along the output columns: every problem with windows as those of a convolution.
+// Vectors along the output columns: every problem without upsampling, which is computed in phases.
 Refusal columns_refusal(const Problem&, Pass);
 void columns_run(const Problem&, Pass, const Buffers&, const Execution&);
 

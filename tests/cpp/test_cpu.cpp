@@ -37,6 +37,16 @@ std::vector<Case> wide_cases() {
           {1, 9, 1, 5, 230, 3, 3, 1, 1, 1, 1},  {2, 33, 3, 14, 14, 5, 5, 1, 1, 2, 2}};
 }
 
+// Windows that a border shifts: one of them in a row, vectors whose lanes jump by more than their width, rows of several
+// tiles, strips, and long rows of few channels.
+std::vector<Case> wide_shifted_cases() {
+  constexpr Border shift = Border::shift;
+  return {{1, 16, 1, 14, 14, 13, 13, 1, 1, 0, 0, 1, 1, shift}, {1, 32, 2, 7, 7, 7, 7, 1, 1, 0, 0, 1, 1, shift},
+          {1, 16, 1, 3, 83, 1, 4, 1, 1, 0, 0, 1, 20, shift},   {1, 16, 1, 3, 130, 3, 5, 1, 1, 0, 0, 1, 8, shift},
+          {1, 40, 2, 17, 33, 4, 3, 2, 3, 0, 0, 3, 2, shift},   {1, 16, 1, 150, 120, 3, 11, 1, 1, 0, 0, 2, 1, shift},
+          {1, 3, 3, 40, 61, 5, 7, 1, 1, 0, 0, 1, 3, shift}};
+}
+
 // Images that the backward passes take in several strips of rows.
 std::vector<Case> long_cases() {
   return {{2, 16, 1, 70, 210, 3, 3, 1, 1, 1, 1},
@@ -58,7 +68,7 @@ void involution() {
   for (const Named& variant : variants_here) {
     int ran = 0;
     std::vector<Case> cases = basic_cases();
-    for (const auto& more : {wide_cases(), shifted_cases(), upsampled_cases()})
+    for (const auto& more : {wide_cases(), shifted_cases(), wide_shifted_cases(), upsampled_cases()})
       cases.insert(cases.end(), more.begin(), more.end());
     for (const Case& shape : random_cases(40, 7)) cases.push_back(shape);
     uint64_t seed = 0;
