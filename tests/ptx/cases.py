@@ -123,6 +123,7 @@ def sliding() -> Iterator[Problem]:
         yield shifted(1, 8, 9, 10, 2, 7, spoil=True)
     for pass_, dtype, kernel in product(PASSES, ("float64", *HALVES), (3, 7)):
         yield Problem("sliding", pass_, dtype, "nhwc", 1, 16, 9, 17, 2, kernel, shift=True)
+        yield Problem("sliding", pass_, dtype, "nchw", 1, 3, 8, 9, 1, kernel, shift=True)
     for pass_ in ("forward", "grad_weight"):
         yield Problem("sliding", pass_, "float32", "nhwc", 1, 8, 11, 13, 1, 3, 2, shift=True)
 
