@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, fx, nn
 
 from benchmarks.cpu import MODELS, Report
 from benchmarks.harness import RESULTS, about, check_alike, slug, write_rows
+from benchmarks.models import frozen
 from pyinvolution import optimize_for_inference
 from pyinvolution.export import export
 from pyinvolution.onnxruntime import library_path
@@ -147,36 +149,34 @@ def openvino_part(bench: Bench, precision: str, extension: Path | None) -> None:
 
 
 def compiled(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """By torch.compile with frozen weights, compiled here."""
-    import torch._inductor.config
-
+    """By torch.compile, with weights that `frozen` makes constant: also the calls must be inside it."""
     function = torch.compile(model, fullgraph=True, dynamic=False)
 
     def call() -> Tensor:
         with torch.no_grad():
             return function(images)
 
-    with torch._inductor.config.patch(freezing=True):
-        call()
     return call
 
 
 def aoti_part(bench: Bench) -> None:
-    frozen = "RedNet-50, torch.compile with freezing"
+    with_compile = "RedNet-50, torch.compile with freezing"
 
     def make(name: str, images: Tensor, threads: int) -> Callable[[], Tensor]:
         model = bench.models[name.partition(",")[0]]
-        if name == frozen:
-            torch._dynamo.reset()
+        if name == with_compile:
             layout = images.to(memory_format=torch.channels_last)
             return compiled(optimize_for_inference(model), layout)
         # Compiled for a number of threads and a batch.
         path = bench.folder / f"{slug(name)}-{len(images)}-{threads}.pt2"
-        export(model, path, "aoti", images, dynamic=False)
+        with torch._inductor.config.patch(freezing=False):  # as everywhere else
+            export(model, path, "aoti", images, dynamic=False)
         package = torch._inductor.aoti_load_package(str(path))
         return lambda: package(images)
 
-    bench.measure("AOTInductor, float32", make, ("RedNet-50", "ResNet-50", frozen))
+    torch._dynamo.reset()
+    with frozen():
+        bench.measure("AOTInductor, float32", make, ("RedNet-50", "ResNet-50", with_compile))
 
 
 def eager_part(bench: Bench) -> None:
@@ -282,14 +282,15 @@ def int8_pytorch_part(bench: Bench) -> None:
     def make(name: str, images: Tensor, threads: int) -> Callable[[], Tensor]:
         float_name, _, kind = name.partition(", ")
         layout = images.to(memory_format=torch.channels_last)
-        torch._dynamo.reset()
         if kind == "float32":
             return compiled(optimize_for_inference(bench.models[float_name]), layout)
         return compiled(model(name, images), layout)
 
     what = "int8, PyTorch (x86 inductor)"
     columns = error_columns(bench, lambda name: model(name, bench.images)(bench.images), what)
-    bench.measure(what, make, ("RedNet-50", "ResNet-50", "RedNet-50, float32"), INT8_TOLERANCE, columns)
+    torch._dynamo.reset()
+    with frozen():
+        bench.measure(what, make, ("RedNet-50", "ResNet-50", "RedNet-50, float32"), INT8_TOLERANCE, columns)
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -9,14 +9,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from pyinvolution import build_info
-from pyinvolution._library import _spec
+from pyinvolution import _native, build_info
 
-LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")
+LIBRARY = _native.folder() / "libpyinvolution.so"
 # Kernels and their template arguments; some of each kind.
 APPLY = [
     f"apply_block<{columns}, {stride}, {width}>" for columns in (7, 14) for stride in (1, 2) for width in (0, 3, 5, 7)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import pyinvolution
-from pyinvolution import build_info, explain, override_isa
-from pyinvolution._library import _spec
+from pyinvolution import _native, build_info, explain, override_isa
 from pyinvolution.explain import available_isas, disable_variants, disabled_variants, force_variant, variants
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 INSTANCES = dict(
     re.findall(r'pyinvolution_instance\((\w+)\s+"([^"]*)"\)', (ROOT / "cpp/core/sources.cmake").read_text())
 )
-LIBRARY = Path(_spec.origin).with_name("libpyinvolution.so")
+LIBRARY = _native.folder() / "libpyinvolution.so"
 X, W = torch.randn(1, 4, 6, 6), torch.randn(1, 2, 3, 3, 6, 6)
 
 
