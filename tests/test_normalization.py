@@ -101,10 +101,11 @@ def test_statistics_do_not_cancel():
         torch.testing.assert_close(invstd.double(), expected, rtol=6e-5, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 70, 21, 23), (4, 4, 80, 81)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_again_and_with_any_number_of_threads(dtype, layout):
-    norm, x, residual, gy = problem((3, 70, 21, 23), dtype, layout, True)
+def test_again_and_with_any_number_of_threads(dtype, layout, shape):
+    norm, x, residual, gy = problem(shape, dtype, layout, True)
     before = torch.get_num_threads()
     found = []
     try:

@@ -9,13 +9,12 @@
 namespace pyinvolution {
 namespace {
 
-// Runs `body(task)` for each task in [0, tasks), spread over the threads of `execution` in one parallel region. A thread has
-// neighbouring tasks; with Backwards it begins with the last of them, whose memory it has had last in a run before this one.
-template <bool Backwards = false, class Body>
+// Runs `body(task)` for each task in [0, tasks), spread over the threads of `execution` in one parallel region.
+template <class Body>
 void for_each_task(const Execution& execution, int64_t tasks, const Body& body) {
   const auto range = [](int64_t begin, int64_t end, void* state) {
     const Body& each = *static_cast<const Body*>(state);
-    for (int64_t task = begin; task < end; ++task) each(Backwards ? begin + (end - 1 - task) : task);
+    for (int64_t task = begin; task < end; ++task) each(task);
   };
   void* state = const_cast<void*>(static_cast<const void*>(&body));
   if (execution.parallel_for == nullptr || execution.threads <= 1) {

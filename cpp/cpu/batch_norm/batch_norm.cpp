@@ -46,13 +46,8 @@ int64_t elements_of(const BatchNormTiling& t, int64_t row) {
 void run(const BatchNormTiling& t, BatchNormStep step, const Execution& execution) {
   const CpuKernels& kernels = current_kernels();
   const double elements = double(t.batch * t.channels) * double(t.pixels);
-  const Execution where = execution_for(4 * elements, execution);
-  const auto body = [&](int64_t task) { kernels.batch_norm(t, step, task); };
-  // A second pass begins with what the first one, or the operator before, has left in the cache.
-  if (step == BatchNormStep::output || step == BatchNormStep::gradient)
-    for_each_task<true>(where, t.tasks, body);
-  else
-    for_each_task(where, t.tasks, body);
+  for_each_task(execution_for(4 * elements, execution), t.tasks,
+                [&](int64_t task) { kernels.batch_norm(t, step, task); });
 }
 
 // Values for each channel, as often as pixels are folded.

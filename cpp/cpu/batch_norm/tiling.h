@@ -11,15 +11,12 @@
 // Without a residual, z is computed again from x instead of being read. Elements that are moved for each of x: 3 forward (x twice,
 // y) and 5 backward (gy and x twice, gx); with a residual 4 and 7. Separate passes for norm, addition and ReLU move 9 and 8.
 //
-// x is [batch][channels][pixels] (NCHW) or [pixels][channels] with the pixels of all images (channels_last). There, if channels are
-// few, `fold` neighbouring pixels count as one of `fold` times as many channels, so that vectors are full; their sums are added.
-//
-// A second pass, `output` or `gradient`, takes the tasks in reverse order: what the first one has read last is still in the cache.
-// A task is a run of pixels of all
-// channels, or in NCHW an image's part of the channels; its size depends on the shape only, and the tasks' sums are added in
-// their order, so that a result has the same bits with any number of threads. A task sums blocks of `block_pixels` pixels that
-// fit into the first levels of cache: the squares are those of differences from the block's mean, and blocks are merged by the
-// formula of Chan, Golub and LeVeque (1979).
+// x is [batch][channels][pixels] (NCHW) or [pixels][channels] with the pixels of all images (channels_last). There, if channels
+// are few, `fold` neighbouring pixels count as one of `fold` times as many channels, so that vectors are full; their sums are added.
+// A task is a run of pixels of all channels, or in NCHW an image's part of the channels; its size depends on the shape only, and the
+// tasks' sums are added in their order, so that a result has the same bits with any number of threads. A task sums blocks of
+// `block_pixels` pixels that fit into the first levels of cache: the squares are those of differences from the block's mean, and
+// blocks are merged by the formula of Chan, Golub and LeVeque (1979).
 #pragma once
 
 #include <cstdint>

@@ -118,8 +118,8 @@ def _recipe(node: Any, saved: list[Tensor]) -> tuple[Tensor, _Recipe] | None:
     if name == f"{BatchNormReLU.__name__}Backward":
         if node.adds:
             return None
-        input, weight, bias, mean, invstd, output = saved
-        return output, _OfOperator(input, mean, invstd, weight, bias)
+        x, scale, shift, mean, invstd, output = saved
+        return output, _OfOperator(x, mean, invstd, scale, shift)
     if name != "ReluBackward0":
         return None
     norm = node.next_functions[0][0]
