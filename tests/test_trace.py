@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyinvolution import Involution2d, convert, involution2d, normalization, optimize_for_inference, span_involution2d
-from pyinvolution._library import _spec
+from pyinvolution import (
+    Involution2d,
+    _native,
+    convert,
+    involution2d,
+    normalization,
+    optimize_for_inference,
+    span_involution2d,
+)
 from pyinvolution.models import create_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
@@ -184,7 +191,7 @@ def test_a_saved_trace_runs_in_cpp(tmp_path: Path) -> None:
     holder.register_buffer("expected", net(image).detach())
     torch.jit.save(torch.jit.script(holder), tmp_path / "data.pt")
     (tmp_path / "main.cpp").write_text(PROGRAM)
-    base, package = Path(torch.__file__).parent, Path(_spec.origin).parent
+    base, package = Path(torch.__file__).parent, _native.folder()
     libraries = [f"-L{base / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{base / 'lib'}:{package}"]
     includes = [f"-I{base / 'include'}", f"-I{base / 'include/torch/csrc/api/include'}"]
     command = ["g++", "-O0", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
