@@ -19,9 +19,9 @@ import torch
 from documents import BLOCKS, ROOT
 from onnx_support import Operators, operator_inputs, small_rednet
 from tolerance import assert_accurate
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyinvolution import ops
+from pyinvolution import involution2d, local_correlation2d, ops
 from pyinvolution.export import export
 from pyinvolution.onnxruntime import library_path
 
@@ -129,6 +129,30 @@ def test_the_operators_in_a_file(tmp_path: Path) -> None:
     flat = torch.utils._pytree.tree_leaves(inputs)
     feed = {i.name: value.numpy() for i, value in zip(run.get_inputs(), flat, strict=True)}
     for found, expected in zip(run.run(None, feed), Operators()(*inputs), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=2e-5, atol=2e-5)
+
+
+class Family(nn.Module):
+    """The operators that have no functions."""
+
+    def forward(self, x: Tensor, weight: Tensor, larger: Tensor) -> tuple[Tensor, ...]:
+        return (
+            involution2d(x, weight, border="shift", dilation=2),
+            involution2d(x, larger, padding=1, upsample=2),
+            local_correlation2d(x, x, 3, padding=1, groups=2),
+        )
+
+
+def test_borders_upsampling_and_correlation_become_standard_operations() -> None:
+    from pyinvolution._onnx_functions import translate
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 4, 8, 9), torch.randn(2, 2, 3, 3, 8, 9), torch.randn(2, 2, 3, 3, 16, 18))
+    model = translate(torch.export.export(Family(), inputs), 18)
+    assert not model.functions
+    run = session(model, registered=False)
+    feed = {i.name: value.numpy() for i, value in zip(run.get_inputs(), inputs, strict=True)}
+    for found, expected in zip(run.run(None, feed), Family()(*inputs), strict=True):
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=2e-5, atol=2e-5)
 
 

@@ -93,6 +93,8 @@ def translate(program: ExportedProgram, opset: int, **options: Any) -> onnx.Mode
 def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
     """A table for ``ExportedProgram.run_decompositions`` that turns each operator into a call of its function.
 
+    There are none for borders that shift, upsampling and correlation, which become standard operations.
+
     ``found`` receives the configurations.
     """
 
@@ -100,9 +102,11 @@ def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
         name = operator._schema.name.partition("::")[2]
 
         def call(*arguments: Any) -> Tensor:
-            given = {
-                argument.name: value for argument, value in zip(operator._schema.arguments, arguments, strict=True)
-            }
+            # What a call leaves out has its default.
+            given = {argument.name: argument.default_value for argument in operator._schema.arguments}
+            given |= dict(zip(given, arguments, strict=False))
+            if given.pop("border", 0) != 0 or max(given.pop("upsample", (1, 1))) != 1:
+                return ops.PLAIN[operator](*arguments)
             tensors = {
                 argument.name: given.pop(argument.name)
                 for argument in operator._schema.arguments
@@ -139,7 +143,8 @@ def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
 
         return call
 
-    return {operator: call_of(operator) for operator in ops.PLAIN}
+    functions = (ops.involution2d, ops.span_involution2d, ops.involution_layer2d)
+    return ops.PLAIN | {operator: call_of(operator) for operator in functions}
 
 
 def _pair(values: Sequence[Any]) -> tuple[int, int]:

@@ -63,6 +63,7 @@ std::string refused(const Refusal& refusal) { return std::string("refused: requi
 // What the launch code needs of the rest of the library, for its messages.
 namespace pyinvolution {
 const char* to_string(DType) { return "a dtype"; }
+const char* to_string(Border) { return "a border"; }
 namespace cuda {
 const char* build() { return "the recorder"; }
 }  // namespace cuda
