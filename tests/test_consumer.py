@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,14 @@ def test_onnx_runtime_needs_no_torch(wheel: Path, tmp_path: Path) -> None:
     assert "pyinvolution.involution2d needs torch, which is not installed" in wrong.stderr
 
 
+def onnxruntime_library() -> Path | None:
+    """The shared library in the installed wheel of onnxruntime, if there is one."""
+    spec = find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted((Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*"))), None)
+
+
 @pytest.fixture(scope="module")
 def programs(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build folder of tests/consumer, the examples and the blocks of docs/cpp.md, all copied out of the tree."""
@@ -115,6 +124,14 @@ def programs(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / f"documented{number}.{language}").write_text(block.code)
     # Quick to compile rather than quick.
     settings = {"PATH": f"{python.parent}:{PATH}", "CMAKE_GENERATOR": "Ninja", "CXXFLAGS": "-O0 -Wall -Wextra -Werror"}
+    if library := onnxruntime_library():
+        # As a release has it; its header is a part of that of the release (tests/onnxruntime_api).
+        release = folder.parent / "onnxruntime"
+        shutil.copytree(ROOT / "tests/onnxruntime_api", release)
+        shutil.copy(ROOT / "cpp/onnxruntime/abi.h", release)
+        for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+            (release / name).symlink_to(library)
+        settings |= {"CMAKE_INCLUDE_PATH": str(release), "CMAKE_LIBRARY_PATH": str(release)}
     commands = [line for b in guide if b.language == "bash" for line in b.commands() if line.startswith("cmake ")]
     assert len(commands) == 2
     for command in commands:
@@ -353,6 +370,22 @@ def test_infer_classifies_image_files_as_python_does(python: Path, programs: Pat
             assert abs(float(line.split()[1]) - probability) < (2e-2 if kind == "jpg" else 1e-4), kind
             assert kind == "jpg" or line.split(maxsplit=2)[::2] == [str(index.item()), f"class {index}"]
     assert "libpython" not in run("ldd", programs / "infer/infer")
+
+    if onnxruntime_library() and find_spec("onnxscript"):
+        onnx = tmp_path / "model.onnx"
+        run(python, "-m", "pyinvolution", "export", tmp_path / "model.ckpt", "--format", "onnx", "--custom-ops",
+            "--size", "64", "64", "--output", onnx)  # fmt: skip
+        kernels = run(python, "-m", "pyinvolution.onnxruntime").strip()
+        for more in ([], ["--kernels", kernels]):
+            lines = run(programs / "infer/infer", onnx, tmp_path / "image.ppm", "--size", "64", *more).splitlines()
+            expected = net(prepare(Image.open(tmp_path / "image.ppm"))[None]).softmax(1)[0]
+            for line, (probability, index) in zip(lines, zip(*expected.topk(5), strict=True), strict=True):
+                assert abs(float(line.split()[1]) - probability) < 1e-4
+                assert line.split()[0] == str(index.item())
+        wrong = [programs / "infer/infer", onnx, tmp_path / "image.ppm", "--kernels", tmp_path / "labels.txt"]
+        result = subprocess.run(wrong, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert "labels.txt" in result.stderr
 
     (tmp_path / "broken.ppm").write_bytes(b"P6 120 90 255\n" + bytes(100))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))

@@ -1,5 +1,7 @@
-// Classifies an image with a model that `pyinvolution export MODEL --format aoti` compiled; no Python in the process.
+// Classifies an image with a model that `pyinvolution export MODEL --format aoti` compiled, or with an ONNX file; no
+// Python in the process.
 //   infer MODEL.pt2 IMAGE [--size 224] [--top 5] [--labels FILE] [--cuda]
+//   infer MODEL.onnx IMAGE [--size 224] [--top 5] [--labels FILE] [--kernels libpyinvolution_ort.so]
 // LABELS has the name of a class in each line. Prints class, probability and name, most probable first.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
@@ -14,14 +16,17 @@
 #include <vector>
 
 #include "image.h"
+#include "onnx.h"
 
 namespace {
 
 struct Options {
-  std::string model, image, labels;
+  std::string model, image, labels, kernels;
   int64_t size = 224, top = 5;
   bool cuda = false;
 };
+
+bool is_onnx(const std::string& model) { return model.size() > 5 && model.compare(model.size() - 5, 5, ".onnx") == 0; }
 
 Options parse(int arguments, char** argument) {
   Options options;
@@ -38,14 +43,21 @@ Options parse(int arguments, char** argument) {
       options.top = std::stol(value());
     else if (name == "--labels")
       options.labels = value();
+    else if (name == "--kernels")
+      options.kernels = value();
     else if (name == "--cuda")
       options.cuda = true;
     else
       files.push_back(name);
   }
   if (files.size() != 2 || options.size < 1 || options.top < 1)
-    throw std::invalid_argument("usage: infer MODEL.pt2 IMAGE [--size N] [--top N] [--labels FILE] [--cuda]");
+    throw std::invalid_argument(
+        "usage: infer MODEL.pt2 IMAGE [--size N] [--top N] [--labels FILE] [--cuda]\n"
+        "       infer MODEL.onnx IMAGE [--size N] [--top N] [--labels FILE] [--kernels libpyinvolution_ort.so]");
   options.model = files[0], options.image = files[1];
+  if (options.cuda && is_onnx(options.model)) throw std::invalid_argument("--cuda is for a model of --format aoti");
+  if (!options.kernels.empty() && !is_onnx(options.model))
+    throw std::invalid_argument("--kernels is for an ONNX file, got " + options.model);
   return options;
 }
 
@@ -65,12 +77,20 @@ torch::Tensor preprocess(const Image& image, int64_t size) {
   return ((x - mean) / deviation).contiguous();
 }
 
-void run(const Options& options) {
-  const torch::InferenceMode inference;
-  torch::Tensor input = preprocess(read_image(options.image), options.size);
+torch::Tensor logits_of(const Options& options, torch::Tensor input) {
+  if (is_onnx(options.model)) {
+    const std::vector<float> logits = run_onnx(options.model, options.kernels, input.data_ptr<float>(),
+                                               {input.size(0), input.size(1), input.size(2), input.size(3)});
+    return torch::tensor(logits).view({input.size(0), -1});
+  }
   if (options.cuda) input = input.to(torch::kCUDA);
   torch::inductor::AOTIModelPackageLoader model(options.model);
-  const torch::Tensor logits = model.run({input}).at(0);
+  return model.run({input}).at(0);
+}
+
+void run(const Options& options) {
+  const torch::InferenceMode inference;
+  const torch::Tensor logits = logits_of(options, preprocess(read_image(options.image), options.size));
 
   const auto [probability, index] = logits.softmax(1)[0].cpu().topk(std::min(options.top, logits.size(1)));
   std::vector<std::string> names;
