@@ -141,8 +141,12 @@ def onnxruntime_part(bench: Bench) -> None:
 def openvino_part(bench: Bench, precision: str, extension: Path | None) -> None:
     import openvino
 
+    # They stay until the end: a core that goes frees the stack for signals of the one that was made after it.
+    cores = []
+
     def make(name: str, images: Tensor, threads: int) -> Callable[[], Tensor]:
         core = openvino.Core()
+        cores.append(core)
         if name == "RedNet-50" and extension is not None:
             core.add_extension(extension / f"libpyinvolution_openvino{'_bf16' if precision == 'bf16' else ''}.so")
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}

@@ -103,11 +103,11 @@ def _calls(found: Configurations) -> dict[OpOverload, Callable[..., Tensor]]:
 
         def call(*arguments: Any) -> Tensor:
             # What a call leaves out has its default.
-            given = {argument.name: argument.default_value for argument in operator._schema.arguments}
+            given: dict[str, Any] = {argument.name: argument.default_value for argument in operator._schema.arguments}
             given |= dict(zip(given, arguments, strict=False))
             if given.pop("border", 0) != 0 or max(given.pop("upsample", (1, 1))) != 1:
                 return ops.PLAIN[operator](*arguments)
-            tensors = {
+            tensors: dict[str, Any] = {
                 argument.name: given.pop(argument.name)
                 for argument in operator._schema.arguments
                 if "Tensor" in str(argument.type)
