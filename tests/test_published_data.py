@@ -108,7 +108,7 @@ class Harmful:
     """Runs a command when it is unpickled by plain pickle."""
 
     def __reduce__(self):
-        return os.mkdir, (os.environ["PYINVOLUTION_HARM"],)
+        return os.mkdir, (os.environ["HARM_OF_A_HOSTILE_FILE"],)
 
 
 def test_cifar10_that_is_none(batches, tmp_path, capsys, monkeypatch):
@@ -116,7 +116,7 @@ def test_cifar10_that_is_none(batches, tmp_path, capsys, monkeypatch):
     folder.mkdir()
     for path in batches[0].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setenv("PYINVOLUTION_HARM", str(tmp_path / "harm"))
+    monkeypatch.setenv("HARM_OF_A_HOSTILE_FILE", str(tmp_path / "harm"))
     for content, message in (
         (pickle.dumps(Harmful()), "asks for posix.mkdir, expected arrays only"),
         (b"text", "is not one of CIFAR-10's files"),
