@@ -42,6 +42,7 @@ from benchmarks.harness import (
     product_and_copy,
     pyplot,
     ratios_text,
+    relative_error,
     slug,
     span_tensors,
     write_rows,
@@ -294,8 +295,8 @@ def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) ->
                 for name, model in compiled.items():
                     # A compiler rounds in other places, but not more often.
                     expected = exact[name](x.float())
-                    error = torch.linalg.vector_norm(models[name](x).float() - expected) / expected.norm()
-                    check_alike(model(x).float(), expected, f"{name}, compiled{suffix}", max(1e-3, 2 * error.item()))
+                    allowed = max(1e-3, 2 * relative_error(models[name](x), expected))
+                    check_alike(model(x).float(), expected, f"{name}, compiled{suffix}", allowed)
                 frozen: dict[str, Function] = {name: partial(model, x) for name, model in compiled.items()}
                 times = interleaved(frozen, seconds)
                 report.add(f"inference, compile + freezing{suffix}", f"N={batch}", count, "RedNet-50", times)

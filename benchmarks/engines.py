@@ -23,7 +23,7 @@ import torch._inductor.config
 from torch import Tensor, fx, nn
 
 from benchmarks.cpu import MODELS, Report
-from benchmarks.harness import RESULTS, about, check_alike, slug, write_rows
+from benchmarks.harness import RESULTS, about, check_alike, relative_error, slug, write_rows
 from benchmarks.models import frozen
 from pyinvolution import optimize_for_inference
 from pyinvolution.export import export
@@ -50,9 +50,8 @@ class Bench:
 
     def bfloat16_error(self, name: str) -> float:
         """How far the logits of the model in bfloat16 are from float32's, in PyTorch, relative in norm."""
-        model, expected = deepcopy(self.models[name]).bfloat16(), self.expected[name]
         with torch.no_grad():
-            return float((model(self.images.bfloat16()).float() - expected).norm() / expected.norm())
+            return relative_error(deepcopy(self.models[name]).bfloat16()(self.images.bfloat16()), self.expected[name])
 
     def file(self, name: str) -> Path:
         """The model in ONNX; a RedNet with calls of its operators, "standard operations" without."""
@@ -222,7 +221,7 @@ def error_columns(bench: Bench, run: Callable[[str], Tensor], what: str) -> dict
     """How far the logits are from float32's, relative in norm."""
     columns = {}
     for name, expected in bench.expected.items():
-        columns[f"{name}: logit error"] = float((run(name) - expected).norm() / expected.norm())
+        columns[f"{name}: logit error"] = relative_error(run(name), expected)
     print(f"{what}: " + ", ".join(f"{key} {value:.3f}" for key, value in columns.items()), flush=True)
     return columns
 

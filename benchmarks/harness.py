@@ -201,6 +201,11 @@ def check_alike(actual: Any, expected: Any, what: str, tolerance: float | None =
         assert distance <= allowed, f"{what}, result {place}: differs by {distance:.3g} in norm, allowed {allowed:.3g}"
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """How far a result is from an exact one, relative in norm."""
+    return float((actual.float() - expected).norm() / expected.norm())
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,8 @@
 """What the tests of ONNX share: the operators in all their arguments, and a small network."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -62,3 +65,11 @@ def operator_inputs(dtype: torch.dtype, channels: int = 6) -> tuple:
     wide = torch.promote_types(dtype, torch.float32)
     scale, shift = (torch.randn(channels, dtype=wide) for _ in range(2))
     return (torch.randn(2, channels, *size, dtype=dtype), *lists, scale, shift)
+
+
+def onnxruntime_library() -> Path | None:
+    """The shared library in the installed wheel of onnxruntime, if there is one."""
+    spec = find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted((Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*"))), None)

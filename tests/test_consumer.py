@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from documents import BLOCKS
+from onnx_support import onnxruntime_library
 from torch import nn
 
 import pyinvolution
@@ -102,14 +103,6 @@ def test_onnx_runtime_needs_no_torch(wheel: Path, tmp_path: Path) -> None:
         [interpreter, "-I", "-c", "from pyinvolution import involution2d"], capture_output=True, text=True, check=False
     )
     assert "pyinvolution.involution2d needs torch, which is not installed" in wrong.stderr
-
-
-def onnxruntime_library() -> Path | None:
-    """The shared library in the installed wheel of onnxruntime, if there is one."""
-    spec = find_spec("onnxruntime")
-    if spec is None or spec.origin is None:
-        return None
-    return next(iter(sorted((Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*"))), None)
 
 
 @pytest.fixture(scope="module")

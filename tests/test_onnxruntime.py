@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from documents import BLOCKS, ROOT
-from onnx_support import Operators, operator_inputs, small_rednet
+from onnx_support import Operators, onnxruntime_library, operator_inputs, small_rednet
 from tolerance import assert_accurate
 from torch import Tensor, nn
 
@@ -362,8 +362,8 @@ def test_the_documented_program(file: Path, tmp_path: Path) -> None:
     """With the installed wheel's library; a release's headers where ONNXRUNTIME_INCLUDE names them."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
-    if not libraries:
+    library = onnxruntime_library()
+    if library is None:
         pytest.skip(f"onnxruntime {onnxruntime.__version__} comes without a library for C++")
     (tmp_path / "classify.cpp").write_text(documented("cpp", "main"))
     headers = os.environ.get("ONNXRUNTIME_INCLUDE")
@@ -376,13 +376,13 @@ def test_the_documented_program(file: Path, tmp_path: Path) -> None:
         "-Wextra",
         *(f"-I{folder}" for folder in folders),
         tmp_path / "classify.cpp",
-        libraries[-1],
+        library,
         "-o",
         program,
     ]
     # The library is known by a name without its last numbers.
     link = tmp_path / "libonnxruntime.so.1"
-    link.symlink_to(libraries[-1])
+    link.symlink_to(library)
     subprocess.run(command, check=True)
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run([program, file, library_path()], env=environment, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """Involution as a function: differentiable, and at home in autocast, torch.compile, torch.export and torch.func."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -363,6 +363,16 @@ class _Involution2d(torch.autograd.Function):
         return _apply(*merged, *window).unflatten(0, (size, -1)), 0
 
 
+def _product_rule(
+    op: Callable[..., Tensor], tensors: Sequence[Tensor], tangents: Sequence[Tensor | None], rest: Window
+) -> Tensor:
+    """The tangent of a bilinear ``op(first, second, *rest)``; None is a tangent of zeros, of at most one tensor."""
+    (first, second), (first_tangent, second_tangent) = tensors, tangents
+    pairs = ((first_tangent, second), (first, second_tangent))
+    terms = [op(a, b, *rest) for a, b in pairs if a is not None and b is not None]
+    return sum(terms[1:], terms[0])
+
+
 class _Involution2dForwardMode(_Involution2d):
     """The same with tangents. A class of its own, since Dynamo refuses Functions that have a `jvp`."""
 
@@ -373,13 +383,7 @@ class _Involution2dForwardMode(_Involution2d):
 
     @staticmethod
     def jvp(ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, *window: None) -> Tensor:
-        input, weight = ctx.saved_tensors
-        terms = [
-            _apply(x, w, *ctx.window)
-            for x, w in ((input_tangent, weight), (input, weight_tangent))
-            if x is not None and w is not None
-        ]
-        return sum(terms[1:], terms[0])
+        return _product_rule(_apply, ctx.saved_tensors, (input_tangent, weight_tangent), ctx.window)
 
 
 def _gradients(grad_output: Tensor, input: Tensor, weight: Tensor, *window_and_needed: Any) -> tuple[Tensor, Tensor]:
@@ -531,13 +535,7 @@ class _LocalCorrelation2dForwardMode(_LocalCorrelation2d):
 
     @staticmethod
     def jvp(ctx: Any, query_tangent: Tensor | None, key_tangent: Tensor | None, *rest: None) -> Tensor:
-        query, key = ctx.saved_tensors
-        terms = [
-            _correlate(q, k, *ctx.rest)
-            for q, k in ((query_tangent, key), (query, key_tangent))
-            if q is not None and k is not None
-        ]
-        return sum(terms[1:], terms[0])
+        return _product_rule(_correlate, ctx.saved_tensors, (query_tangent, key_tangent), ctx.rest)
 
 
 class _SpanInvolution2d(torch.autograd.Function):

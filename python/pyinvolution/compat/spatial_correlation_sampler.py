@@ -126,7 +126,7 @@ class SpatialCorrelationSampler(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in SIZES)
 
 
-class Correlation(nn.Module):
+class Correlation(SpatialCorrelationSampler):
     """mmcv's ``mmcv.ops.Correlation``: `spatial_correlation_sample` with a patch of ``2 * max_displacement + 1``.
 
     Args:
@@ -143,18 +143,9 @@ class Correlation(nn.Module):
         dilation: int = 1,
         dilation_patch: int = 1,
     ) -> None:
-        super().__init__()
-        self.kernel_size = kernel_size
-        self.max_displacement = integer("Correlation", "max_displacement", max_displacement, minimum=0)
-        self.stride = stride
-        self.padding = padding
-        self.dilation = dilation
-        self.dilation_patch = dilation_patch
-
-    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        patch = 2 * self.max_displacement + 1
-        sizes = (self.kernel_size, patch, self.stride, self.padding, self.dilation, self.dilation_patch)
-        return _sample(type(self).__name__, input1, input2, sizes)
+        displacement = integer("Correlation", "max_displacement", max_displacement, minimum=0)
+        super().__init__(kernel_size, 2 * displacement + 1, stride, padding, dilation, dilation_patch)
+        self.max_displacement = displacement
 
     def extra_repr(self) -> str:
         names = (name.replace("patch_size", "max_displacement") for name in SIZES)
