@@ -12,7 +12,7 @@ from recipe_support import one_thread  # noqa: F401
 
 pytest.importorskip("lightning")
 from pyinvolution import cli
-from pyinvolution.recipes import LabelMapData, RecipeError
+from pyinvolution.recipes import LabelMapData, RecipeError, plots
 from pyinvolution.recipes.data import UnreadableSample
 from pyinvolution.recipes.segmentation.label_maps import IGNORED, ClassTable
 
@@ -188,7 +188,12 @@ def arguments(root, run):
 
 def test_fit_and_predict(tree, tmp_path):
     """predict needs the checkpoint only: the table comes with it, and with it the values that are written."""
-    cli.main(arguments(tree, tmp_path / "run"))
+    cli.main([*arguments(tree, tmp_path / "run"), "--model.region_sizes=[100]"])
+    logged = plots.read_metrics(tmp_path / "run")
+    assert {name for name in logged if "regions" in name} <= {
+        f"val/miou_regions/{name}" for name in ("below_100", "from_100")
+    }
+    assert "val/miou_regions/from_100" in logged
     (tmp_path / "photos").mkdir()
     save(tmp_path / "photos/x.png", np.zeros((24, 32, 3)))
     common = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu", "--data.root=/nowhere"]
