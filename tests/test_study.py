@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def test_cifar10_pairs_differ_in_the_operator_only(size):
         configs.load(f"cifar10/rednet_{size}_deep.yaml") for name in ("resnet", "rednet", "deep")
     )  # fmt: skip
     assert {name for stage in operators(resnet) for name in stage} == {"conv3"}
-    assert {name for stage in operators(rednet) for name in stage} == {"inv7x16"}
+    for net in (rednet, deep):
+        assert all(re.fullmatch("inv[57]x16", name) for stage in operators(net) for name in stage)
     assert [len(stage) for stage in operators(resnet)] == [len(stage) for stage in operators(rednet)] == [2, 2, 2]
     assert [len(stage) for stage in operators(deep)] == [3, 3, 3]
     for one in (rednet, deep):
@@ -107,7 +109,7 @@ def test_cifar10_pairs_differ_in_the_operator_only(size):
     counts, sums = zip(*(report.costs(config, [3, 32, 32]) for config in (resnet, rednet, deep)), strict=True)
     assert counts[1] < 0.7 * counts[0]
     assert counts[2] < counts[0]
-    assert sums[1] < 0.75 * sums[0]
+    assert sums[1] <= 0.7 * sums[0]
     assert 0.85 * sums[0] < sums[2] <= sums[0], "about as many multiply-adds"
 
 
