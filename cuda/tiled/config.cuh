@@ -45,6 +45,11 @@ struct Config {
   // The weights that `apply` reads are [row][tap][column], so that a run of pixels has those of a tap in one vector.
   static constexpr int w_row = taps * Columns;
   static constexpr int w_floats = Rows * w_row;
+  // In the gradient of the input, neighbouring threads bring neighbouring taps, which go to neighbouring columns. Some taps
+  // have the halves of a wide row exchanged, so that these are in different banks.
+  static __device__ __forceinline__ constexpr int gradient_column(int column, int kw) {
+    return Columns == 16 && kw / 2 % 2 == 1 ? column ^ 8 : column;
+  }
 
   // Those that `grad_weight` writes are [pixel][tap]: an odd number of floats per pixel puts the pixels of a row into
   // different banks; one more per row does so for rows.

@@ -9,19 +9,27 @@
 // loading of W differs. With S = 2 it is four such sums, each with a quarter of the pixels and of the taps.
 //
 // A block brings into shared memory, as float: the pixels of X below its tile of Rows x Columns pixels of Y, with their
-// halo and zeros outside the image ([row][position][channel]), and the K*K weights of each pixel ([pixel][tap]). Every
-// weight and output crosses the memory bus once, an x 1 to 3 times, mostly from L2 (neighbouring tiles share halos,
-// and blocks of neighbouring groups run together, which share the sectors of W). Float goes by cp.async, so that the
-// whole tile is under way at once.
+// halo and zeros outside the image ([chunk of 4 channels][row][position]), and the K*K weights of each pixel
+// ([row][tap][column]). Every weight and output crosses the memory bus once, an x 1 to 3 times, mostly from L2
+// (neighbouring tiles share halos, and blocks of neighbouring groups run together, which share the sectors of W).
+//
+// Float X with dense channels goes by cp.async in pieces of 16 bytes, everything else but dense columns of W through
+// registers. Dense taps of a pixel are loaded in the 16-byte pieces in which they lie in memory, of which the first and the
+// last one have some of the neighbours' weights too, and are stored tap by tap: shared memory has the pixels of a tap next
+// to each other, memory the taps of a pixel. Dense columns come by cp.async of 16 bytes where rows are aligned to that, else
+// of 4. In the gradient of the input, a weight is stored with the pixel that it leads to, which for most weights of a piece
+// is another one, half of them outside the tile; so there the taps of a kernel row come one by one.
 //
 // apply (forward and grad_input): a thread owns PixelRows x Pixels pixels x 4 channels. It reads a row of X as 16-byte
-// vectors into registers, uses each for up to K taps of PixelRows kernel rows, and reads each weight once for 4
-// channels (its neighbours broadcast).
+// vectors into registers, uses each for up to K taps of PixelRows kernel rows, and reads the weights of a tap for all pixels
+// of a row at once, for 4 channels (its neighbours broadcast).
 // grad_weight: a thread owns Pixels pixels x the K taps of a kernel row and walks over the channels, 4 at a time.
 //
-// Limits, forward, float, K=7, 16 channels a group, a tile of 8 x 16 on one SM, by counting: memory 41.5 KB, 2230
-// clocks at the H200's copy rate; issue 784 clocks of FMA and about 600 of others; shared memory 1424 + 400. So memory
-// is the limit in float; in half and bfloat16, whose bytes are half, shared memory is.
+// Limits, forward, float, K=7, 16 channels a group, a tile of 8 x 16 on one SM, counted and not measured: memory 41.5 KB,
+// 2230 clocks at the H200's copy rate; 7657 warp instructions of PTX, of which 3136 FMA, 1914 clocks; shared memory 2188
+// clocks, of which X 1024, W 784 and the writes of both 380. With twice as many pixels a thread would read from shared
+// memory 1424 instead of 1808, but the multiprocessor would have 10 warps instead of 20. In half and bfloat16, whose bytes
+// are half, shared memory is the limit.
 #pragma once
 
 #include "config.cuh"
@@ -173,29 +181,36 @@ __device__ __forceinline__ void bring_image(float* shared, const T* image, const
           copy_async<4 * sizeof(T)>(to, from, exists(row));
         continue;
       }
-      constexpr int batch = 8;
+      const auto through_registers = [&](auto count, auto vectors) {
+        constexpr int batch = count.value;
 #pragma unroll 1
-      for (; row < Rows; row += batch * row_lanes) {
-        Vector<4, T> fours[batch];
+        for (; row < Rows; row += batch * row_lanes) {
+          Vector<4, T> fours[batch];
 #pragma unroll
-        for (int i = 0; i < batch; ++i, from += from_step) {
-          const int at = row + i * row_lanes;
-          const T* const four = at < Rows && exists(at) ? from : image;
-          if (view.vectors) {
-            fours[i] = *reinterpret_cast<const Vector<4, T>*>(four);
-          } else {
+          for (int i = 0; i < batch; ++i, from += from_step) {
+            const int at = row + i * row_lanes;
+            const T* const four = at < Rows && exists(at) ? from : image;
+            if (vectors.value) {
+              fours[i] = *reinterpret_cast<const Vector<4, T>*>(four);
+            } else {
 #pragma unroll
-            for (int c = 0; c < 4; ++c) fours[i].v[c] = four[c * view.c];
+              for (int c = 0; c < 4; ++c) fours[i].v[c] = four[c * view.c];
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < batch; ++i, to += to_step) {
+            const int at = row + i * row_lanes;
+            Vector<4, float> floats;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) floats.v[c] = exists(at) ? load(fours[i].v[c]) : 0.0f;
+            if (at < Rows) *reinterpret_cast<Vector<4, float>*>(to) = floats;
           }
         }
-#pragma unroll
-        for (int i = 0; i < batch; ++i, to += to_step) {
-          const int at = row + i * row_lanes;
-          Vector<4, float> floats;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) floats.v[c] = exists(at) ? load(fours[i].v[c]) : 0.0f;
-          if (at < Rows) *reinterpret_cast<Vector<4, float>*>(to) = floats;
-        }
+      };
+      if (view.vectors) {
+        through_registers(std::integral_constant<int, 4>{}, std::true_type{});
+      } else {
+        through_registers(std::integral_constant<int, 2>{}, std::false_type{});
       }
     }
   }
@@ -258,21 +273,31 @@ __device__ __forceinline__ void bring_pieces(float* shared, const T* w, const Ke
   }
 }
 
-// The same where the columns are consecutive, V at a time.
+// Calls `body` with V neighbouring pixels, their row and first column, and a kernel row, until all have had their turn.
+// Consecutive threads have consecutive columns.
+template <class C, int V, class Body>
+__device__ __forceinline__ void for_each_column(const Body& body) {
+  constexpr int places = C::pixels / V;
+  const int threads = int(blockDim.x), parts = max(1, threads / places), part = int(threadIdx.x) / places;
+  if (threads >= places && part >= parts) return;
+#pragma unroll 1
+  for (int place = int(threadIdx.x) % places; place < places; place += threads) {
+    const int row = place * V / C::Columns, column = place * V % C::Columns;
+#pragma unroll 1
+    for (int kh = part; kh < C::K; kh += parts) body(row, column, kh);
+  }
+}
+
+// The weights of the tile's pixels, whose columns are consecutive, V at a time.
 template <class C, int V, class T>
 __device__ __forceinline__ void bring_columns(float* shared, const T* w, const KernelParams& q, const Tile& tile) {
-  constexpr int places = C::pixels / V, batch = 4;
-  const int threads = int(blockDim.x);
-#pragma unroll 1
-  for (int first = int(threadIdx.x); first < places * C::taps; first += batch * threads) {
-    bring<batch, V>(shared, w, [&](int i) -> Move {
-      const int index = first + i * threads, pixel = index % places * V, tap = index / places;
-      const int row = pixel / C::Columns, column = pixel % C::Columns;
-      const int h = tile.row + row, v = tile.column + column;
-      return {tap < C::taps && h < q.w_height && v < q.w_width, true, row * C::w_row + tap * C::Columns + column,
-              tap / C::K * q.w.kh + tap % C::K * q.w.kw + h * q.w.h + v * q.w.w};
-    });
-  }
+  for_each_column<C, V>([&](int row, int column, int kh) {
+    const int h = tile.row + row, v = tile.column + column;
+    const bool exists = h < q.w_height && v < q.w_width;
+    const int from = exists ? kh * q.w.kh + h * q.w.h + v * q.w.w : 0;
+    const int to = row * C::w_row + kh * C::K * C::Columns + column;
+    bring<C::K, V>(shared, w, [&](int kw) -> Move { return {exists, true, to + kw * C::Columns, from + kw * q.w.kw}; });
+  });
 }
 
 template <class C, class T>
@@ -308,20 +333,19 @@ __device__ __forceinline__ void bring_weights_to(float* shared, const T* w, cons
   const int first_row = tile.row + rows.shift, first_column = tile.column + columns.shift;
   const int threads = int(blockDim.x), thread = int(threadIdx.x);
   if (!q.w.taps_inner) {
-    constexpr int batch = 4;
-#pragma unroll 1
-    for (int first = thread; first < C::pixels * C::taps; first += batch * threads) {
-      bring<batch, 1>(shared, w, [&](int i) -> Move {
-        const int index = first + i * threads, pixel = index % C::pixels, tap = index / C::pixels;
-        const int row = pixel / C::Columns, column = pixel % C::Columns, own_kh = tap / K, own_kw = tap % K;
-        const int kh = own_kh * Stride + rows.parity, kw = own_kw * Stride + columns.parity;
-        const int h = first_row + row - own_kh, v = first_column + column - own_kw;
-        const bool valid = inside(h, v, q.w_height, q.w_width);
-        return {tap < C::taps && (Stride == 1 || (kh < q.kernel && kw < q.kernel)), valid,
-                row * C::w_row + (C::taps - 1 - tap) * C::Columns + column,
-                valid ? kh * q.w.kh + kw * q.w.kw + h * q.w.h + v * q.w.w : 0};
+    for_each_column<C, 1>([&](int row, int column, int own_kh) {
+      const int h = first_row + row - own_kh, kh = own_kh * Stride + rows.parity;
+      const bool row_exists = Stride == 1 || kh < q.kernel, row_valid = unsigned(h) < unsigned(q.w_height);
+      const int from = row_valid ? kh * q.w.kh + h * q.w.h : 0;
+      const int to = row * C::w_row + (C::taps - 1 - own_kh * K) * C::Columns;
+      bring<K, 1>(shared, w, [&](int own_kw) -> Move {
+        const int v = first_column + column - own_kw, kw = own_kw * Stride + columns.parity;
+        const bool valid = row_valid && unsigned(v) < unsigned(q.w_width);
+        return {row_exists && (Stride == 1 || kw < q.kernel), valid,
+                to - own_kw * C::Columns + C::gradient_column(column, own_kw),
+                valid ? from + kw * q.w.kw + v * q.w.w : 0};
       });
-    }
+    });
     return;
   }
   // A row of the tile gets a kernel row of a row of Y, whose pixels have K neighbouring taps each. The lanes of a warp have
@@ -336,7 +360,8 @@ __device__ __forceinline__ void bring_weights_to(float* shared, const T* w, cons
     const int column = pixel - halo + own_kw, v = first_column - halo + pixel, kw = own_kw * Stride + columns.parity;
     exists[i] = index < candidates && unsigned(column) < unsigned(C::Columns) && (Stride == 1 || kw < q.kernel);
     valid[i] = unsigned(v) < unsigned(q.w_width);
-    to[i] = kept(column - own_kw * C::Columns), from[i] = kept(valid[i] ? v * q.w.w + kw : 0);
+    to[i] = kept(C::gradient_column(column, own_kw) - own_kw * C::Columns),
+    from[i] = kept(valid[i] ? v * q.w.w + kw : 0);
   }
 #pragma unroll 1
   for (int first = thread / 32; first < C::Rows * K; first += at_once * (threads / 32)) {
@@ -411,6 +436,7 @@ __global__ void __launch_bounds__(256, 2)
   float sums[C::PixelRows][C::Pixels][4] = {};
   const float* positions = image + 4 * (chunk * C::x_plane + row * S * C::x_columns + column * S);
   const float* kernels = weights + row * C::w_row + column;
+  const int exchange = GradientStride > 0 ? kept(C::gradient_column(column, 2) - column) : 0;
 #pragma unroll 1
   for (int x_row = 0; x_row < (C::PixelRows - 1) * S + K; ++x_row) {
     Vector<4, float> window[C::window];
@@ -427,7 +453,9 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) {
         if (GradientStride > 1 && kw == 0 && short_columns) continue;
-        const auto own = *reinterpret_cast<const Vector<C::Pixels, float>*>(taps + kw * C::Columns);
+        const bool exchanged = GradientStride > 0 && C::gradient_column(0, K - 1 - kw) > 0;
+        const auto own =
+            *reinterpret_cast<const Vector<C::Pixels, float>*>(taps + kw * C::Columns + (exchanged ? exchange : 0));
 #pragma unroll
         for (int p = 0; p < C::Pixels; ++p) {
 #pragma unroll
@@ -534,13 +562,12 @@ __global__ void __launch_bounds__(C::gradient_threads, 672 / C::gradient_threads
   }
   __syncthreads();
   T* out = w + (tile.n * q.w.n + int64_t(tile.group) * q.w.g);
-  const int threads = int(blockDim.x);
   if (q.w.taps_inner) {
     // A warp writes the taps of four pixels one after the other, or half of it does.
     constexpr int lanes = C::taps <= 16 ? 16 : 32, run_pixels = 4;
     const int lane = thread % lanes;
 #pragma unroll 1
-    for (int pixel = thread / lanes * run_pixels; pixel < C::pixels; pixel += threads / lanes * run_pixels) {
+    for (int pixel = thread / lanes * run_pixels; pixel < C::pixels; pixel += int(blockDim.x) / lanes * run_pixels) {
       const int to_row = pixel / C::Columns, to_column = pixel % C::Columns;
       const int h = tile.row + to_row, v = tile.column + to_column;
       if (h >= q.w_height) break;
@@ -556,15 +583,14 @@ __global__ void __launch_bounds__(C::gradient_threads, 672 / C::gradient_threads
     }
     return;
   }
-#pragma unroll 4
-  for (int index = thread; index < C::pixels * C::taps; index += threads) {
-    const int pixel = index % C::pixels, tap = index / C::pixels;
-    const int to_row = pixel / C::Columns, to_column = pixel % C::Columns;
+  for_each_column<C, 1>([&](int to_row, int to_column, int to_kh) {
     const int h = tile.row + to_row, v = tile.column + to_column;
-    if (h < q.w_height && v < q.w_width)
-      store(weights[to_row * C::gradient_row + to_column * C::gradient_pixel + tap],
-            &out[tap / K * q.w.kh + tap % K * q.w.kw + h * q.w.h + v * q.w.w]);
-  }
+    if (h >= q.w_height || v >= q.w_width) return;
+    const float* from = weights + (to_row * C::gradient_row + to_column * C::gradient_pixel + to_kh * K);
+    T* to = out + (to_kh * q.w.kh + h * q.w.h + v * q.w.w);
+#pragma unroll
+    for (int kw = 0; kw < K; ++kw) store(from[kw], &to[kw * q.w.kw]);
+  });
 }
 
 }  // namespace pyinvolution::cuda::tiled
