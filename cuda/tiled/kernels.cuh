@@ -26,7 +26,7 @@
 // grad_weight: a thread owns Pixels pixels x the K taps of a kernel row and walks over the channels, 4 at a time.
 //
 // Limits, forward, float, K=7, 16 channels a group, a tile of 8 x 16 on one SM, counted and not measured: memory 41.5 KB,
-// 2230 clocks at the H200's copy rate; 7657 warp instructions of PTX, of which 3136 FMA, 1914 clocks; shared memory 2188
+// 2230 clocks at the H200's copy rate; 7623 warp instructions of PTX, of which 3136 FMA, 1906 clocks; shared memory 2188
 // clocks, of which X 1024, W 784 and the writes of both 380. With twice as many pixels a thread would read from shared
 // memory 1424 instead of 1808, but the multiprocessor would have 10 warps instead of 20. In half and bfloat16, whose bytes
 // are half, shared memory is the limit.
