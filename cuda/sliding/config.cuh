@@ -67,23 +67,43 @@ inline Axis gradient_axis(int64_t remainder, int64_t pixels, int64_t taps, int64
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the border is shifted, the pixels with one remainder by the dilation are an image of their own: no window leaves
-// it, and there the dilation is 1. This is the first such class as a problem, which has the most pixels; any problem with
-// a border of zeros is itself. The tensors of the other classes begin later.
+// Whether the pixels with one remainder by the dilation are an image of their own, a class, in which the dilation is 1. They
+// are where the stride is 1: a window has pixels of one class only. Then its pixels are neighbours, and the halo of a tile
+// is that of a kernel without dilation.
+inline bool in_classes(const Problem& p) {
+  const bool strided = p.stride_h > 1 || p.stride_w > 1, dilated = p.dilation_h > 1 || p.dilation_w > 1;
+  return p.border == Border::shift || (dilated && !strided);
+}
+
+// How the classes of the image that has a halo follow those of the tiled image: tiled class c has windows in the class
+// c - first, or c - first + dilation if c < first. In the latter, windows begin one pixel earlier.
+inline int64_t first_class(Pass pass, int64_t padding, int64_t dilation) {
+  const int64_t rest = padding % dilation;
+  return pass == Pass::grad_input && rest > 0 ? dilation - rest : rest;
+}
+
+// The first class as a problem, which has the most pixels; a problem that is not in classes is itself. The tensors of the
+// other classes begin later. Its padding is that of the classes whose windows do not begin earlier.
 //
-// A window that is moved inside by s taps reads the same pixels as the one that is not, where the image repeats with
-// period K beyond its borders: pixel i < 0 is pixel i + K, and pixel i >= L is pixel i - K. Its tap t is then tap
-// (t + s) mod K of the moved one. So windows slide as with a border of zeros: X is brought in repeated, and taps change
-// their places.
-inline Problem class_of(const Problem& p) {
+// Where the border is shifted, a window that is moved inside by s taps reads the same pixels as the one that is not, where
+// the image repeats with period K beyond its borders: pixel i < 0 is pixel i + K, and pixel i >= L is pixel i - K. Its tap t
+// is then tap (t + s) mod K of the moved one. So windows slide as with a border of zeros: X is brought in repeated, and taps
+// change their places.
+inline Problem class_of(const Problem& p, Pass pass) {
   Problem one = p;
-  if (p.border == Border::zeros) return one;
+  if (!in_classes(p)) return one;
   for (int64_t* size : {&one.in_h, &one.out_h}) *size = ceil_div(*size, p.dilation_h);
   for (int64_t* size : {&one.in_w, &one.out_w}) *size = ceil_div(*size, p.dilation_w);
   for (int64_t* stride : {&one.x_stride[2], &one.w_stride[4], &one.y_stride[2]}) *stride *= p.dilation_h;
   for (int64_t* stride : {&one.x_stride[3], &one.w_stride[5], &one.y_stride[3]}) *stride *= p.dilation_w;
   one.dilation_h = one.dilation_w = 1;
-  one.padding_h = p.kernel_h / 2, one.padding_w = p.kernel_w / 2;
+  if (p.border == Border::shift) {
+    one.padding_h = p.kernel_h / 2, one.padding_w = p.kernel_w / 2;
+  } else {
+    const int64_t up_h = pass == Pass::grad_input ? p.dilation_h - 1 : 0;
+    const int64_t up_w = pass == Pass::grad_input ? p.dilation_w - 1 : 0;
+    one.padding_h = (p.padding_h + up_h) / p.dilation_h, one.padding_w = (p.padding_w + up_w) / p.dilation_w;
+  }
   return one;
 }
 
@@ -198,7 +218,7 @@ inline Plan start_plan(const Problem& p, Pass pass, const Sum& sum, int vector, 
   plan.chunks = ceil_div(p.group_channels(), vector * vectors);
   plan.classes_h = pass == Pass::grad_input ? int(p.stride_h) : 1;
   plan.classes_w = pass == Pass::grad_input ? int(p.stride_w) : 1;
-  if (p.border == Border::shift) plan.classes_h = int(p.dilation_h), plan.classes_w = int(p.dilation_w);
+  if (in_classes(p)) plan.classes_h = int(p.dilation_h), plan.classes_w = int(p.dilation_w);
   const int64_t common = std::lcm(sum.stride_w, sum.dilation_w);
   const int64_t spacing = common / sum.stride_w, phases = common / sum.dilation_w;
   plan.slides = (spacing == 1 || phases == 1) && spacing <= 8 && phases < sum.taps_w;
@@ -297,7 +317,7 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
 
 // The first plan that fits, of those with much and with little shared memory; else one without threads.
 inline Plan plan_of(const Problem& problem, Pass pass) {
-  const Problem p = class_of(problem);
+  const Problem p = class_of(problem, pass);
   const int64_t channels = p.group_channels();
   const bool two = channels > 4 && pass == Pass::forward && p.dtype != DType::f64;
   // A shifted border has kernels for vectors of 4 only.
@@ -353,10 +373,13 @@ struct WeightView {
   bool vectors, dense;  // the pixels of a run can be read at once; are neighbours
 };
 
-// The classes of a shifted border along an axis: those from number `whole` on have a pixel less than the first. And the
-// distances in memory from a class to the next, of the image that has a halo, the weights and the image that is tiled.
+// The classes along an axis (in_classes, first_class): how many pixels they have less than the first one of the tiled image
+// and of the one that has a halo, for those from number `whole` and `halo_whole` on; and the distances in memory from a class
+// to the next, of the image that has a halo, the weights and the image that is tiled.
 struct Classes {
-  int whole, halo, weights, tiled;
+  int first, dilation;
+  int whole, halo_whole;
+  int halo, weights, tiled;
 };
 
 struct KernelParams {
