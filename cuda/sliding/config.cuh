@@ -12,6 +12,7 @@ namespace pyinvolution::cuda::sliding {
 // A thread has this many pixels of a row, and slides over as many taps between two loads of weights.
 constexpr int run_pixels = 4;
 constexpr int max_threads = 256;
+constexpr int max_columns = 32;  // of a tile
 // On a multiprocessor; vectors of 4 doubles need more registers than two blocks leave them.
 template <class T, int V>
 constexpr int least_blocks = sizeof(T) * V > 16 ? 1 : 2;
@@ -67,12 +68,18 @@ inline Axis gradient_axis(int64_t remainder, int64_t pixels, int64_t taps, int64
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline bool taps_are_inner(const Problem& p) {
+  return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && p.w_stride[5] != 1 && p.taps() > 1;
+}
+
 // Whether the pixels with one remainder by the dilation are an image of their own, a class, in which the dilation is 1. They
-// are where the stride is 1: a window has pixels of one class only. Then its pixels are neighbours, and the halo of a tile
-// is that of a kernel without dilation.
+// can be where the stride is 1: a window has pixels of one class only. Then its pixels are neighbours, and the halo of a tile
+// is that of a kernel without dilation. But the columns of a class are not dense, and each reads the sectors of all. So where
+// columns are dense, there are classes only if the halo of a dilated kernel is as wide as the widest tile.
 inline bool in_classes(const Problem& p) {
   const bool strided = p.stride_h > 1 || p.stride_w > 1, dilated = p.dilation_h > 1 || p.dilation_w > 1;
-  return p.border == Border::shift || (dilated && !strided);
+  const bool far = p.dilation_h * (p.kernel_h - 1) >= max_columns || p.dilation_w * (p.kernel_w - 1) >= max_columns;
+  return p.border == Border::shift || (dilated && !strided && (far || taps_are_inner(p)));
 }
 
 // How the classes of the image that has a halo follow those of the tiled image: tiled class c has windows in the class
@@ -111,10 +118,6 @@ inline Problem class_of(const Problem& p, Pass pass) {
 // another tap.
 inline Axis shifted_gradient_axis(int64_t pixels, int64_t taps) {
   return forward_axis(pixels, 2 * taps - 1, 1, taps - 1, 1);
-}
-
-inline bool taps_are_inner(const Problem& p) {
-  return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && p.w_stride[5] != 1 && p.taps() > 1;
 }
 
 // `all` in nearly equal parts of at most `most`: the size of the first.
@@ -218,7 +221,11 @@ inline Plan start_plan(const Problem& p, Pass pass, const Sum& sum, int vector, 
   plan.chunks = ceil_div(p.group_channels(), vector * vectors);
   plan.classes_h = pass == Pass::grad_input ? int(p.stride_h) : 1;
   plan.classes_w = pass == Pass::grad_input ? int(p.stride_w) : 1;
-  if (in_classes(p)) plan.classes_h = int(p.dilation_h), plan.classes_w = int(p.dilation_w);
+  if (in_classes(p)) {
+    const bool to_input = pass == Pass::grad_input;
+    plan.classes_h = int(std::min(p.dilation_h, to_input ? p.in_h : p.out_h));
+    plan.classes_w = int(std::min(p.dilation_w, to_input ? p.in_w : p.out_w));
+  }
   const int64_t common = std::lcm(sum.stride_w, sum.dilation_w);
   const int64_t spacing = common / sum.stride_w, phases = common / sum.dilation_w;
   plan.slides = (spacing == 1 || phases == 1) && spacing <= 8 && phases < sum.taps_w;
@@ -257,7 +264,7 @@ inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
 }
 
 inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit, bool choosy) {
-  return halving(32 / (run_pixels * plan.spacing), [&](int64_t most_spans) {
+  return halving(max_columns / (run_pixels * plan.spacing), [&](int64_t most_spans) {
     plan.set_columns(sum, most_spans, plan.vector * sum_bytes(p.dtype));
     return halving(max_threads / 2 / plan.runs, [&](int64_t most_rows) {
       plan.set_rows(sum, most_rows);
@@ -292,25 +299,26 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
       plan.w_rows = int(even_part(p.kernel_h, most_kernel_rows)), plan.slots = plan.w_rows * plan.row_slots;
       const int64_t most_runs = max_threads / plan.slots;
       if (most_runs < plan.spacing) return false;
-      return halving(
-          std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing), [&](int64_t most_spans) {
-            plan.set_columns(sum, most_spans, int(bytes));
-            return halving(most_runs / plan.runs, [&](int64_t most_rows) {
-              plan.set_rows(sum, most_rows);
-              plan.set_units(p);
-              if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
-              plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
-              plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
-              return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
-                plan.units = plan.planes = int(std::min(most_units, plan.image_units));
-                plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
-                const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
-                plan.shared_bytes =
-                    plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
-                return plan.fits(limit);
-              });
-            });
-          });
+      return halving(std::min<int64_t>(max_columns, most_runs * run_pixels) / (run_pixels * plan.spacing),
+                     [&](int64_t most_spans) {
+                       plan.set_columns(sum, most_spans, int(bytes));
+                       return halving(most_runs / plan.runs, [&](int64_t most_rows) {
+                         plan.set_rows(sum, most_rows);
+                         plan.set_units(p);
+                         if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
+                         plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
+                         plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
+                         return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
+                           plan.units = plan.planes = int(std::min(most_units, plan.image_units));
+                           plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
+                           const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
+                           plan.shared_bytes =
+                               plan.units *
+                               (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
+                           return plan.fits(limit);
+                         });
+                       });
+                     });
     });
   });
 }

@@ -120,6 +120,9 @@ def sliding() -> Iterator[Problem]:
         yield one(9, 8, 6, 5, 2, 3)
         yield one(1, 4, 12, 34, 1, 9)
         yield one(1, 8, 9, 10, 2, 7, spoil=True)
+        yield one(2, 16, 13, 21, 1, 5, padding=5, dilation=3)  # classes by dilation where taps are dense
+        yield one(1, 8, 9, 10, 2, 3, padding=19, dilation=16)  # everywhere, some without pixels
+        yield one(1, 40, 17, 15, 1, 7, padding=6, dilation=2, offset=1)
         shifted = partial(one, shift=True)
         yield shifted(2, 32, 14, 14, 2, 7)  # small images
         yield shifted(1, 16, 10, 38, 1, 5)  # tiles
