@@ -17,13 +17,16 @@
 // memory once for 4 taps, and a weight once for up to 8 channels. Pixels of a run are dilation/gcd(stride, dilation)
 // apart, and taps go in steps of stride/gcd, to make this hold for any stride and dilation.
 //
+// With a stride of 1, the pixels with one remainder by the dilation can be an image of their own, a class, for smaller halos
+// (in_classes and class_of in config.cuh): each block has pixels of one class.
+//
 // Weights with dense columns (or any other strides) are read from global memory into registers, 16 taps and pixels at a
 // time, coalesced over the runs of a row. Weights with dense taps, whose pixels are far apart, come through shared
 // memory as they are stored, in 16-byte pieces: a few kernel rows of all pixels at a time.
 //
 // A border that shifts windows changes what is brought into shared memory, and little of the sums (class_of in
-// config.cuh): each residue class of the dilation is an image of its own, X repeats beyond its borders, and rows of X and
-// taps of W take the places that they have in a window that is not moved. In the gradient of the input, a pixel sums over
+// config.cuh): there are always classes, X repeats beyond its borders, and rows of X and taps of W take the places that they
+// have in a window that is not moved. In the gradient of the input, a pixel sums over
 // those whose windows have it, up to K + K/2 in a row and in a column, and a product without a tap is left out. Weights
 // always come through shared memory, and channels in vectors of 4.
 //
