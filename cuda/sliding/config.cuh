@@ -397,7 +397,7 @@ struct KernelParams {
   int image_units, units, unit_vectors, unit_chunks, planes;
   int rows, columns;
   int spacing, step, phases, every, y_every;
-  bool slides, store_vectors, taps_inner, plain;
+  bool slides, store_vectors, taps_inner, plain, in_classes;
   int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_lane_bits;  // w_offset in bytes
   int slots, stages, vectors;                                          // of the gradient of the weights
   Division by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;

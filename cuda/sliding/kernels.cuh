@@ -97,8 +97,13 @@ __device__ __forceinline__ int pixels_of(int number, int whole, int pixels) {
 struct Begin {
   int halo, tiled;
 };
-template <bool ToInput>
+template <bool ToInput, bool Shifts>
 __device__ __forceinline__ Begin enter_class(const KernelParams& q, Tile& tile, Axis& rows, Axis& columns) {
+  if (!Shifts && !q.in_classes) {
+    tile.halo_height = q.x_area.height, tile.halo_width = q.x_area.width;
+    tile.w_height = q.w_height, tile.w_width = q.w_width;
+    return {};
+  }
   const Classes &of_h = q.classes_h, &of_w = q.classes_w;
   const bool earlier_h = tile.class_h < of_h.first, earlier_w = tile.class_w < of_w.first;
   const int halo_h = tile.class_h - of_h.first + (earlier_h ? of_h.dilation : 0);
@@ -410,7 +415,7 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
   Tile tile = tile_of_block(q);
   Axis rows = ToInput && !Shifts ? axis_of(q.h, tile.class_h) : q.h[0];
   Axis columns = ToInput && !Shifts ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
-  const Begin begin = enter_class<ToInput>(q, tile, rows, columns);
+  const Begin begin = enter_class<ToInput, Shifts>(q, tile, rows, columns);
   x += begin.halo, y += begin.tiled;
   const int image_height = tile.halo_height, image_width = tile.halo_width;
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
@@ -597,7 +602,7 @@ __global__ void __launch_bounds__(max_threads, Shifts ? least_blocks<T, V> : 2)
   A* staged = reinterpret_cast<A*>(gradient + vectors * q.y_area.plane);
   Tile tile = tile_of_block(q);
   Axis rows = q.h[0], columns = q.w_axis[0];
-  const Begin begin = enter_class<false>(q, tile, rows, columns);
+  const Begin begin = enter_class<false, Shifts>(q, tile, rows, columns);
   x += begin.halo, y += begin.tiled, w += tile.w_offset;
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
   const int first_row = tile.row * rows.stride - rows.padding;

@@ -36,9 +36,6 @@ inline Classes classes_of(const Problem& p, Pass pass, int axis) {
   const int64_t dilation = axis == 0 ? p.dilation_h : p.dilation_w, padding = axis == 0 ? p.padding_h : p.padding_w;
   const int64_t in = axis == 0 ? p.in_h : p.in_w, out = axis == 0 ? p.out_h : p.out_w;
   const int x = int(p.x_stride[2 + axis]), w = int(p.w_stride[4 + axis]), y = int(p.y_stride[2 + axis]);
-  // Without classes, the numbers are those of the sums for the remainders by a stride.
-  constexpr int never = std::numeric_limits<int>::max();
-  if (!in_classes(p)) return {0, 1, never, never, 0, 0, 0};
   const auto whole = [&](int64_t pixels) { return int(pixels % dilation == 0 ? dilation : pixels % dilation); };
   const bool shifts = p.border == Border::shift;
   const int first = shifts ? 0 : int(first_class(pass, padding, dilation));
@@ -51,6 +48,7 @@ KernelParams kernel_params(const Problem& problem, Pass pass, const Plan& plan, 
   KernelParams q{};
   const bool to_input = pass == Pass::grad_input, shifts = problem.border == Border::shift;
   const Problem p = class_of(problem, pass);
+  q.in_classes = in_classes(problem);
   q.classes_h = classes_of(problem, pass, 0), q.classes_w = classes_of(problem, pass, 1);
   q.by_kernel_w = Division(p.kernel_w);
   View x = view<T>(problem, plan, problem.x_stride, buffers.x), y = view<T>(problem, plan, problem.y_stride, buffers.y);
@@ -67,11 +65,10 @@ KernelParams kernel_params(const Problem& problem, Pass pass, const Plan& plan, 
     q.w_axis[0] = shifted_gradient_axis(p.in_w, p.kernel_w);
   }
   // Those of all classes are alike.
-  const bool classes = in_classes(problem);
-  for (int i = 0; to_input && !shifts && i < (classes ? max_classes : p.stride_h); ++i)
-    q.h[i] = gradient_axis(classes ? 0 : i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-  for (int i = 0; to_input && !shifts && i < (classes ? max_classes : p.stride_w); ++i)
-    q.w_axis[i] = gradient_axis(classes ? 0 : i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  for (int i = 0; to_input && !shifts && i < (q.in_classes ? max_classes : p.stride_h); ++i)
+    q.h[i] = gradient_axis(q.in_classes ? 0 : i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+  for (int i = 0; to_input && !shifts && i < (q.in_classes ? max_classes : p.stride_w); ++i)
+    q.w_axis[i] = gradient_axis(q.in_classes ? 0 : i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 
   q.group_channels = int(p.group_channels());
   q.image_units = int(plan.image_units), q.units = plan.units;
