@@ -99,7 +99,7 @@ def cuda_sliding(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> boo
         return all(
             s == 1 or (d == 1 and pass_ != "grad_input") for s, d in zip(case.stride, case.dilation, strict=True)
         )
-    return case not in (WIDE_ROW, FAR_COLUMNS) and (pass_ != "grad_input" or max(case.stride) <= 4)
+    return case != FAR_COLUMNS and (pass_ != "grad_input" or max(case.stride) <= 4)
 
 
 def cuda_mma(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:

@@ -12,6 +12,7 @@ namespace pyinvolution::cuda::sliding {
 // A thread has this many pixels of a row, and slides over as many taps between two loads of weights.
 constexpr int run_pixels = 4;
 constexpr int max_threads = 256;
+constexpr int max_columns = 32;  // of a tile
 // On a multiprocessor; vectors of 4 doubles need more registers than two blocks leave them.
 template <class T, int V>
 constexpr int least_blocks = sizeof(T) * V > 16 ? 1 : 2;
@@ -67,23 +68,49 @@ inline Axis gradient_axis(int64_t remainder, int64_t pixels, int64_t taps, int64
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the border is shifted, the pixels with one remainder by the dilation are an image of their own: no window leaves
-// it, and there the dilation is 1. This is the first such class as a problem, which has the most pixels; any problem with
-// a border of zeros is itself. The tensors of the other classes begin later.
+inline bool taps_are_inner(const Problem& p) {
+  return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && p.w_stride[5] != 1 && p.taps() > 1;
+}
+
+// Whether the pixels with one remainder by the dilation are an image of their own, a class, in which the dilation is 1. They
+// can be where the stride is 1: a window has pixels of one class only. Then its pixels are neighbours, and the halo of a tile
+// is that of a kernel without dilation. But the columns of a class are not dense, and each reads the sectors of all. So where
+// columns are dense, there are classes only if the halo of a dilated kernel is as wide as the widest tile.
+inline bool in_classes(const Problem& p) {
+  const bool strided = p.stride_h > 1 || p.stride_w > 1, dilated = p.dilation_h > 1 || p.dilation_w > 1;
+  const bool far = p.dilation_h * (p.kernel_h - 1) >= max_columns || p.dilation_w * (p.kernel_w - 1) >= max_columns;
+  return p.border == Border::shift || (dilated && !strided && (far || taps_are_inner(p)));
+}
+
+// How the classes of the image that has a halo follow those of the tiled image: tiled class c has windows in the class
+// c - first, or c - first + dilation if c < first. In the latter, windows begin one pixel earlier.
+inline int64_t first_class(Pass pass, int64_t padding, int64_t dilation) {
+  const int64_t rest = padding % dilation;
+  return pass == Pass::grad_input && rest > 0 ? dilation - rest : rest;
+}
+
+// The first class as a problem, which has the most pixels; a problem that is not in classes is itself. The tensors of the
+// other classes begin later. Its padding is that of the classes whose windows do not begin earlier.
 //
-// A window that is moved inside by s taps reads the same pixels as the one that is not, where the image repeats with
-// period K beyond its borders: pixel i < 0 is pixel i + K, and pixel i >= L is pixel i - K. Its tap t is then tap
-// (t + s) mod K of the moved one. So windows slide as with a border of zeros: X is brought in repeated, and taps change
-// their places.
-inline Problem class_of(const Problem& p) {
+// Where the border is shifted, a window that is moved inside by s taps reads the same pixels as the one that is not, where
+// the image repeats with period K beyond its borders: pixel i < 0 is pixel i + K, and pixel i >= L is pixel i - K. Its tap t
+// is then tap (t + s) mod K of the moved one. So windows slide as with a border of zeros: X is brought in repeated, and taps
+// change their places.
+inline Problem class_of(const Problem& p, Pass pass) {
   Problem one = p;
-  if (p.border == Border::zeros) return one;
+  if (!in_classes(p)) return one;
   for (int64_t* size : {&one.in_h, &one.out_h}) *size = ceil_div(*size, p.dilation_h);
   for (int64_t* size : {&one.in_w, &one.out_w}) *size = ceil_div(*size, p.dilation_w);
   for (int64_t* stride : {&one.x_stride[2], &one.w_stride[4], &one.y_stride[2]}) *stride *= p.dilation_h;
   for (int64_t* stride : {&one.x_stride[3], &one.w_stride[5], &one.y_stride[3]}) *stride *= p.dilation_w;
   one.dilation_h = one.dilation_w = 1;
-  one.padding_h = p.kernel_h / 2, one.padding_w = p.kernel_w / 2;
+  if (p.border == Border::shift) {
+    one.padding_h = p.kernel_h / 2, one.padding_w = p.kernel_w / 2;
+  } else {
+    const int64_t up_h = pass == Pass::grad_input ? p.dilation_h - 1 : 0;
+    const int64_t up_w = pass == Pass::grad_input ? p.dilation_w - 1 : 0;
+    one.padding_h = (p.padding_h + up_h) / p.dilation_h, one.padding_w = (p.padding_w + up_w) / p.dilation_w;
+  }
   return one;
 }
 
@@ -91,10 +118,6 @@ inline Problem class_of(const Problem& p) {
 // another tap.
 inline Axis shifted_gradient_axis(int64_t pixels, int64_t taps) {
   return forward_axis(pixels, 2 * taps - 1, 1, taps - 1, 1);
-}
-
-inline bool taps_are_inner(const Problem& p) {
-  return p.w_stride[3] == 1 && p.w_stride[2] == p.kernel_w && p.w_stride[5] != 1 && p.taps() > 1;
 }
 
 // `all` in nearly equal parts of at most `most`: the size of the first.
@@ -198,7 +221,11 @@ inline Plan start_plan(const Problem& p, Pass pass, const Sum& sum, int vector, 
   plan.chunks = ceil_div(p.group_channels(), vector * vectors);
   plan.classes_h = pass == Pass::grad_input ? int(p.stride_h) : 1;
   plan.classes_w = pass == Pass::grad_input ? int(p.stride_w) : 1;
-  if (p.border == Border::shift) plan.classes_h = int(p.dilation_h), plan.classes_w = int(p.dilation_w);
+  if (in_classes(p)) {
+    const bool to_input = pass == Pass::grad_input;
+    plan.classes_h = int(std::min(p.dilation_h, to_input ? p.in_h : p.out_h));
+    plan.classes_w = int(std::min(p.dilation_w, to_input ? p.in_w : p.out_w));
+  }
   const int64_t common = std::lcm(sum.stride_w, sum.dilation_w);
   const int64_t spacing = common / sum.stride_w, phases = common / sum.dilation_w;
   plan.slides = (spacing == 1 || phases == 1) && spacing <= 8 && phases < sum.taps_w;
@@ -237,7 +264,7 @@ inline bool set_memory(Plan& plan, const Problem& p, Pass pass, const Sum& sum, 
 }
 
 inline bool plan_apply(Plan& plan, const Problem& p, Pass pass, const Sum& sum, int64_t limit, bool choosy) {
-  return halving(32 / (run_pixels * plan.spacing), [&](int64_t most_spans) {
+  return halving(max_columns / (run_pixels * plan.spacing), [&](int64_t most_spans) {
     plan.set_columns(sum, most_spans, plan.vector * sum_bytes(p.dtype));
     return halving(max_threads / 2 / plan.runs, [&](int64_t most_rows) {
       plan.set_rows(sum, most_rows);
@@ -272,32 +299,33 @@ inline bool plan_grad_weight(Plan& plan, const Problem& p, const Sum& sum, int64
       plan.w_rows = int(even_part(p.kernel_h, most_kernel_rows)), plan.slots = plan.w_rows * plan.row_slots;
       const int64_t most_runs = max_threads / plan.slots;
       if (most_runs < plan.spacing) return false;
-      return halving(
-          std::min<int64_t>(32, most_runs * run_pixels) / (run_pixels * plan.spacing), [&](int64_t most_spans) {
-            plan.set_columns(sum, most_spans, int(bytes));
-            return halving(most_runs / plan.runs, [&](int64_t most_rows) {
-              plan.set_rows(sum, most_rows);
-              plan.set_units(p);
-              if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
-              plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
-              plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
-              return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
-                plan.units = plan.planes = int(std::min(most_units, plan.image_units));
-                plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
-                const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
-                plan.shared_bytes =
-                    plan.units * (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
-                return plan.fits(limit);
-              });
-            });
-          });
+      return halving(std::min<int64_t>(max_columns, most_runs * run_pixels) / (run_pixels * plan.spacing),
+                     [&](int64_t most_spans) {
+                       plan.set_columns(sum, most_spans, int(bytes));
+                       return halving(most_runs / plan.runs, [&](int64_t most_rows) {
+                         plan.set_rows(sum, most_rows);
+                         plan.set_units(p);
+                         if (plan.rows * plan.columns < std::min(min_pixels, sum.height * sum.width)) return false;
+                         plan.w_pitch = int(plan.w_rows * p.kernel_w) | 1;
+                         plan.w_row_pitch = plan.columns * plan.w_pitch + plan.columns / run_pixels;
+                         return halving(most_runs / plan.runs / plan.rows, [&](int64_t most_units) {
+                           plan.units = plan.planes = int(std::min(most_units, plan.image_units));
+                           plan.threads = int(ceil_div(plan.rows * plan.runs * plan.slots * plan.units, 32) * 32);
+                           const int64_t unit = (plan.plane + plan.rows * plan.y_pitch) * plan.vectors * bytes;
+                           plan.shared_bytes =
+                               plan.units *
+                               (unit + (taps_inner ? plan.rows * plan.w_row_pitch * sum_bytes(p.dtype) : 0));
+                           return plan.fits(limit);
+                         });
+                       });
+                     });
     });
   });
 }
 
 // The first plan that fits, of those with much and with little shared memory; else one without threads.
 inline Plan plan_of(const Problem& problem, Pass pass) {
-  const Problem p = class_of(problem);
+  const Problem p = class_of(problem, pass);
   const int64_t channels = p.group_channels();
   const bool two = channels > 4 && pass == Pass::forward && p.dtype != DType::f64;
   // A shifted border has kernels for vectors of 4 only.
@@ -353,10 +381,13 @@ struct WeightView {
   bool vectors, dense;  // the pixels of a run can be read at once; are neighbours
 };
 
-// The classes of a shifted border along an axis: those from number `whole` on have a pixel less than the first. And the
-// distances in memory from a class to the next, of the image that has a halo, the weights and the image that is tiled.
+// The classes along an axis (in_classes, first_class): how many pixels they have less than the first one of the tiled image
+// and of the one that has a halo, for those from number `whole` and `halo_whole` on; and the distances in memory from a class
+// to the next, of the image that has a halo, the weights and the image that is tiled.
 struct Classes {
-  int whole, halo, weights, tiled;
+  int first, dilation;
+  int whole, halo_whole;
+  int halo, weights, tiled;
 };
 
 struct KernelParams {
@@ -366,7 +397,7 @@ struct KernelParams {
   int image_units, units, unit_vectors, unit_chunks, planes;
   int rows, columns;
   int spacing, step, phases, every, y_every;
-  bool slides, store_vectors, taps_inner, plain;
+  bool slides, store_vectors, taps_inner, plain, in_classes;
   int w_offset, w_columns, w_rows, w_pitch, w_row_pitch, w_lane_bits;  // w_offset in bytes
   int slots, stages, vectors;                                          // of the gradient of the weights
   Division by_classes_w, by_classes, by_chunk_blocks, by_unit_blocks, by_tiles_w, by_tiles_h;

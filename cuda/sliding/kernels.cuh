@@ -17,13 +17,16 @@
 // memory once for 4 taps, and a weight once for up to 8 channels. Pixels of a run are dilation/gcd(stride, dilation)
 // apart, and taps go in steps of stride/gcd, to make this hold for any stride and dilation.
 //
+// With a stride of 1, the pixels with one remainder by the dilation can be an image of their own, a class, for smaller halos
+// (in_classes and class_of in config.cuh): each block has pixels of one class.
+//
 // Weights with dense columns (or any other strides) are read from global memory into registers, 16 taps and pixels at a
 // time, coalesced over the runs of a row. Weights with dense taps, whose pixels are far apart, come through shared
 // memory as they are stored, in 16-byte pieces: a few kernel rows of all pixels at a time.
 //
 // A border that shifts windows changes what is brought into shared memory, and little of the sums (class_of in
-// config.cuh): each residue class of the dilation is an image of its own, X repeats beyond its borders, and rows of X and
-// taps of W take the places that they have in a window that is not moved. In the gradient of the input, a pixel sums over
+// config.cuh): there are always classes, X repeats beyond its borders, and rows of X and taps of W take the places that they
+// have in a window that is not moved. In the gradient of the input, a pixel sums over
 // those whose windows have it, up to K + K/2 in a row and in a column, and a product without a tap is left out. Weights
 // always come through shared memory, and channels in vectors of 4.
 //
@@ -44,6 +47,8 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
 // The work of a block: units [unit, end_unit) from `chunk` on, a tile that begins at pixel (row, column).
 struct Tile {
   int unit, end_unit, chunk, row, column, class_h, class_w;
+  // Pixels of the class, and where its weights begin (enter_class).
+  int halo_height, halo_width, w_height, w_width, w_offset;
 };
 
 __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
@@ -61,7 +66,12 @@ __device__ __forceinline__ Tile tile_of_block(const KernelParams& q) {
           row * q.rows,
           column * q.columns,
           class_h,
-          class_w};
+          class_w,
+          0,
+          0,
+          0,
+          0,
+          0};
 }
 
 // An element of the parameters, whose addresses are constants.
@@ -77,9 +87,38 @@ __device__ __forceinline__ bool inside(int h, int w, int height, int width) {
   return h >= 0 && h < height && w >= 0 && w < width;
 }
 
-// The number of pixels of a class, where the first one has `pixels`.
-__device__ __forceinline__ int pixels_of(const Classes& classes, int number, int pixels) {
-  return pixels - (number >= classes.whole ? 1 : 0);
+// The number of pixels of a class, where the first one has `pixels` and those from `whole` on have one less.
+__device__ __forceinline__ int pixels_of(int number, int whole, int pixels) {
+  return pixels - (number >= whole ? 1 : 0);
+}
+
+// Makes the tile and its axes those of its class. Returns where its pixels begin in the image that has a halo and in the
+// tiled one.
+struct Begin {
+  int halo, tiled;
+};
+template <bool ToInput, bool Shifts>
+__device__ __forceinline__ Begin enter_class(const KernelParams& q, Tile& tile, Axis& rows, Axis& columns) {
+  if (!Shifts && !q.in_classes) {
+    tile.halo_height = q.x_area.height, tile.halo_width = q.x_area.width;
+    tile.w_height = q.w_height, tile.w_width = q.w_width;
+    return {};
+  }
+  const Classes &of_h = q.classes_h, &of_w = q.classes_w;
+  const bool earlier_h = tile.class_h < of_h.first, earlier_w = tile.class_w < of_w.first;
+  const int halo_h = tile.class_h - of_h.first + (earlier_h ? of_h.dilation : 0);
+  const int halo_w = tile.class_w - of_w.first + (earlier_w ? of_w.dilation : 0);
+  rows.pixels = pixels_of(tile.class_h, of_h.whole, rows.pixels), rows.padding += earlier_h;
+  columns.pixels = pixels_of(tile.class_w, of_w.whole, columns.pixels), columns.padding += earlier_w;
+  tile.halo_height = pixels_of(halo_h, of_h.halo_whole, q.x_area.height);
+  tile.halo_width = pixels_of(halo_w, of_w.halo_whole, q.x_area.width);
+  tile.w_height = pixels_of(ToInput ? halo_h : tile.class_h, ToInput ? of_h.halo_whole : of_h.whole, q.w_height);
+  tile.w_width = pixels_of(ToInput ? halo_w : tile.class_w, ToInput ? of_w.halo_whole : of_w.whole, q.w_width);
+  tile.w_offset = (ToInput ? halo_h : tile.class_h) * of_h.weights + (ToInput ? halo_w : tile.class_w) * of_w.weights;
+  // A pixel that does not exist is read at the beginning, which for a class without pixels must be that of the tensor.
+  const bool has_pixels = tile.halo_height > 0 && tile.halo_width > 0;
+  return {has_pixels ? halo_h * of_h.halo + halo_w * of_w.halo : 0,
+          tile.class_h * of_h.tiled + tile.class_w * of_w.tiled};
 }
 
 // By how many taps a window is moved to the left into an image of `pixels` pixels, with its first tap at `first`.
@@ -114,16 +153,14 @@ __device__ __forceinline__ int most_readers(int first, int last, int taps, int p
 
 // Brings vectors of channels of the block's units, from `first_vector` of each on and from pixel (first_row,
 // first_column) on. Outside the image there are zeros, or it repeats with the size of the kernel. Shifts: it is a class.
-template <int V, bool Shifts, bool Repeats, class A, class T>
+template <int V, bool Repeats, class A, class T>
 __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, const KernelParams& q, const View& view,
-                                            const Area& area, const Tile& tile, int first_vector, int first_row,
-                                            int first_column) {
+                                            const Area& area, const Tile& tile, int height, int width, int first_vector,
+                                            int first_row, int first_column) {
   const auto [outer, inner] = divide(int(threadIdx.x), area.by_load);
   const int lane = area.channels_inner ? inner : outer, other = area.channels_inner ? outer : inner;
   const auto [own_row, own_column] = divide(other, area.by_column_lanes);
   if (lane >= area.lanes || own_row >= area.row_lanes) return;
-  const auto height = [&] { return Shifts ? pixels_of(q.classes_h, tile.class_h, area.height) : area.height; };
-  const auto width = [&] { return Shifts ? pixels_of(q.classes_w, tile.class_w, area.width) : area.width; };
   constexpr int batch = 8 / V;
 #pragma unroll 1
   for (int vector = lane; vector < q.units * q.unit_vectors; vector += area.lanes) {
@@ -139,8 +176,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
     for (int c = 0; c < V; ++c) of_channel[c] = from + (c < channels ? c : 0) * view.c;
 #pragma unroll 1
     for (int column = own_column; column < area.columns; column += area.column_lanes) {
-      const int w = Repeats ? repeated(first_column + column, q.kernel_w, width()) : first_column + column;
-      const bool column_exists = w >= 0 && w < width();
+      const int w = Repeats ? repeated(first_column + column, q.kernel_w, width) : first_column + column;
+      const bool column_exists = w >= 0 && w < width;
       const int row_offset = column_exists ? w * view.w : 0;
       Vector<A, V>* to = shared + (vector * area.plane + column + int(area.by_every.quotient(uint32_t(column))));
 #pragma unroll 1
@@ -148,8 +185,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
         Vector<T, V> values[batch];
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-          const int at = first_row + first + i * area.row_lanes, h = Repeats ? repeated(at, q.kernel_h, height()) : at;
-          const bool exists = column_exists && unsigned(h) < unsigned(height());
+          const int at = first_row + first + i * area.row_lanes, h = Repeats ? repeated(at, q.kernel_h, height) : at;
+          const bool exists = column_exists && unsigned(h) < unsigned(height);
           const int pixel = exists ? h * view.h + row_offset : 0;
           if (vectors) {
             values[i] = *reinterpret_cast<const Vector<T, V>*>(from + pixel);
@@ -161,8 +198,8 @@ __device__ __forceinline__ void bring_image(Vector<A, V>* shared, const T* x, co
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
           const int row = first + i * area.row_lanes, at = first_row + row;
-          const int h = Repeats ? repeated(at, q.kernel_h, height()) : at;
-          const bool exists = column_exists && unsigned(h) < unsigned(height());
+          const int h = Repeats ? repeated(at, q.kernel_h, height) : at;
+          const bool exists = column_exists && unsigned(h) < unsigned(height);
           Vector<A, V> all;
 #pragma unroll
           for (int c = 0; c < V; ++c) all.v[c] = exists && c < channels ? load(values[i].v[c]) : A(0);
@@ -220,14 +257,11 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
   const int lanes = 1 << q.w_lane_bits, lane = int(threadIdx.x) & (lanes - 1);
   const int length = kernel_rows * q.kernel_w;
   // Of a shifted border: the pixels of the class. In the gradient of the input, each row has a kernel row of its own.
-  const int height = Shifts ? pixels_of(q.classes_h, tile.class_h, q.w_height) : q.w_height;
-  const int width = Shifts ? pixels_of(q.classes_w, tile.class_w, q.w_width) : q.w_width;
-  const int image_width = Shifts ? pixels_of(q.classes_w, tile.class_w, q.x_area.width) : 0;
-  const int of_class = Shifts ? tile.class_h * q.classes_h.weights + tile.class_w * q.classes_w.weights : 0;
+  const int height = tile.w_height, width = tile.w_width, image_width = tile.halo_width;
 #pragma unroll 1
   for (int unit_index = 0; unit_index < min(q.units, tile.end_unit - tile.unit); ++unit_index) {
     const auto [n, g] = divide(tile.unit + unit_index, q.by_groups);
-    const int64_t of_unit = n * q.w.n + (g * q.w.g + of_class + (ToInput && Shifts ? 0 : kernel_row * q.w.kh));
+    const int64_t of_unit = n * q.w.n + (g * q.w.g + tile.w_offset + (ToInput && Shifts ? 0 : kernel_row * q.w.kh));
     T* const to_unit = shared + unit_index * q.rows * q.w_row_pitch;
     if (!q.taps_inner) {
       const int pixels = q.rows * q.columns;
@@ -265,7 +299,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
         }
         const int h = first_row + row, first_tap = ToInput ? columns.first_tap : 0;
         int v = first_column + column;
-        if (h < 0 || h >= q.w_height) continue;
+        if (h < 0 || h >= height) continue;
         T* to = to_unit + (row * q.w_row_pitch + place_in_runs(column, q));
 #pragma unroll 1
         for (int kh = 0; kh < kernel_rows; ++kh) {
@@ -276,7 +310,7 @@ __device__ __forceinline__ void bring_weights(T* shared, const T* w, const Kerne
           for (int tap = 0; tap < taps; ++tap) {
             T value;
             store(Accumulator<T>(0), &value);
-            if (unsigned(v) < unsigned(q.w_width)) value = *from;
+            if (unsigned(v) < unsigned(width)) value = *from;
             *to = value;
             from += step, to += q.w_pitch;
             if (ToInput) v += columns.dilation;
@@ -378,22 +412,16 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
   constexpr int P = run_pixels;
   Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
   T* staged = reinterpret_cast<T*>(shared_memory() + q.w_offset);
-  const Tile tile = tile_of_block(q);
+  Tile tile = tile_of_block(q);
   Axis rows = ToInput && !Shifts ? axis_of(q.h, tile.class_h) : q.h[0];
   Axis columns = ToInput && !Shifts ? axis_of(q.w_axis, tile.class_w) : q.w_axis[0];
-  int image_height = 0, image_width = 0;
-  if constexpr (Shifts) {
-    rows.pixels = pixels_of(q.classes_h, tile.class_h, rows.pixels);
-    columns.pixels = pixels_of(q.classes_w, tile.class_w, columns.pixels);
-    image_height = pixels_of(q.classes_h, tile.class_h, q.x_area.height);
-    image_width = pixels_of(q.classes_w, tile.class_w, q.x_area.width);
-    x += tile.class_h * q.classes_h.halo + tile.class_w * q.classes_w.halo;
-    y += tile.class_h * q.classes_h.tiled + tile.class_w * q.classes_w.tiled;
-  }
+  const Begin begin = enter_class<ToInput, Shifts>(q, tile, rows, columns);
+  x += begin.halo, y += begin.tiled;
+  const int image_height = tile.halo_height, image_width = tile.halo_width;
   if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
-  bring_image<V, Shifts, Shifts && !ToInput>(image, x, q, q.x, q.x_area, tile, tile.chunk * M,
-                                             tile.row * rows.stride - rows.padding,
-                                             tile.column * columns.stride - columns.padding);
+  bring_image<V, Shifts && !ToInput>(image, x, q, q.x, q.x_area, tile, image_height, image_width, tile.chunk * M,
+                                     tile.row * rows.stride - rows.padding,
+                                     tile.column * columns.stride - columns.padding);
   if constexpr (!Staged) __syncthreads();
 
   const auto [across, run] = divide(int(threadIdx.x), q.by_runs);
@@ -409,7 +437,7 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
   const int block = q.slides ? q.every + 1 : P * q.step;  // from the positions of a run to those of the next
   const Vector<A, V>* positions = image + (plane * M * q.x_area.plane + row * rows.stride * q.x_area.pitch +
                                            span * block + first_of_span * columns.stride);
-  const T* kernels = w + (n * q.w.n + int64_t(g) * q.w.g);
+  const T* kernels = w + (n * q.w.n + (int64_t(g) * q.w.g + tile.w_offset));
   const T* own = staged + ((unit_index * q.rows + row) * q.w_row_pitch + run * P);
   const int phases = q.slides ? q.phases : columns.taps;
   // From a tap of a phase to the next. In the gradient of the input, the weights' pixel moves along.
@@ -451,7 +479,7 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
       }
       staged_taps = after * q.kernel_w;
     }
-    if (!active || (ToInput && !Shifts && (from_row < 0 || from_row >= q.w_height))) continue;
+    if (!active || (ToInput && !Shifts && (from_row < 0 || from_row >= tile.w_height))) continue;
     if (ToInput && Shifts && from_row >= row_readers.end) continue;
     const Vector<A, V>* row_positions = positions + position_row * rows.dilation * q.x_area.pitch;
 #pragma unroll 1
@@ -488,8 +516,9 @@ __global__ void __launch_bounds__(max_threads, least_blocks<T, V>)
 #pragma unroll
               for (int i = 0; i < P; ++i) {
                 const int at = column + i * q.spacing;
-                weights[u][i] =
-                    unsigned(at) < unsigned(q.w_width) ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)]) : A(0);
+                weights[u][i] = unsigned(at) < unsigned(tile.w_width)
+                                    ? load(kernel[i * (dense.value ? 1 : q.spacing * q.w.w)])
+                                    : A(0);
               }
               kernel += tap_step;
               if (ToInput) column += phases * columns.dilation;
@@ -571,15 +600,11 @@ __global__ void __launch_bounds__(max_threads, Shifts ? least_blocks<T, V> : 2)
   Vector<A, V>* image = reinterpret_cast<Vector<A, V>*>(shared_memory());
   Vector<A, V>* gradient = image + vectors * q.x_area.plane;
   A* staged = reinterpret_cast<A*>(gradient + vectors * q.y_area.plane);
-  const Tile tile = tile_of_block(q);
+  Tile tile = tile_of_block(q);
   Axis rows = q.h[0], columns = q.w_axis[0];
-  if constexpr (Shifts) {
-    rows.pixels = pixels_of(q.classes_h, tile.class_h, rows.pixels);
-    columns.pixels = pixels_of(q.classes_w, tile.class_w, columns.pixels);
-    x += tile.class_h * q.classes_h.halo + tile.class_w * q.classes_w.halo;
-    w += tile.class_h * q.classes_h.weights + tile.class_w * q.classes_w.weights;
-    y += tile.class_h * q.classes_h.tiled + tile.class_w * q.classes_w.tiled;
-  }
+  const Begin begin = enter_class<false, Shifts>(q, tile, rows, columns);
+  x += begin.halo, y += begin.tiled, w += tile.w_offset;
+  if (tile.row >= rows.pixels || tile.column >= columns.pixels) return;
   const int first_row = tile.row * rows.stride - rows.padding;
   const int first_column = tile.column * columns.stride - columns.padding;
 
@@ -607,13 +632,11 @@ __global__ void __launch_bounds__(max_threads, Shifts ? least_blocks<T, V> : 2)
   int to_top = 0, to_left[P] = {};
   bool in_place = true;
   if constexpr (Shifts) {
-    const int height = pixels_of(q.classes_h, tile.class_h, q.x_area.height);
-    const int width = pixels_of(q.classes_w, tile.class_w, q.x_area.width);
-    to_top = moved(h * rows.stride - rows.padding, q.kernel_h, height);
+    to_top = moved(h * rows.stride - rows.padding, q.kernel_h, tile.halo_height);
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       const int pixel = min(v + i * q.spacing, columns.pixels - 1);
-      to_left[i] = moved(pixel * columns.stride - columns.padding, q.kernel_w, width);
+      to_left[i] = moved(pixel * columns.stride - columns.padding, q.kernel_w, tile.halo_width);
       in_place = in_place && to_left[i] == 0;
     }
   }
@@ -626,10 +649,10 @@ __global__ void __launch_bounds__(max_threads, Shifts ? least_blocks<T, V> : 2)
     for (int stage = 0; stage < q.stages; ++stage) {
       if (stage + first_kernel_row == 0 || q.stages > 1) {
         if (stage + first_kernel_row > 0) __syncthreads();
-        bring_image<V, Shifts, Shifts>(image, x, q, q.x, q.x_area, tile, stage * q.unit_vectors, first_row,
-                                       first_column);
-        bring_image<V, Shifts, false>(gradient, y, q, q.y, q.y_area, tile, stage * q.unit_vectors, tile.row,
-                                      tile.column);
+        bring_image<V, Shifts>(image, x, q, q.x, q.x_area, tile, tile.halo_height, tile.halo_width,
+                               stage * q.unit_vectors, first_row, first_column);
+        bring_image<V, false>(gradient, y, q, q.y, q.y_area, tile, rows.pixels, columns.pixels, stage * q.unit_vectors,
+                              tile.row, tile.column);
         __syncthreads();
       }
       if (!active || kernel_row >= rows.taps) continue;

@@ -32,21 +32,24 @@ inline Area area(const Plan& plan, const View& view, int rows, int columns, int 
   return area;
 }
 
-inline Classes classes_of(Pass pass, int64_t pixels, int64_t dilation, int64_t x, int64_t w, int64_t y) {
-  const int whole = int(pixels % dilation == 0 ? dilation : pixels % dilation);
-  if (pass == Pass::grad_input) std::swap(x, y);
-  return {whole, int(x), int(w), int(y)};
+inline Classes classes_of(const Problem& p, Pass pass, int axis) {
+  const int64_t dilation = axis == 0 ? p.dilation_h : p.dilation_w, padding = axis == 0 ? p.padding_h : p.padding_w;
+  const int64_t in = axis == 0 ? p.in_h : p.in_w, out = axis == 0 ? p.out_h : p.out_w;
+  const int x = int(p.x_stride[2 + axis]), w = int(p.w_stride[4 + axis]), y = int(p.y_stride[2 + axis]);
+  const auto whole = [&](int64_t pixels) { return int(pixels % dilation == 0 ? dilation : pixels % dilation); };
+  const bool shifts = p.border == Border::shift;
+  const int first = shifts ? 0 : int(first_class(pass, padding, dilation));
+  if (pass == Pass::grad_input) return {first, int(dilation), whole(in), whole(out), y, w, x};
+  return {first, int(dilation), whole(out), whole(in), x, w, y};
 }
 
 template <class T>
 KernelParams kernel_params(const Problem& problem, Pass pass, const Plan& plan, const Buffers& buffers) {
   KernelParams q{};
   const bool to_input = pass == Pass::grad_input, shifts = problem.border == Border::shift;
-  const Problem p = class_of(problem);
-  q.classes_h =
-      classes_of(pass, problem.in_h, problem.dilation_h, problem.x_stride[2], problem.w_stride[4], problem.y_stride[2]);
-  q.classes_w =
-      classes_of(pass, problem.in_w, problem.dilation_w, problem.x_stride[3], problem.w_stride[5], problem.y_stride[3]);
+  const Problem p = class_of(problem, pass);
+  q.in_classes = in_classes(problem);
+  q.classes_h = classes_of(problem, pass, 0), q.classes_w = classes_of(problem, pass, 1);
   q.by_kernel_w = Division(p.kernel_w);
   View x = view<T>(problem, plan, problem.x_stride, buffers.x), y = view<T>(problem, plan, problem.y_stride, buffers.y);
   x.h = int(p.x_stride[2]), x.w = int(p.x_stride[3]), y.h = int(p.y_stride[2]), y.w = int(p.y_stride[3]);
@@ -61,10 +64,11 @@ KernelParams kernel_params(const Problem& problem, Pass pass, const Plan& plan, 
     q.h[0] = shifted_gradient_axis(p.in_h, p.kernel_h);
     q.w_axis[0] = shifted_gradient_axis(p.in_w, p.kernel_w);
   }
-  for (int i = 0; to_input && !shifts && i < p.stride_h; ++i)
-    q.h[i] = gradient_axis(i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
-  for (int i = 0; to_input && !shifts && i < p.stride_w; ++i)
-    q.w_axis[i] = gradient_axis(i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+  // Those of all classes are alike.
+  for (int i = 0; to_input && !shifts && i < (q.in_classes ? max_classes : p.stride_h); ++i)
+    q.h[i] = gradient_axis(q.in_classes ? 0 : i, p.in_h, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
+  for (int i = 0; to_input && !shifts && i < (q.in_classes ? max_classes : p.stride_w); ++i)
+    q.w_axis[i] = gradient_axis(q.in_classes ? 0 : i, p.in_w, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 
   q.group_channels = int(p.group_channels());
   q.image_units = int(plan.image_units), q.units = plan.units;
@@ -139,7 +143,7 @@ void run(const Problem& p, Pass pass, const Buffers& buffers, const Execution& e
   const Plan plan = plan_of(p, pass);
   const KernelParams q = kernel_params<T>(p, pass, plan, buffers);
   const Grid grid{plan.blocks(), plan.threads, int(plan.shared_bytes)};
-  const bool staged = is_staged(p, pass);
+  const bool staged = is_staged(class_of(p, pass), pass);
   T* x = static_cast<T*>(buffers.x);
   T* w = static_cast<T*>(buffers.w);
   T* y = static_cast<T*>(buffers.y);

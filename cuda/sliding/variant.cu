@@ -16,18 +16,19 @@ Refusal sliding_refusal(const Problem& p, Pass pass) {
   if (pass == Pass::grad_input && (p.stride_h > sliding::max_classes || p.stride_w > sliding::max_classes))
     return needs("a stride of at most 4 (vertical and horizontal)", p.stride_h, p.stride_w);
   // Tiles begin and end outside the image.
-  Problem image = p;
+  const Problem one = sliding::class_of(p, pass);
+  Problem image = one;
   image.batch = 1;
-  image.in_h += 256 * p.stride_h, image.in_w += 32 * p.stride_w;
-  image.out_h += 256 + p.padding_h + p.dilation_h * p.kernel_h;
-  image.out_w += 32 + p.padding_w + p.dilation_w * p.kernel_w;
+  image.in_h += 256 * one.stride_h, image.in_w += 32 * one.stride_w;
+  image.out_h += 256 + one.padding_h + one.dilation_h * one.kernel_h;
+  image.out_w += 32 + one.padding_w + one.dilation_w * one.kernel_w;
   if (!within(image, tile_limit))
     return needs("an image whose offsets fit in 32 bits (height and width)", p.in_h, p.in_w);
   if (p.batch * p.groups >= tile_limit) return needs("fewer than 2^30 groups of images", p.batch * p.groups);
   const sliding::Plan plan = sliding::plan_of(p, pass);
   if (plan.threads == 0)
     return needs("the pixels below four outputs in 99 KB of shared memory (reach of the kernel)",
-                 p.dilation_h * (p.kernel_h - 1) + 1, p.dilation_w * (p.kernel_w - 1) + 1);
+                 one.dilation_h * (one.kernel_h - 1) + 1, one.dilation_w * (one.kernel_w - 1) + 1);
   return tiles_refusal(plan.blocks());
 }
 

@@ -14,12 +14,25 @@ View view(const int64_t (&strides)[4], const void* data) {
 }
 
 template <class T>
+bool weights_in_vectors(const Problem& p, const void* data) {
+  const int64_t (&strides)[6] = p.w_stride;
+  if (taps_are_inner(p)) {
+    // The pieces of 16 bytes in which the first and the last weight are.
+    const int64_t sizes[] = {p.batch, p.groups, p.kernel_h, p.kernel_w, p.out_h, p.out_w};
+    return vector_of<T>(piece<T>, data, {reach(sizes, strides) + 1}) == piece<T>;
+  }
+  return strides[5] == 1 &&
+         vector_of<T>(4, data, {strides[0], strides[1], strides[2], strides[3], strides[4], p.out_w}) == 4;
+}
+
+template <class T>
 KernelParams kernel_params(const Problem& p, Pass pass, const Buffers& buffers) {
   KernelParams q;
   set_images(q, p, pass, view<T>(p.x_stride, buffers.x), view<T>(p.y_stride, buffers.y));
   q.group_channels = int(p.group_channels()), q.kernel = int(p.kernel_h);
+  q.by_chunks = Division(q.group_channels / 4);
   q.w = {p.w_stride[0],      int(p.w_stride[1]), int(p.w_stride[2]), int(p.w_stride[3]),
-         int(p.w_stride[4]), int(p.w_stride[5]), taps_are_inner(p)};
+         int(p.w_stride[4]), int(p.w_stride[5]), taps_are_inner(p),  weights_in_vectors<T>(p, buffers.w)};
   return q;
 }
 
@@ -36,7 +49,7 @@ template <class C, int GradientStride, class T>
 void run_apply(const Problem& p, KernelParams q, const T* x, const T* w, T* y, const Execution& execution) {
   Grid shape = grid<C, std::max(1, GradientStride)>(p, q);
   shape.threads = C::Rows / C::PixelRows * C::runs * (q.group_channels / 4);
-  shape.shared_bytes = 4 * (C::w_floats + C::x_rows * C::x_pitch * q.group_channels);
+  shape.shared_bytes = 4 * (C::w_floats + C::x_plane * q.group_channels);
   launch<KernelParams, const T*, const T*, T*>(GradientStride > 0 ? "tiled grad_input" : "tiled forward",
                                                apply<C, GradientStride, T>, shape, execution, q, x, w, y);
 }
@@ -44,8 +57,8 @@ void run_apply(const Problem& p, KernelParams q, const T* x, const T* w, T* y, c
 template <class C, class T>
 void run_grad_weight(const Problem& p, KernelParams q, const T* x, T* w, const T* y, const Execution& execution) {
   Grid shape = grid<C, 1>(p, q);
-  shape.threads = C::K * C::Rows * C::runs;
-  shape.shared_bytes = 4 * std::max(C::w_floats, (C::x_rows * C::x_pitch + C::Rows * C::y_pitch) * q.group_channels);
+  shape.threads = C::gradient_threads;
+  shape.shared_bytes = 4 * std::max(C::gradient_floats, (C::gradient_x_plane + C::gradient_y_plane) * q.group_channels);
   launch<KernelParams, const T*, T*, const T*>("tiled grad_weight", grad_weight<C, T>, shape, execution, q, x, w, y);
 }
 

@@ -50,6 +50,24 @@ void networks() {
       for (const Pass pass : passes) run_and_check({shape, layout, dtypes[++next % 4], pass}, uint64_t(next));
 }
 
+// Classes by the dilation: paddings that are multiples of it and others, classes with a pixel less than the first and without
+// any, windows outside the image, dilations that differ.
+void dilated() {
+  int next = 0;
+  for (const Case& shape : {
+           Case{2, 16, 2, 14, 15, 3, 3, 1, 1, 2, 2, 2, 2},
+           Case{1, 40, 1, 13, 21, 5, 5, 1, 1, 5, 7, 3, 4},
+           Case{1, 8, 4, 9, 13, 7, 7, 1, 1, 6, 5, 2, 2},
+           Case{3, 6, 3, 5, 6, 3, 3, 1, 1, 7, 9, 7, 8},
+           Case{1, 3, 1, 20, 37, 5, 3, 1, 1, 16, 0, 8, 1},
+           Case{1, 12, 2, 6, 40, 3, 7, 1, 1, 1, 18, 1, 6},
+           Case{1, 8, 2, 10, 9, 3, 3, 1, 1, 21, 30, 16, 17},
+           Case{1, 4, 1, 3, 4, 3, 3, 1, 1, 300, 60, 300, 60},
+       })
+    for (const Layout layout : layouts)
+      for (const Pass pass : passes) run_and_check({shape, layout, dtypes[++next % 4], pass}, uint64_t(next));
+}
+
 // Whether it leaves a shifted border to `generic`.
 bool leaves(const Case& shape, Pass pass) {
   return (shape.sh > 1 && (shape.dh > 1 || pass == Pass::grad_input)) ||
@@ -121,6 +139,7 @@ void schedules_and_races() {
     for (const Layout layout : {Layout::contiguous, Layout::channels_last})
       for (const Pass pass : passes)
         for (const Case& shape : {Case{1, 16, 4, 10, 17, 5, 5, 1, 1, 2, 2}, Case{1, 16, 4, 10, 17, 5, 5, 2, 2, 2, 2},
+                                  Case{1, 16, 4, 10, 17, 5, 5, 1, 1, 3, 4, 2, 3},
                                   Case{1, 16, 4, 10, 17, 5, 5, 1, 1, 0, 0, 1, 2, Border::shift}})
           check_schedules(sliding, {shape, layout, dtype, pass}, strides_of(shape, layout, pass));
 }
@@ -135,7 +154,8 @@ void refusals() {
   refused([](Case& k) { k.h = 2, k.ph = 0; }, "with pixels", Pass::grad_input);
   refused([](Case& k) { k.h = k.w = 40000; }, "32 bits");
   refused([](Case& k) { k.sh = 5; }, "stride of at most 4 (vertical and horizontal), got 5 x 1", Pass::grad_input);
-  refused([](Case& k) { k.dh = k.dw = k.ph = k.pw = 300; }, "shared memory (reach of the kernel), got 601 x 601");
+  refused([](Case& k) { k.dh = k.dw = k.ph = k.pw = 300, k.sh = k.sw = 2; },
+          "shared memory (reach of the kernel), got 601 x 601");
 }
 
 // What it leaves to others although it can run it.
@@ -168,6 +188,7 @@ void slower() {
 int main() {
   parameters();
   networks();
+  dilated();
   shifted();
   mixed_layouts();
   special_values();

@@ -19,7 +19,7 @@ void kernels_and_strides() {
     for (const int64_t s : {1, 2})
       for (const Case& shape :
            {Case{2, 16, 1, 7, 7, k, k, s, s, k / 2, k / 2}, Case{1, 32, 2, 11, 18, k, k, s, s, k / 2, k / 2},
-            Case{1, 8, 1, 18, 35, k, k, s, s, k / 2 - 1, k / 2 + 1}})
+            Case{1, 8, 1, 18, 35, k, k, s, s, k / 2 - 1, k / 2 + 1}, Case{2, 24, 3, 8, 24, k, k, s, s, k / 2, k / 2}})
         for (const Layout layout : {Layout::contiguous, Layout::channels_last})
           for (const DType dtype : tiled_dtypes)
             for (const Pass pass : passes) run_and_check({shape, layout, dtype, pass}, uint64_t(k * 10 + s));

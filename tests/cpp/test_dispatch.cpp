@@ -19,7 +19,7 @@ std::string chosen(const Problem& p, Pass pass) { return choose(p, pass).name; }
 const Case rednet{2, 32, 2, 10, 17, 7, 7, 1, 1, 3, 3};
 const Case dilated{1, 32, 2, 10, 17, 7, 7, 1, 1, 6, 6, 2, 2};
 const Case small{1, 2, 2, 8, 8, 3, 3, 1, 1, 1, 1};
-const Case far{1, 8, 1, 8, 8, 3, 3, 1, 1, 300, 300, 300, 300};
+const Case far{1, 8, 1, 8, 8, 3, 3, 2, 2, 300, 300, 300, 300};
 
 void choices() {
   for (const Pass pass : passes) {

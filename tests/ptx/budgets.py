@@ -48,6 +48,10 @@ SHIFTED: dict[str, dict[str, Any]] = {
     "128@14 K13 shifted": {"channels": 128, "height": 14, "width": 14, "groups": 8, "kernel": 13, "batch": 32},
 }
 """Neighbourhood attention: windows that the border moves inside."""
+DILATED: dict[str, dict[str, Any]] = {
+    "64@56 dilation 8, groups of 32": {"groups": 2, "dilation": 8, "padding": 24, "batch": 32},
+}
+"""Classes of a border of zeros."""
 INVOLUTION_PASSES = ("forward", "grad_input", "grad_weight")
 
 
@@ -85,6 +89,8 @@ def classes() -> Iterator[tuple[str, Problem]]:
             yield name, layer("sliding", pass_, "float32", "nchw", "64@56", **narrow)
         for name, shifted in SHIFTED.items():
             yield name, layer("sliding", pass_, "float32", "nhwc", "64@56", shift=True, **shifted)
+        for name, dilated in DILATED.items():
+            yield name, layer("sliding", pass_, "float32", "nhwc", "64@56", **dilated)
         yield "64@56, groups of 4", layer("sliding", pass_, "bfloat16", "nchw", "64@56", **NARROW["64@56, groups of 4"])
         for dtype in ("float32", "bfloat16", "float64"):
             yield "64@14", layer("generic", pass_, dtype, "nhwc", "64@56", batch=16, height=14, width=14)

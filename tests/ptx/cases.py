@@ -53,6 +53,11 @@ def tiled() -> Iterator[Problem]:
         yield one(1, 16, 11, 13, 1, 5, stride, padding=0)
         yield one(1, 8, 6, 9, 1, 3, stride, padding=4)
         yield one(1, 16, 9, 10, 2, 7, stride, spoil=True)
+    # Weights in pieces of 16 bytes; those of three groups begin anywhere in a piece.
+    for pass_, dtype, layout, stride in product(PASSES, ("float32", *HALVES), ("nhwc", "nchw"), (1, 2)):
+        yield Problem("tiled", pass_, dtype, layout, 2, 24, 8, 24, 3, 5, stride)
+    for dtype, kernel in product(("float32", *HALVES), WINDOWS):
+        yield Problem("tiled", "forward", dtype, "nhwc", 2, 64, 8, 20, 4, kernel)
     for stride in (1, 2):
         yield Problem("tiled", "forward", "float32", "nchw", 1, 16, 9, 10, 2, 7, stride, expanded=True)
 
@@ -115,6 +120,9 @@ def sliding() -> Iterator[Problem]:
         yield one(9, 8, 6, 5, 2, 3)
         yield one(1, 4, 12, 34, 1, 9)
         yield one(1, 8, 9, 10, 2, 7, spoil=True)
+        yield one(2, 16, 13, 21, 1, 5, padding=5, dilation=3)  # classes by dilation where taps are dense
+        yield one(1, 8, 9, 10, 2, 3, padding=19, dilation=16)  # everywhere, some without pixels
+        yield one(1, 40, 17, 15, 1, 7, padding=6, dilation=2, offset=1)
         shifted = partial(one, shift=True)
         yield shifted(2, 32, 14, 14, 2, 7)  # small images
         yield shifted(1, 16, 10, 38, 1, 5)  # tiles

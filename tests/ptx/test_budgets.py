@@ -53,6 +53,13 @@ def test_nothing_spills():
     assert [identity(row) for row in read_table() if row["spill_bytes"]] == []
 
 
+def test_tiled_hides_latency():
+    """It waits for its tile, so others must run meanwhile."""
+    rows = [row for row in read_table() if row["strategy"] == "tiled"]
+    assert len(rows) > 20
+    assert [identity(row) for row in rows if row["blocks_per_sm"] * -(-row["threads"] // 32) < 16] == []
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_agree(name):
     text = (ROOT / name).read_text()
