@@ -80,13 +80,34 @@ inline void load_pixel_pairs(const TwoRows from, int64_t channels, int64_t pixel
   }
 }
 
+// Whether pairs of neighbouring channels are dwords of memory; `stride` has those of n, c, h and w.
+inline bool channels_in_pairs(const BFloat16* from, const int64_t (&stride)[4], int64_t channels, int64_t rows) {
+  return stride[1] == 1 && channels % 2 == 0 && stride[3] % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(from) % sizeof(Pair) == 0 && (rows == 1 || stride[2] % 2 == 0);
+}
+
+// Pairs of channels at a run of pixels as [pair][pixel], rows `pitch` apart. The partner of an odd channel is zero. With
+// `in_pairs` pairs are dwords of memory.
+inline void pack_channel_rows(const BFloat16* from, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels,
+                              bool in_pairs, Pair* to, int64_t pitch) {
+  const int64_t depth = ceil_div(channels, 2);
+  if (in_pairs) return transpose_pairs(reinterpret_cast<const Pair*>(from), pixel / 2, pixels, depth, to, pitch);
+  for (int64_t k = 0; k < depth; ++k, to += pitch) {
+    const BFloat16* low = from + 2 * k * channel;
+    const TwoRows both(low, 2 * k + 1 < channels ? low + channel : nullptr);
+    if (pixel == 1)
+      both.copy_run(pixels, to);
+    else
+      for (int64_t i = 0; i < pixels; ++i) both.copy(i * pixel, to + i);
+  }
+}
+
 // Pairs of channels at rows x columns pixels as [vector of pixels][pair][lane]. Lanes past the last pixel are zero, as
 // is the partner of an odd channel. `stride` has those of n, c, h and w.
 inline void pack_channel_pairs(const BFloat16* from, const int64_t (&stride)[4], int64_t channels, int64_t rows,
                                int64_t columns, Pair* to) {
-  const int64_t pixels = rows * columns, depth = ceil_div(channels, 2), channel = stride[1], column = stride[3];
-  const bool in_pairs = channel == 1 && channels % 2 == 0 && column % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(from) % sizeof(Pair) == 0 && (rows == 1 || stride[2] % 2 == 0);
+  const int64_t pixels = rows * columns, depth = ceil_div(channels, 2);
+  const bool in_pairs = channels_in_pairs(from, stride, channels, rows);
   for (int64_t at = 0; at < pixels; at += pair_lanes, to += pair_lanes * depth) {
     const int64_t count = min(pair_lanes, pixels - at);
     if (count < pair_lanes) std::memset(to, 0, size_t(pair_lanes * depth) * sizeof(Pair));
@@ -94,22 +115,24 @@ inline void pack_channel_pairs(const BFloat16* from, const int64_t (&stride)[4],
     for (int64_t lane = 0; lane < count;) {
       const int64_t row = (at + lane) / columns, first = (at + lane) % columns;
       const int64_t run = min(count - lane, columns - first);
-      const BFloat16* source = from + row * stride[2] + first * column;
-      if (in_pairs) {
-        transpose_pairs(reinterpret_cast<const Pair*>(source), column / 2, run, depth, to + lane, pair_lanes);
-      } else {
-        for (int64_t k = 0; k < depth; ++k) {
-          const BFloat16* low = source + 2 * k * channel;
-          const TwoRows both(low, 2 * k + 1 < channels ? low + channel : nullptr);
-          Pair* target = to + k * pair_lanes + lane;
-          if (column == 1)
-            both.copy_run(run, target);
-          else
-            for (int64_t i = 0; i < run; ++i) both.copy(i * column, target + i);
-        }
-      }
+      pack_channel_rows(from + row * stride[2] + first * stride[3], stride[1], channels, stride[3], run, in_pairs,
+                        to + lane, pair_lanes);
       lane += run;
     }
+  }
+}
+
+// Pairs of rows [row][column] as [pair of rows][column], `pitch` apart; the partner of an odd row is zero, as is what is
+// past the last column.
+inline void pack_row_pairs(const BFloat16* from, int64_t row, int64_t column, int64_t rows, int64_t columns, Pair* to,
+                           int64_t pitch) {
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * row, to += pitch) {
+    const TwoRows both(from, r + 1 < rows ? from + row : nullptr);
+    if (column == 1)
+      both.copy_run(columns, to);
+    else
+      for (int64_t c = 0; c < columns; ++c) both.copy(c * column, to + c);
+    if (columns < pitch) std::memset(to + columns, 0, size_t(pitch - columns) * sizeof(Pair));
   }
 }
 

@@ -1,0 +1,526 @@
+// The inner loops of the backward pass of `fused` in bfloat16 by dot products of pairs. The tasks and their steps are
+// those of tiling.h; a pair is
+//
+//   W       two reduced channels, as in the forward pass; W is rounded to bfloat16
+//   grad_X  two tap rows at the same column. They read neighbouring rows of the output, so that a pair of weights is made
+//           of two rows of W: [row][pair of tap rows][tap column][column], the low halves of a row and the high ones of the
+//           row before it. grad_Y is [row][column][16] of the same two rows. Both are kept for as many rows as a row of
+//           grad_X reads, which is summed in registers over all of its taps and stored once
+//   grad_W  two channels: X and grad_Y are [pair of channels][row][column]. Rows of X follow each other without more than
+//           the zeros of one border between them, so that short rows, too, fill vectors; a vector of sums is stored
+//           without the lanes between rows
+//   grad_R  two taps, and grad_S two pixels, of grad_W rounded to bfloat16
+//
+// For 7 x 7 taps 14 columns of grad_X take, per pair of tap rows, 98 dot products and 97 loads. grad_W takes, per pair of
+// channels, tap row and three vectors, 21 dot products, 11 loads and 18 shifts.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/channels/backward_strip.h"
+#include "cpu/channels/packing_pairs.h"
+#include "cpu/channels/tiling.h"
+#include "cpu/simd/pairs.h"
+#include "cpu/simd/pairs_gemm.h"
+#include "cpu/simd/pairs_sums.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// What a row of grad_X is the sum of: pairs of tap rows, each with the rows of grad_Y and of weights that it reads, at
+// their first column. Of the last one, with `single`, only the low halves count.
+struct GatherRows {
+  struct {
+    const Pair *gy, *w;
+  } at[(max_pair_taps + 1) / 2];
+  int64_t pairs;  // without the single one
+  bool single;
+};
+
+// A block of channels of grad_X at Columns columns q = Stride m + Phase - padding from m = `first` on:
+//
+//   gx[m] = sum over t of  w[Phase + Stride t][m - t] * gy[m - t]
+//
+// Weights and grad_Y are zero where m - t is outside the row. Stride and Width are those of the window, or both 0 for any,
+// whose stride, phase and number of taps of the phase are arguments.
+template <int Columns, int Stride, int Width, int Phase>
+[[gnu::noinline]] void gather_pairs_block(const GatherRows& rows, int64_t first, int64_t any_stride, int64_t any_phase,
+                                          int64_t any_taps, const PixelResults& result) {
+  constexpr bool any = Stride == 0;
+  constexpr int known_taps = any ? 1 : (Width - Phase + Stride - 1) / (any ? 1 : Stride);
+  // Sums of few columns would wait for each other.
+  constexpr int chains = Columns <= max_pair_columns / 2 ? 2 : 1, spread_columns = any || Columns < 4 ? 0 : 4;
+  const int64_t stride = any ? any_stride : Stride, phase = any ? any_phase : Phase, taps = any ? any_taps : known_taps;
+  const int64_t tap = 1 - stride * weight_row_pitch;
+  const int64_t gy_offset = (first - (taps - 1)) * block_channels;
+  const int64_t w_offset = first + phase * weight_row_pitch - (taps - 1) * tap;
+  PairSums<16> sums[chains][Columns];
+#pragma GCC unroll 2
+  for (int k = 0; k < chains; ++k)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) sums[k][c] = PairSums<16>::splat(0);
+  const auto add = [&](PairSums<16>(&sum)[Columns], int64_t row, auto load) __attribute__((always_inline)) {
+    const Pair *gy = rows.at[row].gy + gy_offset, *w = rows.at[row].w + w_offset;
+    if constexpr (any) {
+      for (int64_t t = 0; t < taps; ++t, gy += block_channels, w += tap)
+#pragma GCC unroll 16
+        for (int c = 0; c < Columns; ++c) sum[c].add_dot(load(gy + c * block_channels), w[c]);
+    } else {
+      constexpr int step = 1 - Stride * int(weight_row_pitch);
+      Pairs<16> fours[known_taps];
+#pragma GCC unroll 32
+      for (int q = 0; q < Columns - 1 + known_taps; ++q) {
+        const Pairs<16> at = load(gy + q * block_channels);
+#pragma GCC unroll 16
+        for (int c = 0; c < Columns; ++c) {
+          const int t = q - c;
+          if (t < 0 || t >= known_taps) continue;
+          const Pair* weight = w + t * step + c;
+          if (c < spread_columns) {
+            if (c == 0) fours[t] = Pairs<16>::load_fours(weight);
+            sum[c].add_dot(at, fours[t].spread(c));
+          } else {
+            sum[c].add_dot(at, *weight);
+          }
+        }
+      }
+    }
+  };
+  const auto whole = [](const Pair* from) __attribute__((always_inline)) { return Pairs<16>::load(from); };
+  const auto low = [](const Pair* from) __attribute__((always_inline)) { return Pairs<16>::load_low(from); };
+  int64_t row = 0;
+  for (; row + chains <= rows.pairs; row += chains)
+#pragma GCC unroll 2
+    for (int k = 0; k < chains; ++k) add(sums[k], row + k, whole);
+  if constexpr (chains == 2)
+    if (row < rows.pairs) add(sums[0], row++, whole);
+  if (rows.single) add(sums[chains - 1], row, low);
+  if constexpr (chains == 2)
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) sums[0][c].value += sums[1][c].value;
+  if (result.narrow != nullptr) {
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) sums[0][c].round_to(result.narrow + c * result.column);
+  } else {
+#pragma GCC unroll 16
+    for (int c = 0; c < Columns; ++c) sums[0][c].store(result.wide + c * result.column);
+  }
+}
+
+// All columns of a phase of a row of grad_X.
+template <int Stride, int Width, int Phase>
+void gather_pairs_phase(const Problem& p, const GatherRows& rows, int64_t any_phase, const PixelResults& row) {
+  const int64_t stride = Stride > 0 ? Stride : p.stride_w, phase = Stride > 0 ? Phase : any_phase;
+  const int64_t taps = max(0, ceil_div(p.kernel_w - phase, stride));
+  const auto column = [&](int64_t q) { return q <= 0 ? 0 : ceil_div(q, stride); };
+  const int64_t begin = column(p.padding_w - phase), columns = column(p.in_w + p.padding_w - phase) - begin;
+  const int64_t count = ceil_div(columns, max_pair_columns);
+  PixelResults result = row;
+  result.column *= stride;
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t m = columns * b / count;
+    with_count<max_pair_columns>(columns * (b + 1) / count - m, [&](auto n) {
+      gather_pairs_block<decltype(n)::value, Stride, Width, Phase>(
+          rows, begin + m, stride, phase, taps, row.at(0, stride * (begin + m) + phase - p.padding_w).every(stride));
+    });
+  }
+}
+
+template <int Stride, int Width>
+void gather_pairs(const Problem& p, const GatherRows& rows, const PixelResults& row) {
+  if constexpr (Stride == 0) {
+    for (int64_t phase = 0; phase < p.stride_w; ++phase) gather_pairs_phase<0, 0, 0>(p, rows, phase, row);
+  } else {
+    gather_pairs_phase<Stride, Width, 0>(p, rows, 0, row);
+    if constexpr (Stride > 1) gather_pairs_phase<Stride, Width, 1>(p, rows, 1, row);
+  }
+}
+
+using GatherPairs = void (*)(const Problem&, const GatherRows& rows, const PixelResults& row);
+
+GatherPairs gather_pairs_for(const Problem& p) {
+  if (p.stride_w == 1) {
+    switch (p.kernel_w) {
+      case 3: return gather_pairs<1, 3>;
+      case 5: return gather_pairs<1, 5>;
+      case 7: return gather_pairs<1, 7>;
+      default: break;
+    }
+  } else if (p.stride_w == 2) {
+    switch (p.kernel_w) {
+      case 3: return gather_pairs<2, 3>;
+      case 5: return gather_pairs<2, 5>;
+      case 7: return gather_pairs<2, 7>;
+      default: break;
+    }
+  }
+  return gather_pairs<0, 0>;
+}
+
+// A vector of a tile of rows that follow each other with zeros between them: which lanes are pixels, and how many pixels
+// come before it.
+struct FlatVector {
+  uint32_t mask;
+  int64_t place;
+};
+
+// What grad_weight_pairs_block is told besides addresses.
+struct GradWeightPairs {
+  int64_t depth;            // pairs of channels
+  int64_t x_pair, x_phase;  // steps in packed X: to the next pair of channels, phase of columns
+  int64_t stride;
+};
+
+// grad_W of Taps neighbouring taps of a row, from one of phase 0 on, at Vectors vectors of pixels. x is where the first
+// tap reads. Stride 0 is any.
+template <int Vectors, int Stride, int Taps>
+[[gnu::noinline]] void grad_weight_pairs_block(const GradWeightPairs& params, const Pair* gy, const Pair* x,
+                                               const FlatVector* vectors, float* to) {
+  const int64_t x_pair = params.x_pair, x_phase = params.x_phase;
+  PairSums<16> sum[Taps][Vectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < Taps; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[j][v] = PairSums<16>::splat(0);
+  for (int64_t c = params.depth; c > 0; --c, gy += flat_columns, x += x_pair) {
+    Pairs<16> grad[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) grad[v] = Pairs<16>::load(gy + v * pair_lanes);
+    if constexpr (Stride == 0) {
+      for (int64_t j = 0; j < Taps; ++j)
+        for (int v = 0; v < Vectors; ++v)
+          sum[j][v].add_dot(grad[v],
+                            Pairs<16>::load(x + j % params.stride * x_phase + j / params.stride + v * pair_lanes));
+    } else {
+#pragma GCC unroll 3
+      for (int phase = 0; phase < Stride && phase < Taps; ++phase) {
+        Pairs<16> at[Vectors + 1];
+#pragma GCC unroll 5
+        for (int v = 0; v <= Vectors; ++v) at[v] = Pairs<16>::load(x + phase * x_phase + v * pair_lanes);
+#pragma GCC unroll 8
+        for (int shift = 0; Stride * shift + phase < Taps; ++shift)
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v)
+            sum[Stride * shift + phase][v].add_dot(grad[v],
+                                                   shift == 0 ? at[v] : Pairs<16>::shifted(at[v], at[v + 1], shift));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < Taps; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v)
+      sum[j][v].store_lanes(vectors[v].mask, to + j * gradient_pitch + vectors[v].place);
+}
+
+// --- a task ----------------------------------------------------------------------------------------------------------
+
+struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
+  const GatherPairs gather;
+  const int64_t pair_rows;                        // pairs of tap rows
+  const int64_t depth;                            // pairs of reduced channels
+  FlatVector vectors[flat_columns / pair_lanes];  // of a tile with all its rows
+  const BFloat16* rows_of_span = nullptr;
+  int64_t span_pitch = 0;
+  const Pair* before = nullptr;  // the last row of W of the tile before
+  int64_t next_row = 0;          // of grad_X
+
+  BackwardPairsRun(const BackwardTiling& backward, int64_t task, void* scratch)
+      : BackwardTask(backward, task, scratch),
+        gather(gather_pairs_for(p)),
+        pair_rows(pairs_of_tap_rows(p)),
+        depth(ceil_div(span.reduced, 2)) {
+    int64_t place = 0;
+    for (int64_t v = 0; v < flat_columns / pair_lanes; ++v) {
+      vectors[v] = {0, place};
+      for (int64_t lane = 0; lane < pair_lanes; ++lane)
+        if ((v * pair_lanes + lane) % tiling.flat_row < p.out_w) vectors[v].mask |= 1u << lane, ++place;
+    }
+  }
+
+  Pair* pairs_at(int64_t offset) const { return reinterpret_cast<Pair*>(memory + offset); }
+  BFloat16* elements_at(int64_t offset) const { return reinterpret_cast<BFloat16*>(memory + offset); }
+  int64_t channel_pairs() const { return ceil_div(p.group_channels(), 2); }
+
+  // Rows of the output whose weights and grad_Y are kept, from the zeros before them on.
+  Pair* weight_row(int64_t row) const {
+    return pairs_at(tiling.weights_at) + row % tiling.kept_rows * pair_rows * p.kernel_w * weight_row_pitch;
+  }
+  Pair* gradient_row(int64_t block, int64_t row) const {
+    return pairs_at(tiling.grad_y_at) +
+           (block * tiling.kept_rows + row % tiling.kept_rows) * (p.out_w + 2 * weight_margin) * block_channels;
+  }
+
+  // --- the steps of a task
+
+  void start() const {
+    // The zeros around images and rows are written once; tasks leave them alone.
+    const auto zero = [&](bool wanted, int64_t at, int64_t pairs) {
+      if (wanted) std::memset(pairs_at(at), 0, size_t(pairs) * sizeof(Pair));
+    };
+    zero(want_weights, tiling.x_at, channel_pairs() * tiling.x_channel + flat_columns);
+    zero(want_weights, tiling.grad_y_across_at, channel_pairs() * flat_columns);
+    zero(want_x, tiling.weights_at, tiling.kept_rows * pair_rows * p.kernel_w * weight_row_pitch);
+    zero(want_x, tiling.grad_y_at, tiling.blocks * tiling.kept_rows * (p.out_w + 2 * weight_margin) * block_channels);
+  }
+
+  // R at a tile as [vector][pair of r][lane], and of the strip itself as [pair of pixels][r].
+  void pack_reduced(int64_t n, const BackwardStrip& strip) const {
+    const BFloat16* image = static_cast<const BFloat16*>(tiling.buffers.reduced) + n * span.reduced_stride[0];
+    const int64_t pixel = span.reduced_stride[3];
+    for_each_tile(strip, [&](int64_t first, int64_t rows, int64_t index) {
+      const BFloat16* from = image + first * span.reduced_stride[2];
+      if (want_x) pack_channel_pairs(from, span.reduced_stride, span.reduced, rows, p.out_w, panel(index));
+      if (tiling.buffers.grad_span == nullptr || first < strip.begin || first >= strip.end) return;
+      Pair* to = pixel_pairs(first - strip.begin);
+      const int64_t pitch = tiling.reduced_padded;
+      if (rows == 1 || span.reduced_stride[2] == p.out_w * pixel)
+        return pack_row_pairs(from, pixel, span.reduced_stride[1], rows * p.out_w, span.reduced, to, pitch);
+      for (int64_t i = 0; i < rows * p.out_w; i += 2, to += pitch) {
+        const auto at = [&](int64_t k) { return from + k / p.out_w * span.reduced_stride[2] + k % p.out_w * pixel; };
+        const BFloat16* low = at(i);
+        pack_row_pairs(low, i + 1 < rows * p.out_w ? at(i + 1) - low : 0, span.reduced_stride[1],
+                       i + 1 < rows * p.out_w ? 2 : 1, span.reduced, to, pitch);
+      }
+    });
+  }
+  Pair* panel(int64_t index) const { return pairs_at(tiling.panels_at) + index * tiling.tile_pitch * depth; }
+  Pair* pixel_pairs(int64_t row) const {
+    return pairs_at(tiling.pixels_at) + tiling.place(row, 0) / 2 * tiling.reduced_padded;
+  }
+
+  void start_group(int64_t n, int64_t g, const BackwardStrip& strip) {
+    if (want_weights) pack_input(n, g, strip);
+    before = nullptr;
+    next_row = strip.in_begin;
+    if (tiling.buffers.grad_bias != nullptr)
+      std::memset(memory + tiling.bias_sums_at, 0, size_t(p.taps() * pair_lanes) * sizeof(float));
+    const BFloat16* s = span_row<BFloat16>(span, tiling.buffers, g * p.taps());
+    const int64_t row = span.span_stride[0], column = span.span_stride[1];
+    if (want_x)
+      rows_of_span = rows_in_pairs(s, row, column, p.taps(), span.reduced, elements_at(tiling.span_at), &span_pitch);
+    if (tiling.buffers.grad_reduced != nullptr)
+      pack_row_pairs(s, row, column, p.taps(), span.reduced, pairs_at(tiling.span_across_at), span.reduced);
+  }
+
+  // X of a group for a strip as [pair of channels][phase of rows][phase of columns][row][column]: column m of a phase is
+  // column stride * m + phase - padding of X, and rows alike. The zeros after a row are those before the next one, too.
+  void pack_input(int64_t n, int64_t g, const BackwardStrip& strip) const {
+    const BFloat16* image =
+        static_cast<const BFloat16*>(tiling.buffers.x) + n * p.x_stride[0] + g * p.group_channels() * p.x_stride[1];
+    const bool in_pairs = p.x_stride[3] % 2 == 0 && channels_in_pairs(image, p.x_stride, p.group_channels(), 2);
+    for (int64_t h = strip.x_begin; h < strip.x_end; ++h)
+      for (int64_t phase = 0; phase < p.stride_w; ++phase) {
+        const int64_t row = h - strip.x_begin, begin = flat_begin(p, phase), end = flat_end(p, phase);
+        if (begin >= end) continue;
+        Pair* to = pairs_at(tiling.x_at) + plane(row % p.stride_h, phase) + row / p.stride_h * tiling.flat_row + begin;
+        if (h >= 0 && h < p.in_h)
+          pack_channel_rows(image + h * p.x_stride[2] + (begin * p.stride_w + phase - p.padding_w) * p.x_stride[3],
+                            p.x_stride[1], p.group_channels(), p.stride_w * p.x_stride[3], end - begin, in_pairs, to,
+                            tiling.x_channel);
+        else if (tiling.height < p.out_h)
+          for (int64_t c = 0; c < channel_pairs(); ++c)
+            std::memset(to + c * tiling.x_channel, 0, size_t(end - begin) * sizeof(Pair));
+      }
+  }
+  int64_t plane(int64_t row_phase, int64_t phase) const { return (row_phase * p.stride_w + phase) * tiling.x_phase; }
+
+  // W at a tile as [pair of tap rows][tap column][pixel]; the partner of an odd tap row is zero.
+  void compute_weights(int64_t index, int64_t pixels, Pair* to) const {
+    const PairColumns columns{panel(index), depth * pair_lanes};
+    for (int64_t a = 0; a < min(p.stride_h, p.kernel_h); ++a)
+      for (int64_t i = a; i < p.kernel_h; i += 2 * p.stride_h, to += p.kernel_w * tile_pixels) {
+        const int64_t first = i * p.kernel_w, partner = i + p.stride_h < p.kernel_h ? p.stride_h * p.kernel_w : 0;
+        multiply_pairs({rows_of_span + first * span_pitch, span_pitch, 1, partner, bias + first}, p.kernel_w, columns,
+                       pixels, depth, {to, tile_pixels, pair_lanes, false});
+      }
+  }
+
+  // Weights of a row of the output, the low halves, with those of the row before it. Either may be missing.
+  void keep_weights(const Pair* low, const Pair* high, Pair* to) const {
+    to += weight_margin;
+    const auto copy = [&](auto pairs_of) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < pair_rows * p.kernel_w; ++k, to += weight_row_pitch)
+        for (int64_t v = 0; v < p.out_w; v += pair_lanes)
+          pairs_of(k * tile_pixels + v, min(pair_lanes, p.out_w - v)).store(to + v);
+    };
+    const Pairs<16> zero{};
+    if (low == nullptr)
+      copy([&](int64_t at, int64_t count) { return zero.with_high_of(Pairs<16>::load_first(high + at, count)); });
+    else if (high == nullptr)
+      copy([&](int64_t at, int64_t count) { return Pairs<16>::load_first(low + at, count).with_high_of(zero); });
+    else
+      copy([&](int64_t at, int64_t count) {
+        return Pairs<16>::load_first(low + at, count).with_high_of(Pairs<16>::load_first(high + at, count));
+      });
+  }
+
+  // A row of grad_Y of a block, the low halves, with the row before it.
+  void keep_gradient(int64_t n, int64_t g, int64_t block, int64_t row, const BackwardStrip& strip) const {
+    const BFloat16* channels =
+        static_cast<const BFloat16*>(tiling.buffers.y) + n * p.y_stride[0] + first_channel(g, block) * p.y_stride[1];
+    const auto row_of = [&](int64_t r) {
+      return r < strip.first || r >= strip.last ? nullptr : channels + r * p.y_stride[2];
+    };
+    load_pixel_pairs(TwoRows(row_of(row), row_of(row - 1)), channels_of(block), p.out_w, p.y_stride[1], p.y_stride[3],
+                     gradient_row(block, row) + weight_margin * block_channels, pairs_at(tiling.staging_at));
+  }
+
+  // Row h of grad_X.
+  void gather_row(int64_t n, int64_t g, int64_t block, int64_t h, const BackwardStrip& strip) const {
+    const int64_t phase = (h + p.padding_h) % p.stride_h, first = (h + p.padding_h) / p.stride_h;
+    int64_t pair = 0;
+    for (int64_t a = 0; a < min(phase, p.kernel_h); ++a) pair += ceil_div(ceil_div(p.kernel_h - a, p.stride_h), 2);
+    GatherRows rows{};
+    const auto inside = [&](int64_t row) { return row >= strip.first && row < strip.last; };
+    int64_t row = first;
+    for (int64_t i = phase; i < p.kernel_h; i += 2 * p.stride_h, row -= 2, ++pair) {
+      const bool partner = i + p.stride_h < p.kernel_h;
+      if (!inside(row) && !(partner && inside(row - 1))) continue;
+      rows.at[rows.pairs] = {gradient_row(block, row) + weight_margin * block_channels,
+                             weight_row(row) + pair * p.kernel_w * weight_row_pitch + weight_margin};
+      if (partner)
+        ++rows.pairs;
+      else
+        rows.single = true;
+    }
+    const int64_t channels = channels_of(block), channel = span.grad_x_stride[1], pixel = span.grad_x_stride[3];
+    BFloat16* to = static_cast<BFloat16*>(tiling.buffers.grad_x) + n * span.grad_x_stride[0] +
+                   first_channel(g, block) * channel + h * span.grad_x_stride[2];
+    if (channel == 1 && channels == block_channels) return gather(p, rows, {to, nullptr, 0, pixel});
+    float* wide = memory + tiling.grad_x_at;
+    gather(p, rows, {nullptr, wide, 0, block_channels});
+    store_pixels(wide, channels, p.in_w, to, channel, pixel, staging);
+  }
+
+  // grad_W at a tile of rows of the strip as [tap][pixel].
+  void grad_weights(int64_t n, int64_t g, int64_t first, int64_t rows, const BackwardStrip& strip, float* gw) const {
+    const BFloat16* from = static_cast<const BFloat16*>(tiling.buffers.y) + n * p.y_stride[0] +
+                           g * p.group_channels() * p.y_stride[1] + first * p.y_stride[2];
+    const bool in_pairs = channels_in_pairs(from, p.y_stride, p.group_channels(), rows);
+    Pair* gy = pairs_at(tiling.grad_y_across_at);
+    for (int64_t r = 0; r < rows; ++r)
+      pack_channel_rows(from + r * p.y_stride[2], p.y_stride[1], p.group_channels(), p.y_stride[3], p.out_w, in_pairs,
+                        gy + r * tiling.flat_row, flat_columns);
+    const int64_t count = ceil_div((rows - 1) * tiling.flat_row + p.out_w, pair_lanes);
+    const Pair* x = pairs_at(tiling.x_at) + (first - strip.begin) * tiling.flat_row;
+    const GradWeightPairs params{channel_pairs(), tiling.x_channel, tiling.x_phase, p.stride_w};
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const Pair* x_row = x + plane(i % p.stride_h, 0) + i / p.stride_h * tiling.flat_row;
+      if (p.stride_w == 1)
+        grad_weight_row<1>(params, gy, x_row, count, gw + i * p.kernel_w * gradient_pitch);
+      else if (p.stride_w == 2)
+        grad_weight_row<2>(params, gy, x_row, count, gw + i * p.kernel_w * gradient_pitch);
+      else
+        grad_weight_row<0>(params, gy, x_row, count, gw + i * p.kernel_w * gradient_pitch);
+    }
+  }
+  template <int Stride>
+  void grad_weight_row(const GradWeightPairs& params, const Pair* gy, const Pair* x, int64_t count, float* to) const {
+    constexpr int most = 7;
+    for (int64_t j = 0; j < p.kernel_w;) {
+      // Parts begin with a tap of phase 0: of more than one stride each has 6 taps, or as many as the stride.
+      const int64_t rest = p.kernel_w - j;
+      const int64_t taps = rest <= most         ? rest
+                           : Stride > 0         ? most - 1
+                           : p.stride_w <= most ? most / p.stride_w * p.stride_w
+                                                : 1;
+      const Pair* from = x + j % p.stride_w * params.x_phase + j / p.stride_w;
+      with_count<most>(taps, [&](auto n) {
+        constexpr int wide = decltype(n)::value <= 5 ? 4 : 3;
+        int64_t v = 0;
+        const auto block = [&](auto m) {
+          for (; v + decltype(m)::value <= count; v += decltype(m)::value)
+            grad_weight_pairs_block<decltype(m)::value, Stride, decltype(n)::value>(
+                params, gy + v * pair_lanes, from + v * pair_lanes, vectors + v, to + j * gradient_pitch);
+        };
+        if (count % wide == 1 && count > wide) {
+          // Four vectors are two and two.
+          for (; v + wide + 2 <= count;) {
+            grad_weight_pairs_block<wide, Stride, decltype(n)::value>(
+                params, gy + v * pair_lanes, from + v * pair_lanes, vectors + v, to + j * gradient_pitch);
+            v += wide;
+          }
+          block(Count<2>{});
+        }
+        if constexpr (wide == 4) block(Count<4>{});
+        block(Count<3>{});
+        block(Count<2>{});
+        block(Count<1>{});
+      });
+      j += taps;
+    }
+  }
+
+  // grad_W of a tile rounded to [tap][pixel] and to [pair of taps][pixel]; its sums for grad_b.
+  void round_weights(const float* gw, int64_t pixels, BFloat16* to, Pair* across) const {
+    float* sums = memory + tiling.bias_sums_at;
+    const int64_t taps = p.taps();
+    for (int64_t k = 0; k < taps; k += 2, gw += 2 * gradient_pitch, to += 2 * tile_pixels, across += tile_pixels) {
+      const bool other = k + 1 < taps;
+      auto total_low = PairSums<16>::splat(0), total_high = PairSums<16>::splat(0);
+      for (int64_t v = 0; v < pixels; v += pair_lanes) {
+        const auto low = PairSums<16>::load_first(gw + v, pixels - v);
+        const auto high =
+            other ? PairSums<16>::load_first(gw + gradient_pitch + v, pixels - v) : PairSums<16>::splat(0);
+        total_low.value += low.value, total_high.value += high.value;
+        low.round_with(high).store(across + v);
+        low.round_to(to + v);
+        if (other) high.round_to(to + tile_pixels + v);
+      }
+      if (tiling.buffers.grad_bias == nullptr) continue;
+      const auto add = [&](PairSums<16> total, int64_t tap) {
+        total.value += PairSums<16>::load(sums + tap * pair_lanes).value;
+        total.store(sums + tap * pair_lanes);
+      };
+      add(total_low, k);
+      if (other) add(total_high, k + 1);
+    }
+  }
+
+  // grad_R += S^T grad_W and grad_S += grad_W R^T of a tile of the strip.
+  void multiply_gradients(int64_t g, int64_t row, int64_t pixels, const Pair* rounded, const Pair* across) const {
+    const int64_t taps = p.taps(), pitch = tiling.reduced_padded;
+    const auto bits = [](const Pair* pairs) { return reinterpret_cast<const uint32_t*>(pairs); };
+    if (tiling.buffers.grad_reduced != nullptr)
+      pair_product({bits(pairs_at(tiling.span_across_at)), 1, span.reduced, span.reduced, bits(across), pair_lanes,
+                    tile_pixels, ceil_div(pixels, pair_lanes), ceil_div(taps, 2), nullptr, gr + tiling.place(row, 0),
+                    tiling.plane});
+    if (tiling.buffers.grad_span != nullptr)
+      pair_product({bits(rounded), tile_pixels / 2, 1, taps, bits(pixel_pairs(row)), pair_lanes, pitch,
+                    pitch / pair_lanes, ceil_div(pixels, 2), nullptr, tiling.span_part(part) + g * taps * pitch,
+                    pitch});
+  }
+
+  void tile(int64_t n, int64_t g, int64_t first, int64_t rows, int64_t index, const BackwardStrip& strip) {
+    const int64_t pixels = rows * p.out_w, end = first + rows;
+    if (want_x) {
+      // Two tiles of W by turns: a tile reads the last row of the one before.
+      Pair* w = pairs_at(tiling.dense_at) + index % 2 * pair_rows * p.kernel_w * tile_pixels;
+      compute_weights(index, pixels, w);
+      const bool last = end == strip.last;
+      for (int64_t row = first; row < end + (last ? 1 : 0); ++row) {
+        const Pair* at = w + (row - first) * p.out_w;
+        keep_weights(row < end ? at : nullptr, row > first ? at - p.out_w : before, weight_row(row));
+        for (int64_t block = 0; block < tiling.blocks; ++block) keep_gradient(n, g, block, row, strip);
+      }
+      before = w + (rows - 1) * p.out_w;
+      for (; next_row < strip.in_end && (last || (next_row + p.padding_h) / p.stride_h < end); ++next_row)
+        for (int64_t block = 0; block < tiling.blocks; ++block) gather_row(n, g, block, next_row, strip);
+    }
+    if (!want_weights || first < strip.begin || first >= strip.end) return;
+    float* gw = memory + tiling.grad_weights_at;
+    grad_weights(n, g, first, rows, strip, gw);
+    round_weights(gw, pixels, elements_at(tiling.rounded_at), pairs_at(tiling.rounded_across_at));
+    multiply_gradients(g, first - strip.begin, pixels, pairs_at(tiling.rounded_at), pairs_at(tiling.rounded_across_at));
+  }
+
+  void finish_group(int64_t, int64_t g, const BackwardStrip&) const {
+    if (tiling.buffers.grad_bias == nullptr) return;
+    float* to = tiling.bias_part(part) + g * p.taps();
+    for (int64_t k = 0; k < p.taps(); ++k)
+      to[k] += total(PairSums<16>::load(memory + tiling.bias_sums_at + k * pair_lanes));
+  }
+};
+
+}  // namespace
+}  // namespace pyinvolution::cpu

@@ -1,0 +1,185 @@
+// A task of a backward pass: what the loops in float32 (backward.inl) and those in pairs of bfloat16
+// (backward_pairs.inl) have in common, the strips of a part and the order of the steps. Compiled with the instruction
+// set of the including file.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/channels/packing.h"
+#include "cpu/channels/tiling.h"
+#include "cpu/simd/prefetch.h"
+#include "pyinvolution/axis.h"
+
+namespace pyinvolution::cpu {
+namespace {
+
+// `Loops` derives from this and has the steps of a task (see tiling.h):
+//
+//   start()                               what a task does once
+//   pack_reduced(n, strip)                R of a strip of image n
+//   start_group(n, g, strip)              X, S and the bias of group g
+//   tile(n, g, row, rows, index, strip)   the rows [row, row + rows) of the output, the index-th tile of the strip
+//   finish_group(n, g, strip)
+template <class T, class Loops>
+struct BackwardTask {
+  const BackwardTiling& tiling;
+  const SpanProblem& span;
+  const Problem& p;
+  const Axis<int64_t> row_axis;
+  float* memory;
+  float *gr, *bias, *staging;
+  int64_t chunk, part;
+  bool want_x, want_weights;  // whether grad_X and grad_W are computed (grad_W also as a step to others)
+
+  BackwardTask(const BackwardTiling& backward, int64_t task, void* scratch)
+      : tiling(backward),
+        span(backward.problem),
+        p(backward.problem.involution),
+        row_axis(rows_of(p)),
+        memory(static_cast<float*>(scratch)),
+        chunk(task % backward.chunks),
+        part(task / backward.chunks) {
+    gr = memory + tiling.grad_reduced_at, bias = memory + tiling.bias_at, staging = memory + tiling.staging_at;
+    want_x = tiling.buffers.grad_x != nullptr;
+    want_weights = tiling.grad_w != nullptr || tiling.buffers.grad_reduced != nullptr ||
+                   tiling.buffers.grad_span != nullptr || tiling.buffers.grad_bias != nullptr;
+  }
+
+  int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
+  int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
+
+  // Calls body(row, rows, index) for the tiles of rows of a strip. None has rows of the strip itself and of a neighbour.
+  template <class Body>
+  void for_each_tile(const BackwardStrip& strip, const Body& body) const {
+    const int64_t ends[] = {strip.begin, strip.end, last_row(strip)};
+    int64_t row = first_row(strip), index = 0;
+    for (const int64_t end : ends)
+      for (int64_t rows; row < end; row += rows) {
+        rows = min(tiling.tile_rows, end - row);
+        body(row, rows, index++);
+      }
+  }
+  int64_t first_row(const BackwardStrip& strip) const { return want_x ? strip.first : strip.begin; }
+  int64_t last_row(const BackwardStrip& strip) const { return want_x ? strip.last : strip.end; }
+
+  // What is computed after a group of a strip: the next group, or the first one of the next strip.
+  struct Following {
+    int64_t n, g;
+    const BackwardStrip* strip;
+    bool begins;  // a strip, whose R is read, too
+  };
+
+  // Asks for the i-th of `of` parts of what it reads and writes, while the group before it is computed.
+  void prefetch(const Following& next, int64_t i, int64_t of) const {
+    const BackwardStrip& strip = *next.strip;
+    const int64_t n = next.n, g = next.g, channels = p.group_channels(), c = g * channels;
+    const auto rows = [&](int64_t begin, int64_t end, const auto& body) {
+      for (int64_t h = begin + (end - begin) * i / of; h < begin + (end - begin) * (i + 1) / of; ++h) body(h);
+    };
+    const auto image = [&](const void* at, const int64_t (&stride)[4]) {
+      rows(strip.in_begin, strip.in_end, [&](int64_t h) {
+        prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
+                        stride[3], p.in_w);
+      });
+    };
+    if (want_weights) image(tiling.buffers.x, p.x_stride);
+    if (want_x) image(tiling.buffers.grad_x, span.grad_x_stride);
+    const void* const weights[] = {tiling.w, tiling.grad_w};
+    rows(first_row(strip), last_row(strip), [&](int64_t row) {
+      prefetch_pixels(
+          static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
+          p.y_stride[1], channels, p.y_stride[3], p.out_w);
+      for (const void* at : weights)
+        if (at != nullptr)
+          prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
+      if (next.begins && span.reduced > 0)
+        prefetch_pixels(
+            static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] + row * span.reduced_stride[2],
+            span.reduced_stride[1], span.reduced, span.reduced_stride[3], p.out_w);
+    });
+  }
+
+  // A strip of an image, after which a task computes the next one, if it does.
+  void strip(int64_t unit, bool another) {
+    const auto strip_of = [&](int64_t u) -> const BackwardStrip& { return tiling.strips[u % tiling.strip_count]; };
+    const int64_t n = unit / tiling.strip_count;
+    const BackwardStrip& strip = strip_of(unit);
+    if (tiling.buffers.grad_reduced != nullptr) std::memset(gr, 0, size_t(span.reduced * tiling.plane) * sizeof(float));
+    if (span.reduced > 0) loops().pack_reduced(n, strip);
+    const int64_t first = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks;
+    for (int64_t g = first; g < last; ++g) {
+      load_bias<T>(span, tiling.buffers, g, bias);
+      loops().start_group(n, g, strip);
+      const Following next = g + 1 < last
+                                 ? Following{n, g + 1, &strip, false}
+                                 : Following{(unit + 1) / tiling.strip_count, first, &strip_of(unit + 1), true};
+      for_each_tile(strip, [&](int64_t row, int64_t rows, int64_t index) {
+        if (g + 1 < last || another)
+          for (int64_t i = row; i < row + rows; ++i)
+            prefetch(next, i - first_row(strip), last_row(strip) - first_row(strip));
+        loops().tile(n, g, row, rows, index, strip);
+      });
+      loops().finish_group(n, g, strip);
+    }
+    if (tiling.buffers.grad_reduced == nullptr) return;
+    const int64_t at = strip.begin / tiling.height;
+    if (tiling.chunks == 1) return store_reduced(n, at, at + 1, gr, tiling.plane);
+    float* part_of_chunk = tiling.reduced_part(chunk, n) + at * tiling.plane;
+    for (int64_t r = 0; r < span.reduced; ++r)
+      std::memcpy(part_of_chunk + r * tiling.strip_count * tiling.plane, gr + r * tiling.plane,
+                  size_t(tiling.plane) * sizeof(float));
+  }
+
+  // Sums of the strips [begin, end) of an image into grad_R. In `from` channels are `channel` floats apart.
+  void store_reduced(int64_t n, int64_t begin, int64_t end, const float* from, int64_t apart) const {
+    T* to = static_cast<T*>(tiling.buffers.grad_reduced) + n * span.grad_reduced_stride[0];
+    const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
+    for (int64_t i = begin; i < end; ++i, from += tiling.plane) {
+      const BackwardStrip& strip = tiling.strips[i];
+      for (int64_t row = strip.begin; row < strip.end; ++row) {
+        T* out = to + row * span.grad_reduced_stride[2];
+        const float* in = from + tiling.place(row - strip.begin, 0);
+        if (pixel == 1) {
+          for (int64_t r = 0; r < span.reduced; ++r) store_run(in + r * apart, p.out_w, out + r * channel);
+          continue;
+        }
+        if (channel == 1) {
+          if constexpr (is_float<T>) {
+            transpose(in, apart, span.reduced, p.out_w, out, pixel);
+          } else {
+            for (int64_t v = 0; v < p.out_w; v += tile_pixels)
+              for (int64_t r = 0; r < span.reduced; r += block_channels) {
+                const int64_t wide = min(tile_pixels, p.out_w - v), high = min(block_channels, span.reduced - r);
+                transpose(in + r * apart + v, apart, high, wide, staging, block_channels);
+                for (int64_t k = 0; k < wide; ++k)
+                  store_run(staging + k * block_channels, high, out + (v + k) * pixel + r);
+              }
+          }
+          continue;
+        }
+        for (int64_t v = 0; v < p.out_w; ++v)
+          for (int64_t r = 0; r < span.reduced; ++r) store(in[r * apart + v], &out[r * channel + v * pixel]);
+      }
+    }
+  }
+
+  void run() {
+    const int64_t taps = p.taps(), first = p.groups * chunk / tiling.chunks * taps;
+    const int64_t rows = p.groups * (chunk + 1) / tiling.chunks * taps - first;
+    if (tiling.buffers.grad_span != nullptr)
+      std::memset(tiling.span_part(part) + first * tiling.reduced_padded, 0,
+                  size_t(rows * tiling.reduced_padded) * sizeof(float));
+    if (tiling.buffers.grad_bias != nullptr)
+      std::memset(tiling.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
+    loops().start();
+    const int64_t units = p.batch * tiling.strip_count, end = units * (part + 1) / tiling.parts;
+    for (int64_t unit = units * part / tiling.parts; unit < end; ++unit) strip(unit, unit + 1 < end);
+  }
+
+ private:
+  Loops& loops() { return static_cast<Loops&>(*this); }
+};
+
+}  // namespace
+}  // namespace pyinvolution::cpu
