@@ -739,6 +739,22 @@ struct BackwardRun : BackwardTask<T, BackwardRun<T>> {
     rows_of_span.at = span_rows<T>(span, tiling.buffers, g, span_memory, &rows_of_span.row);
   }
 
+  // The next group, by as many of its rows as these are of the strip's.
+  void prefetch(const typename Task::Group& group, const typename Task::Group* next, int64_t row, int64_t rows) const {
+    if (next == nullptr) return;
+    const int64_t first = first_row(*group.strip), of = last_row(*group.strip) - first;
+    const BackwardStrip& strip = *next->strip;
+    const auto share = [&](int64_t begin, int64_t end, int64_t i) { return begin + (end - begin) * (i - first) / of; };
+    const auto input = [&](const void* at, const int64_t (&stride)[4]) {
+      this->prefetch_input(*next, at, stride, share(strip.in_begin, strip.in_end, row),
+                           share(strip.in_begin, strip.in_end, row + rows));
+    };
+    if (want_weights) input(tiling.buffers.x, p.x_stride);
+    if (want_x) input(tiling.buffers.grad_x, span.grad_x_stride);
+    this->prefetch_output(*next, share(first_row(strip), last_row(strip), row),
+                          share(first_row(strip), last_row(strip), row + rows));
+  }
+
   void tile(int64_t n, int64_t g, int64_t row, int64_t rows, int64_t index, const BackwardStrip& strip) const {
     for (int64_t column = 0; column < p.out_w; column += backward_columns) tile(n, g, row, rows, index, column, strip);
   }

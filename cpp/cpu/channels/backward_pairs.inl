@@ -60,6 +60,8 @@ template <int Columns, int Stride, int Width, int Phase>
     for (int c = 0; c < Columns; ++c) sums[k][c] = PairSums<16>::splat(0);
   const auto add = [&](PairSums<16>(&sum)[Columns], int64_t row, auto load) __attribute__((always_inline)) {
     const Pair *gy = rows.at[row].gy + gy_offset, *w = rows.at[row].w + w_offset;
+    // Hides where they come from: GCC would compute the addresses of all columns and taps before the loop.
+    asm("" : "+r"(gy), "+r"(w));
     if constexpr (any) {
       for (int64_t t = 0; t < taps; ++t, gy += block_channels, w += tap)
 #pragma GCC unroll 16
@@ -205,11 +207,13 @@ template <int Vectors, int Stride, int Taps>
       }
     }
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < Taps; ++j)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v)
-      sum[j][v].store_lanes(vectors[v].mask, to + j * gradient_pitch + vectors[v].place);
+  for (int v = 0; v < Vectors; ++v) {
+    const uint32_t mask = vectors[v].mask;
+    float* place = to + vectors[v].place;
+#pragma GCC unroll 8
+    for (int j = 0; j < Taps; ++j) sum[j][v].store_lanes(mask, place + j * gradient_pitch);
+  }
 }
 
 // --- a task ----------------------------------------------------------------------------------------------------------
@@ -223,6 +227,7 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
   int64_t span_pitch = 0;
   const Pair* before = nullptr;  // the last row of W of the tile before
   int64_t next_row = 0;          // of grad_X
+  int64_t packed = 0;            // rows of X, from the first one of the strip on
 
   BackwardPairsRun(const BackwardTiling& backward, int64_t task, void* scratch)
       : BackwardTask(backward, task, scratch),
@@ -254,13 +259,24 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
 
   void start() const {
     // The zeros around images and rows are written once; tasks leave them alone.
-    const auto zero = [&](bool wanted, int64_t at, int64_t pairs) {
-      if (wanted) std::memset(pairs_at(at), 0, size_t(pairs) * sizeof(Pair));
-    };
-    zero(want_weights, tiling.x_at, channel_pairs() * tiling.x_channel + flat_columns);
-    zero(want_weights, tiling.grad_y_across_at, channel_pairs() * flat_columns);
-    zero(want_x, tiling.weights_at, tiling.kept_rows * pair_rows * p.kernel_w * weight_row_pitch);
-    zero(want_x, tiling.grad_y_at, tiling.blocks * tiling.kept_rows * (p.out_w + 2 * weight_margin) * block_channels);
+    if (want_weights) {
+      std::memset(pairs_at(tiling.x_at), 0, size_t(channel_pairs() * tiling.x_channel + flat_columns) * sizeof(Pair));
+      std::memset(pairs_at(tiling.grad_y_across_at), 0, size_t(channel_pairs() * flat_columns) * sizeof(Pair));
+    }
+    if (!want_x) return;
+    const Pairs<16> zeros{};
+    for (int64_t row = 0; row < tiling.kept_rows; ++row) {
+      Pair* weights = weight_row(row);
+      for (int64_t k = 0; k < pair_rows * p.kernel_w; ++k, weights += weight_row_pitch) {
+        zeros.store(weights);
+        zeros.store(weights + weight_margin + p.out_w);
+      }
+      for (int64_t block = 0; block < tiling.blocks; ++block)
+        for (int64_t column = 0; column < weight_margin; ++column) {
+          zeros.store(gradient_row(block, row) + column * block_channels);
+          zeros.store(gradient_row(block, row) + (weight_margin + p.out_w + column) * block_channels);
+        }
+    }
   }
 
   // R at a tile as [vector][pair of r][lane], and of the strip itself as [pair of pixels][r].
@@ -288,10 +304,10 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     return pairs_at(tiling.pixels_at) + tiling.place(row, 0) / 2 * tiling.reduced_padded;
   }
 
-  void start_group(int64_t n, int64_t g, const BackwardStrip& strip) {
-    if (want_weights) pack_input(n, g, strip);
+  void start_group(int64_t, int64_t g, const BackwardStrip& strip) {
     before = nullptr;
     next_row = strip.in_begin;
+    packed = 0;
     if (tiling.buffers.grad_bias != nullptr)
       std::memset(memory + tiling.bias_sums_at, 0, size_t(p.taps() * pair_lanes) * sizeof(float));
     const BFloat16* s = span_row<BFloat16>(span, tiling.buffers, g * p.taps());
@@ -302,15 +318,41 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
       pack_row_pairs(s, row, column, p.taps(), span.reduced, pairs_at(tiling.span_across_at), span.reduced);
   }
 
+  // The next tile, or the first one of the next group: a group's pixels are as far apart as all channels are wide.
+  void prefetch(const Group& group, const Group* next, int64_t row, int64_t rows) const {
+    const bool here = row + rows < last_row(*group.strip);
+    if (next != nullptr && next->begins && span.reduced_stride[1] == 1) {
+      const int64_t first = first_row(*next->strip) + row - first_row(*group.strip);
+      for (int64_t r = first; r < min(first + rows, last_row(*next->strip)); ++r)
+        prefetch_pixels(static_cast<const BFloat16*>(tiling.buffers.reduced) + next->n * span.reduced_stride[0] +
+                            r * span.reduced_stride[2],
+                        1, span.reduced, span.reduced_stride[3], p.out_w);
+    }
+    if (!here && next == nullptr) return;
+    const Group& at = here ? group : *next;
+    const BackwardStrip& strip = *at.strip;
+    const int64_t begin = here ? row + rows : first_row(strip), end = min(begin + tiling.tile_rows, last_row(strip));
+    prefetch_output({at.n, at.g, at.strip, false}, begin, end);
+    const auto last_read = [&](int64_t r) { return (r - 1) * p.stride_h - p.padding_h + p.kernel_h; };
+    if (want_weights && end > strip.begin && begin < strip.end)
+      prefetch_input(at, tiling.buffers.x, p.x_stride, begin <= strip.begin ? strip.x_begin : last_read(begin),
+                     last_read(end));
+    if (want_x)
+      prefetch_input(at, tiling.buffers.grad_x, span.grad_x_stride,
+                     max(strip.in_begin, begin * p.stride_h - p.padding_h),
+                     end == strip.last ? strip.in_end : end * p.stride_h - p.padding_h);
+  }
+
   // X of a group for a strip as [pair of channels][phase of rows][phase of columns][row][column]: column m of a phase is
   // column stride * m + phase - padding of X, and rows alike. The zeros after a row are those before the next one, too.
-  void pack_input(int64_t n, int64_t g, const BackwardStrip& strip) const {
+  // Rows [from_row, to_row) from the strip's first one on.
+  void pack_input(int64_t n, int64_t g, const BackwardStrip& strip, int64_t from_row, int64_t to_row) const {
     const BFloat16* image =
         static_cast<const BFloat16*>(tiling.buffers.x) + n * p.x_stride[0] + g * p.group_channels() * p.x_stride[1];
     const bool in_pairs = p.x_stride[3] % 2 == 0 && channels_in_pairs(image, p.x_stride, p.group_channels(), 2);
-    for (int64_t h = strip.x_begin; h < strip.x_end; ++h)
+    for (int64_t row = from_row; row < to_row; ++row)
       for (int64_t phase = 0; phase < p.stride_w; ++phase) {
-        const int64_t row = h - strip.x_begin, begin = flat_begin(p, phase), end = flat_end(p, phase);
+        const int64_t h = strip.x_begin + row, begin = flat_begin(p, phase), end = flat_end(p, phase);
         if (begin >= end) continue;
         Pair* to = pairs_at(tiling.x_at) + plane(row % p.stride_h, phase) + row / p.stride_h * tiling.flat_row + begin;
         if (h >= 0 && h < p.in_h)
@@ -337,11 +379,13 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
 
   // Weights of a row of the output, the low halves, with those of the row before it. Either may be missing.
   void keep_weights(const Pair* low, const Pair* high, Pair* to) const {
+    const int64_t taps = pair_rows * p.kernel_w, columns = p.out_w;
     to += weight_margin;
     const auto copy = [&](auto pairs_of) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < pair_rows * p.kernel_w; ++k, to += weight_row_pitch)
-        for (int64_t v = 0; v < p.out_w; v += pair_lanes)
-          pairs_of(k * tile_pixels + v, min(pair_lanes, p.out_w - v)).store(to + v);
+      for (int64_t v = 0; v < columns; v += pair_lanes) {
+        const int64_t count = min(pair_lanes, columns - v);
+        for (int64_t k = 0; k < taps; ++k) pairs_of(k * tile_pixels + v, count).store(to + k * weight_row_pitch + v);
+      }
     };
     const Pairs<16> zero{};
     if (low == nullptr)
@@ -458,15 +502,17 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     for (int64_t k = 0; k < taps; k += 2, gw += 2 * gradient_pitch, to += 2 * tile_pixels, across += tile_pixels) {
       const bool other = k + 1 < taps;
       auto total_low = PairSums<16>::splat(0), total_high = PairSums<16>::splat(0);
-      for (int64_t v = 0; v < pixels; v += pair_lanes) {
-        const auto low = PairSums<16>::load_first(gw + v, pixels - v);
-        const auto high =
-            other ? PairSums<16>::load_first(gw + gradient_pitch + v, pixels - v) : PairSums<16>::splat(0);
+      const auto round = [&](int64_t v, auto load) __attribute__((always_inline)) {
+        const auto low = load(gw + v), high = other ? load(gw + gradient_pitch + v) : PairSums<16>::splat(0);
         total_low.value += low.value, total_high.value += high.value;
         low.round_with(high).store(across + v);
         low.round_to(to + v);
         if (other) high.round_to(to + tile_pixels + v);
-      }
+      };
+      int64_t v = 0;
+      for (; v + pair_lanes <= pixels; v += pair_lanes)
+        round(v, [](const float* from) { return PairSums<16>::load(from); });
+      if (v < pixels) round(v, [&](const float* from) { return PairSums<16>::load_first(from, pixels - v); });
       if (tiling.buffers.grad_bias == nullptr) continue;
       const auto add = [&](PairSums<16> total, int64_t tap) {
         total.value += PairSums<16>::load(sums + tap * pair_lanes).value;
@@ -508,6 +554,9 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
         for (int64_t block = 0; block < tiling.blocks; ++block) gather_row(n, g, block, next_row, strip);
     }
     if (!want_weights || first < strip.begin || first >= strip.end) return;
+    const int64_t needed = (end - 1 - strip.begin) * p.stride_h + p.kernel_h;
+    pack_input(n, g, strip, packed, needed);
+    packed = needed;
     float* gw = memory + tiling.grad_weights_at;
     grad_weights(n, g, first, rows, strip, gw);
     round_weights(gw, pixels, elements_at(tiling.rounded_at), pairs_at(tiling.rounded_across_at));

@@ -19,6 +19,8 @@ namespace {
 //   start()                               what a task does once
 //   pack_reduced(n, strip)                R of a strip of image n
 //   start_group(n, g, strip)              X, S and the bias of group g
+//   prefetch(group, next, row, rows)      asks for what is read and written later; called before the tile of these rows, with
+//                                         the group after this one, if there is one
 //   tile(n, g, row, rows, index, strip)   the rows [row, row + rows) of the output, the index-th tile of the strip
 //   finish_group(n, g, strip)
 template <class T, class Loops>
@@ -63,42 +65,12 @@ struct BackwardTask {
   int64_t first_row(const BackwardStrip& strip) const { return want_x ? strip.first : strip.begin; }
   int64_t last_row(const BackwardStrip& strip) const { return want_x ? strip.last : strip.end; }
 
-  // What is computed after a group of a strip: the next group, or the first one of the next strip.
-  struct Following {
+  // A group of a strip of an image.
+  struct Group {
     int64_t n, g;
     const BackwardStrip* strip;
-    bool begins;  // a strip, whose R is read, too
+    bool begins;  // the strip, whose R is read, too
   };
-
-  // Asks for the i-th of `of` parts of what it reads and writes, while the group before it is computed.
-  void prefetch(const Following& next, int64_t i, int64_t of) const {
-    const BackwardStrip& strip = *next.strip;
-    const int64_t n = next.n, g = next.g, channels = p.group_channels(), c = g * channels;
-    const auto rows = [&](int64_t begin, int64_t end, const auto& body) {
-      for (int64_t h = begin + (end - begin) * i / of; h < begin + (end - begin) * (i + 1) / of; ++h) body(h);
-    };
-    const auto image = [&](const void* at, const int64_t (&stride)[4]) {
-      rows(strip.in_begin, strip.in_end, [&](int64_t h) {
-        prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
-                        stride[3], p.in_w);
-      });
-    };
-    if (want_weights) image(tiling.buffers.x, p.x_stride);
-    if (want_x) image(tiling.buffers.grad_x, span.grad_x_stride);
-    const void* const weights[] = {tiling.w, tiling.grad_w};
-    rows(first_row(strip), last_row(strip), [&](int64_t row) {
-      prefetch_pixels(
-          static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
-          p.y_stride[1], channels, p.y_stride[3], p.out_w);
-      for (const void* at : weights)
-        if (at != nullptr)
-          prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
-      if (next.begins && span.reduced > 0)
-        prefetch_pixels(
-            static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] + row * span.reduced_stride[2],
-            span.reduced_stride[1], span.reduced, span.reduced_stride[3], p.out_w);
-    });
-  }
 
   // A strip of an image, after which a task computes the next one, if it does.
   void strip(int64_t unit, bool another) {
@@ -111,13 +83,10 @@ struct BackwardTask {
     for (int64_t g = first; g < last; ++g) {
       load_bias<T>(span, tiling.buffers, g, bias);
       loops().start_group(n, g, strip);
-      const Following next = g + 1 < last
-                                 ? Following{n, g + 1, &strip, false}
-                                 : Following{(unit + 1) / tiling.strip_count, first, &strip_of(unit + 1), true};
+      const Group next = g + 1 < last ? Group{n, g + 1, &strip, false}
+                                      : Group{(unit + 1) / tiling.strip_count, first, &strip_of(unit + 1), true};
       for_each_tile(strip, [&](int64_t row, int64_t rows, int64_t index) {
-        if (g + 1 < last || another)
-          for (int64_t i = row; i < row + rows; ++i)
-            prefetch(next, i - first_row(strip), last_row(strip) - first_row(strip));
+        loops().prefetch({n, g, &strip, false}, g + 1 < last || another ? &next : nullptr, row, rows);
         loops().tile(n, g, row, rows, index, strip);
       });
       loops().finish_group(n, g, strip);
@@ -129,6 +98,30 @@ struct BackwardTask {
     for (int64_t r = 0; r < span.reduced; ++r)
       std::memcpy(part_of_chunk + r * tiling.strip_count * tiling.plane, gr + r * tiling.plane,
                   size_t(tiling.plane) * sizeof(float));
+  }
+
+  // Asks for the rows [begin, end) of a group's X or grad_X, and of what has the size of the output.
+  void prefetch_input(const Group& group, const void* at, const int64_t (&stride)[4], int64_t begin,
+                      int64_t end) const {
+    const int64_t channels = p.group_channels();
+    const T* from = static_cast<const T*>(at) + group.n * stride[0] + group.g * channels * stride[1];
+    for (int64_t h = max(begin, 0); h < min(end, p.in_h); ++h)
+      prefetch_pixels(from + h * stride[2], stride[1], channels, stride[3], p.in_w);
+  }
+  void prefetch_output(const Group& group, int64_t begin, int64_t end) const {
+    const int64_t n = group.n, g = group.g, channels = p.group_channels();
+    const T* y = static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + g * channels * p.y_stride[1];
+    const void* const weights[] = {tiling.w, tiling.grad_w};
+    for (int64_t row = begin; row < end; ++row) {
+      prefetch_pixels(y + row * p.y_stride[2], p.y_stride[1], channels, p.y_stride[3], p.out_w);
+      for (const void* at : weights)
+        if (at != nullptr)
+          prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
+      if (group.begins && span.reduced > 0)
+        prefetch_pixels(
+            static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] + row * span.reduced_stride[2],
+            span.reduced_stride[1], span.reduced, span.reduced_stride[3], p.out_w);
+    }
   }
 
   // Sums of the strips [begin, end) of an image into grad_R. In `from` channels are `channel` floats apart.

@@ -51,10 +51,60 @@ struct TwoRows {
   TwoRows(const BFloat16* one, const BFloat16* other, uint32_t halves) : low(one), high(other), mask(halves) {}
 };
 
+#if !defined(PYINVOLUTION_EMULATED_BF16)
+// 8 columns of 16 rows or, without Whole, of fewer.
+template <bool Whole>
+[[gnu::always_inline]] inline void transpose_eight(const Pair* from, int64_t from_pitch, int64_t rows, Pair* to,
+                                                   int64_t to_pitch) {
+  const auto row = [&](int64_t r) __attribute__((always_inline)) {
+    return reinterpret_cast<const __m256i*>(from + (Whole ? r : min(r, rows - 1)) * from_pitch);
+  };
+  const auto two_rows = [&](int64_t r) __attribute__((always_inline)) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(row(r)));
+    return _mm512_maskz_inserti64x4(0xff, low, _mm256_loadu_si256(row(r + 8)), 1);
+  };
+  // Rows r to r + 3 of columns c and c + 4 in a quarter each, and rows r + 8 to r + 11.
+  const auto four_rows = [&](int64_t r, __m512i(&out)[4]) __attribute__((always_inline)) {
+    const __m512i in[4] = {two_rows(r), two_rows(r + 1), two_rows(r + 2), two_rows(r + 3)};
+    const __m512i low01 = _mm512_maskz_unpacklo_epi32(0xffff, in[0], in[1]);
+    const __m512i high01 = _mm512_maskz_unpackhi_epi32(0xffff, in[0], in[1]);
+    const __m512i low23 = _mm512_maskz_unpacklo_epi32(0xffff, in[2], in[3]);
+    const __m512i high23 = _mm512_maskz_unpackhi_epi32(0xffff, in[2], in[3]);
+    out[0] = _mm512_maskz_unpacklo_epi64(0xff, low01, low23);
+    out[1] = _mm512_maskz_unpackhi_epi64(0xff, low01, low23);
+    out[2] = _mm512_maskz_unpacklo_epi64(0xff, high01, high23);
+    out[3] = _mm512_maskz_unpackhi_epi64(0xff, high01, high23);
+  };
+  __m512i even[4], odd[4];
+  four_rows(0, even), four_rows(4, odd);
+  const __m512i first = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0),
+                second = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
+  const auto store = [&](int64_t c, __m512i lanes) __attribute__((always_inline)) {
+    if constexpr (Whole)
+      _mm512_storeu_si512(to + c * to_pitch, lanes);
+    else
+      _mm512_mask_storeu_epi32(to + c * to_pitch, __mmask16((1u << rows) - 1), lanes);
+  };
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    store(c, _mm512_permutex2var_epi64(even[c], first, odd[c]));
+    store(c + 4, _mm512_permutex2var_epi64(even[c], second, odd[c]));
+  }
+}
+#endif
+
 // Dwords `from_pitch` and `to_pitch` apart as to[column][row].
 inline void transpose_pairs(const Pair* from, int64_t from_pitch, int64_t rows, int64_t columns, Pair* to,
                             int64_t to_pitch) {
-  transpose(reinterpret_cast<const float*>(from), from_pitch, rows, columns, reinterpret_cast<float*>(to), to_pitch);
+#if !defined(PYINVOLUTION_EMULATED_BF16)
+  for (; columns >= 8; columns -= 8, from += 8, to += 8 * to_pitch) {
+    int64_t r = 0;
+    for (; r + 16 <= rows; r += 16) transpose_eight<true>(from + r * from_pitch, from_pitch, 16, to + r, to_pitch);
+    if (r < rows) transpose_eight<false>(from + r * from_pitch, from_pitch, rows - r, to + r, to_pitch);
+  }
+#endif
+  if (columns > 0)
+    transpose(reinterpret_cast<const float*>(from), from_pitch, rows, columns, reinterpret_cast<float*>(to), to_pitch);
 }
 
 // Two rows of X at a run of pixels as [pixel][16]; missing channels are zero-filled up to the lanes that are read.
@@ -108,6 +158,7 @@ inline void pack_channel_pairs(const BFloat16* from, const int64_t (&stride)[4],
                                int64_t columns, Pair* to) {
   const int64_t pixels = rows * columns, depth = ceil_div(channels, 2);
   const bool in_pairs = channels_in_pairs(from, stride, channels, rows);
+  if (rows > 1 && stride[2] == columns * stride[3]) columns = pixels;
   for (int64_t at = 0; at < pixels; at += pair_lanes, to += pair_lanes * depth) {
     const int64_t count = min(pair_lanes, pixels - at);
     if (count < pair_lanes) std::memset(to, 0, size_t(pair_lanes * depth) * sizeof(Pair));
