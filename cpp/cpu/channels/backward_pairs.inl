@@ -265,17 +265,17 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     }
     if (!want_x) return;
     const Pairs<16> zeros{};
-    for (int64_t row = 0; row < tiling.kept_rows; ++row) {
-      Pair* weights = weight_row(row);
-      for (int64_t k = 0; k < pair_rows * p.kernel_w; ++k, weights += weight_row_pitch) {
-        zeros.store(weights);
-        zeros.store(weights + weight_margin + p.out_w);
-      }
-      for (int64_t block = 0; block < tiling.blocks; ++block)
-        for (int64_t column = 0; column < weight_margin; ++column) {
-          zeros.store(gradient_row(block, row) + column * block_channels);
-          zeros.store(gradient_row(block, row) + (weight_margin + p.out_w + column) * block_channels);
-        }
+    const int64_t columns = p.out_w, taps = tiling.kept_rows * pair_rows * p.kernel_w;
+    Pair* weights = weight_row(0);
+    for (int64_t k = 0; k < taps; ++k, weights += weight_row_pitch) {
+      zeros.store(weights);
+      zeros.store(weights + weight_margin + columns);
+    }
+    Pair* gradients = gradient_row(0, 0);
+    for (int64_t row = tiling.blocks * tiling.kept_rows; row > 0; --row) {
+      for (int64_t i = 0; i < weight_margin; ++i, gradients += block_channels) zeros.store(gradients);
+      gradients += columns * block_channels;
+      for (int64_t i = 0; i < weight_margin; ++i, gradients += block_channels) zeros.store(gradients);
     }
   }
 

@@ -290,9 +290,21 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   const int64_t units = p.batch * tiling.strip_count;
   const int64_t sums = std::clamp(p.batch * problem.span_rows() * p.out_h * p.out_w / 2, min_sums, max_sums);
   const auto with_sums = [&](int64_t floats) { return std::max<int64_t>(1, sums / std::max<int64_t>(1, floats)); };
-  tiling.parts = std::min({max_parts, units, with_sums(problem.span_rows() * (problem.reduced + 1))});
-  tiling.chunks = std::min({p.groups, ceil_div(max_parts, tiling.parts),
-                            with_sums(p.batch * problem.reduced * tiling.strip_count * tiling.plane)});
+  const int64_t part_sums = problem.span_rows() * (tiling.reduced_padded + 1);
+  const int64_t chunk_sums = p.batch * problem.reduced * tiling.strip_count * tiling.plane;
+  const auto chunks_of = [&](int64_t parts) {
+    return std::min({p.groups, ceil_div(max_parts, parts), with_sums(chunk_sums)});
+  };
+  const int64_t most_parts = std::min({max_parts, units, with_sums(part_sums)});
+  // Of the ways to have as many tasks, that with the fewest partial sums.
+  const auto all_sums = [&](int64_t parts) {
+    return parts * part_sums + (chunks_of(parts) > 1 ? chunks_of(parts) * chunk_sums : 0);
+  };
+  tiling.parts = most_parts;
+  for (int64_t parts = most_parts - 1; parts > 0; --parts)
+    if (parts * chunks_of(parts) >= most_parts * chunks_of(most_parts) && all_sums(parts) < all_sums(tiling.parts))
+      tiling.parts = parts;
+  tiling.chunks = chunks_of(tiling.parts);
   if (problem.reduced == 0) {  // nothing is shared
     tiling.parts = units;
     tiling.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, units));
