@@ -769,55 +769,24 @@ struct BackwardRun : BackwardTask<T, BackwardRun<T>> {
                      span.grad_x_stride[1], span.grad_x_stride[3], staging);
   }
 
-  // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R
-
-  void finish(int64_t task) const {
-    if (task >= p.groups) return finish_reduced(task - p.groups);
-    const int64_t taps = p.taps();
-    for (int64_t k = task * taps; k < (task + 1) * taps; ++k) {
-      if (tiling.buffers.grad_span != nullptr) {
-        T* to = static_cast<T*>(tiling.buffers.grad_span) + k * span.reduced;
-        const float* from = tiling.span_part(0) + k * tiling.reduced_padded;
-        const int64_t apart = span.span_rows() * tiling.reduced_padded;
-        for (int64_t r = 0; r < span.reduced; r += V::lanes) {
-          V sum = V::zero();
-          for (int64_t i = 0; i < tiling.parts; ++i) sum.value = sum.value + V::load(from + i * apart + r).value;
-          float sums[V::lanes];
-          sum.store(sums);
-          store_run(sums, min(V::lanes, span.reduced - r), to + r);
-        }
-      }
-      if (tiling.buffers.grad_bias != nullptr) {
-        float sum = 0;
-        for (int64_t i = 0; i < tiling.parts; ++i) sum += tiling.bias_part(i)[k];
-        store(sum, &static_cast<T*>(tiling.buffers.grad_bias)[k]);
-      }
+  // grad_R at a row of the output.
+  void store_reduced_row(const float* from, int64_t apart, T* to, int64_t channel, int64_t pixel) const {
+    if (pixel == 1) {
+      for (int64_t r = 0; r < span.reduced; ++r) store_run(from + r * apart, p.out_w, to + r * channel);
+      return;
     }
-  }
-
-  void finish_reduced(int64_t n) const {
-    const int64_t apart = tiling.strip_count * tiling.plane, count = span.reduced * apart;
-    float* sum = tiling.reduced_part(0, n);
-    for (int64_t i = 1; i < tiling.chunks; ++i) {
-      const float* other = tiling.reduced_part(i, n);
-      for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
+    if constexpr (is_float<T>) {
+      if (channel == 1) return transpose(from, apart, span.reduced, p.out_w, to, pixel);
     }
-    store_reduced(n, 0, tiling.strip_count, sum, apart);
+    for (int64_t v = 0; v < p.out_w; ++v)
+      for (int64_t r = 0; r < span.reduced; ++r) store(from[r * apart + v], &to[r * channel + v * pixel]);
   }
 };
-
-template <class T>
-void run_backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
-  if (finish)
-    BackwardRun<T>(tiling, 0, scratch).finish(task);
-  else
-    BackwardRun<T>(tiling, task, scratch).run();
-}
 
 void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
   dispatch(tiling.problem.involution.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (is_float<Accumulator<T>>) run_backward_task<T>(tiling, finish, task, scratch);
+    if constexpr (is_float<Accumulator<T>>) run_backward_task<BackwardRun<T>>(tiling, finish, task, scratch);
   });
 }
 

@@ -26,6 +26,9 @@
 namespace pyinvolution::cpu {
 namespace {
 
+// How many neighbouring columns of grad_X are computed at a time.
+constexpr int max_gather_columns = 16;
+
 // What a row of grad_X is the sum of: pairs of tap rows, each with the rows of grad_Y and of weights that it reads, at
 // their first column. Of the last one, with `single`, only the low halves count.
 struct GatherRows {
@@ -48,7 +51,7 @@ template <int Columns, int Stride, int Width, int Phase>
   constexpr bool any = Stride == 0;
   constexpr int known_taps = any ? 1 : (Width - Phase + Stride - 1) / (any ? 1 : Stride);
   // Sums of few columns would wait for each other.
-  constexpr int chains = Columns <= max_pair_columns / 2 ? 2 : 1, spread_columns = any || Columns < 4 ? 0 : 4;
+  constexpr int chains = Columns <= max_gather_columns / 2 ? 2 : 1, spread_columns = any || Columns < 4 ? 0 : 4;
   const int64_t stride = any ? any_stride : Stride, phase = any ? any_phase : Phase, taps = any ? any_taps : known_taps;
   const int64_t tap = 1 - stride * weight_row_pitch;
   const int64_t gy_offset = (first - (taps - 1)) * block_channels;
@@ -115,12 +118,12 @@ void gather_pairs_phase(const Problem& p, const GatherRows& rows, int64_t any_ph
   const int64_t taps = max(0, ceil_div(p.kernel_w - phase, stride));
   const auto column = [&](int64_t q) { return q <= 0 ? 0 : ceil_div(q, stride); };
   const int64_t begin = column(p.padding_w - phase), columns = column(p.in_w + p.padding_w - phase) - begin;
-  const int64_t count = ceil_div(columns, max_pair_columns);
+  const int64_t count = ceil_div(columns, max_gather_columns);
   PixelResults result = row;
   result.column *= stride;
   for (int64_t b = 0; b < count; ++b) {
     const int64_t m = columns * b / count;
-    with_count<max_pair_columns>(columns * (b + 1) / count - m, [&](auto n) {
+    with_count<max_gather_columns>(columns * (b + 1) / count - m, [&](auto n) {
       gather_pairs_block<decltype(n)::value, Stride, Width, Phase>(
           rows, begin + m, stride, phase, taps, row.at(0, stride * (begin + m) + phase - p.padding_w).every(stride));
     });
@@ -158,9 +161,10 @@ GatherPairs gather_pairs_for(const Problem& p) {
   return gather_pairs<0, 0>;
 }
 
-// A vector of a tile of rows that follow each other with zeros between them: which lanes are pixels, and how many pixels
-// come before it.
-struct FlatVector {
+// A vector of pixels of a tile: where it begins in packed rows, its pixels among its lanes, and how many pixels of the
+// tile come before it.
+struct PixelVector {
+  int64_t at;
   uint32_t mask;
   int64_t place;
 };
@@ -173,38 +177,38 @@ struct GradWeightPairs {
 };
 
 // grad_W of Taps neighbouring taps of a row, from one of phase 0 on, at Vectors vectors of pixels. x is where the first
-// tap reads. Stride 0 is any.
-template <int Vectors, int Stride, int Taps>
+// tap reads for the first pixel of the tile. Stride 0 is any. A vector is stored whole, and what is past its pixels is
+// overwritten by the next one; with Flat its pixels are not neighbours.
+template <int Vectors, int Stride, int Taps, bool Flat>
 [[gnu::noinline]] void grad_weight_pairs_block(const GradWeightPairs& params, const Pair* gy, const Pair* x,
-                                               const FlatVector* vectors, float* to) {
+                                               const PixelVector* vectors, float* to) {
   const int64_t x_pair = params.x_pair, x_phase = params.x_phase;
   PairSums<16> sum[Taps][Vectors];
 #pragma GCC unroll 8
   for (int j = 0; j < Taps; ++j)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[j][v] = PairSums<16>::splat(0);
-  for (int64_t c = params.depth; c > 0; --c, gy += flat_columns, x += x_pair) {
-    Pairs<16> grad[Vectors];
+  const Pair *gy_at[Vectors], *x_at[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) grad[v] = Pairs<16>::load(gy + v * pair_lanes);
-    if constexpr (Stride == 0) {
-      for (int64_t j = 0; j < Taps; ++j)
-        for (int v = 0; v < Vectors; ++v)
-          sum[j][v].add_dot(grad[v],
-                            Pairs<16>::load(x + j % params.stride * x_phase + j / params.stride + v * pair_lanes));
-    } else {
+  for (int v = 0; v < Vectors; ++v) gy_at[v] = gy + vectors[v].at, x_at[v] = x + vectors[v].at;
+  for (int64_t c = params.depth; c > 0; --c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const auto grad = Pairs<16>::load(gy_at[v]);
+      if constexpr (Stride == 0) {
+        for (int64_t j = 0; j < Taps; ++j)
+          sum[j][v].add_dot(grad, Pairs<16>::load(x_at[v] + j % params.stride * x_phase + j / params.stride));
+      } else {
 #pragma GCC unroll 3
-      for (int phase = 0; phase < Stride && phase < Taps; ++phase) {
-        Pairs<16> at[Vectors + 1];
-#pragma GCC unroll 5
-        for (int v = 0; v <= Vectors; ++v) at[v] = Pairs<16>::load(x + phase * x_phase + v * pair_lanes);
+        for (int phase = 0; phase < Stride && phase < Taps; ++phase) {
+          const Pair* from = x_at[v] + phase * x_phase;
+          const auto low = Pairs<16>::load(from), high = Pairs<16>::load(from + pair_lanes);
 #pragma GCC unroll 8
-        for (int shift = 0; Stride * shift + phase < Taps; ++shift)
-#pragma GCC unroll 4
-          for (int v = 0; v < Vectors; ++v)
-            sum[Stride * shift + phase][v].add_dot(grad[v],
-                                                   shift == 0 ? at[v] : Pairs<16>::shifted(at[v], at[v + 1], shift));
+          for (int shift = 0; Stride * shift + phase < Taps; ++shift)
+            sum[Stride * shift + phase][v].add_dot(grad, shift == 0 ? low : Pairs<16>::shifted(low, high, shift));
+        }
       }
+      gy_at[v] += flat_columns, x_at[v] += x_pair;
     }
   }
 #pragma GCC unroll 4
@@ -212,7 +216,11 @@ template <int Vectors, int Stride, int Taps>
     const uint32_t mask = vectors[v].mask;
     float* place = to + vectors[v].place;
 #pragma GCC unroll 8
-    for (int j = 0; j < Taps; ++j) sum[j][v].store_lanes(mask, place + j * gradient_pitch);
+    for (int j = 0; j < Taps; ++j)
+      if constexpr (Flat)
+        sum[j][v].store_lanes(mask, place + j * gradient_pitch);
+      else
+        sum[j][v].store(place + j * gradient_pitch);
   }
 }
 
@@ -220,9 +228,9 @@ template <int Vectors, int Stride, int Taps>
 
 struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
   const GatherPairs gather;
-  const int64_t pair_rows;                        // pairs of tap rows
-  const int64_t depth;                            // pairs of reduced channels
-  FlatVector vectors[flat_columns / pair_lanes];  // of a tile with all its rows
+  const int64_t pair_rows;                         // pairs of tap rows
+  const int64_t depth;                             // pairs of reduced channels
+  PixelVector vectors[flat_columns / pair_lanes];  // of a tile with all its rows
   const BFloat16* rows_of_span = nullptr;
   int64_t span_pitch = 0;
   const Pair* before = nullptr;  // the last row of W of the tile before
@@ -234,9 +242,15 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
         gather(gather_pairs_for(p)),
         pair_rows(pairs_of_tap_rows(p)),
         depth(ceil_div(span.reduced, 2)) {
+    const int64_t of_row = ceil_div(p.out_w, pair_lanes);
     int64_t place = 0;
     for (int64_t v = 0; v < flat_columns / pair_lanes; ++v) {
-      vectors[v] = {0, place};
+      if (!tiling.flat) {
+        const int64_t row = v / of_row, column = v % of_row * pair_lanes;
+        vectors[v] = {row * tiling.flat_row + column, 0, row * p.out_w + column};
+        continue;
+      }
+      vectors[v] = {v * pair_lanes, 0, place};
       for (int64_t lane = 0; lane < pair_lanes; ++lane)
         if ((v * pair_lanes + lane) % tiling.flat_row < p.out_w) vectors[v].mask |= 1u << lane, ++place;
     }
@@ -328,7 +342,8 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
                             r * span.reduced_stride[2],
                         1, span.reduced, span.reduced_stride[3], p.out_w);
     }
-    if (!here && next == nullptr) return;
+    // (What lies together the processor fetches by itself.)
+    if ((!here && next == nullptr) || p.group_channels() == p.channels) return;
     const Group& at = here ? group : *next;
     const BackwardStrip& strip = *at.strip;
     const int64_t begin = here ? row + rows : first_row(strip), end = min(begin + tiling.tile_rows, last_row(strip));
@@ -445,7 +460,8 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     for (int64_t r = 0; r < rows; ++r)
       pack_channel_rows(from + r * p.y_stride[2], p.y_stride[1], p.group_channels(), p.y_stride[3], p.out_w, in_pairs,
                         gy + r * tiling.flat_row, flat_columns);
-    const int64_t count = ceil_div((rows - 1) * tiling.flat_row + p.out_w, pair_lanes);
+    const int64_t count = tiling.flat ? ceil_div((rows - 1) * tiling.flat_row + p.out_w, pair_lanes)
+                                      : rows * ceil_div(p.out_w, pair_lanes);
     const Pair* x = pairs_at(tiling.x_at) + (first - strip.begin) * tiling.flat_row;
     const GradWeightPairs params{channel_pairs(), tiling.x_channel, tiling.x_phase, p.stride_w};
     for (int64_t i = 0; i < p.kernel_h; ++i) {
@@ -471,25 +487,16 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
       const Pair* from = x + j % p.stride_w * params.x_phase + j / p.stride_w;
       with_count<most>(taps, [&](auto n) {
         constexpr int wide = decltype(n)::value <= 5 ? 4 : 3;
-        int64_t v = 0;
-        const auto block = [&](auto m) {
-          for (; v + decltype(m)::value <= count; v += decltype(m)::value)
-            grad_weight_pairs_block<decltype(m)::value, Stride, decltype(n)::value>(
-                params, gy + v * pair_lanes, from + v * pair_lanes, vectors + v, to + j * gradient_pitch);
-        };
-        if (count % wide == 1 && count > wide) {
-          // Four vectors are two and two.
-          for (; v + wide + 2 <= count;) {
-            grad_weight_pairs_block<wide, Stride, decltype(n)::value>(
-                params, gy + v * pair_lanes, from + v * pair_lanes, vectors + v, to + j * gradient_pitch);
-            v += wide;
-          }
-          block(Count<2>{});
+        const int64_t blocks = ceil_div(count, wide);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t v = count * b / blocks;
+          with_count<wide>(count * (b + 1) / blocks - v, [&](auto m) {
+            const auto block = tiling.flat
+                                   ? grad_weight_pairs_block<decltype(m)::value, Stride, decltype(n)::value, true>
+                                   : grad_weight_pairs_block<decltype(m)::value, Stride, decltype(n)::value, false>;
+            block(params, gy, from, vectors + v, to + j * gradient_pitch);
+          });
         }
-        if constexpr (wide == 4) block(Count<4>{});
-        block(Count<3>{});
-        block(Count<2>{});
-        block(Count<1>{});
       });
       j += taps;
     }
@@ -521,6 +528,32 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
       add(total_low, k);
       if (other) add(total_high, k + 1);
     }
+  }
+
+  // grad_R at a row of the output.
+  void store_reduced_row(const float* from, int64_t apart, BFloat16* to, int64_t channel, int64_t pixel) const {
+    const int64_t columns = p.out_w;
+    Pair* pairs = pairs_at(tiling.staging_at);
+    for (int64_t v = 0; v < columns; v += pair_lanes)
+      for (int64_t r = 0; r < span.reduced; r += 2 * pair_lanes) {
+        const int64_t count = min(pair_lanes, columns - v), high = min(2 * pair_lanes, span.reduced - r);
+        for (int64_t k = 0; k < high; k += 2) {
+          const float* at = from + (r + k) * apart + v;
+          const auto low = PairSums<16>::load_first(at, count);
+          const auto other = k + 1 < high ? PairSums<16>::load_first(at + apart, count) : PairSums<16>::splat(0);
+          low.round_with(other).store(pairs + k / 2 * pair_lanes);
+        }
+        BFloat16* out = to + r * channel + v * pixel;
+        if (channel == 1 && high % 2 == 0 && pixel % 2 == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Pair) == 0) {
+          transpose_pairs(pairs, pair_lanes, high / 2, count, reinterpret_cast<Pair*>(out), pixel / 2);
+          continue;
+        }
+        for (int64_t k = 0; k < high; ++k)
+          for (int64_t i = 0; i < count; ++i) {
+            const Pair& pair = pairs[k / 2 * pair_lanes + i];
+            out[k * channel + i * pixel] = k % 2 == 0 ? pair.low : pair.high;
+          }
+      }
   }
 
   // grad_R += S^T grad_W and grad_S += grad_W R^T of a tile of the strip.
@@ -565,9 +598,19 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
 
   void finish_group(int64_t, int64_t g, const BackwardStrip&) const {
     if (tiling.buffers.grad_bias == nullptr) return;
-    float* to = tiling.bias_part(part) + g * p.taps();
-    for (int64_t k = 0; k < p.taps(); ++k)
-      to[k] += total(PairSums<16>::load(memory + tiling.bias_sums_at + k * pair_lanes));
+    const int64_t taps = p.taps();
+    float* to = tiling.bias_part(part) + g * taps;
+    for (int64_t k = 0; k < taps; k += pair_lanes) {
+      // The sums of 16 taps, a lane each.
+      const int64_t count = min(pair_lanes, taps - k);
+      transpose(memory + tiling.bias_sums_at + k * pair_lanes, pair_lanes, count, pair_lanes, staging, pair_lanes);
+      auto sum = PairSums<16>::splat(0);
+      for (int64_t lane = 0; lane < pair_lanes; ++lane)
+        sum.value += PairSums<16>::load(staging + lane * pair_lanes).value;
+      float sums[pair_lanes];
+      sum.store(sums);
+      for (int64_t i = 0; i < count; ++i) to[k + i] += sums[i];
+    }
   }
 };
 

@@ -23,6 +23,7 @@ namespace {
 //                                         the group after this one, if there is one
 //   tile(n, g, row, rows, index, strip)   the rows [row, row + rows) of the output, the index-th tile of the strip
 //   finish_group(n, g, strip)
+//   store_reduced_row(from, apart, to, channel, pixel)    grad_R at a row of the output
 template <class T, class Loops>
 struct BackwardTask {
   const BackwardTiling& tiling;
@@ -124,8 +125,8 @@ struct BackwardTask {
     }
   }
 
-  // Sums of the strips [begin, end) of an image into grad_R. In `from` channels are `channel` floats apart.
-  void store_reduced(int64_t n, int64_t begin, int64_t end, const float* from, int64_t apart) const {
+  // Sums of the strips [begin, end) of an image into grad_R. In `from` channels are `apart` floats apart.
+  void store_reduced(int64_t n, int64_t begin, int64_t end, const float* from, int64_t apart) {
     T* to = static_cast<T*>(tiling.buffers.grad_reduced) + n * span.grad_reduced_stride[0];
     const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
     for (int64_t i = begin; i < end; ++i, from += tiling.plane) {
@@ -133,26 +134,7 @@ struct BackwardTask {
       for (int64_t row = strip.begin; row < strip.end; ++row) {
         T* out = to + row * span.grad_reduced_stride[2];
         const float* in = from + tiling.place(row - strip.begin, 0);
-        if (pixel == 1) {
-          for (int64_t r = 0; r < span.reduced; ++r) store_run(in + r * apart, p.out_w, out + r * channel);
-          continue;
-        }
-        if (channel == 1) {
-          if constexpr (is_float<T>) {
-            transpose(in, apart, span.reduced, p.out_w, out, pixel);
-          } else {
-            for (int64_t v = 0; v < p.out_w; v += tile_pixels)
-              for (int64_t r = 0; r < span.reduced; r += block_channels) {
-                const int64_t wide = min(tile_pixels, p.out_w - v), high = min(block_channels, span.reduced - r);
-                transpose(in + r * apart + v, apart, high, wide, staging, block_channels);
-                for (int64_t k = 0; k < wide; ++k)
-                  store_run(staging + k * block_channels, high, out + (v + k) * pixel + r);
-              }
-          }
-          continue;
-        }
-        for (int64_t v = 0; v < p.out_w; ++v)
-          for (int64_t r = 0; r < span.reduced; ++r) store(in[r * apart + v], &out[r * channel + v * pixel]);
+        loops().store_reduced_row(in, apart, out, channel, pixel);
       }
     }
   }
@@ -170,9 +152,53 @@ struct BackwardTask {
     for (int64_t unit = units * part / tiling.parts; unit < end; ++unit) strip(unit, unit + 1 < end);
   }
 
+  // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R
+
+  void finish(int64_t task) {
+    if (task >= p.groups) return finish_reduced(task - p.groups);
+    const int64_t taps = p.taps();
+    for (int64_t k = task * taps; k < (task + 1) * taps; ++k) {
+      if (tiling.buffers.grad_span != nullptr) {
+        T* to = static_cast<T*>(tiling.buffers.grad_span) + k * span.reduced;
+        const float* from = tiling.span_part(0) + k * tiling.reduced_padded;
+        const int64_t apart = span.span_rows() * tiling.reduced_padded;
+        for (int64_t r = 0; r < span.reduced; r += V::lanes) {
+          V sum = V::zero();
+          for (int64_t i = 0; i < tiling.parts; ++i) sum.value = sum.value + V::load(from + i * apart + r).value;
+          float sums[V::lanes];
+          sum.store(sums);
+          store_run(sums, min(V::lanes, span.reduced - r), to + r);
+        }
+      }
+      if (tiling.buffers.grad_bias != nullptr) {
+        float sum = 0;
+        for (int64_t i = 0; i < tiling.parts; ++i) sum += tiling.bias_part(i)[k];
+        store(sum, &static_cast<T*>(tiling.buffers.grad_bias)[k]);
+      }
+    }
+  }
+
+  void finish_reduced(int64_t n) {
+    const int64_t apart = tiling.strip_count * tiling.plane, count = span.reduced * apart;
+    float* sum = tiling.reduced_part(0, n);
+    for (int64_t i = 1; i < tiling.chunks; ++i) {
+      const float* other = tiling.reduced_part(i, n);
+      for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
+    }
+    store_reduced(n, 0, tiling.strip_count, sum, apart);
+  }
+
  private:
   Loops& loops() { return static_cast<Loops&>(*this); }
 };
+
+template <class Loops>
+void run_backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
+  if (finish)
+    Loops(tiling, 0, scratch).finish(task);
+  else
+    Loops(tiling, task, scratch).run();
+}
 
 }  // namespace
 }  // namespace pyinvolution::cpu

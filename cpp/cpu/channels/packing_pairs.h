@@ -32,6 +32,12 @@ struct TwoRows {
     pairs.bits &= mask;
     pairs.store(to);
   }
+  // The first `count` of a vector, with zeros after them.
+  void copy_first(int64_t count, Pair* to) const {
+    Pairs<16> pairs = Pairs<16>::interleave_first(low, high, count);
+    pairs.bits &= mask;
+    pairs.store(to);
+  }
   // `count` neighbours. The last vector overlaps the one before it.
   void copy_run(int64_t count, Pair* to) const {
     if (count >= 16) {
@@ -174,16 +180,17 @@ inline void pack_channel_pairs(const BFloat16* from, const int64_t (&stride)[4],
 }
 
 // Pairs of rows [row][column] as [pair of rows][column], `pitch` apart; the partner of an odd row is zero, as is what is
-// past the last column.
+// past the last column. The last row is written in whole vectors.
 inline void pack_row_pairs(const BFloat16* from, int64_t row, int64_t column, int64_t rows, int64_t columns, Pair* to,
                            int64_t pitch) {
   for (int64_t r = 0; r < rows; r += 2, from += 2 * row, to += pitch) {
     const TwoRows both(from, r + 1 < rows ? from + row : nullptr);
-    if (column == 1)
-      both.copy_run(columns, to);
-    else
+    if (column == 1) {
+      for (int64_t c = 0; c < columns; c += pair_lanes) (both + c).copy_first(columns - c, to + c);
+    } else {
       for (int64_t c = 0; c < columns; ++c) both.copy(c * column, to + c);
-    if (columns < pitch) std::memset(to + columns, 0, size_t(pitch - columns) * sizeof(Pair));
+      for (int64_t c = columns; c < pitch; ++c) to[c] = Pair{};
+    }
   }
 }
 

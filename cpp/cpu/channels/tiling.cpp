@@ -197,12 +197,15 @@ std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
 
 namespace {
 
+// Whether vectors of pixels run from one row to the next: where those of a row would leave many lanes empty.
+bool is_flat(const Problem& p) { return 5 * p.out_w < 4 * round_up(p.out_w, product_lanes); }
+
 // From a row of packed X to the next one: the columns after a row that a window reads are zeros before the next one.
 int64_t flat_row_of(const Problem& p) {
   int64_t row = p.out_w;
   for (int64_t phase = 0; phase < p.stride_w; ++phase)
     row = std::max({row, flat_end(p, phase), flat_reach(p, phase) - flat_begin(p, phase)});
-  return row;
+  return is_flat(p) ? row : round_up(row, product_lanes);
 }
 
 bool in_pairs(const SpanProblem& problem, const CpuKernels& kernels) {
@@ -232,8 +235,9 @@ void place_pairs(BackwardTiling& tiling, Places& places) {
   int64_t rows = 0;
   for (int64_t i = 0; i < tiling.strip_count; ++i)
     rows = std::max(rows, tiling.strips[i].last - tiling.strips[i].first);
+  tiling.flat = is_flat(p);
   tiling.flat_row = flat_row_of(p);
-  tiling.x_phase = (ceil_div(tiling.x_rows, p.stride_h) + 1) * tiling.flat_row;
+  tiling.x_phase = round_up((ceil_div(tiling.x_rows, p.stride_h) + 1) * tiling.flat_row, 16);
   tiling.x_channel = round_up(tiling.x_phase * p.stride_h * p.stride_w, 16) + 16;
   tiling.kept_rows = tiling.tile_rows + ceil_div(p.kernel_h, p.stride_h) + 1;
   tiling.x_at = places.take(any, channel_pairs * tiling.x_channel + flat_columns);
@@ -245,7 +249,7 @@ void place_pairs(BackwardTiling& tiling, Places& places) {
   tiling.bias_at = places.take(true, p.taps());
   tiling.weights_at = places.take(x, tiling.kept_rows * pair_rows * weight_row_pitch);
   tiling.dense_at = places.take(x, 2 * pair_rows * tile_pixels + 16);
-  tiling.span_across_at = places.take(reduced, ceil_div(p.taps(), 2) * problem.reduced);
+  tiling.span_across_at = places.take(reduced, ceil_div(p.taps(), 2) * problem.reduced + 16);
   tiling.rounded_at = places.take(any, p.taps() * tile_pixels / 2 + 16);
   tiling.rounded_across_at = places.take(any, ceil_div(p.taps(), 2) * tile_pixels);
   tiling.grad_weights_at = places.take(any, p.taps() * gradient_pitch);

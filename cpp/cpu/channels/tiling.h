@@ -108,7 +108,7 @@ constexpr int64_t max_pair_taps = 15;
 constexpr int64_t weight_margin = 16;
 constexpr int64_t weight_row_pitch = tile_pixels + 2 * weight_margin;
 // A tile of rows that follow each other, with the zeros of the border between them, has at most so many columns.
-constexpr int64_t flat_columns = 192;
+constexpr int64_t flat_columns = 256;
 
 // Pairs of tap rows that read neighbouring rows of the output: tap rows i and i + stride.
 [[gnu::always_inline]] inline int64_t pairs_of_tap_rows(const Problem& p) {
@@ -143,6 +143,7 @@ struct BackwardTiling {
   // The loops of backward_pairs.inl. X is [pair of channels][phases][row][column] then, with x_channel and x_phase in
   // pairs and rows of flat_row; weights and grad_Y of kept_rows rows of the output are kept.
   bool pairs;
+  bool flat;  // vectors of pixels run from one row to the next
   int64_t flat_row, kept_rows;
   // Otherwise: products are those of pairs of bfloat16, where this is not nullptr. grad_W is rounded for them.
   void (*pair_product)(const PairProduct&);

@@ -25,8 +25,8 @@ void channels_task(const ChannelsTiling& tiling, bool reduce, int64_t task, void
     OTHER_KERNELS.channels(tiling, reduce, task, scratch);
 }
 void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
-  if (tiling.pairs && !finish)
-    BackwardPairsRun(tiling, task, scratch).run();
+  if (tiling.pairs)
+    run_backward_task<BackwardPairsRun>(tiling, finish, task, scratch);
   else
     OTHER_KERNELS.backward(tiling, finish, task, scratch);
 }

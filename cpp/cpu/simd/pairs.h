@@ -142,6 +142,22 @@ struct Pairs {
     std::memcpy(&other, high, sizeof other);
     return {Types::widen(one) | Types::widen(other) << 16};
   }
+  // The first `count` of them, with zeros after them, whose memory is not touched.
+  [[gnu::always_inline]] static Pairs interleave_first(const BFloat16* low, const BFloat16* high, int64_t count) {
+    static_assert(Lanes == 16);
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    BFloat16 halves[2][Lanes] = {};
+    const size_t bytes = size_t(count < Lanes ? count : Lanes) * sizeof(BFloat16);
+    std::memcpy(halves[0], low, bytes), std::memcpy(halves[1], high, bytes);
+    return interleave(halves[0], halves[1]);
+#else
+    const __mmask16 mask = __mmask16(count < Lanes ? (1u << count) - 1 : 0xffffu);
+    const auto load = [&](const BFloat16* from) {
+      return (typename Types::Halves)_mm256_maskz_loadu_epi16(mask, from);
+    };
+    return {Types::widen(load(low)) | Types::widen(load(high)) << 16};
+#endif
+  }
   // Four neighbours, as often as there is room for them, and pair `lane` of each four in its four lanes.
   [[gnu::always_inline]] static Pairs load_fours(const Pair* from) {
 #if defined(PYINVOLUTION_EMULATED_BF16)
