@@ -769,6 +769,8 @@ struct BackwardRun : BackwardTask<T, BackwardRun<T>> {
                      span.grad_x_stride[1], span.grad_x_stride[3], staging);
   }
 
+  void finish_task() const {}
+
   // grad_R at a row of the output.
   void store_reduced_row(const float* from, int64_t apart, T* to, int64_t channel, int64_t pixel) const {
     if (pixel == 1) {

@@ -1,4 +1,4 @@
-// The inner loops of the backward pass of `fused` in bfloat16 by dot products of pairs. The tasks and their steps are
+// The inner loops of the backward passes of `fused` and `channels` in bfloat16 by dot products of pairs. The tasks and their steps are
 // those of tiling.h; a pair is
 //
 //   W       two reduced channels, as in the forward pass; W is rounded to bfloat16
@@ -242,17 +242,20 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
         gather(gather_pairs_for(p)),
         pair_rows(pairs_of_tap_rows(p)),
         depth(ceil_div(span.reduced, 2)) {
-    const int64_t of_row = ceil_div(p.out_w, pair_lanes);
-    int64_t place = 0;
-    for (int64_t v = 0; v < flat_columns / pair_lanes; ++v) {
-      if (!tiling.flat) {
-        const int64_t row = v / of_row, column = v % of_row * pair_lanes;
-        vectors[v] = {row * tiling.flat_row + column, 0, row * p.out_w + column};
-        continue;
+    int64_t row = 0, column = 0, place = 0;
+    const auto next = [&](int64_t lanes, int64_t end) {
+      column += lanes;
+      if (column >= end) column = 0, ++row;
+    };
+    for (PixelVector& vector : vectors) {
+      vector = {tiling.flat ? (&vector - vectors) * pair_lanes : row * tiling.flat_row + column, 0, place};
+      if (tiling.flat) {
+        for (int64_t lane = 0; lane < pair_lanes; ++lane, next(1, tiling.flat_row))
+          if (column < p.out_w) vector.mask |= 1u << lane, ++place;
+      } else {
+        place += min(pair_lanes, p.out_w - column);
+        next(pair_lanes, p.out_w);
       }
-      vectors[v] = {v * pair_lanes, 0, place};
-      for (int64_t lane = 0; lane < pair_lanes; ++lane)
-        if ((v * pair_lanes + lane) % tiling.flat_row < p.out_w) vectors[v].mask |= 1u << lane, ++place;
     }
   }
 
@@ -277,6 +280,8 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
       std::memset(pairs_at(tiling.x_at), 0, size_t(channel_pairs() * tiling.x_channel + flat_columns) * sizeof(Pair));
       std::memset(pairs_at(tiling.grad_y_across_at), 0, size_t(channel_pairs() * flat_columns) * sizeof(Pair));
     }
+    if (tiling.buffers.grad_bias != nullptr)
+      std::memset(bias_sums(0), 0, size_t(ceil_div(p.groups, tiling.chunks) * p.taps() * pair_lanes) * sizeof(float));
     if (!want_x) return;
     const Pairs<16> zeros{};
     const int64_t columns = p.out_w, taps = tiling.kept_rows * pair_rows * p.kernel_w;
@@ -292,6 +297,9 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
       for (int64_t i = 0; i < weight_margin; ++i, gradients += block_channels) zeros.store(gradients);
     }
   }
+
+  // grad_b of a group of the chunk as [tap][lane].
+  float* bias_sums(int64_t group) const { return memory + tiling.bias_sums_at + group * p.taps() * pair_lanes; }
 
   // R at a tile as [vector][pair of r][lane], and of the strip itself as [pair of pixels][r].
   void pack_reduced(int64_t n, const BackwardStrip& strip) const {
@@ -322,8 +330,7 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     before = nullptr;
     next_row = strip.in_begin;
     packed = 0;
-    if (tiling.buffers.grad_bias != nullptr)
-      std::memset(memory + tiling.bias_sums_at, 0, size_t(p.taps() * pair_lanes) * sizeof(float));
+    if (span.reduced == 0) return;
     const BFloat16* s = span_row<BFloat16>(span, tiling.buffers, g * p.taps());
     const int64_t row = span.span_stride[0], column = span.span_stride[1];
     if (want_x)
@@ -390,6 +397,18 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
         multiply_pairs({rows_of_span + first * span_pitch, span_pitch, 1, partner, bias + first}, p.kernel_w, columns,
                        pixels, depth, {to, tile_pixels, pair_lanes, false});
       }
+  }
+
+  // The same from memory.
+  void load_weights(int64_t n, int64_t g, int64_t row, int64_t rows, Pair* to) const {
+    const BFloat16* from = weights_of<BFloat16>(p, tiling.w, n, g, row, 0);
+    Problem every = p;  // stride-th tap row
+    every.w_stride[2] *= p.stride_h;
+    for (int64_t a = 0; a < min(p.stride_h, p.kernel_h); ++a) {
+      every.kernel_h = ceil_div(p.kernel_h - a, p.stride_h);
+      load_weight_pairs(from + a * p.w_stride[2], every, rows, p.out_w, to, pairs_at(tiling.staging_at));
+      to += ceil_div(every.kernel_h, 2) * p.kernel_w * tile_pixels;
+    }
   }
 
   // Weights of a row of the output, the low halves, with those of the row before it. Either may be missing.
@@ -503,8 +522,7 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
   }
 
   // grad_W of a tile rounded to [tap][pixel] and to [pair of taps][pixel]; its sums for grad_b.
-  void round_weights(const float* gw, int64_t pixels, BFloat16* to, Pair* across) const {
-    float* sums = memory + tiling.bias_sums_at;
+  void round_weights(const float* gw, int64_t pixels, BFloat16* to, Pair* across, float* sums) const {
     const int64_t taps = p.taps();
     for (int64_t k = 0; k < taps; k += 2, gw += 2 * gradient_pitch, to += 2 * tile_pixels, across += tile_pixels) {
       const bool other = k + 1 < taps;
@@ -520,7 +538,7 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
       for (; v + pair_lanes <= pixels; v += pair_lanes)
         round(v, [](const float* from) { return PairSums<16>::load(from); });
       if (v < pixels) round(v, [&](const float* from) { return PairSums<16>::load_first(from, pixels - v); });
-      if (tiling.buffers.grad_bias == nullptr) continue;
+      if (sums == nullptr) continue;
       const auto add = [&](PairSums<16> total, int64_t tap) {
         total.value += PairSums<16>::load(sums + tap * pair_lanes).value;
         total.store(sums + tap * pair_lanes);
@@ -575,7 +593,10 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     if (want_x) {
       // Two tiles of W by turns: a tile reads the last row of the one before.
       Pair* w = pairs_at(tiling.dense_at) + index % 2 * pair_rows * p.kernel_w * tile_pixels;
-      compute_weights(index, pixels, w);
+      if (tiling.w != nullptr)
+        load_weights(n, g, first, rows, w);
+      else
+        compute_weights(index, pixels, w);
       const bool last = end == strip.last;
       for (int64_t row = first; row < end + (last ? 1 : 0); ++row) {
         const Pair* at = w + (row - first) * p.out_w;
@@ -592,24 +613,32 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     packed = needed;
     float* gw = memory + tiling.grad_weights_at;
     grad_weights(n, g, first, rows, strip, gw);
-    round_weights(gw, pixels, elements_at(tiling.rounded_at), pairs_at(tiling.rounded_across_at));
+    if (tiling.grad_w != nullptr) {
+      for (int64_t r = 0; r < rows; ++r)
+        store_weights(gw + r * p.out_w, p, p.out_w, weights_of<BFloat16>(p, tiling.grad_w, n, g, first + r, 0));
+      return;
+    }
+    round_weights(gw, pixels, elements_at(tiling.rounded_at), pairs_at(tiling.rounded_across_at),
+                  tiling.buffers.grad_bias != nullptr ? bias_sums(g - first_group()) : nullptr);
     multiply_gradients(g, first - strip.begin, pixels, pairs_at(tiling.rounded_at), pairs_at(tiling.rounded_across_at));
   }
 
-  void finish_group(int64_t, int64_t g, const BackwardStrip&) const {
+  void finish_group(int64_t, int64_t, const BackwardStrip&) const {}
+
+  // Sums of lanes: 16 taps at a time.
+  void finish_task() const {
     if (tiling.buffers.grad_bias == nullptr) return;
-    const int64_t taps = p.taps();
-    float* to = tiling.bias_part(part) + g * taps;
-    for (int64_t k = 0; k < taps; k += pair_lanes) {
-      // The sums of 16 taps, a lane each.
-      const int64_t count = min(pair_lanes, taps - k);
-      transpose(memory + tiling.bias_sums_at + k * pair_lanes, pair_lanes, count, pair_lanes, staging, pair_lanes);
+    const int64_t first = first_group() * p.taps(), count = last_group() * p.taps() - first;
+    float* to = tiling.bias_part(part) + first;
+    for (int64_t k = 0; k < count; k += pair_lanes) {
+      const int64_t taps = min(pair_lanes, count - k);
+      transpose(bias_sums(0) + k * pair_lanes, pair_lanes, taps, pair_lanes, staging, pair_lanes);
       auto sum = PairSums<16>::splat(0);
       for (int64_t lane = 0; lane < pair_lanes; ++lane)
-        sum.value += PairSums<16>::load(staging + lane * pair_lanes).value;
+        sum.value += PairSums<16>::load_first(staging + lane * pair_lanes, taps).value;
       float sums[pair_lanes];
       sum.store(sums);
-      for (int64_t i = 0; i < count; ++i) to[k + i] += sums[i];
+      for (int64_t i = 0; i < taps; ++i) to[k + i] = sums[i];
     }
   }
 };

@@ -23,6 +23,7 @@ namespace {
 //                                         the group after this one, if there is one
 //   tile(n, g, row, rows, index, strip)   the rows [row, row + rows) of the output, the index-th tile of the strip
 //   finish_group(n, g, strip)
+//   finish_task()
 //   store_reduced_row(from, apart, to, channel, pixel)    grad_R at a row of the output
 template <class T, class Loops>
 struct BackwardTask {
@@ -49,6 +50,8 @@ struct BackwardTask {
                    tiling.buffers.grad_span != nullptr || tiling.buffers.grad_bias != nullptr;
   }
 
+  int64_t first_group() const { return p.groups * chunk / tiling.chunks; }
+  int64_t last_group() const { return p.groups * (chunk + 1) / tiling.chunks; }
   int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
   int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
 
@@ -80,7 +83,7 @@ struct BackwardTask {
     const BackwardStrip& strip = strip_of(unit);
     if (tiling.buffers.grad_reduced != nullptr) std::memset(gr, 0, size_t(span.reduced * tiling.plane) * sizeof(float));
     if (span.reduced > 0) loops().pack_reduced(n, strip);
-    const int64_t first = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks;
+    const int64_t first = first_group(), last = last_group();
     for (int64_t g = first; g < last; ++g) {
       load_bias<T>(span, tiling.buffers, g, bias);
       loops().start_group(n, g, strip);
@@ -140,8 +143,7 @@ struct BackwardTask {
   }
 
   void run() {
-    const int64_t taps = p.taps(), first = p.groups * chunk / tiling.chunks * taps;
-    const int64_t rows = p.groups * (chunk + 1) / tiling.chunks * taps - first;
+    const int64_t taps = p.taps(), first = first_group() * taps, rows = last_group() * taps - first;
     if (tiling.buffers.grad_span != nullptr)
       std::memset(tiling.span_part(part) + first * tiling.reduced_padded, 0,
                   size_t(rows * tiling.reduced_padded) * sizeof(float));
@@ -150,6 +152,7 @@ struct BackwardTask {
     loops().start();
     const int64_t units = p.batch * tiling.strip_count, end = units * (part + 1) / tiling.parts;
     for (int64_t unit = units * part / tiling.parts; unit < end; ++unit) strip(unit, unit + 1 < end);
+    loops().finish_task();
   }
 
   // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R

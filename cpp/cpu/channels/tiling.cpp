@@ -208,12 +208,16 @@ int64_t flat_row_of(const Problem& p) {
   return is_flat(p) ? row : round_up(row, product_lanes);
 }
 
-bool in_pairs(const SpanProblem& problem, const CpuKernels& kernels) {
+}  // namespace
+
+bool backward_in_pairs(const SpanProblem& problem, const CpuKernels& kernels) {
   const Problem& p = problem.involution;
-  return kernels.bfloat16_pairs && p.dtype == DType::bf16 && problem.reduced > 0 && p.border == Border::zeros &&
-         p.dilation_h == 1 && p.dilation_w == 1 && p.kernel_h <= max_pair_taps && p.kernel_w <= max_pair_taps &&
-         p.out_w <= tile_pixels && flat_row_of(p) <= flat_columns;
+  return kernels.bfloat16_pairs && p.dtype == DType::bf16 && p.border == Border::zeros && p.dilation_h == 1 &&
+         p.dilation_w == 1 && p.kernel_h <= max_pair_taps && p.kernel_w <= max_pair_taps && p.out_w <= tile_pixels &&
+         flat_row_of(p) <= flat_columns;
 }
+
+namespace {
 
 // Offsets in the scratch memory of a task.
 struct Places {
@@ -230,7 +234,8 @@ void place_pairs(BackwardTiling& tiling, Places& places) {
   const Problem& p = problem.involution;
   const SpanBuffers& buffers = tiling.buffers;
   const bool x = buffers.grad_x != nullptr, reduced = buffers.grad_reduced != nullptr;
-  const bool span = buffers.grad_span != nullptr, any = reduced || span || buffers.grad_bias != nullptr;
+  const bool span = buffers.grad_span != nullptr;
+  const bool any = tiling.grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
   const int64_t channel_pairs = ceil_div(p.group_channels(), 2), pair_rows = pairs_of_tap_rows(p) * p.kernel_w;
   int64_t rows = 0;
   for (int64_t i = 0; i < tiling.strip_count; ++i)
@@ -255,8 +260,9 @@ void place_pairs(BackwardTiling& tiling, Places& places) {
   tiling.grad_weights_at = places.take(any, p.taps() * gradient_pitch);
   tiling.grad_y_at = places.take(x, tiling.blocks * tiling.kept_rows * (p.out_w + 2 * weight_margin) * block_channels);
   tiling.grad_y_across_at = places.take(any, channel_pairs * flat_columns);
-  tiling.bias_sums_at = places.take(buffers.grad_bias != nullptr, p.taps() * 16);
-  tiling.staging_at = places.take(true, tile_pixels * block_channels);
+  tiling.bias_sums_at =
+      places.take(buffers.grad_bias != nullptr, ceil_div(p.groups, tiling.chunks) * p.taps() * product_lanes);
+  tiling.staging_at = places.take(true, std::max(tile_pixels, pair_rows) * block_channels);
 }
 
 }  // namespace
@@ -269,7 +275,7 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.buffers = buffers;
   tiling.w = w;
   tiling.grad_w = grad_w;
-  tiling.pairs = in_pairs(problem, kernels);
+  tiling.pairs = backward_in_pairs(problem, kernels);
   if (p.dtype == DType::bf16 && problem.reduced > 0) tiling.pair_product = kernels.pair_product;
   tiling.lanes = tiling.pair_product != nullptr ? product_lanes : kernels.vector_bytes / 4;
   tiling.blocks = blocks_of(p);

@@ -206,6 +206,9 @@ struct BackwardTables : WindowTables {
   std::vector<ShiftedVector> vectors;
 };
 
+// Whether a backward pass runs the loops of backward_pairs.inl.
+bool backward_in_pairs(const SpanProblem&, const CpuKernels&);
+
 // `tables` must outlive the tiling.
 BackwardTiling make_backward_tiling(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w,
                                     const CpuKernels&, int threads, BackwardTables& tables);
