@@ -29,6 +29,11 @@ namespace {
 // How many neighbouring columns of grad_X are computed at a time.
 constexpr int max_gather_columns = 16;
 
+// How many of `rest` a block of up to `most` takes: the last two are of the same size, nearly.
+inline int64_t next_block(int64_t rest, int64_t most) {
+  return rest >= 2 * most ? most : rest > most ? (rest + 1) / 2 : rest;
+}
+
 // What a row of grad_X is the sum of: pairs of tap rows, each with the rows of grad_Y and of weights that it reads, at
 // their first column. Of the last one, with `single`, only the low halves count.
 struct GatherRows {
@@ -118,15 +123,13 @@ void gather_pairs_phase(const Problem& p, const GatherRows& rows, int64_t any_ph
   const int64_t taps = max(0, ceil_div(p.kernel_w - phase, stride));
   const auto column = [&](int64_t q) { return q <= 0 ? 0 : ceil_div(q, stride); };
   const int64_t begin = column(p.padding_w - phase), columns = column(p.in_w + p.padding_w - phase) - begin;
-  const int64_t count = ceil_div(columns, max_gather_columns);
-  PixelResults result = row;
-  result.column *= stride;
-  for (int64_t b = 0; b < count; ++b) {
-    const int64_t m = columns * b / count;
-    with_count<max_gather_columns>(columns * (b + 1) / count - m, [&](auto n) {
+  for (int64_t m = begin, end = begin + columns; m < end;) {
+    const int64_t count = next_block(end - m, max_gather_columns);
+    with_count<max_gather_columns>(count, [&](auto n) {
       gather_pairs_block<decltype(n)::value, Stride, Width, Phase>(
-          rows, begin + m, stride, phase, taps, row.at(0, stride * (begin + m) + phase - p.padding_w).every(stride));
+          rows, m, stride, phase, taps, row.at(0, stride * m + phase - p.padding_w).every(stride));
     });
+    m += count;
   }
 }
 
@@ -233,15 +236,20 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
   PixelVector vectors[flat_columns / pair_lanes];  // of a tile with all its rows
   const BFloat16* rows_of_span = nullptr;
   int64_t span_pitch = 0;
-  const Pair* before = nullptr;  // the last row of W of the tile before
-  int64_t next_row = 0;          // of grad_X
-  int64_t packed = 0;            // rows of X, from the first one of the strip on
+  int64_t first_pair[max_pair_taps + 1];                 // of the tap rows of each phase
+  const Pair* before = nullptr;                          // the last row of W of the tile before
+  int64_t kept = 0;                                      // the row of the output that is kept first
+  int64_t next_row = 0, next_first = 0, next_phase = 0;  // of grad_X, and of the output that its first tap row reads
+  int64_t packed = 0;                                    // rows of X, from the first one of the strip on
 
   BackwardPairsRun(const BackwardTiling& backward, int64_t task, void* scratch)
       : BackwardTask(backward, task, scratch),
         gather(gather_pairs_for(p)),
         pair_rows(pairs_of_tap_rows(p)),
         depth(ceil_div(span.reduced, 2)) {
+    first_pair[0] = 0;
+    for (int64_t a = 0; a < p.kernel_h; ++a)
+      first_pair[a + 1] = first_pair[a] + (a < p.stride_h ? ceil_div(ceil_div(p.kernel_h - a, p.stride_h), 2) : 0);
     int64_t row = 0, column = 0, place = 0;
     const auto next = [&](int64_t lanes, int64_t end) {
       column += lanes;
@@ -263,13 +271,20 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
   BFloat16* elements_at(int64_t offset) const { return reinterpret_cast<BFloat16*>(memory + offset); }
   int64_t channel_pairs() const { return ceil_div(p.group_channels(), 2); }
 
-  // Rows of the output whose weights and grad_Y are kept, from the zeros before them on.
-  Pair* weight_row(int64_t row) const {
-    return pairs_at(tiling.weights_at) + row % tiling.kept_rows * pair_rows * p.kernel_w * weight_row_pitch;
+  // Rows of the output whose weights and grad_Y are kept, from the zeros before them on. They are less than kept_rows away
+  // from the first one.
+  int64_t place_of(int64_t row) const {
+    const int64_t place = row - kept;
+    return place < 0 ? place + tiling.kept_rows : place < tiling.kept_rows ? place : place - tiling.kept_rows;
   }
+  Pair* weight_rows() const { return pairs_at(tiling.weights_at); }
+  Pair* weight_row(int64_t row) const {
+    return weight_rows() + place_of(row) * pair_rows * p.kernel_w * weight_row_pitch;
+  }
+  Pair* gradient_rows() const { return pairs_at(tiling.grad_y_at); }
   Pair* gradient_row(int64_t block, int64_t row) const {
-    return pairs_at(tiling.grad_y_at) +
-           (block * tiling.kept_rows + row % tiling.kept_rows) * (p.out_w + 2 * weight_margin) * block_channels;
+    return gradient_rows() +
+           (block * tiling.kept_rows + place_of(row)) * (p.out_w + 2 * weight_margin) * block_channels;
   }
 
   // --- the steps of a task
@@ -285,12 +300,12 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     if (!want_x) return;
     const Pairs<16> zeros{};
     const int64_t columns = p.out_w, taps = tiling.kept_rows * pair_rows * p.kernel_w;
-    Pair* weights = weight_row(0);
+    Pair* weights = weight_rows();
     for (int64_t k = 0; k < taps; ++k, weights += weight_row_pitch) {
       zeros.store(weights);
       zeros.store(weights + weight_margin + columns);
     }
-    Pair* gradients = gradient_row(0, 0);
+    Pair* gradients = gradient_rows();
     for (int64_t row = tiling.blocks * tiling.kept_rows; row > 0; --row) {
       for (int64_t i = 0; i < weight_margin; ++i, gradients += block_channels) zeros.store(gradients);
       gradients += columns * block_channels;
@@ -328,7 +343,9 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
 
   void start_group(int64_t, int64_t g, const BackwardStrip& strip) {
     before = nullptr;
+    kept = strip.first;
     next_row = strip.in_begin;
+    next_first = (next_row + p.padding_h) / p.stride_h, next_phase = (next_row + p.padding_h) % p.stride_h;
     packed = 0;
     if (span.reduced == 0) return;
     const BFloat16* s = span_row<BFloat16>(span, tiling.buffers, g * p.taps());
@@ -443,15 +460,12 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
                      gradient_row(block, row) + weight_margin * block_channels, pairs_at(tiling.staging_at));
   }
 
-  // Row h of grad_X.
-  void gather_row(int64_t n, int64_t g, int64_t block, int64_t h, const BackwardStrip& strip) const {
-    const int64_t phase = (h + p.padding_h) % p.stride_h, first = (h + p.padding_h) / p.stride_h;
-    int64_t pair = 0;
-    for (int64_t a = 0; a < min(phase, p.kernel_h); ++a) pair += ceil_div(ceil_div(p.kernel_h - a, p.stride_h), 2);
+  // Row next_row of grad_X.
+  void gather_row(int64_t n, int64_t g, int64_t block, const BackwardStrip& strip) const {
+    int64_t pair = first_pair[min(next_phase, p.kernel_h)], row = next_first;
     GatherRows rows{};
     const auto inside = [&](int64_t row) { return row >= strip.first && row < strip.last; };
-    int64_t row = first;
-    for (int64_t i = phase; i < p.kernel_h; i += 2 * p.stride_h, row -= 2, ++pair) {
+    for (int64_t i = next_phase; i < p.kernel_h; i += 2 * p.stride_h, row -= 2, ++pair) {
       const bool partner = i + p.stride_h < p.kernel_h;
       if (!inside(row) && !(partner && inside(row - 1))) continue;
       rows.at[rows.pairs] = {gradient_row(block, row) + weight_margin * block_channels,
@@ -463,7 +477,7 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
     }
     const int64_t channels = channels_of(block), channel = span.grad_x_stride[1], pixel = span.grad_x_stride[3];
     BFloat16* to = static_cast<BFloat16*>(tiling.buffers.grad_x) + n * span.grad_x_stride[0] +
-                   first_channel(g, block) * channel + h * span.grad_x_stride[2];
+                   first_channel(g, block) * channel + next_row * span.grad_x_stride[2];
     if (channel == 1 && channels == block_channels) return gather(p, rows, {to, nullptr, 0, pixel});
     float* wide = memory + tiling.grad_x_at;
     gather(p, rows, {nullptr, wide, 0, block_channels});
@@ -483,14 +497,15 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
                                       : rows * ceil_div(p.out_w, pair_lanes);
     const Pair* x = pairs_at(tiling.x_at) + (first - strip.begin) * tiling.flat_row;
     const GradWeightPairs params{channel_pairs(), tiling.x_channel, tiling.x_phase, p.stride_w};
-    for (int64_t i = 0; i < p.kernel_h; ++i) {
-      const Pair* x_row = x + plane(i % p.stride_h, 0) + i / p.stride_h * tiling.flat_row;
+    for (int64_t i = 0, phase = 0, row = 0; i < p.kernel_h; ++i, gw += p.kernel_w * gradient_pitch) {
+      const Pair* x_row = x + plane(phase, 0) + row * tiling.flat_row;
       if (p.stride_w == 1)
-        grad_weight_row<1>(params, gy, x_row, count, gw + i * p.kernel_w * gradient_pitch);
+        grad_weight_row<1>(params, gy, x_row, count, gw);
       else if (p.stride_w == 2)
-        grad_weight_row<2>(params, gy, x_row, count, gw + i * p.kernel_w * gradient_pitch);
+        grad_weight_row<2>(params, gy, x_row, count, gw);
       else
-        grad_weight_row<0>(params, gy, x_row, count, gw + i * p.kernel_w * gradient_pitch);
+        grad_weight_row<0>(params, gy, x_row, count, gw);
+      if (++phase == p.stride_h) phase = 0, ++row;
     }
   }
   template <int Stride>
@@ -503,18 +518,19 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
                            : Stride > 0         ? most - 1
                            : p.stride_w <= most ? most / p.stride_w * p.stride_w
                                                 : 1;
-      const Pair* from = x + j % p.stride_w * params.x_phase + j / p.stride_w;
+      const int64_t stride = Stride > 0 ? Stride : p.stride_w;
+      const Pair* from = x + j % stride * params.x_phase + j / stride;
       with_count<most>(taps, [&](auto n) {
         constexpr int wide = decltype(n)::value <= 5 ? 4 : 3;
-        const int64_t blocks = ceil_div(count, wide);
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t v = count * b / blocks;
-          with_count<wide>(count * (b + 1) / blocks - v, [&](auto m) {
+        for (int64_t v = 0; v < count;) {
+          const int64_t together = next_block(count - v, wide);
+          with_count<wide>(together, [&](auto m) {
             const auto block = tiling.flat
                                    ? grad_weight_pairs_block<decltype(m)::value, Stride, decltype(n)::value, true>
                                    : grad_weight_pairs_block<decltype(m)::value, Stride, decltype(n)::value, false>;
             block(params, gy, from, vectors + v, to + j * gradient_pitch);
           });
+          v += together;
         }
       });
       j += taps;
@@ -604,8 +620,12 @@ struct BackwardPairsRun : BackwardTask<BFloat16, BackwardPairsRun> {
         for (int64_t block = 0; block < tiling.blocks; ++block) keep_gradient(n, g, block, row, strip);
       }
       before = w + (rows - 1) * p.out_w;
-      for (; next_row < strip.in_end && (last || (next_row + p.padding_h) / p.stride_h < end); ++next_row)
-        for (int64_t block = 0; block < tiling.blocks; ++block) gather_row(n, g, block, next_row, strip);
+      while (next_row < strip.in_end && (last || next_first < end)) {
+        for (int64_t block = 0; block < tiling.blocks; ++block) gather_row(n, g, block, strip);
+        ++next_row;
+        if (++next_phase == p.stride_h) next_phase = 0, ++next_first;
+      }
+      if (end - kept >= tiling.kept_rows) kept += tiling.kept_rows;
     }
     if (!want_weights || first < strip.begin || first >= strip.end) return;
     const int64_t needed = (end - 1 - strip.begin) * p.stride_h + p.kernel_h;
