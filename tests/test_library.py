@@ -180,13 +180,18 @@ def test_code_for_newer_processors_keeps_to_itself(isa: str, tmp_path: Path) -> 
 PRODUCTS = """
 #define VECTOR_BYTES 64
 #include "cpu/channels/forward_pairs.inl"
+#include "cpu/channels/backward_pairs.inl"
 namespace pyinvolution::cpu {
 [[gnu::used]] const void* const kept[] = {
     (void*)apply_pairs_block<1, 14, 1, 7, 16>, (void*)apply_pairs_block<2, 7, 1, 7, 16>,
     (void*)apply_pairs_block<1, 14, 2, 7, 16>, (void*)apply_pairs_block<1, 14, 1, 7, 8>,
     (void*)apply_pairs_block<1, 14, 1, 3, 16>,
     (void*)multiply_pairs_blocks<7, true, 2, false>, (void*)multiply_pairs_blocks<7, true, 1, true>,
-    (void*)multiply_pairs_blocks<7, false, 4, false>, (void*)multiply_pairs_blocks<3, true, 4, false>};
+    (void*)multiply_pairs_blocks<7, false, 4, false>, (void*)multiply_pairs_blocks<3, true, 4, false>,
+    (void*)gather_pairs_block<14, 1, 7, 0>, (void*)gather_pairs_block<16, 1, 7, 0>,
+    (void*)gather_pairs_block<7, 1, 7, 0>, (void*)gather_pairs_block<14, 2, 7, 1>,
+    (void*)grad_weight_pairs_block<3, 1, 7, false>, (void*)grad_weight_pairs_block<3, 1, 7, true>,
+    (void*)grad_weight_pairs_block<3, 2, 7, false>, (void*)grad_weight_pairs_block<4, 1, 5, true>};
 }
 """
 # Function -> products, and how many of them read a pair that the instruction repeats; the others' pairs are shuffled.
@@ -200,6 +205,14 @@ EMBEDDED = {
     "multiply_pairs_blocks<7, true, 1, true>": (28, 28),
     "multiply_pairs_blocks<7, false, 4, false>": (28, 28),
     "multiply_pairs_blocks<3, true, 4, false>": (24, 24),
+    "gather_pairs_block<14, 1, 7, 0>": (2 * 98, 2 * 70),
+    "gather_pairs_block<16, 1, 7, 0>": (2 * 112, 2 * 84),
+    "gather_pairs_block<7, 1, 7, 0>": (4 * 49, 4 * 21),
+    "gather_pairs_block<14, 2, 7, 1>": (2 * 42, 2 * 30),
+    "grad_weight_pairs_block<3, 1, 7, false>": (21, 0),
+    "grad_weight_pairs_block<3, 1, 7, true>": (21, 0),
+    "grad_weight_pairs_block<3, 2, 7, false>": (21, 0),
+    "grad_weight_pairs_block<4, 1, 5, true>": (20, 0),
 }
 
 

@@ -3,6 +3,7 @@
 
 #include <thread>
 
+#include "../../cpp/cpu/channels/tiling.h"
 #include "../../cpp/cpu/kernels.h"
 #include "oracle.h"
 #include "pyinvolution/dispatch.h"
@@ -24,14 +25,17 @@ inline double worst_difference(const Tensor& result, const std::vector<double>& 
   double worst = 0;
   *largest = 0;
   for (size_t i = 0; i < want.size(); ++i) {
+    const double value = result.get(int64_t(i));
+    if (!std::isfinite(want[i]) && (std::isnan(want[i]) ? std::isnan(value) : value == want[i])) continue;
     *largest = std::max(*largest, std::fabs(want[i]));
-    const double difference = std::fabs(result.get(int64_t(i)) - want[i]);
+    const double difference = std::fabs(value - want[i]);
     worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
   }
   return worst;
 }
 
-// Whether the forward passes round W, and R in a layer, to bfloat16, and the backward pass grad_W for its products.
+// Whether the forward passes round W, and R in a layer, to bfloat16, and the backward pass grad_W for its products. For
+// grad_X it rounds W where its loops are those of pairs.
 inline bool rounds_kernels(DType dtype) { return dtype == DType::bf16 && cpu::current_kernels().bfloat16_pairs; }
 
 inline double as_bfloat16(double value) {
@@ -40,9 +44,9 @@ inline double as_bfloat16(double value) {
   return double(load(rounded));
 }
 
-// Runs and checks every pass that the fused variant supports.
+// Runs and checks every pass that the fused variant supports. `special`: with values of X and grad_Y that are not finite.
 inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, bool with_bias,
-                      const Execution& execution) {
+                      const Execution& execution, bool special = false) {
   const Strides forward = strides_of(shape, layout, Pass::forward);
   const Strides written = strides_of(shape, layout == Layout::expanded ? Layout::contiguous : layout, Pass::forward);
   SpanProblem span{};
@@ -66,6 +70,13 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
   std::uniform_real_distribution<double> uniform(-1, 1);
   for (Tensor* tensor : {&x, &r, &s, &b, &gy, &scale, &shift})
     for (int64_t i = 0, n = tensor->count(); i < n; ++i) tensor->set(i, uniform(engine));
+  if (special) {
+    x.set(int64_t(engine() % uint64_t(x.count())), INFINITY);
+    x.set(x.count() - 1, NAN);
+    gy.set(int64_t(engine() % uint64_t(gy.count())), -INFINITY);
+    gy.set(int64_t(engine() % uint64_t(gy.count())), NAN);
+    gy.set(0, INFINITY);
+  }
   std::copy_n(r_strides.begin(), 4, span.reduced_stride);
   std::copy_n(s.strides.begin(), 2, span.span_stride);
   std::copy_n(written.x.begin(), 4, span.grad_x_stride);
@@ -86,7 +97,8 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
   for (int64_t i = 0, n = w.count(); i < n; ++i)
     rounded.set(i, rounds_kernels(dtype) ? as_bfloat16(w.get(i)) : w.get(i));
   const std::vector<double> y_want = expect(p, Pass::forward, x, rounded, y).value;
-  const std::vector<double> gx_want = expect(p, Pass::grad_input, gx, w, gy).value;
+  const bool rounds_backward = cpu::backward_in_pairs(span, cpu::current_kernels());
+  const std::vector<double> gx_want = expect(p, Pass::grad_input, gx, rounds_backward ? rounded : w, gy).value;
   const std::vector<double> gw = expect(p, Pass::grad_weight, x, w, gy).value;
   std::vector<double> gr_want(size_t(r.count())), gs_want(size_t(s.count())), gb_want((size_t(rows)));
   for (int64_t n = 0; n < shape.n; ++n)
@@ -152,6 +164,17 @@ inline void span_case(const Case& shape, int64_t reduced, DType dtype, Layout la
   check("grad_reduced", gr, gr_want);
   check("grad_span", gs, gs_want);
   check("grad_bias", gb, gb_want);
+
+  // Each gradient by itself.
+  void** const results[] = {&buffers.grad_x, &buffers.grad_reduced, &buffers.grad_span, &buffers.grad_bias};
+  const std::vector<double>* const wanted[] = {&gx_want, &gr_want, &gs_want, &gb_want};
+  Tensor* const tensors[] = {&gx, &gr, &gs, &gb};
+  for (int only = 0; only < 4; ++only) {
+    for (int i = 0; i < 4; ++i) *results[i] = i == only ? tensors[i]->data() : nullptr;
+    tensors[only]->poison();
+    run_fused(SpanOp::backward);
+    check(("only gradient " + std::to_string(only)).c_str(), *tensors[only], *wanted[only]);
+  }
 }
 
 }  // namespace

@@ -56,6 +56,23 @@ std::vector<Case> long_cases() {
           {1, 16, 1, 141, 190, 2, 2, 3, 3, 0, 0}};
 }
 
+// What the backward pass by pairs of bfloat16 distinguishes: windows of 3, 5, 7 and other columns at strides of 1, 2 and
+// more, also of more than the window, so that columns of X have no tap; odd and even numbers of tap rows; rows that fill
+// vectors, that leave lanes empty, and that follow each other; several tiles, and strips; groups of one, several and parts
+// of blocks; rows that are too long for it.
+std::vector<Case> pair_cases() {
+  return {{3, 16, 1, 16, 16, 7, 7, 1, 1, 3, 3},   {2, 32, 2, 14, 14, 7, 7, 2, 2, 3, 3},
+          {1, 24, 1, 8, 7, 7, 7, 1, 1, 3, 3},     {5, 16, 1, 4, 4, 7, 7, 1, 1, 3, 3},
+          {1, 8, 1, 11, 56, 3, 3, 1, 1, 1, 1},    {1, 16, 1, 21, 30, 3, 3, 2, 2, 1, 1},
+          {1, 16, 1, 12, 28, 5, 5, 1, 1, 2, 2},   {1, 17, 1, 12, 41, 5, 5, 2, 2, 2, 2},
+          {1, 16, 1, 9, 112, 7, 7, 1, 1, 3, 3},   {1, 16, 1, 9, 113, 3, 3, 1, 1, 1, 1},
+          {1, 40, 1, 10, 4, 4, 6, 1, 1, 2, 3},    {2, 16, 1, 15, 17, 9, 9, 3, 3, 4, 4},
+          {1, 16, 1, 10, 10, 15, 15, 1, 1, 7, 7}, {1, 16, 1, 10, 40, 1, 1, 1, 1, 0, 0},
+          {1, 16, 1, 9, 20, 3, 11, 1, 4, 1, 5},   {1, 16, 1, 16, 33, 2, 3, 3, 5, 0, 0},
+          {1, 16, 1, 7, 6, 3, 3, 1, 1, 6, 5},     {1, 32, 1, 170, 100, 3, 3, 1, 1, 1, 1},
+          {1, 16, 1, 330, 60, 4, 3, 2, 2, 0, 1}};
+}
+
 // Few channels a group: W beyond the cache, windows that are read in several blocks of taps, short rows that are joined
 // at every stride, rows that are not, chunks of groups and of channels.
 std::vector<Case> narrow_cases() {
@@ -191,6 +208,13 @@ void span_involution() {
     for (const Layout layout : {Layout::contiguous, Layout::channels_last, Layout::gapped})
       for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16})
         span_case(shape, 3, dtype, layout, layout != Layout::gapped, two_threads);
+  for (const Case& shape : pair_cases())
+    for (const Layout layout : {Layout::channels_last, Layout::contiguous, Layout::gapped}) {
+      ++index;
+      const bool special = shape.h < 100 && index % 4 == 0;
+      span_case(shape, 1 + index * 5 % 37, DType::bf16, layout, index % 2 == 0,
+                index % 3 == 0 ? two_threads : Execution{}, special);
+    }
   for (const Case& shape : long_cases()) {
     ++index;
     span_case(shape, 1 + index % 9, index % 2 == 0 ? DType::f32 : DType::bf16, layouts[index % 3], true,

@@ -3,12 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/channels/backward_strip.h"
 #include "cpu/channels/packing.h"
 #include "cpu/channels/packing_products.h"
 #include "cpu/channels/tiling.h"
 #include "cpu/simd/dtype.h"
 #include "cpu/simd/gemm.h"
-#include "cpu/simd/prefetch.h"
 
 namespace pyinvolution::cpu {
 namespace {
@@ -357,37 +357,23 @@ float total(const float* from, int64_t count) {
 }
 
 template <class T>
-struct BackwardRun {
-  const BackwardTiling& tiling;
-  const SpanProblem& span;
-  const Problem& p;
-  const Axis<int64_t> row_axis;
-  float* memory;
-  float *x, *gx, *gr, *panels, *pixels, *span_memory, *bias, *w, *dense, *gw, *gy, *gy_across, *staging;
-  int64_t chunk, part;
-  bool want_x, want_weights;  // whether grad_X and grad_W are computed (grad_W also as a step to others)
+struct BackwardRun : BackwardTask<T, BackwardRun<T>> {
+  using Task = BackwardTask<T, BackwardRun<T>>;
+  using Task::bias, Task::channels_of, Task::first_channel, Task::first_row, Task::for_each_tile, Task::gr,
+      Task::last_row, Task::memory, Task::p, Task::part, Task::row_axis, Task::span, Task::staging, Task::store_reduced,
+      Task::tiling, Task::want_weights, Task::want_x;
+  const Gather gather_row;
+  float *x, *gx, *panels, *pixels, *span_memory, *w, *dense, *gw, *gy, *gy_across;
+  MatrixA rows_of_span{nullptr, 0, 1};
 
   BackwardRun(const BackwardTiling& backward, int64_t task, void* scratch)
-      : tiling(backward),
-        span(backward.problem),
-        p(backward.problem.involution),
-        row_axis(rows_of(p)),
-        memory(static_cast<float*>(scratch)),
-        chunk(task % backward.chunks),
-        part(task / backward.chunks) {
+      : Task(backward, task, scratch), gather_row(gather_for(p)) {
     const auto at = [&](int64_t offset) { return memory + offset; };
-    x = at(tiling.x_at), gx = at(tiling.grad_x_at), gr = at(tiling.grad_reduced_at), panels = at(tiling.panels_at);
-    pixels = at(tiling.pixels_at), span_memory = at(tiling.span_at), bias = at(tiling.bias_at),
+    x = at(tiling.x_at), gx = at(tiling.grad_x_at), panels = at(tiling.panels_at);
+    pixels = at(tiling.pixels_at), span_memory = at(tiling.span_at);
     w = at(tiling.weights_at), dense = at(tiling.dense_at);
     gw = at(tiling.grad_weights_at), gy = at(tiling.grad_y_at), gy_across = at(tiling.grad_y_across_at);
-    staging = at(tiling.staging_at);
-    want_x = tiling.buffers.grad_x != nullptr;
-    want_weights = tiling.grad_w != nullptr || tiling.buffers.grad_reduced != nullptr ||
-                   tiling.buffers.grad_span != nullptr || tiling.buffers.grad_bias != nullptr;
   }
-
-  int64_t channels_of(int64_t block) const { return min(block_channels, p.group_channels() - block * block_channels); }
-  int64_t first_channel(int64_t g, int64_t block) const { return g * p.group_channels() + block * block_channels; }
 
   // Whether products are those of pairs.
   bool in_pairs() const { return is_bfloat16<T> && tiling.pair_product != nullptr; }
@@ -426,19 +412,6 @@ struct BackwardRun {
     }
   }
 
-  // Calls body(row, rows, index) for the tiles of rows of a strip. None has rows of the strip itself and of a neighbour.
-  template <class Body>
-  void for_each_tile(const BackwardStrip& strip, const Body& body) const {
-    const int64_t ends[] = {strip.begin, strip.end, last_row(strip)};
-    int64_t row = first_row(strip), index = 0;
-    for (const int64_t end : ends)
-      for (int64_t rows; row < end; row += rows) {
-        rows = min(tiling.tile_rows, end - row);
-        body(row, rows, index++);
-      }
-  }
-  int64_t first_row(const BackwardStrip& strip) const { return want_x ? strip.first : strip.begin; }
-  int64_t last_row(const BackwardStrip& strip) const { return want_x ? strip.last : strip.end; }
   // R of a tile, the index-th of the strip, from a column on.
   float* panel(int64_t index, int64_t column) const {
     return panels + (index * tiling.tile_pitch + column) * span.reduced;
@@ -490,43 +463,6 @@ struct BackwardRun {
     load_pixels(from, channels_of(block), columns, p.y_stride[1], p.y_stride[3], inner, staging);
     if (narrows()) clear(inner + columns * block_channels, backward_margin * block_channels / V::lanes);
     if (want_weights) transpose(inner, block_channels, columns, block_channels, gy_across, backward_columns);
-  }
-
-  // What is computed after a group of a strip: the next group, or the first one of the next strip.
-  struct Following {
-    int64_t n, g;
-    const BackwardStrip* strip;
-    bool begins;  // a strip, whose R is read, too
-  };
-
-  // Asks for the i-th of `of` parts of what it reads and writes, while the group before it is computed.
-  void prefetch(const Following& next, int64_t i, int64_t of) const {
-    const BackwardStrip& strip = *next.strip;
-    const int64_t n = next.n, g = next.g, channels = p.group_channels(), c = g * channels;
-    const auto rows = [&](int64_t begin, int64_t end, const auto& body) {
-      for (int64_t h = begin + (end - begin) * i / of; h < begin + (end - begin) * (i + 1) / of; ++h) body(h);
-    };
-    const auto image = [&](const void* at, const int64_t (&stride)[4]) {
-      rows(strip.in_begin, strip.in_end, [&](int64_t h) {
-        prefetch_pixels(static_cast<const T*>(at) + n * stride[0] + c * stride[1] + h * stride[2], stride[1], channels,
-                        stride[3], p.in_w);
-      });
-    };
-    if (want_weights) image(tiling.buffers.x, p.x_stride);
-    if (want_x) image(tiling.buffers.grad_x, span.grad_x_stride);
-    const void* const weights[] = {tiling.w, tiling.grad_w};
-    rows(first_row(strip), last_row(strip), [&](int64_t row) {
-      prefetch_pixels(
-          static_cast<const T*>(tiling.buffers.y) + n * p.y_stride[0] + c * p.y_stride[1] + row * p.y_stride[2],
-          p.y_stride[1], channels, p.y_stride[3], p.out_w);
-      for (const void* at : weights)
-        if (at != nullptr)
-          prefetch_pixels(weights_of<T>(p, at, n, g, row, 0), p.w_stride[3], p.taps(), p.w_stride[5], p.out_w);
-      if (next.begins && span.reduced > 0)
-        prefetch_pixels(
-            static_cast<const T*>(tiling.buffers.reduced) + n * span.reduced_stride[0] + row * span.reduced_stride[2],
-            span.reduced_stride[1], span.reduced, span.reduced_stride[3], p.out_w);
-    });
   }
 
   // --- the products of a tile
@@ -724,13 +660,13 @@ struct BackwardRun {
                pitch);
   }
 
-  // A tile of `rows` rows from `first` on, the index-th of the strip, or of some columns of a row.
+  // Some columns of a tile of rows, or all of them.
   void tile(int64_t n, int64_t g, int64_t first, int64_t rows, int64_t index, int64_t column,
-            const BackwardStrip& strip, const MatrixA& s, Gather gather) const {
+            const BackwardStrip& strip) const {
     const bool own = first >= strip.begin && first < strip.end;
     const int64_t columns = min(backward_columns, p.out_w - column), taps = p.taps(), count = rows * columns;
     float* weights = w + tiling.margin;
-    if (want_x && tiling.w == nullptr) multiply_weights(index, column, count, s, rows > 1 ? dense : weights);
+    if (want_x && tiling.w == nullptr) multiply_weights(index, column, count, rows_of_span, rows > 1 ? dense : weights);
     for (int64_t row = first; row < first + rows; ++row) {
       const int64_t pixel = (row - first) * columns, x_first = row_axis.first(row);
       if (want_x) {
@@ -752,8 +688,8 @@ struct BackwardRun {
           for (int64_t i = 0; i < p.kernel_h; ++i) {
             const int64_t h = x_first + i * p.dilation_h;
             if (h >= strip.in_begin && h < strip.in_end)
-              gather(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column, columns,
-                     gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
+              gather_row(p, weights + i * p.kernel_w * tile_pixels, gy + backward_margin * block_channels, column,
+                         columns, gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels);
           }
         // What a row writes past its end is that of the next one, which comes later.
         if (!want_weights || !own) continue;
@@ -774,157 +710,85 @@ struct BackwardRun {
     }
     if (tiling.buffers.grad_reduced != nullptr || tiling.buffers.grad_span != nullptr)
       multiply_gradients(g, first - strip.begin, column, count, pixel_rows(strip, first, column),
-                         pixel_pairs(strip, first, column), s);
+                         pixel_pairs(strip, first, column), rows_of_span);
   }
 
-  // --- the task
+  // --- the steps of a task
 
-  // A strip of an image, after which a task computes the next one, if it does.
-  void strip(int64_t unit, bool another) const {
-    const auto strip_of = [&](int64_t u) -> const BackwardStrip& { return tiling.strips[u % tiling.strip_count]; };
-    const int64_t n = unit / tiling.strip_count;
-    const BackwardStrip& strip = strip_of(unit);
-    const Gather gather = gather_for(p);
-    const int64_t in_rows = strip.in_end - strip.in_begin;
-    if (tiling.buffers.grad_reduced != nullptr) std::memset(gr, 0, size_t(span.reduced * tiling.plane) * sizeof(float));
-    if (span.reduced > 0) pack_reduced(n, strip);
-    const int64_t first = p.groups * chunk / tiling.chunks, last = p.groups * (chunk + 1) / tiling.chunks;
-    for (int64_t g = first; g < last; ++g) {
-      for (int64_t block = 0; block < tiling.blocks; ++block) {
-        if (want_x) std::memset(gx_block(block), 0, size_t(in_rows * p.in_w * block_channels) * sizeof(float));
-        if (want_weights) pack_input(n, g, block, strip);
-      }
-      int64_t pitch = 0;
-      const float* s = nullptr;
-      if (span.reduced > 0) {
-        if constexpr (is_bfloat16<T>) {
-          if (in_pairs())
-            pack_span_pairs(span_row<T>(span, tiling.buffers, g * p.taps()), span.span_stride[0], span.span_stride[1],
-                            p.taps(), span.reduced, pairs_at(tiling.span_at), pairs_at(tiling.span_across_at));
-        }
-        if (!in_pairs()) s = span_rows<T>(span, tiling.buffers, g, span_memory, &pitch);
-        load_bias<T>(span, tiling.buffers, g, bias);
-      }
-      const Following next = g + 1 < last
-                                 ? Following{n, g + 1, &strip, false}
-                                 : Following{(unit + 1) / tiling.strip_count, first, &strip_of(unit + 1), true};
-      for_each_tile(strip, [&](int64_t row, int64_t rows, int64_t index) {
-        if (g + 1 < last || another)
-          for (int64_t i = row; i < row + rows; ++i)
-            prefetch(next, i - first_row(strip), last_row(strip) - first_row(strip));
-        for (int64_t column = 0; column < p.out_w; column += backward_columns)
-          tile(n, g, row, rows, index, column, strip, {s, pitch, 1}, gather);
-      });
-      if (want_x)
-        for (int64_t block = 0; block < tiling.blocks; ++block)
-          for (int64_t h = 0; h < in_rows; ++h)
-            store_pixels(gx_block(block) + h * p.in_w * block_channels, channels_of(block), p.in_w,
-                         static_cast<T*>(tiling.buffers.grad_x) + n * span.grad_x_stride[0] +
-                             first_channel(g, block) * span.grad_x_stride[1] +
-                             (strip.in_begin + h) * span.grad_x_stride[2],
-                         span.grad_x_stride[1], span.grad_x_stride[3], staging);
-    }
-    if (tiling.buffers.grad_reduced == nullptr) return;
-    const int64_t at = strip.begin / tiling.height;
-    if (tiling.chunks == 1) return store_reduced(n, at, at + 1, gr, tiling.plane);
-    float* part = tiling.reduced_part(chunk, n) + at * tiling.plane;
-    for (int64_t r = 0; r < span.reduced; ++r)
-      std::memcpy(part + r * tiling.strip_count * tiling.plane, gr + r * tiling.plane,
-                  size_t(tiling.plane) * sizeof(float));
-  }
-
-  // Sums of the strips [begin, end) of an image into grad_R. In `from` channels are `channel` floats apart.
-  void store_reduced(int64_t n, int64_t begin, int64_t end, const float* from, int64_t apart) const {
-    T* to = static_cast<T*>(tiling.buffers.grad_reduced) + n * span.grad_reduced_stride[0];
-    const int64_t channel = span.grad_reduced_stride[1], pixel = span.grad_reduced_stride[3];
-    for (int64_t i = begin; i < end; ++i, from += tiling.plane) {
-      const BackwardStrip& strip = tiling.strips[i];
-      for (int64_t row = strip.begin; row < strip.end; ++row) {
-        T* out = to + row * span.grad_reduced_stride[2];
-        const float* in = from + tiling.place(row - strip.begin, 0);
-        if (pixel == 1) {
-          for (int64_t r = 0; r < span.reduced; ++r)
-            for (int64_t v = 0; v < p.out_w; ++v) store(in[r * apart + v], &out[r * channel + v]);
-          continue;
-        }
-        if constexpr (is_float<T>) {
-          if (channel == 1) {
-            transpose(in, apart, span.reduced, p.out_w, out, pixel);
-            continue;
-          }
-        }
-        for (int64_t v = 0; v < p.out_w; ++v)
-          for (int64_t r = 0; r < span.reduced; ++r) store(in[r * apart + v], &out[r * channel + v * pixel]);
-      }
-    }
-  }
-
-  void run() const {
-    const int64_t taps = p.taps(), first = p.groups * chunk / tiling.chunks * taps;
-    const int64_t rows = p.groups * (chunk + 1) / tiling.chunks * taps - first;
-    if (tiling.buffers.grad_span != nullptr)
-      std::memset(tiling.span_part(part) + first * tiling.reduced_padded, 0,
-                  size_t(rows * tiling.reduced_padded) * sizeof(float));
-    if (tiling.buffers.grad_bias != nullptr)
-      std::memset(tiling.bias_part(part) + first, 0, size_t(rows) * sizeof(float));
+  void start() const {
     // The zeros around images and tiles are written once; tasks leave them alone.
     if (want_weights) std::memset(x, 0, size_t(tiling.blocks * tiling.x_rows * x_row_floats()) * sizeof(float));
-    clear(w, (taps + 1) * tile_pixels / V::lanes);
+    clear(w, (p.taps() + 1) * tile_pixels / V::lanes);
     clear(gy, (backward_columns + 2 * backward_margin) * block_channels / V::lanes);
     clear(gy_across, block_channels * backward_columns / V::lanes);
-    const int64_t units = p.batch * tiling.strip_count, end = units * (part + 1) / tiling.parts;
-    for (int64_t unit = units * part / tiling.parts; unit < end; ++unit) strip(unit, unit + 1 < end);
   }
 
-  // --- sums over parts and chunks: tasks 0 .. groups - 1 are groups of S, the others images of grad_R
-
-  void finish(int64_t task) const {
-    if (task >= p.groups) return finish_reduced(task - p.groups);
-    const int64_t taps = p.taps();
-    for (int64_t k = task * taps; k < (task + 1) * taps; ++k) {
-      if (tiling.buffers.grad_span != nullptr) {
-        T* to = static_cast<T*>(tiling.buffers.grad_span) + k * span.reduced;
-        const float* from = tiling.span_part(0) + k * tiling.reduced_padded;
-        const int64_t apart = span.span_rows() * tiling.reduced_padded;
-        for (int64_t r = 0; r < span.reduced; r += V::lanes) {
-          V sum = V::zero();
-          for (int64_t i = 0; i < tiling.parts; ++i) sum.value = sum.value + V::load(from + i * apart + r).value;
-          float sums[V::lanes];
-          sum.store(sums);
-          store_run(sums, min(V::lanes, span.reduced - r), to + r);
-        }
-      }
-      if (tiling.buffers.grad_bias != nullptr) {
-        float sum = 0;
-        for (int64_t i = 0; i < tiling.parts; ++i) sum += tiling.bias_part(i)[k];
-        store(sum, &static_cast<T*>(tiling.buffers.grad_bias)[k]);
-      }
+  void start_group(int64_t n, int64_t g, const BackwardStrip& strip) {
+    const int64_t in_rows = strip.in_end - strip.in_begin;
+    for (int64_t block = 0; block < tiling.blocks; ++block) {
+      if (want_x) std::memset(gx_block(block), 0, size_t(in_rows * p.in_w * block_channels) * sizeof(float));
+      if (want_weights) pack_input(n, g, block, strip);
     }
+    if (span.reduced == 0) return;
+    if constexpr (is_bfloat16<T>) {
+      if (in_pairs())
+        return pack_span_pairs(span_row<T>(span, tiling.buffers, g * p.taps()), span.span_stride[0],
+                               span.span_stride[1], p.taps(), span.reduced, pairs_at(tiling.span_at),
+                               pairs_at(tiling.span_across_at));
+    }
+    rows_of_span.at = span_rows<T>(span, tiling.buffers, g, span_memory, &rows_of_span.row);
   }
 
-  void finish_reduced(int64_t n) const {
-    const int64_t apart = tiling.strip_count * tiling.plane, count = span.reduced * apart;
-    float* sum = tiling.reduced_part(0, n);
-    for (int64_t i = 1; i < tiling.chunks; ++i) {
-      const float* other = tiling.reduced_part(i, n);
-      for (int64_t k = 0; k < count; ++k) sum[k] += other[k];
+  // The next group, by as many of its rows as these are of the strip's.
+  void prefetch(const typename Task::Group& group, const typename Task::Group* next, int64_t row, int64_t rows) const {
+    if (next == nullptr) return;
+    const int64_t first = first_row(*group.strip), of = last_row(*group.strip) - first;
+    const BackwardStrip& strip = *next->strip;
+    const auto share = [&](int64_t begin, int64_t end, int64_t i) { return begin + (end - begin) * (i - first) / of; };
+    const auto input = [&](const void* at, const int64_t (&stride)[4]) {
+      this->prefetch_input(*next, at, stride, share(strip.in_begin, strip.in_end, row),
+                           share(strip.in_begin, strip.in_end, row + rows));
+    };
+    if (want_weights) input(tiling.buffers.x, p.x_stride);
+    if (want_x) input(tiling.buffers.grad_x, span.grad_x_stride);
+    this->prefetch_output(*next, share(first_row(strip), last_row(strip), row),
+                          share(first_row(strip), last_row(strip), row + rows));
+  }
+
+  void tile(int64_t n, int64_t g, int64_t row, int64_t rows, int64_t index, const BackwardStrip& strip) const {
+    for (int64_t column = 0; column < p.out_w; column += backward_columns) tile(n, g, row, rows, index, column, strip);
+  }
+
+  void finish_group(int64_t n, int64_t g, const BackwardStrip& strip) const {
+    if (!want_x) return;
+    for (int64_t block = 0; block < tiling.blocks; ++block)
+      for (int64_t h = strip.in_begin; h < strip.in_end; ++h)
+        store_pixels(gx_block(block) + (h - strip.in_begin) * p.in_w * block_channels, channels_of(block), p.in_w,
+                     static_cast<T*>(tiling.buffers.grad_x) + n * span.grad_x_stride[0] +
+                         first_channel(g, block) * span.grad_x_stride[1] + h * span.grad_x_stride[2],
+                     span.grad_x_stride[1], span.grad_x_stride[3], staging);
+  }
+
+  void finish_task() const {}
+
+  // grad_R at a row of the output.
+  void store_reduced_row(const float* from, int64_t apart, T* to, int64_t channel, int64_t pixel) const {
+    if (pixel == 1) {
+      for (int64_t r = 0; r < span.reduced; ++r) store_run(from + r * apart, p.out_w, to + r * channel);
+      return;
     }
-    store_reduced(n, 0, tiling.strip_count, sum, apart);
+    if constexpr (is_float<T>) {
+      if (channel == 1) return transpose(from, apart, span.reduced, p.out_w, to, pixel);
+    }
+    for (int64_t v = 0; v < p.out_w; ++v)
+      for (int64_t r = 0; r < span.reduced; ++r) store(from[r * apart + v], &to[r * channel + v * pixel]);
   }
 };
-
-template <class T>
-void run_backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
-  if (finish)
-    BackwardRun<T>(tiling, 0, scratch).finish(task);
-  else
-    BackwardRun<T>(tiling, task, scratch).run();
-}
 
 void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
   dispatch(tiling.problem.involution.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (is_float<Accumulator<T>>) run_backward_task<T>(tiling, finish, task, scratch);
+    if constexpr (is_float<Accumulator<T>>) run_backward_task<BackwardRun<T>>(tiling, finish, task, scratch);
   });
 }
 

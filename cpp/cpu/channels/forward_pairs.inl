@@ -47,8 +47,9 @@ struct PixelResults {
   int64_t row, column;  // steps to the next one
   PixelResults at(int64_t r, int64_t c) const {
     const int64_t step = r * row + c * column;
-    return {narrow == nullptr ? nullptr : narrow + step, wide + step, row, column};
+    return {narrow == nullptr ? nullptr : narrow + step, wide == nullptr ? nullptr : wide + step, row, column};
   }
+  PixelResults every(int64_t columns) const { return {narrow, wide, row, columns * column}; }
 };
 
 // The sums of a block, with the epilogue.
@@ -299,8 +300,7 @@ struct PairsRun : StripTask<BFloat16, PairsRun> {
         const PixelResults to = y.at(r, column);
         if (run.slope == 0) {
           for (int64_t i = 0; i < rows; ++i) {
-            PixelResults pixels = to.at(i, 0);
-            pixels.column *= run.step;
+            const PixelResults pixels = to.at(i, 0).every(run.step);
             const auto shared = half ? apply_pairs_shared<8> : apply_pairs_shared<16>;
             shared(params, from + i * params.row, weights + i * tile.columns, run.step, run.count, pixels);
           }

@@ -195,6 +195,78 @@ std::vector<BackwardStrip> backward_strips(const SpanProblem& problem) {
 
 }  // namespace
 
+namespace {
+
+// Whether vectors of pixels run from one row to the next: where those of a row would leave many lanes empty.
+bool is_flat(const Problem& p) { return 5 * p.out_w < 4 * round_up(p.out_w, product_lanes); }
+
+// From a row of packed X to the next one: the columns after a row that a window reads are zeros before the next one.
+int64_t flat_row_of(const Problem& p) {
+  int64_t row = p.out_w;
+  for (int64_t phase = 0; phase < p.stride_w; ++phase)
+    row = std::max({row, flat_end(p, phase), flat_reach(p, phase) - flat_begin(p, phase)});
+  return is_flat(p) ? row : round_up(row, product_lanes);
+}
+
+}  // namespace
+
+bool backward_in_pairs(const SpanProblem& problem, const CpuKernels& kernels) {
+  const Problem& p = problem.involution;
+  return kernels.bfloat16_pairs && p.dtype == DType::bf16 && p.border == Border::zeros && p.dilation_h == 1 &&
+         p.dilation_w == 1 && p.kernel_h <= max_pair_taps && p.kernel_w <= max_pair_taps && p.out_w <= tile_pixels &&
+         flat_row_of(p) <= flat_columns;
+}
+
+namespace {
+
+// Offsets in the scratch memory of a task.
+struct Places {
+  int64_t at = 0;
+  int64_t take(bool wanted, int64_t floats) {
+    const int64_t begin = at;
+    at += wanted ? round_up(floats, 16) : 0;
+    return begin;
+  }
+};
+
+void place_pairs(BackwardTiling& tiling, Places& places) {
+  const SpanProblem& problem = tiling.problem;
+  const Problem& p = problem.involution;
+  const SpanBuffers& buffers = tiling.buffers;
+  const bool x = buffers.grad_x != nullptr, reduced = buffers.grad_reduced != nullptr;
+  const bool span = buffers.grad_span != nullptr;
+  const bool any = tiling.grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
+  const int64_t channel_pairs = ceil_div(p.group_channels(), 2), pair_rows = pairs_of_tap_rows(p) * p.kernel_w;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < tiling.strip_count; ++i)
+    rows = std::max(rows, tiling.strips[i].last - tiling.strips[i].first);
+  tiling.flat = is_flat(p);
+  tiling.flat_row = flat_row_of(p);
+  tiling.x_phase = round_up((ceil_div(tiling.x_rows, p.stride_h) + 1) * tiling.flat_row, 16);
+  tiling.x_channel = round_up(tiling.x_phase * p.stride_h * p.stride_w, 16) + 16;
+  tiling.kept_rows = tiling.tile_rows + ceil_div(p.kernel_h, p.stride_h) + 1;
+  tiling.x_at = places.take(any, channel_pairs * tiling.x_channel + flat_columns);
+  tiling.grad_x_at = places.take(x, p.in_w * block_channels);
+  tiling.grad_reduced_at = places.take(reduced, problem.reduced * tiling.plane);
+  tiling.panels_at = places.take(x, ceil_div(problem.reduced, 2) * (rows / tiling.tile_rows + 3) * tiling.tile_pitch);
+  tiling.pixels_at = places.take(span, tiling.plane / 2 * tiling.reduced_padded);
+  tiling.span_at = places.take(x, p.taps() * ceil_div(problem.reduced, 2));
+  tiling.bias_at = places.take(true, p.taps());
+  tiling.weights_at = places.take(x, tiling.kept_rows * pair_rows * weight_row_pitch);
+  tiling.dense_at = places.take(x, 2 * pair_rows * tile_pixels + 16);
+  tiling.span_across_at = places.take(reduced, ceil_div(p.taps(), 2) * problem.reduced + 16);
+  tiling.rounded_at = places.take(any, p.taps() * tile_pixels / 2 + 16);
+  tiling.rounded_across_at = places.take(any, ceil_div(p.taps(), 2) * tile_pixels);
+  tiling.grad_weights_at = places.take(any, p.taps() * gradient_pitch);
+  tiling.grad_y_at = places.take(x, tiling.blocks * tiling.kept_rows * (p.out_w + 2 * weight_margin) * block_channels);
+  tiling.grad_y_across_at = places.take(any, channel_pairs * flat_columns);
+  tiling.bias_sums_at =
+      places.take(buffers.grad_bias != nullptr, ceil_div(p.groups, tiling.chunks) * p.taps() * product_lanes);
+  tiling.staging_at = places.take(true, std::max(tile_pixels, pair_rows) * block_channels);
+}
+
+}  // namespace
+
 BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffers& buffers, const void* w, void* grad_w,
                                     const CpuKernels& kernels, int threads, BackwardTables& tables) {
   const Problem& p = problem.involution;
@@ -203,6 +275,7 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   tiling.buffers = buffers;
   tiling.w = w;
   tiling.grad_w = grad_w;
+  tiling.pairs = backward_in_pairs(problem, kernels);
   if (p.dtype == DType::bf16 && problem.reduced > 0) tiling.pair_product = kernels.pair_product;
   tiling.lanes = tiling.pair_product != nullptr ? product_lanes : kernels.vector_bytes / 4;
   tiling.blocks = blocks_of(p);
@@ -218,16 +291,30 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
   }
   // Long rows of whole vectors gain nothing, and a tile of one row needs no copy.
   const bool share = problem.reduced > 0 && (p.out_w < max_shared_columns || p.out_w % tiling.lanes != 0);
-  tiling.tile_rows = share ? std::clamp<int64_t>(tile_pixels / p.out_w, 1, tiling.height) : 1;
+  tiling.tile_rows = share || tiling.pairs ? std::clamp<int64_t>(tile_pixels / p.out_w, 1, tiling.height) : 1;
+  if (tiling.pairs)
+    tiling.tile_rows = std::clamp<int64_t>((flat_columns - p.out_w) / flat_row_of(p) + 1, 1, tiling.tile_rows);
   tiling.tile_pitch = round_up(tiling.tile_rows * p.out_w, tiling.lanes);
   tiling.margin = p.out_w + 2 * aligned_margin <= tile_pixels ? aligned_margin : backward_margin;
   tiling.plane = ceil_div(tiling.height, tiling.tile_rows) * tiling.tile_pitch;
   const int64_t units = p.batch * tiling.strip_count;
   const int64_t sums = std::clamp(p.batch * problem.span_rows() * p.out_h * p.out_w / 2, min_sums, max_sums);
   const auto with_sums = [&](int64_t floats) { return std::max<int64_t>(1, sums / std::max<int64_t>(1, floats)); };
-  tiling.parts = std::min({max_parts, units, with_sums(problem.span_rows() * (problem.reduced + 1))});
-  tiling.chunks = std::min({p.groups, ceil_div(max_parts, tiling.parts),
-                            with_sums(p.batch * problem.reduced * tiling.strip_count * tiling.plane)});
+  const int64_t part_sums = problem.span_rows() * (tiling.reduced_padded + 1);
+  const int64_t chunk_sums = p.batch * problem.reduced * tiling.strip_count * tiling.plane;
+  const auto chunks_of = [&](int64_t parts) {
+    return std::min({p.groups, ceil_div(max_parts, parts), with_sums(chunk_sums)});
+  };
+  const int64_t most_parts = std::min({max_parts, units, with_sums(part_sums)});
+  // Of the ways to have as many tasks, that with the fewest partial sums.
+  const auto all_sums = [&](int64_t parts) {
+    return parts * part_sums + (chunks_of(parts) > 1 ? chunks_of(parts) * chunk_sums : 0);
+  };
+  tiling.parts = most_parts;
+  for (int64_t parts = most_parts - 1; parts > 0; --parts)
+    if (parts * chunks_of(parts) >= most_parts * chunks_of(most_parts) && all_sums(parts) < all_sums(tiling.parts))
+      tiling.parts = parts;
+  tiling.chunks = chunks_of(tiling.parts);
   if (problem.reduced == 0) {  // nothing is shared
     tiling.parts = units;
     tiling.chunks = std::min(p.groups, ceil_div(threads > 1 ? tasks_per_thread * threads : 1, units));
@@ -248,35 +335,34 @@ BackwardTiling make_backward_tiling(const SpanProblem& problem, const SpanBuffer
     tiling.problem.involution.padding_w = p.kernel_w / 2 * p.dilation_w;
   }
 
-  int64_t at = 0;
-  const auto take = [&](bool wanted, int64_t floats) {
-    const int64_t begin = at;
-    at += wanted ? round_up(floats, 16) : 0;
-    return begin;
-  };
+  Places places;
   const bool x = buffers.grad_x != nullptr, reduced = buffers.grad_reduced != nullptr;
   const bool span = buffers.grad_span != nullptr;
   const bool any = grad_w != nullptr || reduced || span || buffers.grad_bias != nullptr;
-  tiling.x_at = take(any, tiling.blocks * tiling.x_rows * block_channels * tiling.x_channel);
-  tiling.grad_x_at = take(x, tiling.blocks * tiling.grad_x_rows * p.in_w * block_channels);
-  tiling.grad_reduced_at = take(reduced, problem.reduced * tiling.plane);
-  // The rows of the strip itself and those of its neighbours are in different tiles.
-  tiling.panels_at = take(x, problem.reduced * (rows / tiling.tile_rows + 3) * tiling.tile_pitch);
-  tiling.pixels_at = take(span, std::max(tiling.height * p.out_w, tiling.plane / 2) * tiling.reduced_padded);
-  tiling.span_at = take(true, p.taps() * problem.reduced);
-  tiling.bias_at = take(true, p.taps());
-  tiling.weights_at = take(true, (p.taps() + 1) * tile_pixels);
-  tiling.dense_at = take(x && tiling.tile_rows > 1, (p.taps() + 1) * tile_pixels);
-  if (tiling.pair_product != nullptr) {
-    tiling.span_across_at = take(any, ceil_div(p.taps(), 2) * problem.reduced);
-    tiling.rounded_at = take(any, p.taps() * tile_pixels / 2);
-    tiling.rounded_across_at = take(any, ceil_div(p.taps(), 2) * tile_pixels);
+  if (tiling.pairs) {
+    place_pairs(tiling, places);
+  } else {
+    tiling.x_at = places.take(any, tiling.blocks * tiling.x_rows * block_channels * tiling.x_channel);
+    tiling.grad_x_at = places.take(x, tiling.blocks * tiling.grad_x_rows * p.in_w * block_channels);
+    tiling.grad_reduced_at = places.take(reduced, problem.reduced * tiling.plane);
+    // The rows of the strip itself and those of its neighbours are in different tiles.
+    tiling.panels_at = places.take(x, problem.reduced * (rows / tiling.tile_rows + 3) * tiling.tile_pitch);
+    tiling.pixels_at = places.take(span, std::max(tiling.height * p.out_w, tiling.plane / 2) * tiling.reduced_padded);
+    tiling.span_at = places.take(true, p.taps() * problem.reduced);
+    tiling.bias_at = places.take(true, p.taps());
+    tiling.weights_at = places.take(true, (p.taps() + 1) * tile_pixels);
+    tiling.dense_at = places.take(x && tiling.tile_rows > 1, (p.taps() + 1) * tile_pixels);
+    if (tiling.pair_product != nullptr) {
+      tiling.span_across_at = places.take(any, ceil_div(p.taps(), 2) * problem.reduced);
+      tiling.rounded_at = places.take(any, p.taps() * tile_pixels / 2);
+      tiling.rounded_across_at = places.take(any, ceil_div(p.taps(), 2) * tile_pixels);
+    }
+    tiling.grad_weights_at = places.take(true, p.taps() * gradient_pitch);
+    tiling.grad_y_at = places.take(true, tile_pixels * block_channels);
+    tiling.grad_y_across_at = places.take(true, backward_columns * block_channels);
+    tiling.staging_at = places.take(true, tile_pixels * block_channels);
   }
-  tiling.grad_weights_at = take(true, p.taps() * gradient_pitch);
-  tiling.grad_y_at = take(true, tile_pixels * block_channels);
-  tiling.grad_y_across_at = take(true, backward_columns * block_channels);
-  tiling.staging_at = take(true, tile_pixels * block_channels);
-  tiling.scratch_bytes = at * 4;
+  tiling.scratch_bytes = places.at * 4;
   tiling.shared_bytes = problem.reduced == 0 ? 0 : tiling.parts * problem.span_rows() * (tiling.reduced_padded + 1) * 4;
   if (tiling.chunks > 1 && reduced)
     tiling.shared_bytes += tiling.chunks * p.batch * problem.reduced * tiling.strip_count * tiling.plane * 4;

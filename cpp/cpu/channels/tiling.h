@@ -102,6 +102,35 @@ constexpr int64_t aligned_margin = 16;
 // not compete for the same places.
 constexpr int64_t gradient_pitch = tile_pixels + 32;
 
+// Pairs of bfloat16 (backward_pairs.inl) are for windows of up to max_pair_taps rows and columns without dilation, and for
+// rows of up to tile_pixels columns: a row of weights has zeros on either side.
+constexpr int64_t max_pair_taps = 15;
+constexpr int64_t weight_margin = 16;
+constexpr int64_t weight_row_pitch = tile_pixels + 2 * weight_margin;
+// A tile of rows that follow each other, with the zeros of the border between them, has at most so many columns.
+constexpr int64_t flat_columns = 256;
+
+// Pairs of tap rows that read neighbouring rows of the output: tap rows i and i + stride.
+[[gnu::always_inline]] inline int64_t pairs_of_tap_rows(const Problem& p) {
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < p.stride_h && i < p.kernel_h; ++i)
+    pairs += ((p.kernel_h - i + p.stride_h - 1) / p.stride_h + 1) / 2;
+  return pairs;
+}
+// Columns [begin, end) of a phase of a padded row of X, which are those stride * m + phase, that are inside of X and that
+// windows read.
+[[gnu::always_inline]] inline int64_t flat_begin(const Problem& p, int64_t phase) {
+  return p.padding_w <= phase ? 0 : (p.padding_w - phase + p.stride_w - 1) / p.stride_w;
+}
+[[gnu::always_inline]] inline int64_t flat_reach(const Problem& p, int64_t phase) {
+  return p.kernel_w <= phase ? 0 : p.out_w + (p.kernel_w - 1 - phase) / p.stride_w;
+}
+[[gnu::always_inline]] inline int64_t flat_end(const Problem& p, int64_t phase) {
+  const int64_t inside = p.in_w + p.padding_w - phase;
+  const int64_t end = inside <= 0 ? 0 : (inside + p.stride_w - 1) / p.stride_w, reach = flat_reach(p, phase);
+  return end < reach ? end : reach;
+}
+
 // A strip computes the gradients of W of the output rows [begin, end), and of X those of the rows [in_begin, in_end).
 // The latter come from the output rows [first, last), which include rows of its neighbours: their weights are computed
 // twice.
@@ -111,7 +140,12 @@ struct BackwardStrip {
 };
 
 struct BackwardTiling {
-  // Products are those of pairs of bfloat16, where this is not nullptr. grad_W is rounded for them.
+  // The loops of backward_pairs.inl. X is [pair of channels][phases][row][column] then, with x_channel and x_phase in
+  // pairs and rows of flat_row; weights and grad_Y of kept_rows rows of the output are kept.
+  bool pairs;
+  bool flat;  // vectors of pixels run from one row to the next
+  int64_t flat_row, kept_rows;
+  // Otherwise: products are those of pairs of bfloat16, where this is not nullptr. grad_W is rounded for them.
   void (*pair_product)(const PairProduct&);
   SpanProblem problem;  // reduced = 0: the weights are in memory, at w, or their gradient goes to grad_w
   SpanBuffers buffers;
@@ -150,7 +184,8 @@ struct BackwardTiling {
 
   // In floats from the start of a task's scratch memory.
   int64_t x_at, grad_x_at, grad_reduced_at, panels_at, pixels_at, span_at, bias_at, weights_at, dense_at,
-      span_across_at, rounded_at, rounded_across_at, grad_weights_at, grad_y_at, grad_y_across_at, staging_at;
+      span_across_at, rounded_at, rounded_across_at, grad_weights_at, grad_y_at, grad_y_across_at, bias_sums_at,
+      staging_at;
   int64_t scratch_bytes;
 
   float* shared;  // [parts] grad_S, [parts] grad_b, [chunks][n][r][strip] grad_R where there are more chunks than one
@@ -170,6 +205,9 @@ struct BackwardTables : WindowTables {
   std::vector<int64_t> tap_offset;
   std::vector<ShiftedVector> vectors;
 };
+
+// Whether a backward pass runs the loops of backward_pairs.inl.
+bool backward_in_pairs(const SpanProblem&, const CpuKernels&);
 
 // `tables` must outlive the tiling.
 BackwardTiling make_backward_tiling(const SpanProblem&, const SpanBuffers&, const void* w, void* grad_w,

@@ -7,6 +7,8 @@
 // What kernels.inl says of names and their linkage holds here, too.
 #include "cpu/batch_norm/loops.inl"
 #include "cpu/channels/forward_pairs.inl"
+// (backward_pairs.inl uses what is in forward_pairs.inl)
+#include "cpu/channels/backward_pairs.inl"
 #include "cpu/kernels.h"
 #include "cpu/simd/pairs_sums.h"
 
@@ -23,7 +25,10 @@ void channels_task(const ChannelsTiling& tiling, bool reduce, int64_t task, void
     OTHER_KERNELS.channels(tiling, reduce, task, scratch);
 }
 void backward_task(const BackwardTiling& tiling, bool finish, int64_t task, void* scratch) {
-  OTHER_KERNELS.backward(tiling, finish, task, scratch);
+  if (tiling.pairs)
+    run_backward_task<BackwardPairsRun>(tiling, finish, task, scratch);
+  else
+    OTHER_KERNELS.backward(tiling, finish, task, scratch);
 }
 
 void batch_norm_task(const BatchNormTiling& tiling, BatchNormStep step, int64_t task) {

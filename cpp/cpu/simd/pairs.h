@@ -62,6 +62,12 @@ template <class Bits>
   for (size_t i = 0; i < sizeof to / sizeof(Pair); ++i) to[i] = from[i / 4 * 4 + size_t(lane)];
 }
 
+template <class Bits>
+[[gnu::noinline]] void shift_model(const Bits& low, const Bits& high, int shift, Bits& to) {
+  const int lanes = int(sizeof to / sizeof(Pair));
+  for (int i = 0; i < lanes; ++i) to[i] = i + shift < lanes ? low[i + shift] : high[i + shift - lanes];
+}
+
 // The types of 16 and of 8 lanes, and halves with zeros before them. (GCC 12 cuts a conversion in pieces.)
 template <int Lanes>
 struct PairTypes;
@@ -104,6 +110,20 @@ struct Pairs {
     std::memcpy(&pairs.bits, from, sizeof pairs.bits);
     return pairs;
   }
+  // The first `count`, with zeros after them, whose memory is not touched.
+  [[gnu::always_inline]] static Pairs load_first(const Pair* from, int64_t count) {
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    Pairs pairs{};
+    std::memcpy(&pairs.bits, from, size_t(count < Lanes ? count : Lanes) * sizeof(Pair));
+    return pairs;
+#else
+    const uint32_t mask = count < Lanes ? (1u << count) - 1 : 0xffffu;
+    if constexpr (Lanes == 16)
+      return {(Bits)_mm512_maskz_loadu_epi32(__mmask16(mask), from)};
+    else
+      return {(Bits)_mm256_maskz_loadu_epi32(__mmask8(mask), from)};
+#endif
+  }
   // The low halves, with zeros in place of the high ones.
   [[gnu::always_inline]] static Pairs load_low(const Pair* from) {
 #if defined(PYINVOLUTION_EMULATED_BF16)
@@ -121,6 +141,22 @@ struct Pairs {
     std::memcpy(&one, low, sizeof one);
     std::memcpy(&other, high, sizeof other);
     return {Types::widen(one) | Types::widen(other) << 16};
+  }
+  // The first `count` of them, with zeros after them, whose memory is not touched.
+  [[gnu::always_inline]] static Pairs interleave_first(const BFloat16* low, const BFloat16* high, int64_t count) {
+    static_assert(Lanes == 16);
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    BFloat16 halves[2][Lanes] = {};
+    const size_t bytes = size_t(count < Lanes ? count : Lanes) * sizeof(BFloat16);
+    std::memcpy(halves[0], low, bytes), std::memcpy(halves[1], high, bytes);
+    return interleave(halves[0], halves[1]);
+#else
+    const __mmask16 mask = __mmask16(count < Lanes ? (1u << count) - 1 : 0xffffu);
+    const auto load = [&](const BFloat16* from) {
+      return (typename Types::Halves)_mm256_maskz_loadu_epi16(mask, from);
+    };
+    return {Types::widen(load(low)) | Types::widen(load(high)) << 16};
+#endif
   }
   // Four neighbours, as often as there is room for them, and pair `lane` of each four in its four lanes.
   [[gnu::always_inline]] static Pairs load_fours(const Pair* from) {
@@ -158,6 +194,33 @@ struct Pairs {
       return {(Bits)_mm256_maskz_shuffle_epi32(0xff, (__m256i)bits, _MM_PERM_ENUM(Order))};
 #endif
   }
+  // The low halves of these and the high ones of others.
+  [[gnu::always_inline]] Pairs with_high_of(const Pairs& other) const {
+    return {(bits & 0xffffu) | (other.bits & 0xffff0000u)};
+  }
+  // Pairs shift, shift + 1, ... of `low` and then of `high`, for a shift of 1 to 7: see Vector::shifted.
+  [[gnu::always_inline]] static Pairs shifted(const Pairs& low, const Pairs& high, int shift) {
+    static_assert(Lanes == 16);
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    Pairs pairs;
+    shift_model(low.bits, high.bits, shift, pairs.bits);
+    return pairs;
+#else
+    const __m512i a = (__m512i)high.bits, b = (__m512i)low.bits;
+    switch (shift) {
+#define PYINVOLUTION_CASE(n) \
+  case n: return {(Bits)_mm512_maskz_alignr_epi32(0xffff, a, b, n)};
+      PYINVOLUTION_CASE(1)
+      PYINVOLUTION_CASE(2)
+      PYINVOLUTION_CASE(3)
+      PYINVOLUTION_CASE(4)
+      PYINVOLUTION_CASE(5)
+      PYINVOLUTION_CASE(6)
+#undef PYINVOLUTION_CASE
+      default: return {(Bits)_mm512_maskz_alignr_epi32(0xffff, a, b, 7)};
+    }
+#endif
+  }
   [[gnu::always_inline]] void store(Pair* to) const { std::memcpy(to, &bits, sizeof bits); }
 };
 
@@ -185,6 +248,23 @@ struct PairSums {
     return sums;
   }
   [[gnu::always_inline]] void store(float* to) const { std::memcpy(to, &value, sizeof value); }
+  // The first `count`, with zeros after them, whose memory is not touched.
+  [[gnu::always_inline]] static PairSums load_first(const float* from, int64_t count) {
+    return {(Values)Pairs<Lanes>::load_first(reinterpret_cast<const Pair*>(from), count).bits};
+  }
+  // Stores a whole register: the lanes of `mask` next to each other, and after them anything.
+  [[gnu::always_inline]] void store_lanes(uint32_t mask, float* to) const {
+    static_assert(Lanes == 16);
+#if defined(PYINVOLUTION_EMULATED_BF16)
+    float lanes[Lanes] = {};
+    for (int lane = 0, at = 0; lane < Lanes; ++lane)
+      if (mask >> lane & 1) lanes[at++] = value[lane];
+    std::memcpy(to, lanes, sizeof lanes);
+#else
+    const __m512 lanes = _mm512_maskz_compress_ps(__mmask16(mask), (__m512)value);
+    std::memcpy(to, &lanes, sizeof lanes);
+#endif
+  }
   // Of neighbours in bfloat16.
   [[gnu::always_inline]] static PairSums widen(const BFloat16* from) {
     typename Types::Halves halves;

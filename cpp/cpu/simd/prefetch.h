@@ -6,14 +6,17 @@
 namespace pyinvolution::cpu {
 namespace {
 
-// Fetches `runs` runs of `count` elements, `apart` from each other, into the second level of cache, except for the line
-// that a run shares with the one before it.
+// Fetches `runs` runs of `count` elements, `apart` from each other, into the second level of cache.
 template <class T>
 void prefetch_runs(const T* from, int64_t runs, int64_t apart, int64_t count) {
   constexpr uintptr_t line = 64;
+  if (runs > 1 && uintptr_t(apart) * sizeof(T) < line) {  // they share lines
+    count += (runs - 1) * apart;
+    runs = 1;
+  }
   for (int64_t i = 0; i < runs; ++i, from += apart) {
     const uintptr_t end = reinterpret_cast<uintptr_t>(from + count);
-    for (uintptr_t at = (reinterpret_cast<uintptr_t>(from) + line - 1) / line * line; at < end; at += line)
+    for (uintptr_t at = reinterpret_cast<uintptr_t>(from) / line * line; at < end; at += line)
       __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
   }
   __asm__ volatile("");  // GCC drops calls of functions that only prefetch
