@@ -148,11 +148,11 @@ struct StridedWalk {
 
 // Sums over runs of tiles, in float; the run of tiles of stripe i is the i-th of `stripes` equal parts.
 struct Partial {
-  float* span;                   // [stripe and copy][49 G][R]; with R = 16 each half of the pixels has a copy
-  float* bias;                   // [stripe and half][49 G]
+  float* span;                   // [stripe][49 G][R]
+  float* bias;                   // [stripe][49 G]
   float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
-  int64_t span_size, bias_size;  // of one stripe and copy
-  int stripes, copies, parts;    // parts of the reduced channels
+  int64_t span_size, bias_size;  // of one stripe
+  int stripes, parts;            // parts of the reduced channels
   int tiles;
   int64_t grad_n;  // strides of dR
   int grad_h, grad_w, grad_vector;
@@ -165,15 +165,19 @@ struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
   static constexpr int Tiles = Tiles_, part = 16 * Tiles, pixels = Base::Rows * 8;
   using Input = Image<Base::x_rows, Base::x_columns, true>;
   using Output = Image<Base::Rows, 8, true>;
-  // A kernel row has 8 slots, the last without a tap: [pixel][slot] and [slot][reduced channel].
-  static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots;
-  static constexpr int slot_pitch = slots * 2 + 16, part_pitch = part * 2 + 16;
-  static constexpr int gradients = Input::bytes;  // of W, and before them the tile of G
-  static constexpr int reduced = gradients + pixels * slot_pitch;
-  static constexpr int copies = Tiles > 1 ? 1 : 2;
-  static constexpr int rows = reduced + pixels * part_pitch;
-  static constexpr int bytes = rows + slots * part_pitch;
-  static_assert(Output::bytes <= pixels * slot_pitch && bytes <= max_shared_bytes, "");
+  // A warp has `pairs` of the units of 2 x 8 pixels of a group, and span_tiles x 16 channels of dS.
+  static constexpr int pairs = Base::Rows / 4, units = 2 * pairs, span_tiles = Tiles > 2 ? Tiles / 2 : Tiles;
+  // A kernel row has 8 slots, the last without a tap: rows of S are [slot][reduced channel].
+  static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots, part_pitch = part * 2 + 16;
+  // With one or two tiles of channels, the next tile of pixels arrives while dR and dS are computed.
+  static constexpr int stages = Tiles > 2 ? 1 : 2;
+  static constexpr int operand_bytes = K * 2 * 32 * 4;  // dW of a unit and a group
+  static constexpr int gradients = Input::bytes, reduced = gradients + Output::bytes;
+  static constexpr int reduced_bytes = pixels * part_pitch;
+  static constexpr int rows = reduced + stages * reduced_bytes, sums = rows + slots * part_pitch;
+  static constexpr int bytes = sums + (Tiles > 2 ? 0 : units * Tiles * 2 * chunk_groups * 32 * 16);
+  static_assert(units * chunk_groups * operand_bytes <= Input::bytes && bytes <= max_shared_bytes, "");
+  static_assert(chunk_groups * 32 * 4 * (4 + span_tiles * K * 4) <= reduced, "");
 };
 
 inline int parts_of(int64_t reduced) { return int((reduced + 63) / 64); }
@@ -186,14 +190,13 @@ Partial partial_of(const SpanProblem& p) {
   partial.parts = parts_of(p.reduced);
   partial.tiles = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + 7) / 8));
   partial.stripes = std::max(1, std::min(partial.tiles, 2 * multiprocessors() / partial.parts));
-  partial.copies = p.reduced == 16 ? 2 : 1;
   partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();
   return partial;
 }
 
 // Floats of the stripes' sums. 16 divides the first, and the second is rounded up, so that what follows is aligned.
-inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.copies * partial.span_size; }
-inline int64_t bias_floats(const Partial& partial) { return (2 * partial.stripes * partial.bias_size + 3) / 4 * 4; }
+inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.span_size; }
+inline int64_t bias_floats(const Partial& partial) { return (partial.stripes * partial.bias_size + 3) / 4 * 4; }
 
 // Launch the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.
 template <DType dtype>
