@@ -146,50 +146,56 @@ struct StridedWalk {
   static int bytes(int reduced) { return Ring::bytes + (depth * pixels + chunk_groups * taps) * Span::pitch(reduced); }
 };
 
-// Sums over runs of tiles, in float; the run of tiles of stripe i is the i-th of `stripes` equal parts.
+// Sums over runs of steps, in float; the run of stripe i is the i-th of `stripes` equal parts.
 struct Partial {
   float* span;                   // [stripe][49 G][R]
   float* bias;                   // [stripe][49 G]
   float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
   int64_t span_size, bias_size;  // of one stripe
   int stripes, parts;            // parts of the reduced channels
-  int tiles;
+  int steps;
   int64_t grad_n;  // strides of dR
   int grad_h, grad_w, grad_vector;
 };
 
-// A block works on Tiles x 16 reduced channels.
+// A block works on Tiles x 16 reduced channels and walks down the images, Rows x Columns pixels of G at a time. A unit is
+// 2 x 8 of them; with stride 1, units go down first. Each of two sides of the warps has `pairs` units.
 template <int S_, int Tiles_>
-struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
-  using Base = TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8>;
-  static constexpr int Tiles = Tiles_, part = 16 * Tiles, pixels = Base::Rows * 8;
-  using Input = Image<Base::x_rows, Base::x_columns, true>;
-  using Output = Image<Base::Rows, 8, true>;
-  // A warp has `pairs` of the units of 2 x 8 pixels of a group, and span_tiles x 16 channels of dS.
-  static constexpr int pairs = Base::Rows / 4, units = 2 * pairs, span_tiles = Tiles > 2 ? Tiles / 2 : Tiles;
+struct SpanConfig : TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8> {
+  using Base = TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8>;
+  static constexpr int Tiles = Tiles_, part = 16 * Tiles, pixels = Base::Rows * Base::Columns;
+  static constexpr int units = pixels / 16, pairs = units / 2, span_tiles = Tiles > 2 ? Tiles / 2 : Tiles;
+  static __host__ __device__ constexpr int row_of(int unit) { return unit % 2 * 2; }
+  static __host__ __device__ constexpr int column_of(int unit) { return unit / 2 * 8; }
+  // X is in batches of 4 rows: so many are below a tile, are below the warp's rows, and are new in the next tile.
+  static constexpr int live = (Base::x_rows + 3) / 4, own_batches = ((2 * pairs - 1) * S_ + K + 3) / 4;
+  static constexpr int fresh = Base::Rows * S_ / 4;
+  using Ring = Image<live * 4, Base::x_columns, true>;
+  using Output = Image<Base::Rows, Base::Columns, true>;
+  static constexpr int x_threads = Base::x_columns * 8;  // that bring X
+  // With one or two tiles of channels, G and what is new of X arrive while dR and dS are computed.
+  static constexpr bool walks = Tiles <= 2;
   // A kernel row has 8 slots, the last without a tap: rows of S are [slot][reduced channel].
   static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots, part_pitch = part * 2 + 16;
-  // With one or two tiles of channels, the next tile of pixels arrives while dR and dS are computed.
-  static constexpr int stages = Tiles > 2 ? 1 : 2;
   static constexpr int operand_bytes = K * 2 * 32 * 4;  // dW of a unit and a group
-  static constexpr int gradients = Input::bytes, reduced = gradients + Output::bytes;
-  static constexpr int reduced_bytes = pixels * part_pitch;
-  static constexpr int rows = reduced + stages * reduced_bytes, sums = rows + slots * part_pitch;
+  static constexpr int gradients = Ring::bytes, reduced = gradients + Output::bytes;
+  static constexpr int rows = reduced + pixels * part_pitch, sums = rows + slots * part_pitch;
   static constexpr int bytes = sums + (Tiles > 2 ? 0 : units * Tiles * 2 * chunk_groups * 32 * 16);
-  static_assert(units * chunk_groups * operand_bytes <= Input::bytes && bytes <= max_shared_bytes, "");
+  static_assert(units * chunk_groups * operand_bytes <= Ring::bytes && bytes <= max_shared_bytes, "");
   static_assert(chunk_groups * 32 * 4 * (4 + span_tiles * K * 4) <= reduced, "");
 };
 
 inline int parts_of(int64_t reduced) { return int((reduced + 63) / 64); }
 
-// One run of tiles for each block that the GPU can hold at once: two per multiprocessor.
+// One run of steps for each block that the GPU can hold at once: two per multiprocessor.
 template <class C>
 Partial partial_of(const SpanProblem& p) {
   const Problem& q = p.involution;
   Partial partial{};
   partial.parts = parts_of(p.reduced);
-  partial.tiles = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + 7) / 8));
-  partial.stripes = std::max(1, std::min(partial.tiles, 2 * multiprocessors() / partial.parts));
+  partial.steps =
+      int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + C::Columns - 1) / C::Columns));
+  partial.stripes = std::max(1, std::min(partial.steps, 2 * multiprocessors() / partial.parts));
   partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();
   return partial;
 }

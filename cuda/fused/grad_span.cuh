@@ -105,311 +105,409 @@ __device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (
   }
 }
 
-template <class C, class T>
+// A thread's place, computed again in each phase of a kernel that has no registers to keep it in. `unit` is the first of
+// the warp's units.
+template <class C>
+struct Place {
+  int lane, warp, group, side, unit, quad, t, matrix, i;
+
+  static __device__ __forceinline__ Place here() {
+    const unsigned thread = unsigned(opaque(int(threadIdx.x))), lane = thread % 32, warp = thread / 32;
+    return {int(lane),     int(warp),     int(warp % chunk_groups), int(warp / chunk_groups),
+            int(warp / chunk_groups * C::pairs), int(lane / 4), int(lane % 4), int(lane / 8), int(lane % 8)};
+  }
+};
+
+// The step of a block: the first pixel of the tile, and its image.
+struct Step {
+  int row, column, n;
+};
+
+// Aligned: X, G, R and dR can be moved 8 channels at a time.
+template <class C, bool Aligned, class T>
 __global__ void __launch_bounds__(C::threads, 2)
     grad_span(KernelParams q, Span span, Partial partial, const T* __restrict__ x, const T* __restrict__ reduced,
               const T* __restrict__ weight, const T* __restrict__ y, T* __restrict__ grad_reduced) {
   constexpr int S = C::S, Tiles = C::Tiles, pairs = C::pairs;
-  using X = typename C::Input;
+  using X = typename C::Ring;
   using Y = typename C::Output;
-  char* const image = shared_memory();
-  char* const gradients = image + C::gradients;
-  char* const span_rows = image + C::rows;
+  using At = Place<C>;
+  char* const ring = shared_memory();
+  char* const gradients = ring + C::gradients;
+  char* const pixels = ring + C::reduced;
+  char* const span_rows = ring + C::rows;
   // Of dR, [unit][16 channels][half of them][group][lane].
-  auto* const group_sums = reinterpret_cast<Vector<4, float>*>(image + C::sums);
+  auto* const group_sums = reinterpret_cast<Vector<4, float>*>(ring + C::sums);
   // Where a block has more than two tiles of channels, dW as operands, [unit][group].
-  const auto operands_of = [&](int unit, int g) { return image + (unit * chunk_groups + g) * C::operand_bytes; };
+  const auto operands_of = [&](int unit, int g) { return ring + (unit * chunk_groups + g) * C::operand_bytes; };
   // With one or two tiles a block has all the reduced channels.
   const int parts = Tiles > 2 ? partial.parts : 1, stripe = int(blockIdx.x) / parts;
   const int first_reduced = int(blockIdx.x) % parts * C::part;
   const int width = Tiles > 2 ? min(C::part, span.reduced - first_reduced) : C::part;
-  const int first_tile = int(int64_t{partial.tiles} * stripe / partial.stripes);
-  const int last_tile = int(int64_t{partial.tiles} * (stripe + 1) / partial.stripes);
-
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int group = warp % chunk_groups, side = warp / chunk_groups;
-  const int quad = lane / 4, t = lane % 4, matrix = lane / 8, i = lane % 8;
-  const Pair pair = Pair::of_lane<C>(lane, 0);
+  const int first_step = int(int64_t{partial.steps} * stripe / partial.stripes);
+  const int steps = int(int64_t{partial.steps} * (stripe + 1) / partial.stripes) - first_step;
 
 #pragma unroll 1
   for (int chunk = 0; chunk < q.chunks; ++chunk) {
     const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
     const int first_channel = first_group * group_channels;
-    const auto pixels_of = [&](int tile) {
-      return image + C::reduced + (tile - first_tile) % C::stages * C::reduced_bytes;
+    // R: a thread has one piece of 8 channels of some of the pixels.
+    const auto bring_pixels = [&](const Step& to) {
+      constexpr unsigned pieces = C::part / 8, moves = C::pixels * pieces, more = C::threads / pieces;
+      const unsigned thread = C::threads - 1 - unsigned(opaque(int(threadIdx.x)));
+      if (thread >= moves) return;
+      const int piece = int(thread % pieces), first = int(thread / pieces);
+      if (piece * 8 >= width) return;
+      const int first_h = to.row + C::row_of(first / 16) + first / 8 % 2;
+      const int first_v = to.column + C::column_of(first / 16) + first % 8;
+      const T* const from = reduced + (int64_t{to.n} * span.reduced_n + first_reduced + piece * 8);
+      char* const place = pixels + first * C::part_pitch + piece * 16;
+#pragma unroll
+      for (int pixel = 0; pixel < C::pixels; pixel += int(more)) {
+        const int h = first_h + C::row_of(pixel / 16) + pixel / 8 % 2, v = first_v + C::column_of(pixel / 16);
+        copy_piece(place + pixel * C::part_pitch, from + (h * span.reduced_h + v * span.reduced_w),
+                   h < q.y_height && v < q.y_width, Aligned ? 8 : span.reduced_vector);
+      }
     };
-    const auto bring = [&](int tile) {
-      uint32_t number = uint32_t(tile);
-      const int column = q.by_tiles_w.split(number) * 8, row = q.by_tiles_h.split(number) * C::Rows;
-      const int n = int(number);
-      bring_image<X, C::Warps>(image, x + (int64_t{n} * q.x.n + first_channel), q.x, groups * group_channels,
-                               q.x_height, q.x_width, row * S - q.padding_h, column * S - q.padding_w);
-      bring_image<Y, C::Warps>(gradients, y + (int64_t{n} * q.y.n + first_channel), q.y, groups * group_channels,
-                               q.y_height, q.y_width, row, column);
-      bring_part<C::threads, C::part>(pixels_of(tile), reduced + (int64_t{n} * span.reduced_n + first_reduced),
-                                      C::pixels, width, span.reduced_vector, [&](int pixel) {
-                                        const int h = row + pixel / 8, v = column + pixel % 8;
-                                        const bool inside = h < q.y_height && v < q.y_width;
-                                        return inside ? h * span.reduced_h + v * span.reduced_w : -1;
-                                      });
+    // Six warps bring X below a tile, all of it or what is new; two bring G. `slot` is where the first batch is.
+    const auto bring = [&](const Step& to, int slot, bool all) {
+      const unsigned thread = unsigned(opaque(int(threadIdx.x)));
+      const int piece = int(thread % 8);
+      if (piece >= 2 * groups) return;
+      if (thread < C::x_threads) {
+        const int position = int(thread / 8), v = to.column * S - q.padding_w + position;
+        const unsigned limit = unsigned(v) < unsigned(q.x_width) ? q.x_height : 0;
+        int h = to.row * S - q.padding_h + (all ? 0 : (C::live - C::fresh) * 4), left = all ? C::live : C::fresh;
+        const T* from = x + (int64_t{to.n} * q.x.n + first_channel) + (h * q.x.h + v * q.x.w + piece * 8);
+        const int place = X::at(0, position, piece * 8);
+#pragma unroll 1
+        do {
+          char* const batch = ring + (place + slot * (4 * X::Columns * X::pitch));
+#pragma unroll
+          for (int r = 0; r < 4; ++r, from += q.x.h)
+            copy_piece(batch + r * X::Columns * X::pitch, from, unsigned(h + r) < limit, Aligned ? 8 : q.x.vector);
+          h += 4, slot = slot + 1 < C::live ? slot + 1 : 0;
+        } while (--left > 0);
+      } else {
+        const int place = int(thread - C::x_threads) / 8, v = to.column + place;
+        const T* const from = y + (int64_t{to.n} * q.y.n + first_channel) + (to.row * q.y.h + v * q.y.w + piece * 8);
+        char* const column = gradients + Y::at(0, place, piece * 8);
+#pragma unroll
+        for (int strip = 0; strip < C::strips; ++strip) {
+          const int limit = v + strip * 8 < q.y_width ? q.y_height : 0;
+          const T* row = from + strip * 8 * q.y.w;
+#pragma unroll
+          for (int r = 0; r < C::Rows; ++r, row += q.y.h)
+            copy_piece(column + (r * Y::Columns + strip * 8) * Y::pitch, row, to.row + r < limit,
+                       Aligned ? 8 : q.y.vector);
+        }
+      }
     };
     float span_sum[C::span_tiles][K][4] = {}, bias_sum[4] = {};
     bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced,
-                                    C::slots, width, span.row_vector, [&](int slot) {
+                                    C::slots, width, Aligned ? 8 : span.row_vector, [&](int slot) {
                                       const int g = slot / C::group_slots, kh = slot / 8 % K, kw = slot % 8;
                                       return g < groups && kw < K ? (g * taps + kh * K + kw) * span.row : -1;
                                     });
-    if (C::stages > 1) bring(first_tile);
+    uint32_t number = uint32_t(first_step);
+    Step here;
+    here.row = q.by_tiles_h.split(number) * C::Rows, here.column = q.by_tiles_w.split(number) * C::Columns;
+    here.n = int(number);
+    int slot = 0;  // of the ring: where the first rows below the tile are
+    if (C::walks) bring(here, 0, true);
+    bring_pixels(here);
 #pragma unroll 1
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      if (C::stages == 1) {
-        __syncthreads();
-        bring(tile);
-      }
+    for (int step = 0; step < steps; ++step) {
+      if (!C::walks) bring(here, 0, true);
       wait_for_tile();
-      uint32_t number = uint32_t(tile);
-      const int column = q.by_tiles_w.split(number) * 8, row = q.by_tiles_h.split(number) * C::Rows;
-      const int n = int(number);
 
-      const auto inside_height = [&](int unit) { return row + 2 * unit < q.y_height; };
-      const bool works = group < groups && inside_height(side * pairs);
       uint32_t w[pairs][K][2];  // dW of the warp's units
-      if (works) {
-        const int first_row = side * 2 * pairs;
-        uint32_t a[pairs][4];  // [16 pixels][16 channels]
+      const auto is_inside = [&](int unit) {
+        return here.row + C::row_of(unit) < q.y_height && here.column + C::column_of(unit) < q.y_width;
+      };
+      {
+        const At at = At::here();
+        if (at.group < groups && is_inside(at.unit)) {
+          uint32_t a[pairs][4];  // [16 pixels][16 channels]
+          const int first_row = C::row_of(at.unit), first_column = C::column_of(at.unit);
 #pragma unroll
-        for (int u = 0; u < pairs; ++u)
-          load_matrices(a[u], gradients + Y::at(first_row + 2 * u + matrix % 2, i,
-                                                group * group_channels + matrix / 2 * 8));
-        // Outside the image a zero of G may have met an Inf in X.
-        const int rows_inside = column + quad < q.y_width ? q.y_height - row - first_row : 0;
-        const Positions<C, X> positions(image, group, 0, first_row * S, lane);
+          for (int u = 0; u < pairs; ++u)
+            load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, first_column + at.i,
+                                                  at.group * group_channels + at.matrix / 2 * 8));
+          // Outside the image a zero of G may have met an Inf in X.
+          const int rows_inside =
+              here.column + first_column + at.quad < q.y_width ? q.y_height - here.row - first_row : 0;
+          const Pair pair = Pair::of_lane<C>(at.lane, 0);
+          const char* batches[C::own_batches];
+          int from = slot + first_row * S / 4;
 #pragma unroll
-        for (int x_row = 0; x_row < (2 * pairs - 1) * S + K; ++x_row) {
-          uint32_t b[4], b_last[2];
-          positions.template load<false>(b, b_last, x_row);
+          for (int b = 0; b < C::own_batches; ++b, ++from) {
+            if (from >= C::live) from -= C::live;
+            batches[b] = Positions<C, X>(ring, at.group, first_column / 8, from * 4, at.lane).row;
+          }
 #pragma unroll
-          for (int u = 0; u < pairs; ++u) {
-            if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
-            const float zeros[4] = {};
-            float d[C::fragments][4];
-            multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
-            multiply<T>(d[1], a[u], {b[2], b[3]}, zeros);
-            if constexpr (C::fragments > 2) multiply<T>(d[2], a[u], b_last, zeros);
+          for (int x_row = 0; x_row < (2 * pairs - 1) * S + K; ++x_row) {
+            uint32_t b[4], b_last[2];
+            Positions<C, X>(batches[x_row / 4]).template load<false>(b, b_last, x_row % 4);
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const int kh = x_row - (2 * u + r) * S;
-              if (kh < 0 || kh >= K) continue;
-              float first = d[0][2 * r], second = d[0][2 * r + 1];
+            for (int u = 0; u < pairs; ++u) {
+              if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
+              const float zeros[4] = {};
+              float d[C::fragments][4];
+              multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
+              multiply<T>(d[1], a[u], {b[2], b[3]}, zeros);
+              if constexpr (C::fragments > 2) multiply<T>(d[2], a[u], b_last, zeros);
 #pragma unroll
-              for (int f = 1; f < C::fragments; ++f) {
-                if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
+              for (int r = 0; r < 2; ++r) {
+                const int kh = x_row - (2 * u + r) * S;
+                if (kh < 0 || kh >= K) continue;
+                float first = d[0][2 * r], second = d[0][2 * r + 1];
+#pragma unroll
+                for (int f = 1; f < C::fragments; ++f) {
+                  if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
+                }
+                w[u][kh][r] = pack<T>(first, second);
+                if (r == 1) Turn<S>(at.lane, 2 * u < rows_inside, 2 * u + 1 < rows_inside)(w[u][kh]);
               }
-              w[u][kh][r] = pack<T>(first, second);
-              if (r == 1) Turn<S>(lane, 2 * u < rows_inside, 2 * u + 1 < rows_inside)(w[u][kh]);
             }
           }
         }
       }
       __syncthreads();
-      if (C::stages > 1 && tile + 1 < last_tile) bring(tile + 1);
+      Step next = here;
+      next.row += C::Rows;
+      if (next.row >= q.y_height) {
+        next.row = 0, next.column += C::Columns;
+        if (next.column >= q.y_width) next.column = 0, ++next.n;
+      }
+      if (C::walks && step + 1 < steps) {
+        bring(next, slot, next.row == 0);
+        if (next.row > 0) slot = slot + C::fresh < C::live ? slot + C::fresh : slot + C::fresh - C::live;
+      }
 
       // Writes or keeps dR of a unit and 16 channels.
-      const auto put = [&](int unit, int m, const float (&sums)[2][4]) {
+      const auto put = [&](int unit, int m, float (&sums)[2][4]) {
+        const At at = At::here();
+        const int h = here.row + C::row_of(unit), v = here.column + C::column_of(unit) + at.quad;
+        const int rows_inside = v < q.y_width && m * 16 < width ? q.y_height - h : 0;
+        if (q.chunks > 1) {
+          float* kept = partial.reduced + ((int64_t{here.n} * q.y_height + h) * q.y_width + v) * span.reduced +
+                        (first_reduced + m * 16 + 2 * at.t);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int h = row + unit * 2 + r, v = column + quad, channel = m * 16;
-          const bool inside = h < q.y_height && v < q.y_width && channel < width;
-          float own[2][2];
+          for (int r = 0; r < 2; ++r, kept += q.y_width * span.reduced) {
+            if (r >= rows_inside) continue;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            own[half][0] = sums[half][2 * r], own[half][1] = sums[half][2 * r + 1];
-            if (q.chunks > 1 && inside) {
-              auto* kept = reinterpret_cast<Vector<2, float>*>(
-                  partial.reduced + (((int64_t{n} * q.y_height + h) * q.y_width + v) * span.reduced + first_reduced +
-                                     channel + half * 8 + 2 * t));
-              if (chunk > 0) own[half][0] += kept->v[0], own[half][1] += kept->v[1];
-              if (chunk + 1 < q.chunks) *kept = {{own[half][0], own[half][1]}};
+            for (int half = 0; half < 2; ++half) {
+              auto& pair = *reinterpret_cast<Vector<2, float>*>(kept + half * 8);
+              if (chunk > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
+              if (chunk + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
             }
           }
-          if (chunk + 1 == q.chunks && grad_reduced != nullptr)
-            put_channels(grad_reduced +
-                             (n * partial.grad_n + h * partial.grad_h + v * partial.grad_w + first_reduced + channel),
-                         inside, partial.grad_vector, pack<T>(own[0][0], own[0][1]), pack<T>(own[1][0], own[1][1]));
+          if (chunk + 1 < q.chunks) return;
         }
-      };
-      // S of two kernel rows, or the last one, and 16 channels.
-      const auto rows_of = [&](int g, int kh, int m) {
-        return span_rows + (g * C::group_slots + kh * 8 + i) * C::part_pitch + m * 32;
+        if (grad_reduced == nullptr) return;
+        T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced) +
+                (h * partial.grad_h + v * partial.grad_w + m * 16);
+#pragma unroll
+        for (int r = 0; r < 2; ++r, to += partial.grad_h)
+          put_channels(to, r < rows_inside, Aligned ? 8 : partial.grad_vector,
+                       pack<T>(sums[0][2 * r], sums[0][2 * r + 1]), pack<T>(sums[1][2 * r], sums[1][2 * r + 1]));
       };
       if constexpr (Tiles <= 2) {
-        if (works) {
+        const At at = At::here();
+        if (at.group < groups && is_inside(at.unit)) {
+          // S of two kernel rows and 16 channels; of the last one.
+          const char* const rows =
+              span_rows + (at.group * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch + at.matrix / 2 * 16;
+          const char* const last_row = span_rows + (at.group * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch +
+                                       at.matrix % 2 * 16;
+          auto* const to = group_sums + (at.unit * Tiles * 2 * chunk_groups + at.group) * 32 + at.lane;
 #pragma unroll
           for (int m = 0; m < Tiles; ++m) {
-            float sums[pairs][2][4] = {};
+            float sums[pairs][2][4];
 #pragma unroll
             for (int kh = 0; kh + 1 < K; kh += 2) {
               uint32_t b[4];
-              load_matrices_transposed(b, rows_of(group, kh + matrix % 2, m) + matrix / 2 * 16);
+              load_matrices_transposed(b, rows + kh * 8 * C::part_pitch + m * 32);
 #pragma unroll
               for (int u = 0; u < pairs; ++u) {
                 const uint32_t slots[4] = {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]};
-                multiply<T>(sums[u][0], slots, {b[0], b[1]});
-                multiply<T>(sums[u][1], slots, {b[2], b[3]});
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                  const float zeros[4] = {};
+                  if (kh == 0) {
+                    multiply<T>(sums[u][half], slots, {b[2 * half], b[2 * half + 1]}, zeros);
+                  } else {
+                    multiply<T>(sums[u][half], slots, {b[2 * half], b[2 * half + 1]});
+                  }
+                }
               }
             }
             uint32_t b[2];
-            load_matrices_transposed(b, rows_of(group, K - 1, m) + matrix % 2 * 16);
+            load_matrices_transposed(b, last_row + m * 32);
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
                 const uint32_t last[1] = {b[half]};
                 multiply<T>(sums[u][half], w[u][K - 1], last);
-                memcpy(group_sums +
-                           ((((side * pairs + u) * Tiles + m) * 2 + half) * chunk_groups + group) * 32 + lane,
-                       sums[u][half], sizeof sums[u][half]);
+                memcpy(to + ((u * Tiles + m) * 2 + half) * chunk_groups * 32, sums[u][half], sizeof sums[u][half]);
               }
             }
           }
 #pragma unroll
           for (int u = 0; u < pairs; ++u)
-            add_unit<T>(span_sum, bias_sum, w[u], pixels_of(tile) + (side * pairs + u) * 16 * C::part_pitch,
-                        C::part_pitch, true);
+            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch, true);
         }
         __syncthreads();
+        if (step + 1 < steps) bring_pixels(next);
 #pragma unroll 1
-        for (int job = warp; job < C::units * Tiles; job += C::Warps) {
-          if (!inside_height(job / Tiles)) continue;
+        for (int job = at.warp; job < C::units * Tiles; job += C::Warps) {
+          if (!is_inside(job / Tiles)) continue;
           float sums[2][4];
+          const Vector<4, float>* const from = group_sums + (job * 2 * chunk_groups * 32 + At::here().lane);
+          const auto add = [&](int g) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Vector<4, float>* const from = group_sums + (job * 2 + half) * chunk_groups * 32 + lane;
-            memcpy(sums[half], from, sizeof sums[half]);
+            for (int half = 0; half < 2; ++half) {
+              const Vector<4, float> more = from[(half * chunk_groups + g) * 32];
 #pragma unroll
-            for (int g = 1; g < chunk_groups; ++g) {
-              if (g >= groups) break;
-              const Vector<4, float> more = from[g * 32];
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sums[half][e] += more.v[e];
+              for (int e = 0; e < 4; ++e) sums[half][e] = g > 0 ? sums[half][e] + more.v[e] : more.v[e];
             }
+          };
+          add(0);
+          if (groups == chunk_groups) {
+            add(1), add(2), add(3);
+          } else {
+#pragma unroll 1
+            for (int g = 1; g < groups; ++g) add(g);
           }
           put(job / Tiles, job % Tiles, sums);
         }
       } else {
         // Each warp has 16 channels of all groups of dR, and half of the channels of a group of dS.
-        if (works) {
+        const At at = At::here();
+        if (at.group < groups && is_inside(at.unit)) {
 #pragma unroll
           for (int u = 0; u < pairs; ++u) {
-            char* const to = operands_of(side * pairs + u, group);
+            char* const to = operands_of(at.unit + u, at.group);
 #pragma unroll
             for (int kh = 0; kh + 1 < K; kh += 2)
-              reinterpret_cast<Vector<4, uint32_t>*>(to)[kh / 2 * 32 + lane] = {
+              reinterpret_cast<Vector<4, uint32_t>*>(to)[kh / 2 * 32 + at.lane] = {
                   {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]}};
-            reinterpret_cast<Vector<2, uint32_t>*>(to + K / 2 * 512)[lane] = {{w[u][K - 1][0], w[u][K - 1][1]}};
+            reinterpret_cast<Vector<2, uint32_t>*>(to + K / 2 * 512)[at.lane] = {{w[u][K - 1][0], w[u][K - 1][1]}};
           }
         }
         __syncthreads();
         {
-          const int m = warp % Tiles, first_unit = warp / Tiles * pairs;
-          if (m * 16 < width && inside_height(first_unit)) {
+          const int m = at.warp % Tiles, first_unit = at.warp / Tiles * pairs;
+          if (m * 16 < width && is_inside(first_unit)) {
             float sums[pairs][2][4] = {};
 #pragma unroll 1
             for (int g = 0; g < groups; ++g) {
+              const char* const rows =
+                  span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch + m * 32 +
+                  at.matrix / 2 * 16;
+              const char* const last_row = span_rows + (g * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch +
+                                           m * 32 + at.matrix % 2 * 16;
+              const char* const operands = operands_of(first_unit, g);
 #pragma unroll
               for (int kh = 0; kh + 1 < K; kh += 2) {
                 uint32_t b[4];
-                load_matrices_transposed(b, rows_of(g, kh + matrix % 2, m) + matrix / 2 * 16);
+                load_matrices_transposed(b, rows + kh * 8 * C::part_pitch);
 #pragma unroll
                 for (int u = 0; u < pairs; ++u) {
-                  uint32_t slots[4];
-                  memcpy(slots, operands_of(first_unit + u, g) + (kh / 2 * 32 + lane) * 16, sizeof slots);
-                  multiply<T>(sums[u][0], slots, {b[0], b[1]});
-                  multiply<T>(sums[u][1], slots, {b[2], b[3]});
+                  const auto slots = *reinterpret_cast<const Vector<4, uint32_t>*>(
+                      operands + u * chunk_groups * C::operand_bytes + (kh / 2 * 32 + at.lane) * 16);
+                  multiply<T>(sums[u][0], slots.v, {b[0], b[1]});
+                  multiply<T>(sums[u][1], slots.v, {b[2], b[3]});
                 }
               }
               uint32_t b[2];
-              load_matrices_transposed(b, rows_of(g, K - 1, m) + matrix % 2 * 16);
+              load_matrices_transposed(b, last_row);
 #pragma unroll
               for (int u = 0; u < pairs; ++u) {
-                uint32_t slots[2];
-                memcpy(slots, operands_of(first_unit + u, g) + K / 2 * 512 + lane * 8, sizeof slots);
+                const auto slots = *reinterpret_cast<const Vector<2, uint32_t>*>(
+                    operands + u * chunk_groups * C::operand_bytes + K / 2 * 512 + at.lane * 8);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                   const uint32_t last[1] = {b[half]};
-                  multiply<T>(sums[u][half], slots, last);
+                  multiply<T>(sums[u][half], slots.v, last);
                 }
               }
             }
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
-              if (inside_height(first_unit + u)) put(first_unit + u, m, sums[u]);
+              if (is_inside(first_unit + u)) put(first_unit + u, m, sums[u]);
             }
           }
         }
-        if (group < groups && side * C::span_tiles * 16 < width) {
+        if (at.group < groups && at.side * C::span_tiles * 16 < width) {
 #pragma unroll 1
           for (int unit = 0; unit < C::units; ++unit) {
-            if (!inside_height(unit / pairs * pairs)) break;
+            if (!is_inside(unit / pairs * pairs)) break;
             uint32_t own[K][2];
-            const char* const from = operands_of(unit, group);
+            const char* const from = operands_of(unit, at.group);
 #pragma unroll
             for (int kh = 0; kh + 1 < K; kh += 2) {
-              const auto four = reinterpret_cast<const Vector<4, uint32_t>*>(from)[kh / 2 * 32 + lane];
+              const auto four = reinterpret_cast<const Vector<4, uint32_t>*>(from)[kh / 2 * 32 + at.lane];
               own[kh][0] = four.v[0], own[kh][1] = four.v[1], own[kh + 1][0] = four.v[2], own[kh + 1][1] = four.v[3];
             }
-            const auto two = reinterpret_cast<const Vector<2, uint32_t>*>(from + K / 2 * 512)[lane];
+            const auto two = reinterpret_cast<const Vector<2, uint32_t>*>(from + K / 2 * 512)[at.lane];
             own[K - 1][0] = two.v[0], own[K - 1][1] = two.v[1];
             add_unit<T>(span_sum, bias_sum, own,
-                        pixels_of(tile) + unit * 16 * C::part_pitch + side * C::span_tiles * 32, C::part_pitch,
-                        side == 0);
+                        pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32, C::part_pitch,
+                        at.side == 0);
           }
         }
+        __syncthreads();
+        if (step + 1 < steps) bring_pixels(next);
       }
+      here = next;
     }
 
     // The sums of the run: the sides meet where X was.
+    const At at = At::here();
     if (Tiles <= 2) {
-      auto* const other = reinterpret_cast<float*>(image) + group * 32 + lane;
-      constexpr int step = chunk_groups * 32;
+      auto* const other = reinterpret_cast<float*>(ring) + at.group * 32 + at.lane;
+      constexpr int stride = chunk_groups * 32;
       const auto each = [&](const auto& body) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) body(bias_sum[e], other[e * step]);
+        for (int e = 0; e < 4; ++e) body(bias_sum[e], other[e * stride]);
 #pragma unroll
         for (int m = 0; m < C::span_tiles; ++m) {
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) body(span_sum[m][kh][e], other[(4 + (m * K + kh) * 4 + e) * step]);
+            for (int e = 0; e < 4; ++e) body(span_sum[m][kh][e], other[(4 + (m * K + kh) * 4 + e) * stride]);
           }
         }
       };
-      if (side == 1) each([](float sum, float& to) { to = sum; });
+      if (at.side == 1) each([](float sum, float& to) { to = sum; });
       __syncthreads();
-      if (side == 0) each([](float& sum, float more) { sum += more; });
+      if (at.side == 0) each([](float& sum, float more) { sum += more; });
     }
     // As they lie in the lanes: 8 neighbouring channels of a tap make a sector.
-    if (group < groups && (Tiles > 2 || side == 0)) {
+    if (at.group < groups && (Tiles > 2 || at.side == 0)) {
       float* const out = partial.span + stripe * partial.span_size +
-                         ((first_group + group) * taps + 2 * t) * span.reduced + first_reduced;
+                         ((first_group + at.group) * taps + 2 * at.t) * span.reduced + first_reduced;
 #pragma unroll
       for (int m = 0; m < C::span_tiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int channel = ((Tiles > 2 ? side * C::span_tiles : 0) + m) * 16 + half * 8 + quad;
+          const int channel = ((Tiles > 2 ? at.side * C::span_tiles : 0) + m) * 16 + half * 8 + at.quad;
           if (channel >= width) continue;
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
             out[kh * K * span.reduced + channel] = span_sum[m][kh][2 * half];
-            if (2 * t + 1 < K) out[(kh * K + 1) * span.reduced + channel] = span_sum[m][kh][2 * half + 1];
+            if (2 * at.t + 1 < K) out[(kh * K + 1) * span.reduced + channel] = span_sum[m][kh][2 * half + 1];
           }
         }
       }
-      if (first_reduced == 0 && side == 0 && quad < K) {
-        float* const bias_out = partial.bias + stripe * partial.bias_size + ((first_group + group) * taps + quad);
+      if (first_reduced == 0 && at.side == 0 && at.quad < K) {
+        float* const bias_out = partial.bias + stripe * partial.bias_size + ((first_group + at.group) * taps + at.quad);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int kh = 2 * (2 * t + e % 2) + e / 2;
+          const int kh = 2 * (2 * at.t + e % 2) + e / 2;
           if (kh < K) bias_out[kh * K] = bias_sum[e];
         }
       }
