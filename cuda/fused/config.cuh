@@ -146,14 +146,14 @@ struct StridedWalk {
   static int bytes(int reduced) { return Ring::bytes + (depth * pixels + chunk_groups * taps) * Span::pitch(reduced); }
 };
 
-// Sums over runs of steps, in float; the run of stripe i is the i-th of `stripes` equal parts.
+// Sums over runs of steps, in float. The run of a stripe has `steps` steps, those of the first `longer` ones one more.
 struct Partial {
   float* span;                   // [stripe][49 G][R]
   float* bias;                   // [stripe][49 G]
   float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
   int64_t span_size, bias_size;  // of one stripe
-  int stripes, parts;            // parts of the reduced channels
-  int steps;
+  int stripes, parts;            // parts of the reduced channels, 1 or 2
+  int steps, longer;
   int64_t grad_n;  // strides of dR
   int grad_h, grad_w, grad_vector;
 };
@@ -180,7 +180,11 @@ struct SpanConfig : TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8> {
   static constexpr int operand_bytes = K * 2 * 32 * 4;  // dW of a unit and a group
   static constexpr int gradients = Ring::bytes, reduced = gradients + Output::bytes;
   static constexpr int rows = reduced + pixels * part_pitch, sums = rows + slots * part_pitch;
-  static constexpr int bytes = sums + (Tiles > 2 ? 0 : units * Tiles * 2 * chunk_groups * 32 * 16);
+  static constexpr int walk = sums + (Tiles > 2 ? 0 : units * Tiles * 2 * chunk_groups * 32 * 16);
+  static constexpr int bytes = walk + 112;
+  static __host__ __device__ constexpr int after(int slot, int batches) {
+    return slot + batches < live ? slot + batches : slot + batches - live;
+  }
   static_assert(units * chunk_groups * operand_bytes <= Ring::bytes && bytes <= max_shared_bytes, "");
   static_assert(chunk_groups * 32 * 4 * (4 + span_tiles * K * 4) <= reduced, "");
 };
@@ -193,9 +197,10 @@ Partial partial_of(const SpanProblem& p) {
   const Problem& q = p.involution;
   Partial partial{};
   partial.parts = parts_of(p.reduced);
-  partial.steps =
+  const int steps =
       int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + C::Columns - 1) / C::Columns));
-  partial.stripes = std::max(1, std::min(partial.steps, 2 * multiprocessors() / partial.parts));
+  partial.stripes = std::max(1, std::min(steps, 2 * multiprocessors() / partial.parts));
+  partial.steps = steps / partial.stripes, partial.longer = steps % partial.stripes;
   partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();
   return partial;
 }

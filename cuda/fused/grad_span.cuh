@@ -81,8 +81,9 @@ struct Turn {
 // and kernel row 2j + e is in column j of half e.
 template <class T, int Tiles>
 __device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[4],
-                                         const uint32_t (&w)[K][2], const char* pixels, int pitch, bool with_bias) {
-  const int lane = int(threadIdx.x) % 32, matrix = lane / 8, i = lane % 8;
+                                         const uint32_t (&w)[K][2], const char* pixels, int pitch, int lane,
+                                         bool with_bias) {
+  const int matrix = lane / 8, i = lane % 8;
   const uint32_t ones = pack<T>(1.0f, 1.0f);
   uint32_t operand[Tiles][4];  // [16 channels][16 pixels]
 #pragma unroll
@@ -112,15 +113,23 @@ struct Place {
   int lane, warp, group, side, unit, quad, t, matrix, i;
 
   static __device__ __forceinline__ Place here() {
-    const unsigned thread = unsigned(opaque(int(threadIdx.x))), lane = thread % 32, warp = thread / 32;
+    const unsigned thread = thread_again();
+    const unsigned lane = thread % 32, warp = thread / 32;
     return {int(lane),     int(warp),     int(warp % chunk_groups), int(warp / chunk_groups),
             int(warp / chunk_groups * C::pairs), int(lane / 4), int(lane % 4), int(lane / 8), int(lane % 8)};
   }
 };
 
-// The step of a block: the first pixel of the tile, and its image.
-struct Step {
-  int row, column, n;
+// A step of a block: the first pixel of its tile, the image, and the batch of the ring with the first rows below it.
+struct alignas(16) Step {
+  int row, column, n, slot;
+  int left;  // steps of the block from this one on
+};
+// What a block's threads know about its place, in shared memory: they have no registers to keep it in. A thread writes it
+// for all. `entered` is the step while dW is computed, `here` the same one afterwards.
+struct Walk {
+  Step entered, here, next;
+  int chunk;
 };
 
 // Aligned: X, G, R and dR can be moved 8 channels at a time.
@@ -136,31 +145,37 @@ __global__ void __launch_bounds__(C::threads, 2)
   char* const gradients = ring + C::gradients;
   char* const pixels = ring + C::reduced;
   char* const span_rows = ring + C::rows;
+  Walk& walk = *reinterpret_cast<Walk*>(ring + C::walk);
   // Of dR, [unit][16 channels][half of them][group][lane].
   auto* const group_sums = reinterpret_cast<Vector<4, float>*>(ring + C::sums);
   // Where a block has more than two tiles of channels, dW as operands, [unit][group].
   const auto operands_of = [&](int unit, int g) { return ring + (unit * chunk_groups + g) * C::operand_bytes; };
-  // With one or two tiles a block has all the reduced channels.
-  const int parts = Tiles > 2 ? partial.parts : 1, stripe = int(blockIdx.x) / parts;
-  const int first_reduced = int(blockIdx.x) % parts * C::part;
-  const int width = Tiles > 2 ? min(C::part, span.reduced - first_reduced) : C::part;
-  const int first_step = int(int64_t{partial.steps} * stripe / partial.stripes);
-  const int steps = int(int64_t{partial.steps} * (stripe + 1) / partial.stripes) - first_step;
+  // What a block works on is computed again where it is used, as a thread's place is: there are no registers to keep it
+  // in. With one or two tiles a block has all the reduced channels; else there are one or two parts of them.
+  const auto stripe_of = [&] { return opaque(int(blockIdx.x)) >> (Tiles > 2 ? partial.parts - 1 : 0); };
+  const auto first_reduced_of = [&] {
+    return Tiles > 2 ? (opaque(int(blockIdx.x)) & (partial.parts - 1)) * C::part : 0;
+  };
+  const auto width_of = [&] { return Tiles > 2 ? min(C::part, span.reduced - first_reduced_of()) : C::part; };
 
+  const auto chunk = [&] { return opaque(walk.chunk); };
 #pragma unroll 1
-  for (int chunk = 0; chunk < q.chunks; ++chunk) {
-    const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
-    const int first_channel = first_group * group_channels;
+  for (int begun = 0; begun < q.chunks;) {
+    if (threadIdx.x == 0) walk.chunk = begun;
+    __syncthreads();
+    // Computed again where they are used, as a thread's place is.
+    const auto first_group_of = [&] { return chunk() * chunk_groups; };
+    const auto groups_of = [&] { return min(chunk_groups, q.groups - first_group_of()); };
     // R: a thread has one piece of 8 channels of some of the pixels.
     const auto bring_pixels = [&](const Step& to) {
       constexpr unsigned pieces = C::part / 8, moves = C::pixels * pieces, more = C::threads / pieces;
-      const unsigned thread = C::threads - 1 - unsigned(opaque(int(threadIdx.x)));
+      const unsigned thread = C::threads - 1 - thread_again();
       if (thread >= moves) return;
       const int piece = int(thread % pieces), first = int(thread / pieces);
-      if (piece * 8 >= width) return;
+      if (piece * 8 >= width_of()) return;
       const int first_h = to.row + C::row_of(first / 16) + first / 8 % 2;
       const int first_v = to.column + C::column_of(first / 16) + first % 8;
-      const T* const from = reduced + (int64_t{to.n} * span.reduced_n + first_reduced + piece * 8);
+      const T* const from = reduced + (int64_t{to.n} * span.reduced_n + first_reduced_of() + piece * 8);
       char* const place = pixels + first * C::part_pitch + piece * 16;
 #pragma unroll
       for (int pixel = 0; pixel < C::pixels; pixel += int(more)) {
@@ -169,24 +184,25 @@ __global__ void __launch_bounds__(C::threads, 2)
                    h < q.y_height && v < q.y_width, Aligned ? 8 : span.reduced_vector);
       }
     };
-    // Six warps bring X below a tile, all of it or what is new; two bring G. `slot` is where the first batch is.
-    const auto bring = [&](const Step& to, int slot, bool all) {
-      const unsigned thread = unsigned(opaque(int(threadIdx.x)));
-      const int piece = int(thread % 8);
-      if (piece >= 2 * groups) return;
+    // Six warps bring X below a tile, all of it or what is new; two bring G.
+    const auto bring = [&](const Step& to, bool all) {
+      const unsigned thread = thread_again();
+      const int piece = int(thread % 8), first_channel = first_group_of() * group_channels;
+      if (piece >= 2 * groups_of()) return;
       if (thread < C::x_threads) {
         const int position = int(thread / 8), v = to.column * S - q.padding_w + position;
         const unsigned limit = unsigned(v) < unsigned(q.x_width) ? q.x_height : 0;
         int h = to.row * S - q.padding_h + (all ? 0 : (C::live - C::fresh) * 4), left = all ? C::live : C::fresh;
         const T* from = x + (int64_t{to.n} * q.x.n + first_channel) + (h * q.x.h + v * q.x.w + piece * 8);
         const int place = X::at(0, position, piece * 8);
+        int slot = all ? to.slot : C::after(to.slot, C::live - C::fresh);
 #pragma unroll 1
         do {
           char* const batch = ring + (place + slot * (4 * X::Columns * X::pitch));
 #pragma unroll
           for (int r = 0; r < 4; ++r, from += q.x.h)
             copy_piece(batch + r * X::Columns * X::pitch, from, unsigned(h + r) < limit, Aligned ? 8 : q.x.vector);
-          h += 4, slot = slot + 1 < C::live ? slot + 1 : 0;
+          h += 4, slot = C::after(slot, 1);
         } while (--left > 0);
       } else {
         const int place = int(thread - C::x_threads) / 8, v = to.column + place;
@@ -204,30 +220,44 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
     };
     float span_sum[C::span_tiles][K][4] = {}, bias_sum[4] = {};
-    bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced,
-                                    C::slots, width, Aligned ? 8 : span.row_vector, [&](int slot) {
+    const int first_group = first_group_of(), groups = groups_of();
+    bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced_of(),
+                                    C::slots, width_of(), Aligned ? 8 : span.row_vector, [&](int slot) {
                                       const int g = slot / C::group_slots, kh = slot / 8 % K, kw = slot % 8;
                                       return g < groups && kw < K ? (g * taps + kh * K + kw) * span.row : -1;
                                     });
-    uint32_t number = uint32_t(first_step);
-    Step here;
-    here.row = q.by_tiles_h.split(number) * C::Rows, here.column = q.by_tiles_w.split(number) * C::Columns;
-    here.n = int(number);
-    int slot = 0;  // of the ring: where the first rows below the tile are
-    if (C::walks) bring(here, 0, true);
-    bring_pixels(here);
+    const int stripe = stripe_of();
+    if (threadIdx.x == 0) {
+      uint32_t number = uint32_t(stripe * partial.steps + min(stripe, partial.longer));
+      const int row = q.by_tiles_h.split(number) * C::Rows, column = q.by_tiles_w.split(number) * C::Columns;
+      walk.entered = {row, column, int(number), 0, partial.steps + (stripe < partial.longer)};
+    }
+    __syncthreads();
+    if (C::walks) bring(walk.entered, true);
+    bring_pixels(walk.entered);
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      if (!C::walks) bring(here, 0, true);
+    do {
+      if (!C::walks) bring(walk.entered, true);
       wait_for_tile();
+      if (threadIdx.x == 0) {
+        Step next = walk.entered;
+        walk.here = next;
+        next.row += C::Rows, next.slot = C::after(next.slot, C::fresh), --next.left;
+        if (next.row >= q.y_height) {
+          next.row = 0, next.column += C::Columns;
+          if (next.column >= q.y_width) next.column = 0, ++next.n;
+        }
+        walk.next = next;
+      }
 
       uint32_t w[pairs][K][2];  // dW of the warp's units
-      const auto is_inside = [&](int unit) {
+      const auto is_inside = [&](const Step& here, int unit) {
         return here.row + C::row_of(unit) < q.y_height && here.column + C::column_of(unit) < q.y_width;
       };
       {
         const At at = At::here();
-        if (at.group < groups && is_inside(at.unit)) {
+        const Step here = walk.entered;
+        if (at.group < groups_of() && is_inside(here, at.unit)) {
           uint32_t a[pairs][4];  // [16 pixels][16 channels]
           const int first_row = C::row_of(at.unit), first_column = C::column_of(at.unit);
 #pragma unroll
@@ -239,7 +269,7 @@ __global__ void __launch_bounds__(C::threads, 2)
               here.column + first_column + at.quad < q.y_width ? q.y_height - here.row - first_row : 0;
           const Pair pair = Pair::of_lane<C>(at.lane, 0);
           const char* batches[C::own_batches];
-          int from = slot + first_row * S / 4;
+          int from = here.slot + first_row * S / 4;
 #pragma unroll
           for (int b = 0; b < C::own_batches; ++b, ++from) {
             if (from >= C::live) from -= C::live;
@@ -274,96 +304,83 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
       __syncthreads();
-      Step next = here;
-      next.row += C::Rows;
-      if (next.row >= q.y_height) {
-        next.row = 0, next.column += C::Columns;
-        if (next.column >= q.y_width) next.column = 0, ++next.n;
-      }
-      if (C::walks && step + 1 < steps) {
-        bring(next, slot, next.row == 0);
-        if (next.row > 0) slot = slot + C::fresh < C::live ? slot + C::fresh : slot + C::fresh - C::live;
-      }
+      if (threadIdx.x == 0) walk.entered = walk.next;
+      if (C::walks && walk.next.left > 0) bring(walk.next, walk.next.row == 0);
 
       // Writes or keeps dR of a unit and 16 channels.
-      const auto put = [&](int unit, int m, float (&sums)[2][4]) {
+      const auto put = [&](const Step& here, int unit, int m, float (&sums)[2][4]) {
         const At at = At::here();
         const int h = here.row + C::row_of(unit), v = here.column + C::column_of(unit) + at.quad;
-        const int rows_inside = v < q.y_width && m * 16 < width ? q.y_height - h : 0;
+        const int rows_inside = v < q.y_width && m * 16 < width_of() ? q.y_height - h : 0;
         if (q.chunks > 1) {
           float* kept = partial.reduced + ((int64_t{here.n} * q.y_height + h) * q.y_width + v) * span.reduced +
-                        (first_reduced + m * 16 + 2 * at.t);
+                        (first_reduced_of() + m * 16 + 2 * at.t);
 #pragma unroll
           for (int r = 0; r < 2; ++r, kept += q.y_width * span.reduced) {
             if (r >= rows_inside) continue;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               auto& pair = *reinterpret_cast<Vector<2, float>*>(kept + half * 8);
-              if (chunk > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
-              if (chunk + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
+              if (chunk() > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
+              if (chunk() + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
             }
           }
-          if (chunk + 1 < q.chunks) return;
+          if (chunk() + 1 < q.chunks) return;
         }
         if (grad_reduced == nullptr) return;
-        T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced) +
+        T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced_of()) +
                 (h * partial.grad_h + v * partial.grad_w + m * 16);
 #pragma unroll
         for (int r = 0; r < 2; ++r, to += partial.grad_h)
           put_channels(to, r < rows_inside, Aligned ? 8 : partial.grad_vector,
-                       pack<T>(sums[0][2 * r], sums[0][2 * r + 1]), pack<T>(sums[1][2 * r], sums[1][2 * r + 1]));
+                       pack<T>(sums[0][2 * r], sums[0][2 * r + 1]), pack<T>(sums[1][2 * r], sums[1][2 * r + 1]),
+                       unsigned(at.lane));
       };
       if constexpr (Tiles <= 2) {
         const At at = At::here();
-        if (at.group < groups && is_inside(at.unit)) {
-          // S of two kernel rows and 16 channels; of the last one.
+        if (at.group < groups_of() && is_inside(walk.here, at.unit)) {
+          // S of four kernel rows and 8 channels; of the last three, one of them twice.
           const char* const rows =
-              span_rows + (at.group * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch + at.matrix / 2 * 16;
-          const char* const last_row = span_rows + (at.group * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch +
-                                       at.matrix % 2 * 16;
+              span_rows + (at.group * C::group_slots + at.matrix * 8 + at.i) * C::part_pitch;
+          const char* const last_rows = rows + (4 - at.matrix / 3) * 8 * C::part_pitch;
           auto* const to = group_sums + (at.unit * Tiles * 2 * chunk_groups + at.group) * 32 + at.lane;
 #pragma unroll
-          for (int m = 0; m < Tiles; ++m) {
-            float sums[pairs][2][4];
+          for (int half = 0; half < 2 * Tiles; ++half) {
+            float sums[pairs][4];
+            uint32_t b[2][4];
+            load_matrices_transposed(b[0], rows + half * 16);
+            load_matrices_transposed(b[1], last_rows + half * 16);
 #pragma unroll
-            for (int kh = 0; kh + 1 < K; kh += 2) {
-              uint32_t b[4];
-              load_matrices_transposed(b, rows + kh * 8 * C::part_pitch + m * 32);
+            for (int kh = 0; kh < K; kh += 2) {
+              const uint32_t(&four)[4] = b[kh / 4];
 #pragma unroll
               for (int u = 0; u < pairs; ++u) {
-                const uint32_t slots[4] = {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]};
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                  const float zeros[4] = {};
-                  if (kh == 0) {
-                    multiply<T>(sums[u][half], slots, {b[2 * half], b[2 * half + 1]}, zeros);
-                  } else {
-                    multiply<T>(sums[u][half], slots, {b[2 * half], b[2 * half + 1]});
-                  }
+                const float zeros[4] = {};
+                if (kh + 1 == K) {
+                  multiply<T>(sums[u], w[u][kh], {four[2]});
+                } else if (kh == 0) {
+                  multiply<T>(sums[u], {w[u][0][0], w[u][0][1], w[u][1][0], w[u][1][1]}, {four[0], four[1]}, zeros);
+                } else {
+                  multiply<T>(sums[u], {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]},
+                              {four[kh % 4], four[kh % 4 + 1]});
                 }
               }
             }
-            uint32_t b[2];
-            load_matrices_transposed(b, last_row + m * 32);
 #pragma unroll
-            for (int u = 0; u < pairs; ++u) {
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const uint32_t last[1] = {b[half]};
-                multiply<T>(sums[u][half], w[u][K - 1], last);
-                memcpy(to + ((u * Tiles + m) * 2 + half) * chunk_groups * 32, sums[u][half], sizeof sums[u][half]);
-              }
-            }
+            for (int u = 0; u < pairs; ++u)
+              memcpy(to + (u * Tiles * 2 + half) * chunk_groups * 32, sums[u], sizeof sums[u]);
           }
 #pragma unroll
           for (int u = 0; u < pairs; ++u)
-            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch, true);
+            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch,
+                        at.lane, true);
         }
         __syncthreads();
-        if (step + 1 < steps) bring_pixels(next);
+        if (walk.next.left > 0) bring_pixels(walk.next);
+        const Step here = walk.here;
 #pragma unroll 1
-        for (int job = at.warp; job < C::units * Tiles; job += C::Warps) {
-          if (!is_inside(job / Tiles)) continue;
+        for (int job = At::here().warp; job < C::units * Tiles; job += C::Warps) {
+          if (!is_inside(here, job / Tiles)) continue;
           float sums[2][4];
           const Vector<4, float>* const from = group_sums + (job * 2 * chunk_groups * 32 + At::here().lane);
           const auto add = [&](int g) {
@@ -375,18 +392,20 @@ __global__ void __launch_bounds__(C::threads, 2)
             }
           };
           add(0);
+          const int groups = groups_of();
           if (groups == chunk_groups) {
             add(1), add(2), add(3);
           } else {
 #pragma unroll 1
             for (int g = 1; g < groups; ++g) add(g);
           }
-          put(job / Tiles, job % Tiles, sums);
+          put(here, job / Tiles, job % Tiles, sums);
         }
       } else {
         // Each warp has 16 channels of all groups of dR, and half of the channels of a group of dS.
         const At at = At::here();
-        if (at.group < groups && is_inside(at.unit)) {
+        const Step here = walk.here;
+        if (at.group < groups_of() && is_inside(here, at.unit)) {
 #pragma unroll
           for (int u = 0; u < pairs; ++u) {
             char* const to = operands_of(at.unit + u, at.group);
@@ -400,10 +419,10 @@ __global__ void __launch_bounds__(C::threads, 2)
         __syncthreads();
         {
           const int m = at.warp % Tiles, first_unit = at.warp / Tiles * pairs;
-          if (m * 16 < width && is_inside(first_unit)) {
+          if (m * 16 < width_of() && is_inside(here, first_unit)) {
             float sums[pairs][2][4] = {};
 #pragma unroll 1
-            for (int g = 0; g < groups; ++g) {
+            for (int g = 0; g < groups_of(); ++g) {
               const char* const rows =
                   span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch + m * 32 +
                   at.matrix / 2 * 16;
@@ -437,14 +456,14 @@ __global__ void __launch_bounds__(C::threads, 2)
             }
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
-              if (is_inside(first_unit + u)) put(first_unit + u, m, sums[u]);
+              if (is_inside(here, first_unit + u)) put(here, first_unit + u, m, sums[u]);
             }
           }
         }
-        if (at.group < groups && at.side * C::span_tiles * 16 < width) {
+        if (at.group < groups_of() && at.side * C::span_tiles * 16 < width_of()) {
 #pragma unroll 1
           for (int unit = 0; unit < C::units; ++unit) {
-            if (!is_inside(unit / pairs * pairs)) break;
+            if (!is_inside(here, unit / pairs * pairs)) break;
             uint32_t own[K][2];
             const char* const from = operands_of(unit, at.group);
 #pragma unroll
@@ -456,14 +475,13 @@ __global__ void __launch_bounds__(C::threads, 2)
             own[K - 1][0] = two.v[0], own[K - 1][1] = two.v[1];
             add_unit<T>(span_sum, bias_sum, own,
                         pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32, C::part_pitch,
-                        at.side == 0);
+                        at.lane, at.side == 0);
           }
         }
         __syncthreads();
-        if (step + 1 < steps) bring_pixels(next);
+        if (walk.next.left > 0) bring_pixels(walk.next);
       }
-      here = next;
-    }
+    } while (walk.entered.left > 0);
 
     // The sums of the run: the sides meet where X was.
     const At at = At::here();
@@ -487,7 +505,9 @@ __global__ void __launch_bounds__(C::threads, 2)
       if (at.side == 0) each([](float& sum, float more) { sum += more; });
     }
     // As they lie in the lanes: 8 neighbouring channels of a tap make a sector.
-    if (at.group < groups && (Tiles > 2 || at.side == 0)) {
+    if (at.group < groups_of() && (Tiles > 2 || at.side == 0)) {
+      const int first_group = first_group_of(), first_reduced = first_reduced_of(), width = width_of();
+      const int stripe = stripe_of();
       float* const out = partial.span + stripe * partial.span_size +
                          ((first_group + at.group) * taps + 2 * at.t) * span.reduced + first_reduced;
 #pragma unroll
@@ -496,10 +516,12 @@ __global__ void __launch_bounds__(C::threads, 2)
         for (int half = 0; half < 2; ++half) {
           const int channel = ((Tiles > 2 ? at.side * C::span_tiles : 0) + m) * 16 + half * 8 + at.quad;
           if (channel >= width) continue;
+          float* to = out + channel;
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
-            out[kh * K * span.reduced + channel] = span_sum[m][kh][2 * half];
-            if (2 * at.t + 1 < K) out[(kh * K + 1) * span.reduced + channel] = span_sum[m][kh][2 * half + 1];
+            to[0] = span_sum[m][kh][2 * half];
+            if (2 * at.t + 1 < K) to[span.reduced] = span_sum[m][kh][2 * half + 1];
+            to = kept(to + K * span.reduced);
           }
         }
       }
@@ -512,6 +534,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
     }
+    begun = chunk() + 1;
     __syncthreads();
   }
 }
