@@ -50,29 +50,29 @@ template <int S>
 struct Turn {
   int from[2];         // lanes
   uint32_t halves[2];  // for __byte_perm: where the even and the odd taps are
-  uint32_t mask[2];    // of what arrives: no tap is in the last slot, and none belongs to pixels outside the image
+  uint32_t mask;       // of what arrives: no tap is in the last slot
 
-  __device__ __forceinline__ Turn(int lane, bool upper_inside, bool lower_inside) {
+  explicit __device__ __forceinline__ Turn(int lane) {
     const int pixel = lane / 4, t = lane % 4;
     if constexpr (S == 1) {
       from[0] = pixel * 4 + ((t + pixel / 2) & 3), from[1] = pixel * 4 + ((t + (pixel + 1) / 2) & 3);
       halves[0] = pixel % 2 == 0 ? 0x5410 : 0x7632, halves[1] = pixel % 2 == 0 ? 0x7632 : 0x5410;
-      mask[0] = (upper_inside ? 0xffffu : 0) | (lower_inside ? 0xffff0000u : 0), mask[1] = t == 3 ? 0 : mask[0];
+      mask = t == 3 ? 0 : ~0u;
     } else {
-      from[0] = from[1] = pixel * 4 + ((t + pixel) & 3);
-      const uint32_t taps_of_lane = t == 3 ? 0xffffu : ~0u;
-      mask[0] = upper_inside ? taps_of_lane : 0, mask[1] = lower_inside ? taps_of_lane : 0;
+      from[0] = pixel * 4 + ((t + pixel) & 3);
+      mask = t == 3 ? 0xffffu : ~0u;
     }
   }
-  // Turns the pairs of a kernel row, one for each row of the unit.
-  __device__ __forceinline__ void operator()(uint32_t (&rows)[2]) const {
+  // Turns the pairs of a kernel row, one for each row of the unit; each half of `inside` is all ones where the pixel of
+  // a row is in the image.
+  __device__ __forceinline__ void operator()(uint32_t (&rows)[2], uint32_t inside) const {
     if constexpr (S == 1) {
-      const uint32_t even = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[0]), from[0]) & mask[0];
-      const uint32_t odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]) & mask[1];
+      const uint32_t even = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[0]), from[0]) & inside;
+      const uint32_t odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]) & inside & mask;
       rows[0] = __byte_perm(even, odd, 0x5410), rows[1] = __byte_perm(even, odd, 0x7632);
     } else {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) rows[r] = __shfl_sync(~0u, rows[r], from[r]) & mask[r];
+      rows[0] = __shfl_sync(~0u, rows[0], from[0]) & mask & __byte_perm(inside, inside, 0x1010);
+      rows[1] = __shfl_sync(~0u, rows[1], from[0]) & mask & __byte_perm(inside, inside, 0x3232);
     }
   }
 };
@@ -120,16 +120,19 @@ struct Place {
   }
 };
 
-// A step of a block: the first pixel of its tile, the image, and the batch of the ring with the first rows below it.
+// A step of a block: the first pixel of its tile, the image, which is negative behind the last step, and, in `place`,
+// the chunk of groups and the batch of the ring with the first rows below the tile.
 struct alignas(16) Step {
-  int row, column, n, slot;
-  int left;  // steps of the block from this one on
+  int row, column, n, place;
+
+  __device__ __forceinline__ int chunk() const { return place / 4; }
+  __device__ __forceinline__ int slot() const { return place % 4; }
 };
-// What a block's threads know about its place, in shared memory: they have no registers to keep it in. A thread writes it
-// for all. `entered` is the step while dW is computed, `here` the same one afterwards.
+// What a block's threads know about their walk, in shared memory, as they have no registers to keep it in; a thread
+// writes it for all. `entered` is the step while dW is computed, `here` is the same one afterwards.
 struct Walk {
   Step entered, here, next;
-  int chunk;
+  int left;  // steps behind `here`
 };
 
 // Aligned: X, G, R and dR can be moved 8 channels at a time.
@@ -158,14 +161,15 @@ __global__ void __launch_bounds__(C::threads, 2)
   };
   const auto width_of = [&] { return Tiles > 2 ? min(C::part, span.reduced - first_reduced_of()) : C::part; };
 
-  const auto chunk = [&] { return opaque(walk.chunk); };
+  const auto groups_of = [&](const Step& step) { return min(chunk_groups, q.groups - step.chunk() * chunk_groups); };
+  // One access.
+  const auto read = [](const Step& from) {
+    const auto four = reinterpret_cast<const Vector<4, int>&>(from);
+    return Step{four.v[0], four.v[1], four.v[2], four.v[3]};
+  };
+
 #pragma unroll 1
-  for (int begun = 0; begun < q.chunks;) {
-    if (threadIdx.x == 0) walk.chunk = begun;
-    __syncthreads();
-    // Computed again where they are used, as a thread's place is.
-    const auto first_group_of = [&] { return chunk() * chunk_groups; };
-    const auto groups_of = [&] { return min(chunk_groups, q.groups - first_group_of()); };
+  for (int chunk = 0; chunk < q.chunks;) {
     // R: a thread has one piece of 8 channels of some of the pixels.
     const auto bring_pixels = [&](const Step& to) {
       constexpr unsigned pieces = C::part / 8, moves = C::pixels * pieces, more = C::threads / pieces;
@@ -187,15 +191,15 @@ __global__ void __launch_bounds__(C::threads, 2)
     // Six warps bring X below a tile, all of it or what is new; two bring G.
     const auto bring = [&](const Step& to, bool all) {
       const unsigned thread = thread_again();
-      const int piece = int(thread % 8), first_channel = first_group_of() * group_channels;
-      if (piece >= 2 * groups_of()) return;
+      const int piece = int(thread % 8), first_channel = to.chunk() * chunk_channels;
+      if (piece >= 2 * groups_of(to)) return;
       if (thread < C::x_threads) {
         const int position = int(thread / 8), v = to.column * S - q.padding_w + position;
         const unsigned limit = unsigned(v) < unsigned(q.x_width) ? q.x_height : 0;
         int h = to.row * S - q.padding_h + (all ? 0 : (C::live - C::fresh) * 4), left = all ? C::live : C::fresh;
         const T* from = x + (int64_t{to.n} * q.x.n + first_channel) + (h * q.x.h + v * q.x.w + piece * 8);
         const int place = X::at(0, position, piece * 8);
-        int slot = all ? to.slot : C::after(to.slot, C::live - C::fresh);
+        int slot = all ? to.slot() : C::after(to.slot(), C::live - C::fresh);
 #pragma unroll 1
         do {
           char* const batch = ring + (place + slot * (4 * X::Columns * X::pitch));
@@ -220,34 +224,40 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
     };
     float span_sum[C::span_tiles][K][4] = {}, bias_sum[4] = {};
-    const int first_group = first_group_of(), groups = groups_of();
+    const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
     bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced_of(),
                                     C::slots, width_of(), Aligned ? 8 : span.row_vector, [&](int slot) {
                                       const int g = slot / C::group_slots, kh = slot / 8 % K, kw = slot % 8;
                                       return g < groups && kw < K ? (g * taps + kh * K + kw) * span.row : -1;
                                     });
-    const int stripe = stripe_of();
     if (threadIdx.x == 0) {
+      const int stripe = stripe_of();
       uint32_t number = uint32_t(stripe * partial.steps + min(stripe, partial.longer));
       const int row = q.by_tiles_h.split(number) * C::Rows, column = q.by_tiles_w.split(number) * C::Columns;
-      walk.entered = {row, column, int(number), 0, partial.steps + (stripe < partial.longer)};
+      walk.entered = {row, column, int(number), chunk * 4};
+      walk.left = partial.steps - (stripe >= partial.longer);
     }
     __syncthreads();
-    if (C::walks) bring(walk.entered, true);
-    bring_pixels(walk.entered);
+    {
+      const Step first = read(walk.entered);
+      if (C::walks) bring(first, true);
+      bring_pixels(first);
+    }
 #pragma unroll 1
-    do {
-      if (!C::walks) bring(walk.entered, true);
+    while (true) {
+      const Step entered = read(walk.entered);
+      if (entered.n < 0) break;
+      if (!C::walks) bring(entered, true);
       wait_for_tile();
       if (threadIdx.x == 0) {
-        Step next = walk.entered;
-        walk.here = next;
-        next.row += C::Rows, next.slot = C::after(next.slot, C::fresh), --next.left;
+        Step next = entered;
+        next.row += C::Rows, next.place += C::after(next.slot(), C::fresh) - next.slot();
         if (next.row >= q.y_height) {
           next.row = 0, next.column += C::Columns;
           if (next.column >= q.y_width) next.column = 0, ++next.n;
         }
-        walk.next = next;
+        if (--walk.left < 0) next.n = -1;
+        walk.here = entered, walk.next = next;
       }
 
       uint32_t w[pairs][K][2];  // dW of the warp's units
@@ -256,20 +266,25 @@ __global__ void __launch_bounds__(C::threads, 2)
       };
       {
         const At at = At::here();
-        const Step here = walk.entered;
-        if (at.group < groups_of() && is_inside(here, at.unit)) {
+        const Step& here = entered;
+        if (at.group < groups_of(here) && is_inside(here, at.unit)) {
           uint32_t a[pairs][4];  // [16 pixels][16 channels]
           const int first_row = C::row_of(at.unit), first_column = C::column_of(at.unit);
 #pragma unroll
           for (int u = 0; u < pairs; ++u)
             load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, first_column + at.i,
                                                   at.group * group_channels + at.matrix / 2 * 8));
+          const Pair pair = Pair::of_lane<C>(at.lane, 0);
+          const Turn<S> turn(at.lane);
           // Outside the image a zero of G may have met an Inf in X.
           const int rows_inside =
               here.column + first_column + at.quad < q.y_width ? q.y_height - here.row - first_row : 0;
-          const Pair pair = Pair::of_lane<C>(at.lane, 0);
+          uint32_t inside[pairs];
+#pragma unroll
+          for (int u = 0; u < pairs; ++u)
+            inside[u] = (2 * u < rows_inside ? 0xffffu : 0) | (2 * u + 1 < rows_inside ? 0xffff0000u : 0);
           const char* batches[C::own_batches];
-          int from = here.slot + first_row * S / 4;
+          int from = here.slot() + first_row * S / 4;
 #pragma unroll
           for (int b = 0; b < C::own_batches; ++b, ++from) {
             if (from >= C::live) from -= C::live;
@@ -297,7 +312,7 @@ __global__ void __launch_bounds__(C::threads, 2)
                   if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
                 }
                 w[u][kh][r] = pack<T>(first, second);
-                if (r == 1) Turn<S>(at.lane, 2 * u < rows_inside, 2 * u + 1 < rows_inside)(w[u][kh]);
+                if (r == 1) turn(w[u][kh], inside[u]);
               }
             }
           }
@@ -305,7 +320,10 @@ __global__ void __launch_bounds__(C::threads, 2)
       }
       __syncthreads();
       if (threadIdx.x == 0) walk.entered = walk.next;
-      if (C::walks && walk.next.left > 0) bring(walk.next, walk.next.row == 0);
+      if (C::walks) {
+        const Step next = read(walk.next);
+        if (next.n >= 0) bring(next, next.row == 0);
+      }
 
       // Writes or keeps dR of a unit and 16 channels.
       const auto put = [&](const Step& here, int unit, int m, float (&sums)[2][4]) {
@@ -321,11 +339,11 @@ __global__ void __launch_bounds__(C::threads, 2)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               auto& pair = *reinterpret_cast<Vector<2, float>*>(kept + half * 8);
-              if (chunk() > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
-              if (chunk() + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
+              if (here.chunk() > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
+              if (here.chunk() + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
             }
           }
-          if (chunk() + 1 < q.chunks) return;
+          if (here.chunk() + 1 < q.chunks) return;
         }
         if (grad_reduced == nullptr) return;
         T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced_of()) +
@@ -338,7 +356,8 @@ __global__ void __launch_bounds__(C::threads, 2)
       };
       if constexpr (Tiles <= 2) {
         const At at = At::here();
-        if (at.group < groups_of() && is_inside(walk.here, at.unit)) {
+        const Step here = read(walk.here);
+        if (at.group < groups_of(here) && is_inside(here, at.unit)) {
           // S of four kernel rows and 8 channels; of the last three, one of them twice.
           const char* const rows =
               span_rows + (at.group * C::group_slots + at.matrix * 8 + at.i) * C::part_pitch;
@@ -376,11 +395,11 @@ __global__ void __launch_bounds__(C::threads, 2)
                         at.lane, true);
         }
         __syncthreads();
-        if (walk.next.left > 0) bring_pixels(walk.next);
-        const Step here = walk.here;
+        if (const Step next = read(walk.next); next.n >= 0) bring_pixels(next);
+        const Step now = read(walk.here);
 #pragma unroll 1
         for (int job = At::here().warp; job < C::units * Tiles; job += C::Warps) {
-          if (!is_inside(here, job / Tiles)) continue;
+          if (!is_inside(now, job / Tiles)) continue;
           float sums[2][4];
           const Vector<4, float>* const from = group_sums + (job * 2 * chunk_groups * 32 + At::here().lane);
           const auto add = [&](int g) {
@@ -392,20 +411,20 @@ __global__ void __launch_bounds__(C::threads, 2)
             }
           };
           add(0);
-          const int groups = groups_of();
+          const int groups = groups_of(now);
           if (groups == chunk_groups) {
             add(1), add(2), add(3);
           } else {
 #pragma unroll 1
             for (int g = 1; g < groups; ++g) add(g);
           }
-          put(here, job / Tiles, job % Tiles, sums);
+          put(now, job / Tiles, job % Tiles, sums);
         }
       } else {
         // Each warp has 16 channels of all groups of dR, and half of the channels of a group of dS.
         const At at = At::here();
-        const Step here = walk.here;
-        if (at.group < groups_of() && is_inside(here, at.unit)) {
+        const Step here = read(walk.here);
+        if (at.group < groups_of(here) && is_inside(here, at.unit)) {
 #pragma unroll
           for (int u = 0; u < pairs; ++u) {
             char* const to = operands_of(at.unit + u, at.group);
@@ -422,7 +441,7 @@ __global__ void __launch_bounds__(C::threads, 2)
           if (m * 16 < width_of() && is_inside(here, first_unit)) {
             float sums[pairs][2][4] = {};
 #pragma unroll 1
-            for (int g = 0; g < groups_of(); ++g) {
+            for (int g = 0; g < groups_of(here); ++g) {
               const char* const rows =
                   span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch + m * 32 +
                   at.matrix / 2 * 16;
@@ -460,7 +479,7 @@ __global__ void __launch_bounds__(C::threads, 2)
             }
           }
         }
-        if (at.group < groups_of() && at.side * C::span_tiles * 16 < width_of()) {
+        if (at.group < groups_of(here) && at.side * C::span_tiles * 16 < width_of()) {
 #pragma unroll 1
           for (int unit = 0; unit < C::units; ++unit) {
             if (!is_inside(here, unit / pairs * pairs)) break;
@@ -479,9 +498,9 @@ __global__ void __launch_bounds__(C::threads, 2)
           }
         }
         __syncthreads();
-        if (walk.next.left > 0) bring_pixels(walk.next);
+        if (const Step next = read(walk.next); next.n >= 0) bring_pixels(next);
       }
-    } while (walk.entered.left > 0);
+    }
 
     // The sums of the run: the sides meet where X was.
     const At at = At::here();
@@ -505,8 +524,9 @@ __global__ void __launch_bounds__(C::threads, 2)
       if (at.side == 0) each([](float& sum, float more) { sum += more; });
     }
     // As they lie in the lanes: 8 neighbouring channels of a tap make a sector.
-    if (at.group < groups_of() && (Tiles > 2 || at.side == 0)) {
-      const int first_group = first_group_of(), first_reduced = first_reduced_of(), width = width_of();
+    const int ended = walk.here.chunk();
+    if (at.group < groups_of(walk.here) && (Tiles > 2 || at.side == 0)) {
+      const int first_group = ended * chunk_groups, first_reduced = first_reduced_of(), width = width_of();
       const int stripe = stripe_of();
       float* const out = partial.span + stripe * partial.span_size +
                          ((first_group + at.group) * taps + 2 * at.t) * span.reduced + first_reduced;
@@ -534,7 +554,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
     }
-    begun = chunk() + 1;
+    chunk = ended + 1;
     __syncthreads();
   }
 }
