@@ -77,10 +77,10 @@ struct Turn {
   }
 };
 
-// Adds to dS, [16 channels][8 slots] of each kernel row, and to db what a unit contributes. In db, lane / 4 is the slot
-// and kernel row 2j + e is in column j of half e.
+// Adds to dS, [16 channels][8 slots] of each kernel row, and to db what a unit contributes. In db, lane / 4 is the slot,
+// and lane % 4 and the index are the kernel row.
 template <class T, int Tiles>
-__device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[4],
+__device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[2],
                                          const uint32_t (&w)[K][2], const char* pixels, int pitch, int lane,
                                          bool with_bias) {
   const int matrix = lane / 8, i = lane % 8;
@@ -100,8 +100,11 @@ __device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (
       for (int m = 0; m < Tiles; ++m) multiply<T>(span_sum[m][kh + e], operand[m], slots[e]);
     }
     if (with_bias) {
-      const uint32_t column = lane / 4 == kh / 2 ? ones : 0;
-      multiply<T>(bias_sum, {slots[0][0], slots[1][0], slots[0][1], slots[1][1]}, {column, column});
+      // Every column of the product has the sums over the pixels.
+      const float zeros[4] = {};
+      float d[4];
+      multiply<T>(d, {slots[0][0], slots[1][0], slots[0][1], slots[1][1]}, {ones, ones}, zeros);
+      if (lane % 4 == kh / 2) bias_sum[0] += d[0], bias_sum[1] += d[2];
     }
   }
 }
@@ -129,9 +132,10 @@ struct alignas(16) Step {
   __device__ __forceinline__ int slot() const { return place % 4; }
 };
 // What a block's threads know about their walk, in shared memory, as they have no registers to keep it in; a thread
-// writes it for all. `entered` is the step while dW is computed, `here` is the same one afterwards.
+// writes it for all. Between the steps, threads have the next one in
+// registers.
 struct Walk {
-  Step entered, here, next;
+  Step here, next;
   int left;  // steps behind `here`
 };
 
@@ -162,6 +166,8 @@ __global__ void __launch_bounds__(C::threads, 2)
   const auto width_of = [&] { return Tiles > 2 ? min(C::part, span.reduced - first_reduced_of()) : C::part; };
 
   const auto groups_of = [&](const Step& step) { return min(chunk_groups, q.groups - step.chunk() * chunk_groups); };
+  // Branches on this end a block of instructions. ptxas moves instructions within one, and spills what it then needs.
+  const bool never = q.chunks < 1;
   // One access.
   const auto read = [](const Step& from) {
     const auto four = reinterpret_cast<const Vector<4, int>&>(from);
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
     };
-    float span_sum[C::span_tiles][K][4] = {}, bias_sum[4] = {};
+    float span_sum[C::span_tiles][K][4] = {}, bias_sum[2] = {};
     const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
     bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced_of(),
                                     C::slots, width_of(), Aligned ? 8 : span.row_vector, [&](int slot) {
@@ -234,19 +240,15 @@ __global__ void __launch_bounds__(C::threads, 2)
       const int stripe = stripe_of();
       uint32_t number = uint32_t(stripe * partial.steps + min(stripe, partial.longer));
       const int row = q.by_tiles_h.split(number) * C::Rows, column = q.by_tiles_w.split(number) * C::Columns;
-      walk.entered = {row, column, int(number), chunk * 4};
+      walk.here = {row, column, int(number), chunk * 4};
       walk.left = partial.steps - (stripe >= partial.longer);
     }
     __syncthreads();
-    {
-      const Step first = read(walk.entered);
-      if (C::walks) bring(first, true);
-      bring_pixels(first);
-    }
+    Step entered = read(walk.here);
+    if (C::walks) bring(entered, true);
+    bring_pixels(entered);
 #pragma unroll 1
-    while (true) {
-      const Step entered = read(walk.entered);
-      if (entered.n < 0) break;
+    while (entered.n >= 0) {
       if (!C::walks) bring(entered, true);
       wait_for_tile();
       if (threadIdx.x == 0) {
@@ -264,10 +266,12 @@ __global__ void __launch_bounds__(C::threads, 2)
       const auto is_inside = [&](const Step& here, int unit) {
         return here.row + C::row_of(unit) < q.y_height && here.column + C::column_of(unit) < q.y_width;
       };
+      bool works;
       {
         const At at = At::here();
         const Step& here = entered;
-        if (at.group < groups_of(here) && is_inside(here, at.unit)) {
+        works = at.group < groups_of(here) && is_inside(here, at.unit);
+        if (works) {
           uint32_t a[pairs][4];  // [16 pixels][16 channels]
           const int first_row = C::row_of(at.unit), first_column = C::column_of(at.unit);
 #pragma unroll
@@ -276,6 +280,7 @@ __global__ void __launch_bounds__(C::threads, 2)
                                                   at.group * group_channels + at.matrix / 2 * 8));
           const Pair pair = Pair::of_lane<C>(at.lane, 0);
           const Turn<S> turn(at.lane);
+          const bool last_is_outside = here.row + first_row + 2 * (pairs - 1) >= q.y_height;
           // Outside the image a zero of G may have met an Inf in X.
           const int rows_inside =
               here.column + first_column + at.quad < q.y_width ? q.y_height - here.row - first_row : 0;
@@ -297,6 +302,7 @@ __global__ void __launch_bounds__(C::threads, 2)
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
               if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
+              if (pairs > 1 ? u > 0 && last_is_outside : Tiles > 2 && never) continue;
               const float zeros[4] = {};
               float d[C::fragments][4];
               multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
@@ -319,7 +325,6 @@ __global__ void __launch_bounds__(C::threads, 2)
         }
       }
       __syncthreads();
-      if (threadIdx.x == 0) walk.entered = walk.next;
       if (C::walks) {
         const Step next = read(walk.next);
         if (next.n >= 0) bring(next, next.row == 0);
@@ -356,8 +361,7 @@ __global__ void __launch_bounds__(C::threads, 2)
       };
       if constexpr (Tiles <= 2) {
         const At at = At::here();
-        const Step here = read(walk.here);
-        if (at.group < groups_of(here) && is_inside(here, at.unit)) {
+        if (works) {
           // S of four kernel rows and 8 channels; of the last three, one of them twice.
           const char* const rows =
               span_rows + (at.group * C::group_slots + at.matrix * 8 + at.i) * C::part_pitch;
@@ -367,6 +371,7 @@ __global__ void __launch_bounds__(C::threads, 2)
           for (int half = 0; half < 2 * Tiles; ++half) {
             float sums[pairs][4];
             uint32_t b[2][4];
+            if (half > 0 && never) break;
             load_matrices_transposed(b[0], rows + half * 16);
             load_matrices_transposed(b[1], last_rows + half * 16);
 #pragma unroll
@@ -390,12 +395,16 @@ __global__ void __launch_bounds__(C::threads, 2)
               memcpy(to + (u * Tiles * 2 + half) * chunk_groups * 32, sums[u], sizeof sums[u]);
           }
 #pragma unroll
-          for (int u = 0; u < pairs; ++u)
+          for (int u = 0; u < pairs; ++u) {
+            if (u == 0 && never) continue;
+            if (u > 0 && walk.here.row + C::row_of(at.unit + u) >= q.y_height) continue;
             add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch,
                         at.lane, true);
+          }
         }
         __syncthreads();
-        if (const Step next = read(walk.next); next.n >= 0) bring_pixels(next);
+        entered = read(walk.next);
+        if (entered.n >= 0) bring_pixels(entered);
         const Step now = read(walk.here);
 #pragma unroll 1
         for (int job = At::here().warp; job < C::units * Tiles; job += C::Warps) {
@@ -408,6 +417,7 @@ __global__ void __launch_bounds__(C::threads, 2)
               const Vector<4, float> more = from[(half * chunk_groups + g) * 32];
 #pragma unroll
               for (int e = 0; e < 4; ++e) sums[half][e] = g > 0 ? sums[half][e] + more.v[e] : more.v[e];
+              if (never) break;
             }
           };
           add(0);
@@ -424,7 +434,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         // Each warp has 16 channels of all groups of dR, and half of the channels of a group of dS.
         const At at = At::here();
         const Step here = read(walk.here);
-        if (at.group < groups_of(here) && is_inside(here, at.unit)) {
+        if (works) {
 #pragma unroll
           for (int u = 0; u < pairs; ++u) {
             char* const to = operands_of(at.unit + u, at.group);
@@ -482,7 +492,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         if (at.group < groups_of(here) && at.side * C::span_tiles * 16 < width_of()) {
 #pragma unroll 1
           for (int unit = 0; unit < C::units; ++unit) {
-            if (!is_inside(here, unit / pairs * pairs)) break;
+            if (!is_inside(here, unit)) continue;
             uint32_t own[K][2];
             const char* const from = operands_of(unit, at.group);
 #pragma unroll
@@ -498,7 +508,8 @@ __global__ void __launch_bounds__(C::threads, 2)
           }
         }
         __syncthreads();
-        if (const Step next = read(walk.next); next.n >= 0) bring_pixels(next);
+        entered = read(walk.next);
+        if (entered.n >= 0) bring_pixels(entered);
       }
     }
 
@@ -509,13 +520,13 @@ __global__ void __launch_bounds__(C::threads, 2)
       constexpr int stride = chunk_groups * 32;
       const auto each = [&](const auto& body) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) body(bias_sum[e], other[e * stride]);
+        for (int e = 0; e < 2; ++e) body(bias_sum[e], other[e * stride]);
 #pragma unroll
         for (int m = 0; m < C::span_tiles; ++m) {
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) body(span_sum[m][kh][e], other[(4 + (m * K + kh) * 4 + e) * stride]);
+            for (int e = 0; e < 4; ++e) body(span_sum[m][kh][e], other[(2 + (m * K + kh) * 4 + e) * stride]);
           }
         }
       };
@@ -548,9 +559,8 @@ __global__ void __launch_bounds__(C::threads, 2)
       if (first_reduced == 0 && at.side == 0 && at.quad < K) {
         float* const bias_out = partial.bias + stripe * partial.bias_size + ((first_group + at.group) * taps + at.quad);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int kh = 2 * (2 * at.t + e % 2) + e / 2;
-          if (kh < K) bias_out[kh * K] = bias_sum[e];
+        for (int e = 0; e < 2; ++e) {
+          if (2 * at.t + e < K) bias_out[(2 * at.t + e) * K] = bias_sum[e];
         }
       }
     }
