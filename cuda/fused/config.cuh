@@ -197,8 +197,7 @@ Partial partial_of(const SpanProblem& p) {
   const Problem& q = p.involution;
   Partial partial{};
   partial.parts = parts_of(p.reduced);
-  const int steps =
-      int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + C::Columns - 1) / C::Columns));
+  const int steps = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + C::Columns - 1) / C::Columns));
   partial.stripes = std::max(1, std::min(steps, 2 * multiprocessors() / partial.parts));
   partial.steps = steps / partial.stripes, partial.longer = steps % partial.stripes;
   partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();

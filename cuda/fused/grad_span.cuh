@@ -6,12 +6,21 @@
 //   dR[n,r,p]    = sum over g, k of S[49 g + k, r] * dW[n,g,k,p]
 //   dS[49 g + k,r] = sum over n, p of dW[n,g,k,p] * R[n,r,p],   db = sum over n, p of dW
 //
-// A block has a run of tiles of 8 x 8 pixels (stride 2: 4 x 8) and goes through them once for each chunk of 4 groups.
-// For a tile, dW is [16 pixels x 8*(S+1) positions] = G * X over a group's channels, from which each lane takes its own
-// pair of taps; in shared memory, rounded to the storage type as a convolution's gradient would be, it is the operand
-// of dR, summed over the groups of a chunk there and over the chunks in `scratch` by the thread that owns it, and of
-// dS, summed over the run in registers. A block leaves partial sums of dS and db, which `sum_partials` adds in
-// order; how many there are, and so the last bits, depends on the number of multiprocessors.
+// A block walks down the images, 4 rows of 16 columns of G (stride 2: 4 of 8) at a time, once for each chunk of 4 groups.
+// X is in a ring of rows, of which 4 (8) are new in a step; they and G arrive while the rest of the step is computed. A
+// warp has a group and a side, two units (stride 2: one) of 2 rows x 8 pixels. Of a unit, dW is [16 pixels x 8*(S+1)
+// positions] = G * X over a group's channels, from which each lane takes its own pair of taps; two shuffles for a kernel
+// row and both rows of pixels move the pairs to where operands have them (`Turn`). Rounded to the storage type, as a
+// convolution's gradient would be, dW stays in registers: it is the operand of dR, which is summed over the groups of a
+// chunk in shared memory and over the chunks in `scratch`, by the thread that owns it; and, transposed, that of dS, which
+// is summed over the block's steps in registers. With more than 32 reduced channels there are no registers for that:
+// then dW goes through shared memory, to warps that have half of the channels of dS, or 16 channels of dR for all
+// groups. A block leaves one partial sum of dS and db, which `sum_partials` adds in order; how many there are, and so
+// the last bits, depends on the number of multiprocessors.
+//
+// Bytes: X, G, R / C of X, dR / C of X once, 2.5 elements a channel and pixel with R = C / 4, and the partial sums.
+// L2: X 1.5 times (stride 2: 1.5). The limit is issue: with R = 16, about 210 instructions for a unit besides what a step
+// costs, among them 35 HMMA and 28 shuffles and transpositions.
 #pragma once
 
 #include "span.cuh"
@@ -118,8 +127,15 @@ struct Place {
   static __device__ __forceinline__ Place here() {
     const unsigned thread = thread_again();
     const unsigned lane = thread % 32, warp = thread / 32;
-    return {int(lane),     int(warp),     int(warp % chunk_groups), int(warp / chunk_groups),
-            int(warp / chunk_groups * C::pairs), int(lane / 4), int(lane % 4), int(lane / 8), int(lane % 8)};
+    return {int(lane),
+            int(warp),
+            int(warp % chunk_groups),
+            int(warp / chunk_groups),
+            int(warp / chunk_groups * C::pairs),
+            int(lane / 4),
+            int(lane % 4),
+            int(lane / 8),
+            int(lane % 8)};
   }
 };
 
@@ -141,7 +157,7 @@ struct Walk {
 
 // Aligned: X, G, R and dR can be moved 8 channels at a time.
 template <class C, bool Aligned, class T>
-__global__ void __launch_bounds__(C::threads, 2)
+__global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
     grad_span(KernelParams q, Span span, Partial partial, const T* __restrict__ x, const T* __restrict__ reduced,
               const T* __restrict__ weight, const T* __restrict__ y, T* __restrict__ grad_reduced) {
   constexpr int S = C::S, Tiles = C::Tiles, pairs = C::pairs;
@@ -166,7 +182,8 @@ __global__ void __launch_bounds__(C::threads, 2)
   const auto width_of = [&] { return Tiles > 2 ? min(C::part, span.reduced - first_reduced_of()) : C::part; };
 
   const auto groups_of = [&](const Step& step) { return min(chunk_groups, q.groups - step.chunk() * chunk_groups); };
-  // Branches on this end a block of instructions. ptxas moves instructions within one, and spills what it then needs.
+  // Branches on this end a block of instructions. ptxas moves instructions ahead within one, and spills a few registers
+  // for that. Where the branches are was found by trial.
   const bool never = q.chunks < 1;
   // One access.
   const auto read = [](const Step& from) {
@@ -363,8 +380,7 @@ __global__ void __launch_bounds__(C::threads, 2)
         const At at = At::here();
         if (works) {
           // S of four kernel rows and 8 channels; of the last three, one of them twice.
-          const char* const rows =
-              span_rows + (at.group * C::group_slots + at.matrix * 8 + at.i) * C::part_pitch;
+          const char* const rows = span_rows + (at.group * C::group_slots + at.matrix * 8 + at.i) * C::part_pitch;
           const char* const last_rows = rows + (4 - at.matrix / 3) * 8 * C::part_pitch;
           auto* const to = group_sums + (at.unit * Tiles * 2 * chunk_groups + at.group) * 32 + at.lane;
 #pragma unroll
@@ -376,7 +392,7 @@ __global__ void __launch_bounds__(C::threads, 2)
             load_matrices_transposed(b[1], last_rows + half * 16);
 #pragma unroll
             for (int kh = 0; kh < K; kh += 2) {
-              const uint32_t(&four)[4] = b[kh / 4];
+              const uint32_t (&four)[4] = b[kh / 4];
 #pragma unroll
               for (int u = 0; u < pairs; ++u) {
                 const float zeros[4] = {};
@@ -396,10 +412,10 @@ __global__ void __launch_bounds__(C::threads, 2)
           }
 #pragma unroll
           for (int u = 0; u < pairs; ++u) {
-            if (u == 0 && never) continue;
+            if (u == 0 && std::is_same_v<T, BFloat16> && never) continue;
             if (u > 0 && walk.here.row + C::row_of(at.unit + u) >= q.y_height) continue;
-            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch,
-                        at.lane, true);
+            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch, at.lane,
+                        true);
           }
         }
         __syncthreads();
@@ -452,11 +468,10 @@ __global__ void __launch_bounds__(C::threads, 2)
             float sums[pairs][2][4] = {};
 #pragma unroll 1
             for (int g = 0; g < groups_of(here); ++g) {
-              const char* const rows =
-                  span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch + m * 32 +
-                  at.matrix / 2 * 16;
-              const char* const last_row = span_rows + (g * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch +
-                                           m * 32 + at.matrix % 2 * 16;
+              const char* const rows = span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch +
+                                       m * 32 + at.matrix / 2 * 16;
+              const char* const last_row =
+                  span_rows + (g * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch + m * 32 + at.matrix % 2 * 16;
               const char* const operands = operands_of(first_unit, g);
 #pragma unroll
               for (int kh = 0; kh + 1 < K; kh += 2) {
@@ -502,9 +517,8 @@ __global__ void __launch_bounds__(C::threads, 2)
             }
             const auto two = reinterpret_cast<const Vector<2, uint32_t>*>(from + K / 2 * 512)[at.lane];
             own[K - 1][0] = two.v[0], own[K - 1][1] = two.v[1];
-            add_unit<T>(span_sum, bias_sum, own,
-                        pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32, C::part_pitch,
-                        at.lane, at.side == 0);
+            add_unit<T>(span_sum, bias_sum, own, pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32,
+                        C::part_pitch, at.lane, at.side == 0);
           }
         }
         __syncthreads();
