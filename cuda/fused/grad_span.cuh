@@ -262,8 +262,10 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
     }
     __syncthreads();
     Step entered = read(walk.here);
-    if (C::walks) bring(entered, true);
-    bring_pixels(entered);
+    if (entered.n >= 0) {
+      if (C::walks) bring(entered, true);
+      bring_pixels(entered);
+    }
 #pragma unroll 1
     while (entered.n >= 0) {
       if (!C::walks) bring(entered, true);

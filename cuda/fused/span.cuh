@@ -66,19 +66,7 @@ __device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint3
   return {{odd ? other : low, odd ? high : other}};
 }
 
-// Writes two neighbours, at once where `vector` is 8.
-template <class T>
-__device__ __forceinline__ void put_pair(T* to, int vector, uint32_t bits) {
-  if (vector == 8) {
-    *reinterpret_cast<uint32_t*>(to) = bits;
-  } else {
-    Vector<2, T> pair;
-    memcpy(&pair, &bits, sizeof pair);
-    to[0] = pair.v[0], to[1] = pair.v[1];
-  }
-}
-
-// Writes the channels of a pixel.
+// Writes them.
 template <class T>
 __device__ __forceinline__ void put_channels(T* pixel, bool valid, int vector, uint32_t low, uint32_t high,
                                              unsigned thread = threadIdx.x) {
@@ -87,8 +75,13 @@ __device__ __forceinline__ void put_channels(T* pixel, bool valid, int vector, u
     const Vector<2, uint32_t> four = four_channels(low, high, thread);
     if (valid) *reinterpret_cast<Vector<2, uint32_t>*>(pixel + (t % 2 * 8 + t / 2 * 4)) = four;
   } else if (valid) {
-    put_pair(pixel + 2 * t, 1, low);
-    put_pair(pixel + 8 + 2 * t, 1, high);
+    const uint32_t bits[2] = {low, high};
+    Vector<2, T> pair;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      memcpy(&pair, &bits[half], sizeof pair);
+      pixel[half * 8 + 2 * t] = pair.v[0], pixel[half * 8 + 2 * t + 1] = pair.v[1];
+    }
   }
 }
 
