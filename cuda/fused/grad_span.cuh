@@ -373,10 +373,16 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
         T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced_of()) +
                 (h * partial.grad_h + v * partial.grad_w + m * 16);
 #pragma unroll
-        for (int r = 0; r < 2; ++r, to += partial.grad_h)
-          put_channels(to, r < rows_inside, Aligned ? 8 : partial.grad_vector,
-                       pack<T>(sums[0][2 * r], sums[0][2 * r + 1]), pack<T>(sums[1][2 * r], sums[1][2 * r + 1]),
-                       unsigned(at.lane));
+        for (int r = 0; r < 2; ++r, to += partial.grad_h) {
+          const uint32_t low = pack<T>(sums[0][2 * r], sums[0][2 * r + 1]);
+          const uint32_t high = pack<T>(sums[1][2 * r], sums[1][2 * r + 1]);
+          if constexpr (Aligned) {
+            const Vector<2, uint32_t> four = four_channels(low, high, at.lane % 2 == 1);
+            if (r < rows_inside) *reinterpret_cast<Vector<2, uint32_t>*>(to + (at.t % 2 * 8 + at.t / 2 * 4)) = four;
+          } else {
+            put_channels(to, r < rows_inside, partial.grad_vector, low, high);
+          }
+        }
       };
       if constexpr (Tiles <= 2) {
         const At at = At::here();

@@ -58,21 +58,21 @@ __device__ __forceinline__ float weight_of(const char* reduced, const char* row,
 }
 
 // Of the 16 channels of a pixel, 4 lanes have 2t and 2t+1 in `low` and the same plus 8 in `high`. The result has four
-// neighbours, from 8 (t % 2) + 4 (t / 2) on.
-__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high,
-                                                             unsigned thread = threadIdx.x) {
-  const bool odd = thread % 2 == 1;
+// neighbours, from 8 (t % 2) + 4 (t / 2) on. `odd`: whether t is.
+__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high, bool odd) {
   const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
   return {{odd ? other : low, odd ? high : other}};
+}
+__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high) {
+  return four_channels(low, high, threadIdx.x % 2 == 1);
 }
 
 // Writes them.
 template <class T>
-__device__ __forceinline__ void put_channels(T* pixel, bool valid, int vector, uint32_t low, uint32_t high,
-                                             unsigned thread = threadIdx.x) {
-  const int t = int(thread % 4);
+__device__ __forceinline__ void put_channels(T* pixel, bool valid, int vector, uint32_t low, uint32_t high) {
+  const int t = int(threadIdx.x) % 4;
   if (vector == 8) {
-    const Vector<2, uint32_t> four = four_channels(low, high, thread);
+    const Vector<2, uint32_t> four = four_channels(low, high);
     if (valid) *reinterpret_cast<Vector<2, uint32_t>*>(pixel + (t % 2 * 8 + t / 2 * 4)) = four;
   } else if (valid) {
     const uint32_t bits[2] = {low, high};
