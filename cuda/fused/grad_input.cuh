@@ -21,7 +21,7 @@
 //
 // Bytes: G, R / C of G, dX once: 2.25 elements a channel and pixel with R = C / 4. The limit is issue: with R = 16, 14
 // warps take about 350 instructions (SASS for sm_90) for two rows of 8 pixels of a group, among them 24 HMMA, 14
-// shuffles and 9 ldmatrix.
+// shuffles and 6 ldmatrix.
 #pragma once
 
 #include "span.cuh"
