@@ -71,6 +71,7 @@ template <class C, class I>
 struct Positions {
   const char* row;
 
+  explicit __device__ __forceinline__ Positions(const char* lane_row) : row(lane_row) {}
   __device__ __forceinline__ Positions(const char* image, int group, int strip, int first_row, int lane) {
     const int matrix = lane / 8, i = lane % 8;
     row = image +

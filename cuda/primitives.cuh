@@ -61,6 +61,13 @@ constexpr bool keeps_many_registers = false;
 constexpr bool keeps_many_registers = true;
 #endif
 
+// The thread's number in the block, read again: it takes no register in between.
+__device__ __forceinline__ unsigned thread_again() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The same value, unknown to the compiler: what is derived from it outside a loop is kept in registers, instead of
 // being computed again in the loop.
 __device__ __forceinline__ int kept(int value) { return opaque(value); }

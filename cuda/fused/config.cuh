@@ -99,7 +99,7 @@ struct WalkLayout {
     return position * position_bytes() + (piece ^ (groups == 4 ? position & 7 : position >> 1 & 3)) * 16;
   }
   int bytes(int reduced) const {
-    const int biases = groups * (K + 1) / 2 * 8 * 16, moves = warps() * 32 * 20;
+    const int biases = groups * (K + 1) / 2 * 8 * 8, moves = warps() * 32 * 20;
     return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) +
            (warps() + groups) * rows * 32 * 16 + biases + moves;
   }
@@ -146,54 +146,67 @@ struct StridedWalk {
   static int bytes(int reduced) { return Ring::bytes + (depth * pixels + chunk_groups * taps) * Span::pitch(reduced); }
 };
 
-// Sums over runs of tiles, in float; the run of tiles of stripe i is the i-th of `stripes` equal parts.
+// Sums over runs of steps, in float. The run of a stripe has `steps` steps, those of the first `longer` ones one more.
 struct Partial {
-  float* span;                   // [stripe and copy][49 G][R]; with R = 16 each half of the pixels has a copy
-  float* bias;                   // [stripe and half][49 G]
+  float* span;                   // [stripe][49 G][R]
+  float* bias;                   // [stripe][49 G]
   float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
-  int64_t span_size, bias_size;  // of one stripe and copy
-  int stripes, copies, parts;    // parts of the reduced channels
-  int tiles;
+  int64_t span_size, bias_size;  // of one stripe
+  int stripes, parts;            // parts of the reduced channels, 1 or 2
+  int steps, longer;
   int64_t grad_n;  // strides of dR
   int grad_h, grad_w, grad_vector;
 };
 
-// A block works on Tiles x 16 reduced channels.
+// A block works on Tiles x 16 reduced channels and walks down the images, Rows x Columns pixels of G at a time. A unit is
+// 2 x 8 of them; with stride 1, units go down first. Each of two sides of the warps has `pairs` units.
 template <int S_, int Tiles_>
-struct SpanConfig : TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8> {
-  using Base = TileConfig<K, S_, S_ == 1 ? 8 : 4, 8, 8>;
-  static constexpr int Tiles = Tiles_, part = 16 * Tiles, pixels = Base::Rows * 8;
-  using Input = Image<Base::x_rows, Base::x_columns, true>;
-  using Output = Image<Base::Rows, 8, true>;
-  // A kernel row has 8 slots, the last without a tap: [pixel][slot] and [slot][reduced channel].
-  static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots;
-  static constexpr int slot_pitch = slots * 2 + 16, part_pitch = part * 2 + 16;
-  static constexpr int gradients = Input::bytes;  // of W, and before them the tile of G
-  static constexpr int reduced = gradients + pixels * slot_pitch;
-  static constexpr int copies = Tiles > 1 ? 1 : 2;
-  static constexpr int rows = reduced + pixels * part_pitch;
-  static constexpr int bytes = rows + slots * part_pitch;
-  static_assert(Output::bytes <= pixels * slot_pitch && bytes <= max_shared_bytes, "");
+struct SpanConfig : TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8> {
+  using Base = TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8>;
+  static constexpr int Tiles = Tiles_, part = 16 * Tiles, pixels = Base::Rows * Base::Columns;
+  static constexpr int units = pixels / 16, pairs = units / 2, span_tiles = Tiles > 2 ? Tiles / 2 : Tiles;
+  static __host__ __device__ constexpr int row_of(int unit) { return unit % 2 * 2; }
+  static __host__ __device__ constexpr int column_of(int unit) { return unit / 2 * 8; }
+  // X is in batches of 4 rows: so many are below a tile, are below the warp's rows, and are new in the next tile.
+  static constexpr int live = (Base::x_rows + 3) / 4, own_batches = ((2 * pairs - 1) * S_ + K + 3) / 4;
+  static constexpr int fresh = Base::Rows * S_ / 4;
+  using Ring = Image<live * 4, Base::x_columns, true>;
+  using Output = Image<Base::Rows, Base::Columns, true>;
+  static constexpr int x_threads = Base::x_columns * 8;  // that bring X
+  // With one or two tiles of channels, G and what is new of X arrive while dR and dS are computed.
+  static constexpr bool walks = Tiles <= 2;
+  // A kernel row has 8 slots, the last without a tap: rows of S are [slot][reduced channel].
+  static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots, part_pitch = part * 2 + 16;
+  static constexpr int operand_bytes = K * 2 * 32 * 4;  // dW of a unit and a group
+  static constexpr int gradients = Ring::bytes, reduced = gradients + Output::bytes;
+  static constexpr int rows = reduced + pixels * part_pitch, sums = rows + slots * part_pitch;
+  static constexpr int walk = sums + (Tiles > 2 ? 0 : units * Tiles * 2 * chunk_groups * 32 * 16);
+  static constexpr int bytes = walk + 112;
+  static __host__ __device__ constexpr int after(int slot, int batches) {
+    return slot + batches < live ? slot + batches : slot + batches - live;
+  }
+  static_assert(units * chunk_groups * operand_bytes <= Ring::bytes && bytes <= max_shared_bytes, "");
+  static_assert(chunk_groups * 32 * 4 * (4 + span_tiles * K * 4) <= reduced, "");
 };
 
 inline int parts_of(int64_t reduced) { return int((reduced + 63) / 64); }
 
-// One run of tiles for each block that the GPU can hold at once: two per multiprocessor.
+// One run of steps for each block that the GPU can hold at once: two per multiprocessor.
 template <class C>
 Partial partial_of(const SpanProblem& p) {
   const Problem& q = p.involution;
   Partial partial{};
   partial.parts = parts_of(p.reduced);
-  partial.tiles = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + 7) / 8));
-  partial.stripes = std::max(1, std::min(partial.tiles, 2 * multiprocessors() / partial.parts));
-  partial.copies = p.reduced == 16 ? 2 : 1;
+  const int steps = int(q.batch * ((q.out_h + C::Rows - 1) / C::Rows) * ((q.out_w + C::Columns - 1) / C::Columns));
+  partial.stripes = std::max(1, std::min(steps, 2 * multiprocessors() / partial.parts));
+  partial.steps = steps / partial.stripes, partial.longer = steps % partial.stripes;
   partial.span_size = p.span_rows() * p.reduced, partial.bias_size = p.span_rows();
   return partial;
 }
 
 // Floats of the stripes' sums. 16 divides the first, and the second is rounded up, so that what follows is aligned.
-inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.copies * partial.span_size; }
-inline int64_t bias_floats(const Partial& partial) { return (2 * partial.stripes * partial.bias_size + 3) / 4 * 4; }
+inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.span_size; }
+inline int64_t bias_floats(const Partial& partial) { return (partial.stripes * partial.bias_size + 3) / 4 * 4; }
 
 // Launch the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.
 template <DType dtype>

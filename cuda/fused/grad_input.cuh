@@ -21,7 +21,7 @@
 //
 // Bytes: G, R / C of G, dX once: 2.25 elements a channel and pixel with R = C / 4. The limit is issue: with R = 16, 14
 // warps take about 350 instructions (SASS for sm_90) for two rows of 8 pixels of a group, among them 24 HMMA, 14
-// shuffles and 9 ldmatrix.
+// shuffles and 6 ldmatrix.
 #pragma once
 
 #include "span.cuh"
@@ -34,7 +34,7 @@ struct WalkPlace {
   int64_t n;
 
   static __device__ __forceinline__ WalkPlace here(const WalkParams& q) {
-    const int warp = opaque(int(threadIdx.x)) / 32;
+    const int warp = int(thread_again() / 32);
     WalkPlace place;
     uint32_t block = blockIdx.x;
     place.first_group = q.by_chunks.split(block) * q.layout.groups;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void again_from_memory(const WalkParams& q, const Spa
   const WalkPlace at = WalkPlace::here(q);
   reduced += at.n * span.reduced_n;
 #pragma unroll 1
-  for (int number = opaque(int(threadIdx.x)) % 32; number < 8 * group_channels; number += 32) {
+  for (int number = int(thread_again() % 32); number < 8 * group_channels; number += 32) {
     const int channel = (at.first_group + at.group) * group_channels + number % group_channels;
     const int column = at.first_pixel + at.tile * 8 - q.padding_w + half + number / group_channels;
     if (column < 0 || column >= q.width) continue;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   char* const reduced_ring = ring + layout.ring_bytes();
   char* const span_rows = reduced_ring + depth * rows * pixels * pitch;
   char* const halves = span_rows + (layout.groups * slots + 8) * pitch;
-  auto* const biases = reinterpret_cast<Vector<4, float>*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
+  auto* const biases = reinterpret_cast<Vector<2, float>*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
   auto* const moves = reinterpret_cast<WalkMove*>(biases + layout.groups * kernel_pairs * 8);
 
   const WalkPlace at = WalkPlace::here(q);
@@ -118,14 +118,14 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
                      v < q.out_width ? q.out_height - side : 0};
   }
   const auto bring = [&](int h, int slot) {
-    const WalkMove move = moves[opaque(thread)];
+    const WalkMove move = moves[thread_again()];
     const bool inside = h < move.end;
     if (move.to >= 0)
       copy_piece(ring + slot * rows * pixels * position_bytes + move.to, image + (h * q.y.h + move.from), inside,
                  Aligned ? 8 : q.y.vector);
     char* to = reduced_ring + slot * rows * pixels * pitch + move.reduced_to;
     const T* from = reduced_image + (h * span.reduced_h + move.reduced_from);
-    const int left = 2 * steps - (opaque(thread) & (pieces - 1));
+    const int left = 2 * steps - int(thread_again() & unsigned(pieces - 1));
     if (left > 0) copy_piece(to, from, inside, Aligned ? 8 : span.reduced_vector);
 #pragma unroll 1
     for (int p = pieces; p < 2 * steps; p += pieces) {
@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
       copy_piece(span_rows + row * pitch + piece * 16, weight + (exists ? int64_t{tap} * span.row + piece * 8 : 0),
                  exists, Aligned ? 8 : span.row_vector);
     if (piece == 0 && group < at.groups) {
-      float* const twice = biases[(group * kernel_pairs + kh / 2) * 8 + row % 8].v;
-      twice[kh % 2 * 2] = twice[kh % 2 * 2 + 1] = exists && bias != nullptr ? load(bias[tap]) : 0.0f;
-      if (kh == K - 1) twice[2] = twice[3] = 0.0f;
+      float* const of_pair = biases[(group * kernel_pairs + kh / 2) * 8 + row % 8].v;
+      of_pair[kh % 2] = exists && bias != nullptr ? load(bias[tap]) : 0.0f;
+      if (kh == K - 1) of_pair[1] = 0.0f;
     }
   }
   // To the left of the first tile there is none.
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   // Where the lane writes its column of the left half, or negative: nowhere. The right half is written where there is
   // no tile to the right.
   const auto out_of = [&](int right_half) {
-    const int lane = opaque(thread) % 32;
+    const int lane = int(thread_again() % 32);
     const int column = at.first_pixel + tile * 8 - q.padding_w + right_half * 8 + lane / 4;
     return works && column >= 0 && column < q.width ? column * q.x.w + group * group_channels : -1;
   };
@@ -194,23 +194,26 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
       const char* const reduced_row = pixel_rows + stage * rows * pixels * pitch;
       uint32_t g[4];  // [16 pixels][8 channels], twice
       load_matrices_transposed(g, gradients + stage * rows * pixels * position_bytes);
+      uint32_t r[4];  // the first 16 reduced channels
+      load_matrices(r, reduced_row);
       uint32_t left_before = 0, right_before = 0;  // of the second row of G and the kernel row before
 #pragma unroll
       for (int pair = 0; pair < kernel_pairs; ++pair) {
         float w[2][4];
-        const Vector<4, float> begin = own_biases[pair * 8];
+        const Vector<2, float> of_pair = own_biases[pair * 8];
+        const float begin[4] = {of_pair.v[0], of_pair.v[0], of_pair.v[1], of_pair.v[1]};
         const char* const rows_of_pair = tap_rows + 2 * pair * 8 * pitch;
-        uint32_t a[4], r[4];
+        uint32_t a[4];
         load_matrices(a, rows_of_pair);
-        load_matrices(r, reduced_row);
-        multiply<T>(w[0], a, {r[0], r[1]}, begin.v);
-        multiply<T>(w[1], a, {r[2], r[3]}, begin.v);
+        multiply<T>(w[0], a, {r[0], r[1]}, begin);
+        multiply<T>(w[1], a, {r[2], r[3]}, begin);
 #pragma unroll 1
         for (int c = 1; c < steps; ++c) {
+          uint32_t more[4];
           load_matrices(a, rows_of_pair + c * 32);
-          load_matrices(r, reduced_row + c * 32);
-          multiply<T>(w[0], a, {r[0], r[1]});
-          multiply<T>(w[1], a, {r[2], r[3]});
+          load_matrices(more, reduced_row + c * 32);
+          multiply<T>(w[0], a, {more[0], more[1]});
+          multiply<T>(w[1], a, {more[2], more[3]});
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -244,8 +247,8 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
       for (int e = 0; e < 16; ++e) sums[row_of(K - 1 + e / 8)][e / 4 % 2][e % 4] = 0.0f;
     }
     // Of both rows the channels 2t and 2t + 1, and 8 more.
-    auto* const own = reinterpret_cast<Vector<2, float>*>(halves) + (layout.groups + opaque(thread) / 32) * rows * 64 +
-                      opaque(thread) % 32 * 2;
+    auto* const own = reinterpret_cast<Vector<2, float>*>(halves) + (layout.groups + thread_again() / 32) * rows * 64 +
+                      thread_again() % 32 * 2;
     const auto* const other = own - layout.groups * rows * 64;
 #pragma unroll
     for (int done = 0; done < rows; ++done) {

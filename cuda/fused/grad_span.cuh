@@ -6,12 +6,21 @@
 //   dR[n,r,p]    = sum over g, k of S[49 g + k, r] * dW[n,g,k,p]
 //   dS[49 g + k,r] = sum over n, p of dW[n,g,k,p] * R[n,r,p],   db = sum over n, p of dW
 //
-// A block has a run of tiles of 8 x 8 pixels (stride 2: 4 x 8) and goes through them once for each chunk of 4 groups.
-// For a tile, dW is [16 pixels x 8*(S+1) positions] = G * X over a group's channels, from which each lane takes its own
-// pair of taps; in shared memory, rounded to the storage type as a convolution's gradient would be, it is the operand
-// of dR, summed over the groups of a chunk there and over the chunks in `scratch` by the thread that owns it, and of
-// dS, summed over the run in registers. A block leaves partial sums of dS and db, which `sum_partials` adds in
-// order; how many there are, and so the last bits, depends on the number of multiprocessors.
+// A block walks down the images, 4 rows of 16 columns of G (stride 2: 4 of 8) at a time, once for each chunk of 4 groups.
+// X is in a ring of rows, of which 4 (8) are new in a step; they and G arrive while the rest of the step is computed. A
+// warp has a group and a side, two units (stride 2: one) of 2 rows x 8 pixels. Of a unit, dW is [16 pixels x 8*(S+1)
+// positions] = G * X over a group's channels, from which each lane takes its own pair of taps; two shuffles for a kernel
+// row and both rows of pixels move the pairs to where operands have them (`Turn`). Rounded to the storage type, as a
+// convolution's gradient would be, dW stays in registers: it is the operand of dR, which is summed over the groups of a
+// chunk in shared memory and over the chunks in `scratch`, by the thread that owns it; and, transposed, that of dS, which
+// is summed over the block's steps in registers. With more than 32 reduced channels there are no registers for that:
+// then dW goes through shared memory, to warps that have half of the channels of dS, or 16 channels of dR for all
+// groups. A block leaves one partial sum of dS and db, which `sum_partials` adds in order; how many there are, and so
+// the last bits, depends on the number of multiprocessors.
+//
+// Bytes: X, G, R / C of X, dR / C of X once, 2.5 elements a channel and pixel with R = C / 4, and the partial sums.
+// L2: X 1.5 times (stride 2: 1.5). The limit is issue: with R = 16, about 210 instructions for a unit besides what a step
+// costs, among them 35 HMMA and 28 shuffles and transpositions.
 #pragma once
 
 #include "span.cuh"
@@ -41,252 +50,544 @@ __device__ __forceinline__ void bring_part(char* shared, const T* memory, int ro
   });
 }
 
-// A thread's place, computed again in each phase of a kernel that has no registers to keep it in.
-struct Place {
-  int thread, lane, warp, group, side, quad, t, matrix, i;
+// How a warp's product G * X becomes operands. A unit is 16 pixels, 8 of a row and 8 of the next one. Of each, a lane
+// has in the product the pair of taps that it has in the band (../band.cuh); as operand A [16 pixels][8 slots], lane
+// (pixel, t) of the warp has slots 2t and 2t + 1 of its pixel in both rows. The pairs move among the four lanes of a
+// pixel. With stride 1 those of odd pixels straddle two of them: so the even and the odd taps move apart, both rows at
+// once. With stride 2 pairs stay together.
+template <int S>
+struct Turn {
+  int from[2];         // lanes
+  uint32_t halves[2];  // for __byte_perm: where the even and the odd taps are
+  uint32_t mask;       // of what arrives: no tap is in the last slot
 
-  static __device__ __forceinline__ Place here() {
-    const int thread = opaque(int(threadIdx.x)), lane = thread % 32, warp = thread / 32;
-    return {thread, lane, warp, warp % chunk_groups, warp / chunk_groups, lane / 4, lane % 4, lane / 8, lane % 8};
+  explicit __device__ __forceinline__ Turn(int lane) {
+    const int pixel = lane / 4, t = lane % 4;
+    if constexpr (S == 1) {
+      from[0] = pixel * 4 + ((t + pixel / 2) & 3), from[1] = pixel * 4 + ((t + (pixel + 1) / 2) & 3);
+      halves[0] = pixel % 2 == 0 ? 0x5410 : 0x7632, halves[1] = pixel % 2 == 0 ? 0x7632 : 0x5410;
+      mask = t == 3 ? 0 : ~0u;
+    } else {
+      from[0] = pixel * 4 + ((t + pixel) & 3);
+      mask = t == 3 ? 0xffffu : ~0u;
+    }
+  }
+  // Turns the pairs of a kernel row, one for each row of the unit; each half of `inside` is all ones where the pixel of
+  // a row is in the image.
+  __device__ __forceinline__ void operator()(uint32_t (&rows)[2], uint32_t inside) const {
+    if constexpr (S == 1) {
+      const uint32_t even = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[0]), from[0]) & inside;
+      const uint32_t odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]) & inside & mask;
+      rows[0] = __byte_perm(even, odd, 0x5410), rows[1] = __byte_perm(even, odd, 0x7632);
+    } else {
+      rows[0] = __shfl_sync(~0u, rows[0], from[0]) & mask & __byte_perm(inside, inside, 0x1010);
+      rows[1] = __shfl_sync(~0u, rows[1], from[0]) & mask & __byte_perm(inside, inside, 0x3232);
+    }
   }
 };
 
-template <class C, class T>
-__global__ void __launch_bounds__(C::threads, 2)
+// Adds to dS, [16 channels][8 slots] of each kernel row, and to db what a unit contributes. In db, lane / 4 is the slot,
+// and lane % 4 and the index are the kernel row.
+template <class T, int Tiles>
+__device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[2],
+                                         const uint32_t (&w)[K][2], const char* pixels, int pitch, int lane,
+                                         bool with_bias) {
+  const int matrix = lane / 8, i = lane % 8;
+  const uint32_t ones = pack<T>(1.0f, 1.0f);
+  uint32_t operand[Tiles][4];  // [16 channels][16 pixels]
+#pragma unroll
+  for (int m = 0; m < Tiles; ++m)
+    load_matrices_transposed(operand[m], pixels + (matrix / 2 * 8 + i) * pitch + m * 32 + matrix % 2 * 16);
+#pragma unroll
+  for (int kh = 0; kh < K; kh += 2) {
+    uint32_t slots[2][2] = {};  // [16 pixels][8 slots]
+#pragma unroll
+    for (int e = 0; e < 2 && kh + e < K; ++e) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) slots[e][r] = transpose_matrix(w[kh + e][r]);
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m) multiply<T>(span_sum[m][kh + e], operand[m], slots[e]);
+    }
+    if (with_bias) {
+      // Every column of the product has the sums over the pixels.
+      const float zeros[4] = {};
+      float d[4];
+      multiply<T>(d, {slots[0][0], slots[1][0], slots[0][1], slots[1][1]}, {ones, ones}, zeros);
+      if (lane % 4 == kh / 2) bias_sum[0] += d[0], bias_sum[1] += d[2];
+    }
+  }
+}
+
+// A thread's place, computed again in each phase of a kernel that has no registers to keep it in. `unit` is the first of
+// the warp's units.
+template <class C>
+struct Place {
+  int lane, warp, group, side, unit, quad, t, matrix, i;
+
+  static __device__ __forceinline__ Place here() {
+    const unsigned thread = thread_again();
+    const unsigned lane = thread % 32, warp = thread / 32;
+    return {int(lane),
+            int(warp),
+            int(warp % chunk_groups),
+            int(warp / chunk_groups),
+            int(warp / chunk_groups * C::pairs),
+            int(lane / 4),
+            int(lane % 4),
+            int(lane / 8),
+            int(lane % 8)};
+  }
+};
+
+// A step of a block: the first pixel of its tile, the image, which is negative behind the last step, and, in `place`,
+// the chunk of groups and the batch of the ring with the first rows below the tile.
+struct alignas(16) Step {
+  int row, column, n, place;
+
+  __device__ __forceinline__ int chunk() const { return place / 4; }
+  __device__ __forceinline__ int slot() const { return place % 4; }
+};
+// What a block's threads know about their walk, in shared memory, as they have no registers to keep it in; a thread
+// writes it for all. Between the steps, threads have the next one in
+// registers.
+struct Walk {
+  Step here, next;
+  int left;  // steps behind `here`
+};
+
+// Aligned: X, G, R and dR can be moved 8 channels at a time.
+template <class C, bool Aligned, class T>
+__global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
     grad_span(KernelParams q, Span span, Partial partial, const T* __restrict__ x, const T* __restrict__ reduced,
               const T* __restrict__ weight, const T* __restrict__ y, T* __restrict__ grad_reduced) {
-  constexpr int S = C::S, Tiles = C::Tiles;
-  using X = typename C::Input;
+  constexpr int S = C::S, Tiles = C::Tiles, pairs = C::pairs;
+  using X = typename C::Ring;
   using Y = typename C::Output;
-  char* image = shared_memory();
-  char* gradients = image + C::gradients;
-  char* pixels = image + C::reduced;
-  char* span_rows = image + C::rows;
-  // With one or two tiles a block has all the reduced channels.
-  const int parts = Tiles > 2 ? partial.parts : 1, stripe = int(blockIdx.x) / parts;
-  const int first_reduced = int(blockIdx.x) % parts * C::part;
-  const int width = Tiles > 2 ? min(C::part, span.reduced - first_reduced) : C::part;
-  const int first_tile = int(int64_t{partial.tiles} * stripe / partial.stripes);
-  const int last_tile = int(int64_t{partial.tiles} * (stripe + 1) / partial.stripes);
-  // How the warps share the work, and what one of them has:
-  // dW: half of the rows of a group.
-  constexpr int pairs = C::Rows / 4;
-  // dR: 16 pixels and some tiles of channels, summed over all or some of the slots.
-  constexpr int pixel_tiles = C::pixels / 16, others = C::Warps / pixel_tiles;
-  constexpr int channel_parts = others < Tiles ? others : Tiles, slot_parts = others / channel_parts;
-  constexpr int own_tiles = Tiles / channel_parts, steps = C::slots / 16;
-  // dS: a group and half of the channels, or of the pixels.
-  constexpr int span_tiles = Tiles > 1 ? Tiles / 2 : 1, pixel_steps = Tiles > 1 ? pixel_tiles : pixel_tiles / 2;
+  using At = Place<C>;
+  char* const ring = shared_memory();
+  char* const gradients = ring + C::gradients;
+  char* const pixels = ring + C::reduced;
+  char* const span_rows = ring + C::rows;
+  Walk& walk = *reinterpret_cast<Walk*>(ring + C::walk);
+  // Of dR, [unit][16 channels][half of them][group][lane].
+  auto* const group_sums = reinterpret_cast<Vector<4, float>*>(ring + C::sums);
+  // Where a block has more than two tiles of channels, dW as operands, [unit][group].
+  const auto operands_of = [&](int unit, int g) { return ring + (unit * chunk_groups + g) * C::operand_bytes; };
+  // What a block works on is computed again where it is used, as a thread's place is: there are no registers to keep it
+  // in. With one or two tiles a block has all the reduced channels; else there are one or two parts of them.
+  const auto stripe_of = [&] { return opaque(int(blockIdx.x)) >> (Tiles > 2 ? partial.parts - 1 : 0); };
+  const auto first_reduced_of = [&] {
+    return Tiles > 2 ? (opaque(int(blockIdx.x)) & (partial.parts - 1)) * C::part : 0;
+  };
+  const auto width_of = [&] { return Tiles > 2 ? min(C::part, span.reduced - first_reduced_of()) : C::part; };
+
+  const auto groups_of = [&](const Step& step) { return min(chunk_groups, q.groups - step.chunk() * chunk_groups); };
+  // Branches on this end a block of instructions. ptxas moves instructions ahead within one, and spills a few registers
+  // for that. Where the branches are was found by trial.
+  const bool never = q.chunks < 1;
+  // One access.
+  const auto read = [](const Step& from) {
+    const auto four = reinterpret_cast<const Vector<4, int>&>(from);
+    return Step{four.v[0], four.v[1], four.v[2], four.v[3]};
+  };
 
 #pragma unroll 1
-  for (int chunk = 0; chunk < q.chunks; ++chunk) {
+  for (int chunk = 0; chunk < q.chunks;) {
+    // R: a thread has one piece of 8 channels of some of the pixels.
+    const auto bring_pixels = [&](const Step& to) {
+      constexpr unsigned pieces = C::part / 8, moves = C::pixels * pieces, more = C::threads / pieces;
+      const unsigned thread = C::threads - 1 - thread_again();
+      if (thread >= moves) return;
+      const int piece = int(thread % pieces), first = int(thread / pieces);
+      if (piece * 8 >= width_of()) return;
+      const int first_h = to.row + C::row_of(first / 16) + first / 8 % 2;
+      const int first_v = to.column + C::column_of(first / 16) + first % 8;
+      const T* const from = reduced + (int64_t{to.n} * span.reduced_n + first_reduced_of() + piece * 8);
+      char* const place = pixels + first * C::part_pitch + piece * 16;
+#pragma unroll
+      for (int pixel = 0; pixel < C::pixels; pixel += int(more)) {
+        const int h = first_h + C::row_of(pixel / 16) + pixel / 8 % 2, v = first_v + C::column_of(pixel / 16);
+        copy_piece(place + pixel * C::part_pitch, from + (h * span.reduced_h + v * span.reduced_w),
+                   h < q.y_height && v < q.y_width, Aligned ? 8 : span.reduced_vector);
+      }
+    };
+    // Six warps bring X below a tile, all of it or what is new; two bring G.
+    const auto bring = [&](const Step& to, bool all) {
+      const unsigned thread = thread_again();
+      const int piece = int(thread % 8), first_channel = to.chunk() * chunk_channels;
+      if (piece >= 2 * groups_of(to)) return;
+      if (thread < C::x_threads) {
+        const int position = int(thread / 8), v = to.column * S - q.padding_w + position;
+        const unsigned limit = unsigned(v) < unsigned(q.x_width) ? q.x_height : 0;
+        int h = to.row * S - q.padding_h + (all ? 0 : (C::live - C::fresh) * 4), left = all ? C::live : C::fresh;
+        const T* from = x + (int64_t{to.n} * q.x.n + first_channel) + (h * q.x.h + v * q.x.w + piece * 8);
+        const int place = X::at(0, position, piece * 8);
+        int slot = all ? to.slot() : C::after(to.slot(), C::live - C::fresh);
+#pragma unroll 1
+        do {
+          char* const batch = ring + (place + slot * (4 * X::Columns * X::pitch));
+#pragma unroll
+          for (int r = 0; r < 4; ++r, from += q.x.h)
+            copy_piece(batch + r * X::Columns * X::pitch, from, unsigned(h + r) < limit, Aligned ? 8 : q.x.vector);
+          h += 4, slot = C::after(slot, 1);
+        } while (--left > 0);
+      } else {
+        const int place = int(thread - C::x_threads) / 8, v = to.column + place;
+        const T* const from = y + (int64_t{to.n} * q.y.n + first_channel) + (to.row * q.y.h + v * q.y.w + piece * 8);
+        char* const column = gradients + Y::at(0, place, piece * 8);
+#pragma unroll
+        for (int strip = 0; strip < C::strips; ++strip) {
+          const int limit = v + strip * 8 < q.y_width ? q.y_height : 0;
+          const T* row = from + strip * 8 * q.y.w;
+#pragma unroll
+          for (int r = 0; r < C::Rows; ++r, row += q.y.h)
+            copy_piece(column + (r * Y::Columns + strip * 8) * Y::pitch, row, to.row + r < limit,
+                       Aligned ? 8 : q.y.vector);
+        }
+      }
+    };
+    float span_sum[C::span_tiles][K][4] = {}, bias_sum[2] = {};
     const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
-    const int first_channel = first_group * group_channels;
-    float span_sum[span_tiles][K][4] = {}, bias_sum[2] = {};
-    bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced,
-                                    C::slots, width, span.row_vector, [&](int slot) {
+    bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced_of(),
+                                    C::slots, width_of(), Aligned ? 8 : span.row_vector, [&](int slot) {
                                       const int g = slot / C::group_slots, kh = slot / 8 % K, kw = slot % 8;
                                       return g < groups && kw < K ? (g * taps + kh * K + kw) * span.row : -1;
                                     });
+    if (threadIdx.x == 0) {
+      const int stripe = stripe_of();
+      uint32_t number = uint32_t(stripe * partial.steps + min(stripe, partial.longer));
+      const int row = q.by_tiles_h.split(number) * C::Rows, column = q.by_tiles_w.split(number) * C::Columns;
+      walk.here = {row, column, int(number), chunk * 4};
+      walk.left = partial.steps - (stripe >= partial.longer);
+    }
+    __syncthreads();
+    Step entered = read(walk.here);
+    if (entered.n >= 0) {
+      if (C::walks) bring(entered, true);
+      bring_pixels(entered);
+    }
 #pragma unroll 1
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      uint32_t number = uint32_t(tile);
-      const int column = q.by_tiles_w.split(number) * 8, row = q.by_tiles_h.split(number) * C::Rows;
-      const int n = int(number);
-      __syncthreads();
-      bring_image<X, C::Warps>(image, x + (int64_t{n} * q.x.n + first_channel), q.x, groups * group_channels,
-                               q.x_height, q.x_width, row * S - q.padding_h, column * S - q.padding_w);
-      bring_image<Y, C::Warps>(gradients, y + (int64_t{n} * q.y.n + first_channel), q.y, groups * group_channels,
-                               q.y_height, q.y_width, row, column);
-      bring_part<C::threads, C::part>(pixels, reduced + (int64_t{n} * span.reduced_n + first_reduced), C::pixels, width,
-                                      span.reduced_vector, [&](int pixel) {
-                                        const int h = row + pixel / 8, v = column + pixel % 8;
-                                        const bool inside = h < q.y_height && v < q.y_width;
-                                        return inside ? h * span.reduced_h + v * span.reduced_w : -1;
-                                      });
+    while (entered.n >= 0) {
+      if (!C::walks) bring(entered, true);
       wait_for_tile();
-
-      const Place at = Place::here();
-      const int first_row = at.side * 2 * pairs;
-      const Pair pair = Pair::of_lane<C>(at.lane, 0);
-      const uint32_t mask = at.group < groups ? pair.mask<K>() : 0;
-      // Slots without a tap get zeros: the low one below the first tap becomes the last slot.
-      char* const slot = gradients + (first_row * 8 + at.quad) * C::slot_pitch + at.group * C::group_slots * 2;
-      char* const low_slot = slot + (pair.low & 7) * 2;
-      char* const high_slot = slot + (pair.low + 1) * 2;
-      uint32_t a[pairs][4];  // [16 pixels][16 channels]
-#pragma unroll
-      for (int u = 0; u < pairs; ++u)
-        load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, at.i,
-                                              at.group * group_channels + at.matrix / 2 * 8));
-      __syncthreads();
-      const Positions<C, X> positions(image, at.group, 0, first_row * S, at.lane);
-#pragma unroll
-      for (int x_row = 0; x_row < (2 * pairs - 1) * S + K; ++x_row) {
-        uint32_t b[4], b_last[2];
-        positions.template load<false>(b, b_last, x_row);
-#pragma unroll
-        for (int u = 0; u < pairs; ++u) {
-          if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
-          float d[C::fragments][4] = {};
-          multiply<T>(d[0], a[u], {b[0], b[1]});
-          multiply<T>(d[1], a[u], {b[2], b[3]});
-          if constexpr (C::fragments > 2) multiply<T>(d[2], a[u], b_last);
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int kh = x_row - (2 * u + r) * S;
-            if (kh < 0 || kh >= K) continue;
-            float first = d[0][2 * r], second = d[0][2 * r + 1];
-#pragma unroll
-            for (int f = 1; f < C::fragments; ++f) {
-              if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
-            }
-            // Outside the image a zero of G may have met an Inf in X.
-            const bool inside = row + first_row + 2 * u + r < q.y_height && column + at.quad < q.y_width;
-            const uint32_t bits = pack<T>(first, second) & (inside ? mask : 0);
-            const int to = (2 * u + r) * 8 * C::slot_pitch + kh * 16;
-            *reinterpret_cast<uint16_t*>(low_slot + to) = uint16_t(bits);
-            *reinterpret_cast<uint16_t*>(high_slot + to) = uint16_t(bits >> 16);
-          }
+      if (threadIdx.x == 0) {
+        Step next = entered;
+        next.row += C::Rows, next.place += C::after(next.slot(), C::fresh) - next.slot();
+        if (next.row >= q.y_height) {
+          next.row = 0, next.column += C::Columns;
+          if (next.column >= q.y_width) next.column = 0, ++next.n;
         }
+        if (--walk.left < 0) next.n = -1;
+        walk.here = entered, walk.next = next;
       }
-      __syncthreads();
 
-      const Place in = Place::here();
-      const int pixel_tile = in.warp % pixel_tiles, channel_part = in.warp / pixel_tiles % channel_parts;
-      const int slot_part = in.warp / pixel_tiles / channel_parts;
-      float sums[own_tiles][2][4] = {};
-      const char* const slot_operand =
-          gradients + (pixel_tile * 16 + in.matrix % 2 * 8 + in.i) * C::slot_pitch + in.matrix / 2 * 16;
-      const char* const row_operand =
-          span_rows + (in.matrix % 2 * 8 + in.i) * C::part_pitch + channel_part * own_tiles * 32 + in.matrix / 2 * 16;
-#pragma unroll 1
-      for (int step = steps * slot_part / slot_parts; step < steps * (slot_part + 1) / slot_parts; ++step) {
-        uint32_t slots[4];
-        load_matrices(slots, slot_operand + step * 32);
-#pragma unroll
-        for (int m = 0; m < own_tiles; ++m) {
-          uint32_t b[4];
-          load_matrices_transposed(b, row_operand + step * 16 * C::part_pitch + m * 32);
-          multiply<T>(sums[m][0], slots, {b[0], b[1]});
-          multiply<T>(sums[m][1], slots, {b[2], b[3]});
-        }
-      }
-      // The parts meet where X was.
-      Vector<4, float>* const shared_sums = reinterpret_cast<Vector<4, float>*>(image);
-      const auto place = [&](int from, int m, int half) {
-        return (((from - 1) * channel_parts + channel_part) * pixel_tiles + pixel_tile) * own_tiles * 64 +
-               (m * 2 + half) * 32 + in.lane;
+      uint32_t w[pairs][K][2];  // dW of the warp's units
+      const auto is_inside = [&](const Step& here, int unit) {
+        return here.row + C::row_of(unit) < q.y_height && here.column + C::column_of(unit) < q.y_width;
       };
-      if (slot_parts > 1 && slot_part > 0) {
+      bool works;
+      {
+        const At at = At::here();
+        const Step& here = entered;
+        works = at.group < groups_of(here) && is_inside(here, at.unit);
+        if (works) {
+          uint32_t a[pairs][4];  // [16 pixels][16 channels]
+          const int first_row = C::row_of(at.unit), first_column = C::column_of(at.unit);
 #pragma unroll
-        for (int m = 0; m < own_tiles; ++m) {
+          for (int u = 0; u < pairs; ++u)
+            load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, first_column + at.i,
+                                                  at.group * group_channels + at.matrix / 2 * 8));
+          const Pair pair = Pair::of_lane<C>(at.lane, 0);
+          const Turn<S> turn(at.lane);
+          const bool last_is_outside = here.row + first_row + 2 * (pairs - 1) >= q.y_height;
+          // Outside the image a zero of G may have met an Inf in X.
+          const int rows_inside =
+              here.column + first_column + at.quad < q.y_width ? q.y_height - here.row - first_row : 0;
+          uint32_t inside[pairs];
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            memcpy(&shared_sums[place(slot_part, m, half)], sums[m][half], sizeof sums[m][half]);
+          for (int u = 0; u < pairs; ++u)
+            inside[u] = (2 * u < rows_inside ? 0xffffu : 0) | (2 * u + 1 < rows_inside ? 0xffff0000u : 0);
+          const char* batches[C::own_batches];
+          int from = here.slot() + first_row * S / 4;
+#pragma unroll
+          for (int b = 0; b < C::own_batches; ++b, ++from) {
+            if (from >= C::live) from -= C::live;
+            batches[b] = Positions<C, X>(ring, at.group, first_column / 8, from * 4, at.lane).row;
+          }
+#pragma unroll
+          for (int x_row = 0; x_row < (2 * pairs - 1) * S + K; ++x_row) {
+            uint32_t b[4], b_last[2];
+            Positions<C, X>(batches[x_row / 4]).template load<false>(b, b_last, x_row % 4);
+#pragma unroll
+            for (int u = 0; u < pairs; ++u) {
+              if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
+              if (pairs > 1 ? u > 0 && last_is_outside : Tiles > 2 && never) continue;
+              const float zeros[4] = {};
+              float d[C::fragments][4];
+              multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
+              multiply<T>(d[1], a[u], {b[2], b[3]}, zeros);
+              if constexpr (C::fragments > 2) multiply<T>(d[2], a[u], b_last, zeros);
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                const int kh = x_row - (2 * u + r) * S;
+                if (kh < 0 || kh >= K) continue;
+                float first = d[0][2 * r], second = d[0][2 * r + 1];
+#pragma unroll
+                for (int f = 1; f < C::fragments; ++f) {
+                  if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
+                }
+                w[u][kh][r] = pack<T>(first, second);
+                if (r == 1) turn(w[u][kh], inside[u]);
+              }
+            }
+          }
         }
       }
+      __syncthreads();
+      if (C::walks) {
+        const Step next = read(walk.next);
+        if (next.n >= 0) bring(next, next.row == 0);
+      }
 
-      const Place on = Place::here();
-      const uint32_t ones = pack<T>(1.0f, 1.0f);
-#pragma unroll 1
-      for (int step = 0; step < pixel_steps; ++step) {
-        const int pixel = ((Tiles > 1 ? 0 : on.side * pixel_steps) + step) * 16 + on.i;
-        uint32_t operand[span_tiles][4];  // [16 channels][16 pixels]
+      // Writes or keeps dR of a unit and 16 channels.
+      const auto put = [&](const Step& here, int unit, int m, float (&sums)[2][4]) {
+        const At at = At::here();
+        const int h = here.row + C::row_of(unit), v = here.column + C::column_of(unit) + at.quad;
+        const int rows_inside = v < q.y_width && m * 16 < width_of() ? q.y_height - h : 0;
+        if (q.chunks > 1) {
+          float* kept = partial.reduced + ((int64_t{here.n} * q.y_height + h) * q.y_width + v) * span.reduced +
+                        (first_reduced_of() + m * 16 + 2 * at.t);
 #pragma unroll
-        for (int m = 0; m < span_tiles; ++m)
-          load_matrices_transposed(operand[m], pixels + (pixel + on.matrix / 2 * 8) * C::part_pitch +
-                                                   ((Tiles > 1 ? on.side * span_tiles : 0) + m) * 32 +
-                                                   on.matrix % 2 * 16);
-        const char* const slots =
-            gradients + (pixel + on.matrix % 2 * 8) * C::slot_pitch + on.group * C::group_slots * 2;
-        const bool own_step = Tiles == 1 || step % 2 == on.side;
+          for (int r = 0; r < 2; ++r, kept += q.y_width * span.reduced) {
+            if (r >= rows_inside) continue;
 #pragma unroll
-        for (int kh = 0; kh < K; kh += 2) {
-          uint32_t b[2][2];
-          if (kh + 1 < K) {
-            uint32_t both[4];
-            load_matrices_transposed(both, slots + (kh + on.matrix / 2) * 16);
-            b[0][0] = both[0], b[0][1] = both[1], b[1][0] = both[2], b[1][1] = both[3];
+            for (int half = 0; half < 2; ++half) {
+              auto& pair = *reinterpret_cast<Vector<2, float>*>(kept + half * 8);
+              if (here.chunk() > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
+              if (here.chunk() + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
+            }
+          }
+          if (here.chunk() + 1 < q.chunks) return;
+        }
+        if (grad_reduced == nullptr) return;
+        T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced_of()) +
+                (h * partial.grad_h + v * partial.grad_w + m * 16);
+#pragma unroll
+        for (int r = 0; r < 2; ++r, to += partial.grad_h) {
+          const uint32_t low = pack<T>(sums[0][2 * r], sums[0][2 * r + 1]);
+          const uint32_t high = pack<T>(sums[1][2 * r], sums[1][2 * r + 1]);
+          if constexpr (Aligned) {
+            const Vector<2, uint32_t> four = four_channels(low, high, at.lane % 2 == 1);
+            if (r < rows_inside) *reinterpret_cast<Vector<2, uint32_t>*>(to + (at.t % 2 * 8 + at.t / 2 * 4)) = four;
           } else {
-            load_matrices_transposed(b[0], slots + kh * 16);
+            put_channels(to, r < rows_inside, partial.grad_vector, low, high);
+          }
+        }
+      };
+      if constexpr (Tiles <= 2) {
+        const At at = At::here();
+        if (works) {
+          // S of four kernel rows and 8 channels; of the last three, one of them twice.
+          const char* const rows = span_rows + (at.group * C::group_slots + at.matrix * 8 + at.i) * C::part_pitch;
+          const char* const last_rows = rows + (4 - at.matrix / 3) * 8 * C::part_pitch;
+          auto* const to = group_sums + (at.unit * Tiles * 2 * chunk_groups + at.group) * 32 + at.lane;
+#pragma unroll
+          for (int half = 0; half < 2 * Tiles; ++half) {
+            float sums[pairs][4];
+            uint32_t b[2][4];
+            if (half > 0 && never) break;
+            load_matrices_transposed(b[0], rows + half * 16);
+            load_matrices_transposed(b[1], last_rows + half * 16);
+#pragma unroll
+            for (int kh = 0; kh < K; kh += 2) {
+              const uint32_t (&four)[4] = b[kh / 4];
+#pragma unroll
+              for (int u = 0; u < pairs; ++u) {
+                const float zeros[4] = {};
+                if (kh + 1 == K) {
+                  multiply<T>(sums[u], w[u][kh], {four[2]});
+                } else if (kh == 0) {
+                  multiply<T>(sums[u], {w[u][0][0], w[u][0][1], w[u][1][0], w[u][1][1]}, {four[0], four[1]}, zeros);
+                } else {
+                  multiply<T>(sums[u], {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]},
+                              {four[kh % 4], four[kh % 4 + 1]});
+                }
+              }
+            }
+#pragma unroll
+            for (int u = 0; u < pairs; ++u)
+              memcpy(to + (u * Tiles * 2 + half) * chunk_groups * 32, sums[u], sizeof sums[u]);
           }
 #pragma unroll
-          for (int j = 0; j < 2 && kh + j < K; ++j) {
+          for (int u = 0; u < pairs; ++u) {
+            if (u == 0 && std::is_same_v<T, BFloat16> && never) continue;
+            if (u > 0 && walk.here.row + C::row_of(at.unit + u) >= q.y_height) continue;
+            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch, at.lane,
+                        true);
+          }
+        }
+        __syncthreads();
+        entered = read(walk.next);
+        if (entered.n >= 0) bring_pixels(entered);
+        const Step now = read(walk.here);
+#pragma unroll 1
+        for (int job = At::here().warp; job < C::units * Tiles; job += C::Warps) {
+          if (!is_inside(now, job / Tiles)) continue;
+          float sums[2][4];
+          const Vector<4, float>* const from = group_sums + (job * 2 * chunk_groups * 32 + At::here().lane);
+          const auto add = [&](int g) {
 #pragma unroll
-            for (int m = 0; m < span_tiles; ++m) multiply<T>(span_sum[m][kh + j], operand[m], b[j]);
-            // db: every row of the product has the sums over the pixels; the lanes of one row keep them.
-            if (own_step) {
-              float d[4] = {};
-              multiply<T>(d, {ones, ones, ones, ones}, b[j]);
-              if (on.quad == kh + j) bias_sum[0] += d[0], bias_sum[1] += d[1];
+            for (int half = 0; half < 2; ++half) {
+              const Vector<4, float> more = from[(half * chunk_groups + g) * 32];
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sums[half][e] = g > 0 ? sums[half][e] + more.v[e] : more.v[e];
+              if (never) break;
+            }
+          };
+          add(0);
+          const int groups = groups_of(now);
+          if (groups == chunk_groups) {
+            add(1), add(2), add(3);
+          } else {
+#pragma unroll 1
+            for (int g = 1; g < groups; ++g) add(g);
+          }
+          put(now, job / Tiles, job % Tiles, sums);
+        }
+      } else {
+        // Each warp has 16 channels of all groups of dR, and half of the channels of a group of dS.
+        const At at = At::here();
+        const Step here = read(walk.here);
+        if (works) {
+#pragma unroll
+          for (int u = 0; u < pairs; ++u) {
+            char* const to = operands_of(at.unit + u, at.group);
+#pragma unroll
+            for (int kh = 0; kh + 1 < K; kh += 2)
+              reinterpret_cast<Vector<4, uint32_t>*>(to)[kh / 2 * 32 + at.lane] = {
+                  {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]}};
+            reinterpret_cast<Vector<2, uint32_t>*>(to + K / 2 * 512)[at.lane] = {{w[u][K - 1][0], w[u][K - 1][1]}};
+          }
+        }
+        __syncthreads();
+        {
+          const int m = at.warp % Tiles, first_unit = at.warp / Tiles * pairs;
+          if (m * 16 < width_of() && is_inside(here, first_unit)) {
+            float sums[pairs][2][4] = {};
+#pragma unroll 1
+            for (int g = 0; g < groups_of(here); ++g) {
+              const char* const rows = span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch +
+                                       m * 32 + at.matrix / 2 * 16;
+              const char* const last_row =
+                  span_rows + (g * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch + m * 32 + at.matrix % 2 * 16;
+              const char* const operands = operands_of(first_unit, g);
+#pragma unroll
+              for (int kh = 0; kh + 1 < K; kh += 2) {
+                uint32_t b[4];
+                load_matrices_transposed(b, rows + kh * 8 * C::part_pitch);
+#pragma unroll
+                for (int u = 0; u < pairs; ++u) {
+                  const auto slots = *reinterpret_cast<const Vector<4, uint32_t>*>(
+                      operands + u * chunk_groups * C::operand_bytes + (kh / 2 * 32 + at.lane) * 16);
+                  multiply<T>(sums[u][0], slots.v, {b[0], b[1]});
+                  multiply<T>(sums[u][1], slots.v, {b[2], b[3]});
+                }
+              }
+              uint32_t b[2];
+              load_matrices_transposed(b, last_row);
+#pragma unroll
+              for (int u = 0; u < pairs; ++u) {
+                const auto slots = *reinterpret_cast<const Vector<2, uint32_t>*>(
+                    operands + u * chunk_groups * C::operand_bytes + K / 2 * 512 + at.lane * 8);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                  const uint32_t last[1] = {b[half]};
+                  multiply<T>(sums[u][half], slots.v, last);
+                }
+              }
+            }
+#pragma unroll
+            for (int u = 0; u < pairs; ++u) {
+              if (is_inside(here, first_unit + u)) put(here, first_unit + u, m, sums[u]);
             }
           }
         }
-      }
-
-      if constexpr (slot_parts > 1) __syncthreads();
-      if (slot_part == 0) {
+        if (at.group < groups_of(here) && at.side * C::span_tiles * 16 < width_of()) {
+#pragma unroll 1
+          for (int unit = 0; unit < C::units; ++unit) {
+            if (!is_inside(here, unit)) continue;
+            uint32_t own[K][2];
+            const char* const from = operands_of(unit, at.group);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {  // of the 16 pixels
-          const int pixel = pixel_tile * 16 + half * 8 + in.quad, h = row + pixel / 8, v = column + pixel % 8;
-          const bool inside = h < q.y_height && v < q.y_width;
-#pragma unroll
-          for (int m = 0; m < own_tiles; ++m) {
-            const int channel = (channel_part * own_tiles + m) * 16;
-            float own[2][2];
-#pragma unroll
-            for (int eight = 0; eight < 2; ++eight) {
-              own[eight][0] = sums[m][eight][2 * half], own[eight][1] = sums[m][eight][2 * half + 1];
-#pragma unroll
-              for (int from = 1; from < slot_parts; ++from) {
-                const Vector<4, float>& other = shared_sums[place(from, m, eight)];
-                own[eight][0] += other.v[2 * half], own[eight][1] += other.v[2 * half + 1];
-              }
-              if (q.chunks > 1 && inside && channel < width) {
-                auto* kept = reinterpret_cast<Vector<2, float>*>(
-                    partial.reduced + (((int64_t{n} * q.y_height + h) * q.y_width + v) * span.reduced + first_reduced +
-                                       channel + eight * 8 + 2 * in.t));
-                if (chunk > 0) own[eight][0] += kept->v[0], own[eight][1] += kept->v[1];
-                if (chunk + 1 < q.chunks) *kept = {{own[eight][0], own[eight][1]}};
-              }
+            for (int kh = 0; kh + 1 < K; kh += 2) {
+              const auto four = reinterpret_cast<const Vector<4, uint32_t>*>(from)[kh / 2 * 32 + at.lane];
+              own[kh][0] = four.v[0], own[kh][1] = four.v[1], own[kh + 1][0] = four.v[2], own[kh + 1][1] = four.v[3];
             }
-            if (chunk + 1 == q.chunks && grad_reduced != nullptr)
-              put_channels(grad_reduced +
-                               (n * partial.grad_n + h * partial.grad_h + v * partial.grad_w + first_reduced + channel),
-                           inside && channel < width, partial.grad_vector, pack<T>(own[0][0], own[0][1]),
-                           pack<T>(own[1][0], own[1][1]));
+            const auto two = reinterpret_cast<const Vector<2, uint32_t>*>(from + K / 2 * 512)[at.lane];
+            own[K - 1][0] = two.v[0], own[K - 1][1] = two.v[1];
+            add_unit<T>(span_sum, bias_sum, own, pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32,
+                        C::part_pitch, at.lane, at.side == 0);
+          }
+        }
+        __syncthreads();
+        entered = read(walk.next);
+        if (entered.n >= 0) bring_pixels(entered);
+      }
+    }
+
+    // The sums of the run: the sides meet where X was.
+    const At at = At::here();
+    if (Tiles <= 2) {
+      auto* const other = reinterpret_cast<float*>(ring) + at.group * 32 + at.lane;
+      constexpr int stride = chunk_groups * 32;
+      const auto each = [&](const auto& body) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) body(bias_sum[e], other[e * stride]);
+#pragma unroll
+        for (int m = 0; m < C::span_tiles; ++m) {
+#pragma unroll
+          for (int kh = 0; kh < K; ++kh) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) body(span_sum[m][kh][e], other[(2 + (m * K + kh) * 4 + e) * stride]);
+          }
+        }
+      };
+      if (at.side == 1) each([](float sum, float& to) { to = sum; });
+      __syncthreads();
+      if (at.side == 0) each([](float& sum, float more) { sum += more; });
+    }
+    // As they lie in the lanes: 8 neighbouring channels of a tap make a sector.
+    const int ended = walk.here.chunk();
+    if (at.group < groups_of(walk.here) && (Tiles > 2 || at.side == 0)) {
+      const int first_group = ended * chunk_groups, first_reduced = first_reduced_of(), width = width_of();
+      const int stripe = stripe_of();
+      float* const out = partial.span + stripe * partial.span_size +
+                         ((first_group + at.group) * taps + 2 * at.t) * span.reduced + first_reduced;
+#pragma unroll
+      for (int m = 0; m < C::span_tiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int channel = ((Tiles > 2 ? at.side * C::span_tiles : 0) + m) * 16 + half * 8 + at.quad;
+          if (channel >= width) continue;
+          float* to = out + channel;
+#pragma unroll
+          for (int kh = 0; kh < K; ++kh) {
+            to[0] = span_sum[m][kh][2 * half];
+            if (2 * at.t + 1 < K) to[span.reduced] = span_sum[m][kh][2 * half + 1];
+            to = kept(to + K * span.reduced);
           }
         }
       }
-    }
-
-    // The sums of the run, as they lie in the lanes: 8 neighbouring channels of a tap make a sector.
-    const Place end = Place::here();
-    const int side = Tiles > 1 ? 0 : end.side;
-    float* const out = partial.span + (stripe * C::copies + side) * partial.span_size +
-                       ((first_group + end.group) * taps + 2 * end.t) * span.reduced + first_reduced;
+      if (first_reduced == 0 && at.side == 0 && at.quad < K) {
+        float* const bias_out = partial.bias + stripe * partial.bias_size + ((first_group + at.group) * taps + at.quad);
 #pragma unroll
-    for (int m = 0; m < span_tiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int channel = ((Tiles > 1 ? end.side * span_tiles : 0) + m) * 16 + half * 8 + end.quad;
-        if (end.group >= groups || channel >= width) continue;
-#pragma unroll
-        for (int kh = 0; kh < K; ++kh) {
-          out[kh * K * span.reduced + channel] = span_sum[m][kh][2 * half];
-          if (2 * end.t + 1 < K) out[(kh * K + 1) * span.reduced + channel] = span_sum[m][kh][2 * half + 1];
+        for (int e = 0; e < 2; ++e) {
+          if (2 * at.t + e < K) bias_out[(2 * at.t + e) * K] = bias_sum[e];
         }
       }
     }
-    if (first_reduced == 0 && end.group < groups && end.quad < K) {
-      float* const bias_out = partial.bias + (stripe * 2 + end.side) * partial.bias_size +
-                              ((first_group + end.group) * taps + end.quad * K + 2 * end.t);
-      bias_out[0] = bias_sum[0];
-      if (2 * end.t + 1 < K) bias_out[1] = bias_sum[1];
-    }
-    if constexpr (slot_parts == 1)
-      __syncthreads();  // the rows of S have been read; else so they are since the sums met
+    chunk = ended + 1;
+    __syncthreads();
   }
 }
 
@@ -301,7 +602,7 @@ __global__ void __launch_bounds__(sum_columns* sum_rows)
   const bool is_bias = number >= partial.span_size;
   const int64_t element = is_bias ? number - partial.span_size : number;
   const int64_t size = is_bias ? partial.bias_size : partial.span_size;
-  const int count = partial.stripes * (is_bias ? 2 : partial.copies);
+  const int count = partial.stripes;
   const float* const from = is_bias ? partial.bias : partial.span;
   T* const to = is_bias ? bias : span;
   float sum = 0;

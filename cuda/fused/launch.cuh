@@ -135,8 +135,11 @@ void run_grad_span(const SpanProblem& p, const SpanBuffers& buffers, const Execu
   partial.grad_h = int(p.grad_reduced_stride[2]), partial.grad_w = int(p.grad_reduced_stride[3]);
   partial.grad_vector = view<T>(p.grad_reduced_stride, buffers.grad_reduced, 0).vector;
   const Grid grid{int64_t{partial.stripes} * partial.parts, C::threads, C::bytes};
+  const Span span = span_of<T>(p, buffers);
+  const bool aligned = q.x.vector == 8 && q.y.vector == 8 && span.reduced_vector == 8 && span.row_vector == 8 &&
+                       (buffers.grad_reduced == nullptr || partial.grad_vector == 8);
   launch<KernelParams, Span, Partial, const T*, const T*, const T*, const T*, T*>(
-      "fused grad_span", grad_span<C, T>, grid, execution, q, span_of<T>(p, buffers), partial,
+      "fused grad_span", aligned ? grad_span<C, true, T> : grad_span<C, false, T>, grid, execution, q, span, partial,
       static_cast<T*>(buffers.x), static_cast<T*>(buffers.reduced), static_cast<T*>(buffers.span),
       static_cast<T*>(buffers.y), static_cast<T*>(buffers.grad_reduced));
   if (buffers.grad_span == nullptr && buffers.grad_bias == nullptr) return;

@@ -58,11 +58,13 @@ __device__ __forceinline__ float weight_of(const char* reduced, const char* row,
 }
 
 // Of the 16 channels of a pixel, 4 lanes have 2t and 2t+1 in `low` and the same plus 8 in `high`. The result has four
-// neighbours, from 8 (t % 2) + 4 (t / 2) on.
-__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high) {
-  const bool odd = threadIdx.x % 2 == 1;
+// neighbours, from 8 (t % 2) + 4 (t / 2) on. `odd`: whether t is.
+__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high, bool odd) {
   const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
   return {{odd ? other : low, odd ? high : other}};
+}
+__device__ __forceinline__ Vector<2, uint32_t> four_channels(uint32_t low, uint32_t high) {
+  return four_channels(low, high, threadIdx.x % 2 == 1);
 }
 
 // Writes them.

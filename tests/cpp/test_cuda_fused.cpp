@@ -188,7 +188,8 @@ class GradientSetting : public SpanSetting {
       if (wanted >> i & 1) *gradients[i] = written()[size_t(i)]->data();
     buffers.scratch = scratch.data();
     const std::string error = checks::message_of([&] { cuda::fused_run(problem, SpanOp::backward, buffers, {}); });
-    CHECK(error.empty(), trial.text() + ": " + error);
+    // Without a synchronisation, threads may take different ways, which the emulator reports. The result is then missing.
+    CHECK(error.empty() || emulator::options().dropped_sync >= 0, trial.text() + ": " + error);
   }
 
   std::vector<char> bytes() {

@@ -192,7 +192,7 @@ def tile_of(launch: Launch, problem: Problem) -> list[int] | None:
         if name == "StripeConfig":
             return [numbers[1], numbers[2], chunk]
         if name == "SpanConfig":
-            return [8 if numbers[0] == 1 else 4, 8, chunk]
+            return [4, 16 if numbers[0] == 1 else 8, chunk]
         if name == "WalkConfig":  # of grad_input: rows of a step, columns
             return [2 // numbers[1], numbers[2], chunk] if len(numbers) == 3 else [1, 16, chunk]
     return None

@@ -23,7 +23,7 @@ STORAGE: dict[str, Any] = {
     "float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16
 }  # fmt: skip
 READS_UNWRITTEN = {
-    "5fused9grad_span": "warps of groups that a part of a chunk does not have compute, too, and store nothing",
+    "5fused9grad_span": "of two units at once, one may be outside of the image; nothing of it is stored",
     "5tiled5apply": "threads compute with the tile's pixels outside of the image, too, and store none of it",
     "5fused10grad_input": "whole vectors of biases are read where the taps of a group end, and the rest is not used",
     "7sliding": "whole vectors are read where a tile ends, and the rest is not used",

@@ -179,6 +179,7 @@ namespace pyinvolution::cuda {
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 inline int opaque(int value) { return value; }
+inline unsigned thread_again() { return threadIdx.x; }
 constexpr bool keeps_many_registers = true;
 template <class T>
 T kept(T value) {
