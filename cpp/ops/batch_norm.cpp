@@ -135,10 +135,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gra
                                                                const Tensor& weight, const Tensor& bias,
                                                                const Tensor& mean, const Tensor& invstd, bool relu) {
   const cpu::BatchNormShape shape = shape_of(input);
-  check_like_input("grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output, {input.size(0), input.size(1), input.size(2), input.size(3)});
+  check_device(op, "grad_output", grad_output, input);
+  Tensor gy = grad_output;
+  if (gy.scalar_type() != input.scalar_type() || !same_strides(gy, input)) {
+    gy = torch::stable::empty_like(input);
+    torch::stable::copy_(gy, grad_output);
+  }
   if (output) check_like_input("output", *output, input);
   cpu::BatchNormBackward backward{};
-  backward.gy = address(grad_output), backward.x = address(input), backward.y = output ? address(*output) : nullptr, backward.relu = relu;
+  backward.gy = address(gy), backward.x = address(input), backward.y = output ? address(*output) : nullptr, backward.relu = relu;
   backward.weight = channel_values("weight", weight, input), backward.bias = channel_values("bias", bias, input);
   backward.mean = channel_values("mean", mean, input), backward.invstd = channel_values("invstd", invstd, input);
   const Tensor grad_input = torch::stable::empty_like(input);

@@ -31,7 +31,7 @@ Tensor batch_norm_output(const Tensor& input, const std::optional<Tensor>& resid
                          const Tensor& bias, const Tensor& mean, const Tensor& invstd, bool relu);
 
 // The gradients of input, residual, weight and bias. With a residual, `output` is given; else that of the residual has no
-// elements.
+// elements. grad_output may be of another dtype and in another order; it is copied then.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                                                                const std::optional<Tensor>& output,
                                                                const Tensor& weight, const Tensor& bias,

@@ -88,7 +88,7 @@ def _run(norm: Any, relu: bool, input: Tensor, residual: Tensor | None) -> Tenso
 
 
 def _run_in_graph(norm: Any, relu: bool, input: Tensor, residual: Tensor | None) -> Tensor:
-    """In two: a graph may compute the output again, but changes the buffers once."""
+    """In two, so that what a graph changes, the buffers, is changed outside of the differentiable function."""
     mean, invstd = _ops.batch_norm_statistics(
         input.detach(), norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, norm.eps
     )
@@ -163,11 +163,6 @@ def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     wanted = ctx.needs_input_grad
     if torch.is_grad_enabled():
         return _differentiable(grad_output, input, weight, bias, output, ctx.eps, wanted)
-    grad_output = grad_output.to(
-        input.dtype, memory_format=torch.contiguous_format if input.is_contiguous() else torch.channels_last
-    )
-    if grad_output.stride() != input.stride():
-        grad_output = torch.empty_like(input).copy_(grad_output)
     gradients = _ops.batch_norm_backward(
         grad_output, input, output if ctx.adds else None, weight, bias, mean, invstd, ctx.relu
     )

@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t block_elements = 8192;  // 32 KB in float: read twice, the second time from the first levels of cache
 constexpr int64_t most_tasks = 64;
+// Of a task, if there are so many: one thread merges the tasks' sums, which costs as much as a few pixels of each.
+constexpr int64_t least_pixels = 32;
 constexpr int64_t folded_channels =
     64;  // four vectors of 64 bytes: enough sums at a time to hide the latency of an addition
 
@@ -26,8 +28,7 @@ BatchNormTiling tiling_of(const BatchNormShape& shape) {
     t.pixels *= t.batch, t.batch = 1;
     for (; 2 * t.channels <= folded_channels && t.pixels % 2 == 0; t.fold *= 2) t.channels *= 2, t.pixels /= 2;
     t.block_pixels = at_least_one(block_elements / t.channels);
-    const int64_t blocks = ceil_div(t.pixels, t.block_pixels);
-    t.task_pixels = ceil_div(blocks, most_tasks) * t.block_pixels;
+    t.task_pixels = round_up(max(ceil_div(t.pixels, most_tasks), least_pixels), t.block_pixels);
     t.tasks = ceil_div(t.pixels, t.task_pixels);
   } else {
     t.block_pixels = block_elements;
