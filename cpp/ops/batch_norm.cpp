@@ -144,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& gra
   }
   if (output) check_like_input("output", *output, input);
   cpu::BatchNormBackward backward{};
-  backward.gy = address(gy), backward.x = address(input), backward.y = output ? address(*output) : nullptr, backward.relu = relu;
+  backward.gy = address(gy), backward.x = address(input), backward.y = output ? address(*output) : nullptr,
+  backward.relu = relu;
   backward.weight = channel_values("weight", weight, input), backward.bias = channel_values("bias", bias, input);
   backward.mean = channel_values("mean", mean, input), backward.invstd = channel_values("invstd", invstd, input);
   const Tensor grad_input = torch::stable::empty_like(input);

@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
   // A training step's norm, addition and ReLU in one, on a CPU; also in two, for graphs that are compiled.
   m.def(
       "batch_norm(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+      "Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, bool relu) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "batch_norm_statistics(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, "
       "float? momentum, float eps) -> (Tensor, Tensor)");

@@ -19,11 +19,11 @@ def norm_relu(norm: nn.Module, activation: nn.Module | None, input: Tensor, resi
     """``activation(norm(input) + residual)``, without ``residual`` or ``activation`` where that is None.
 
     A batch norm that computes statistics and a ReLU, both stock, run as one operator if they run on a CPU, eagerly or
-    in a graph of torch.compile, and nothing takes part in the computation that the operator does not know: torch moves
-    9 elements forward and 8 backward for each of the input where it moves 4 and 7, without a residual 6 and 8 where it
-    moves 3 and 5. Gradients of every order are those of the modules, results agree but for rounding, and the buffers
-    of ``norm`` are updated as usual. On processors with AVX512-BF16, results in bfloat16 that are subnormal numbers
-    become zeros.
+    (in channels_last) in a graph of torch.compile, and nothing takes part in the computation that the operator does not
+    know: torch moves 9 elements forward and 8 backward for each of the input where it moves 4 and 7, without a residual
+    6 and 8 where it moves 3 and 5. Gradients of every order are those of the modules (torch.compile has those of the
+    first), results agree but for rounding, and the buffers of ``norm`` are updated as usual. On processors with
+    AVX512-BF16, results in bfloat16 that are subnormal numbers become zeros.
 
     Args:
         norm: a module, called with ``input``.
@@ -51,7 +51,8 @@ def conv_norm(layers: nn.Module, input: Tensor) -> Tensor:
 
 
 def _is_one(norm: Any, activation: nn.Module | None, input: Tensor, residual: Tensor | None) -> bool:
-    if type(input) is not Tensor or (_traced_otherwise() if torch.compiler.is_compiling() else intercepted()):
+    compiling = torch.compiler.is_compiling()
+    if type(input) is not Tensor or (_traced_otherwise() if compiling else intercepted()):
         return False
     if not is_stock(norm, nn.BatchNorm2d) or not (activation is None or is_stock(activation, nn.ReLU)):
         return False
@@ -65,7 +66,8 @@ def _is_one(norm: Any, activation: nn.Module | None, input: Tensor, residual: Te
         and input.numel() > norm.num_features > 0
         and input.dtype in _DTYPES
         and all(type(t) is Tensor and t.device.type == "cpu" and t.dtype == input.dtype for t in tensors)
-        and (input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
+        # In NCHW, inductor's convolutions may want another order, and there would be conversions around the operator.
+        and (input.is_contiguous(memory_format=torch.channels_last) or (input.is_contiguous() and not compiling))
         and (residual is None or (residual.shape == input.shape and residual.stride() == input.stride()))
         and all(t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in channels)
     )

@@ -14,8 +14,8 @@ struct BatchNormShape {
 };
 
 // mean and invstd = 1 / sqrt(var + eps). `unbiased` receives the sum of squared differences over M - 1 if it is not null.
-void batch_norm_statistics(const BatchNormShape&, const void* x, double eps, float* mean, float* invstd, float* unbiased,
-                           const Execution&);
+void batch_norm_statistics(const BatchNormShape&, const void* x, double eps, float* mean, float* invstd,
+                           float* unbiased, const Execution&);
 
 // y from the statistics.
 struct BatchNormForward {
