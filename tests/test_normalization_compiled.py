@@ -184,14 +184,14 @@ def step(model, run, x, amp=False):
     }
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_a_network_in_inductor(amp):
+@pytest.mark.parametrize(("backend", "amp"), [("inductor", False), ("aot_eager", True)])
+def test_a_network(backend, amp):
     """Two steps of a RedNet, against one whose modules are called one by one in float64 and in the step's dtype."""
     model = network((1,))
     x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
     compiled, twin = copy.deepcopy(model), in_order(copy.deepcopy(model))
     exact = in_order(copy.deepcopy(model).double())
-    run = torch.compile(compiled, fullgraph=True)
+    run = torch.compile(compiled, fullgraph=True, backend=backend)
     for index in range(2):
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             found = step(compiled, run, x, amp)
