@@ -18,6 +18,8 @@ SHAPES = [(2, 64, 9, 11), (3, 17, 5, 7), (2, 5, 40, 41), (4, 130, 14, 14), (1, 3
 # In channels_last, few channels are folded: 16 pixels count as one here, then 2, and none where pixels are odd.
 SHAPES += [(16, 4, 6, 6), (3, 24, 4, 5), (1, 8, 7, 9)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = {"norm": (False, False), "norm + relu": (False, True), "norm + sum + relu": (True, True)}
+"""Whether there is a residual, and an activation."""
 ops = torch.ops.pyinvolution
 
 
@@ -50,37 +52,39 @@ def problem(shape, dtype, layout, adds, seed=0):
     return norm.train(), x, residual if adds else None, gy
 
 
-def results(norm, x, residual, gy, function, dtype=None):
+def results(norm, x, residual, gy, function, dtype=None, relu=True):
     """Output, gradients and buffers, computed in ``dtype``."""
     if dtype is not None:
         norm, x, gy = copy.deepcopy(norm).to(dtype), x.to(dtype), gy.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     leaves = [t.clone().requires_grad_() for t in (x, residual) if t is not None]
-    output = function(norm, nn.ReLU(), *leaves)
+    output = function(norm, nn.ReLU() if relu else None, *leaves)
     output.backward(gy)
     return [output.detach(), *(leaf.grad for leaf in leaves), norm.weight.grad, norm.bias.grad, *norm.buffers()]
 
 
 def by_modules(norm, activation, x, residual=None):
     x = norm(x)
-    return activation(x if residual is None else x + residual)
+    x = x if residual is None else x + residual
+    return x if activation is None else activation(x)
 
 
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results(shape, dtype, layout, adds, calls):
+def test_results(shape, dtype, layout, form, calls):
+    adds, relu = FORMS[form]
     norm, x, residual, gy = problem(shape, dtype, layout, adds)
-    found = results(copy.deepcopy(norm), x, residual, gy, norm_relu)
+    found = results(copy.deepcopy(norm), x, residual, gy, norm_relu, relu=relu)
     assert calls.count == 1
     twin = copy.deepcopy(norm)
-    reference = results(twin, x, residual, gy, by_modules)
-    exact = results(norm, x, residual, gy, by_modules, torch.float64)
+    reference = results(twin, x, residual, gy, by_modules, relu=relu)
+    exact = results(norm, x, residual, gy, by_modules, torch.float64, relu)
     assert found[0].is_contiguous(memory_format=LAYOUTS[layout])
     # Where a sum is next to zero, rounding decides whether the ReLU lets it through.
     z = torch.nn.functional.batch_norm(x.double(), None, None, norm.weight.double(), norm.bias.double(), True)
-    near = (z if residual is None else z + residual.double()).abs() < 1e-2
+    near = relu & ((z if residual is None else z + residual.double()).abs() < 1e-2)
     for value, other, oracle in zip(found[: 1 + 1 + adds], reference, exact, strict=False):
         assert_accurate(value.masked_fill(near, 0), oracle.masked_fill(near, 0), other.masked_fill(near, 0))
     for value, other in zip(found[2 + adds :], exact[2 + adds :], strict=True):
@@ -93,8 +97,7 @@ def test_statistics_do_not_cancel():
     torch.manual_seed(0)
     for layout in LAYOUTS.values():
         x = (torch.randn(4, 20, 31, 33) + 1000).to(memory_format=layout)
-        one, zero = torch.ones(20), torch.zeros(20)
-        _, mean, invstd = ops.batch_norm_relu(x, None, one, zero, None, None, 0.1, 1e-5)
+        mean, invstd = ops.batch_norm_statistics(x, None, None, None, 0.1, 1e-5)
         torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
         expected = (x.double().var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
         # Floats around 1000 are 6e-5 apart.
@@ -111,10 +114,10 @@ def test_again_and_with_any_number_of_threads(dtype, layout, shape):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y, mean, invstd = ops.batch_norm_relu(x, residual, norm.weight, norm.bias, None, None, 0.1, 1e-5)
-            again = ops.batch_norm_relu_again(x, residual, norm.weight, norm.bias, mean, invstd)
+            y, mean, invstd = ops.batch_norm(x, residual, norm.weight, norm.bias, None, None, None, 0.1, 1e-5, True)
+            again = ops.batch_norm_output(x, residual, norm.weight, norm.bias, mean, invstd, True)
             assert torch.equal(again, y)
-            found.append((y, *ops.batch_norm_relu_backward(gy, x, y, norm.weight, norm.bias, mean, invstd)))
+            found.append((y, *ops.batch_norm_backward(gy, x, y, norm.weight, norm.bias, mean, invstd, True)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -147,9 +150,10 @@ def test_buffers(momentum, track, calls):
         torch.testing.assert_close(found, expected, msg=name)
 
 
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("frozen", ["none", "weight", "bias", "input"])
-def test_second_derivatives(adds, frozen):
+def test_second_derivatives(form, frozen):
+    adds, relu = FORMS[form]
     norm, x, residual, gy = problem((2, 5, 4, 4), torch.float32, "contiguous", adds)
     norm.weight.requires_grad_(frozen != "weight")
     norm.bias.requires_grad_(frozen != "bias")
@@ -157,7 +161,7 @@ def test_second_derivatives(adds, frozen):
     for function in (norm_relu, by_modules):
         leaves = [t.clone().requires_grad_(frozen != "input" or t is residual) for t in (x, residual) if t is not None]
         sources = [t for t in (*leaves, norm.weight, norm.bias) if t.requires_grad]
-        output = function(norm, nn.ReLU(), *leaves)
+        output = function(norm, nn.ReLU() if relu else None, *leaves)
         first = torch.autograd.grad(output, sources, gy, create_graph=True)
         penalty = sum(g.square().sum() for g in first)
         second = torch.autograd.grad(penalty, sources, allow_unused=True)
@@ -172,8 +176,8 @@ def test_gradients_by_differences():
     torch.manual_seed(0)
     x, residual = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
     weight, bias, gy = torch.rand(4) + 0.5, torch.randn(4), torch.randn(3, 4, 5, 5)
-    y, mean, invstd = ops.batch_norm_relu(x, residual, weight, bias, None, None, 0.0, 1e-5)
-    found = ops.batch_norm_relu_backward(gy, x, y, weight, bias, mean, invstd)
+    y, mean, invstd = ops.batch_norm(x, residual, weight, bias, None, None, None, 0.0, 1e-5, True)
+    found = ops.batch_norm_backward(gy, x, y, weight, bias, mean, invstd, True)
     leaves = [t.double().requires_grad_() for t in (x, residual, weight, bias)]
     z = torch.nn.functional.batch_norm(leaves[0], None, None, leaves[2], leaves[3], True, 0.0, 1e-5) + leaves[1]
     expected = torch.autograd.grad(z, leaves, gy.double() * (y > 0))
@@ -254,18 +258,19 @@ def test_a_network(layout, amp, calls):
         counts.append(calls.count)
         output.double().square().sum().backward()
         found.append({"output": output.detach(), **{n: p.grad for n, p in network.named_parameters()}})
-    # 3 of the stem, and in each of 3 blocks 3 and that of the kernels' generation, which the stem has too.
-    assert counts[0] == 3 + 1 + 3 * 4
+    # 3 of the stem, and in each of 3 blocks 3 and that of the kernels' generation, which the stem has too; and of the
+    # shortcuts of each stage's first block.
+    assert counts[0] == 3 + 1 + 3 * 4 + 2
     for name, value in found[0].items():
         error, usual = ((other[name].double() - found[2][name]).norm() for other in (found[0], found[1]))
         assert error <= 2 * usual + 1e-5 * found[2][name].norm(), (name, error, usual, value.norm())
 
 
-@pytest.mark.parametrize("operator", ["batch_norm_relu", "batch_norm_relu_again", "batch_norm_relu_backward"])
+@pytest.mark.parametrize("operator", ["batch_norm", "batch_norm_output", "batch_norm_backward"])
 def test_bad_arguments(operator):
     x, one = torch.randn(2, 4, 5, 5), torch.ones(4)
-    rest = {"batch_norm_relu": (None, None, 0.1, 1e-5)}.get(operator, (one, one))
-    lead = (x,) if operator == "batch_norm_relu_backward" else ()
+    rest = {"batch_norm": (None, None, None, 0.1, 1e-5, True)}.get(operator, (one, one, True))
+    lead = (x,) if operator == "batch_norm_backward" else ()
 
     def call(input=x, second=None, weight=one, bias=one):
         return getattr(ops, operator)(*lead, input, second, weight, bias, *rest)

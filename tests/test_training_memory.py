@@ -19,7 +19,7 @@ from pyinvolution import normalization
 from pyinvolution.models import create_model
 from pyinvolution.models._memory import forget_activations
 from pyinvolution.models.rednet import Bottleneck, Stem
-from pyinvolution.normalization import norm_relu
+from pyinvolution.normalization import conv_norm, norm_relu
 
 SMALL = {"layers": [2, 1], "stem": "small", "stem_channels": 32, "base_channels": 16, "num_classes": 3}
 
@@ -33,7 +33,8 @@ def stem_by_operator(self, x):
 def block_by_operator(self, x):
     y = norm_relu(self.norm1, self.act, self.conv1(x))
     y = norm_relu(self.norm2, self.act, self.involution(y))
-    return norm_relu(self.norm3, self.act, self.conv3(y), x if self.downsample is None else self.downsample(x))
+    shortcut = x if self.downsample is None else conv_norm(self.downsample, x)
+    return norm_relu(self.norm3, self.act, self.conv3(y), shortcut)
 
 
 @pytest.fixture(autouse=True, params=["modules", "operator"])

@@ -2,7 +2,7 @@
 // (pyinvolution/ops.py); autograd lives in pyinvolution/functional.py and, for C++, in pyinvolution/torch.h.
 #include <torch/csrc/stable/library.h>
 
-#include "batch_norm_relu.h"
+#include "batch_norm.h"
 #include "explain.h"
 #include "involution2d.h"
 #include "span_involution2d.h"
@@ -30,16 +30,20 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "Tensor? span_bias, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool[4] output_mask) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 
-  // A training step's norm, addition and ReLU in one, on a CPU.
+  // A training step's norm, addition and ReLU in one, on a CPU; also in two, for graphs that are compiled.
   m.def(
-      "batch_norm_relu(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, float momentum, float eps) -> (Tensor, Tensor, Tensor)");
+      "batch_norm(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, bool relu) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
-      "batch_norm_relu_again(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor mean, Tensor invstd) "
-      "-> Tensor");
+      "batch_norm_statistics(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, "
+      "float? momentum, float eps) -> (Tensor, Tensor)");
   m.def(
-      "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor weight, Tensor bias, "
-      "Tensor mean, Tensor invstd) -> (Tensor, Tensor, Tensor, Tensor)");
+      "batch_norm_output(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor mean, Tensor invstd, "
+      "bool relu) -> Tensor");
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor weight, Tensor bias, Tensor mean, "
+      "Tensor invstd, bool relu) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // The same, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
   m.def(
@@ -99,7 +103,8 @@ PYINVOLUTION_IMPLEMENT(CPU)
 PYINVOLUTION_IMPLEMENT(CUDA)
 
 STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CPU, m) {
-  m.impl("batch_norm_relu", TORCH_BOX(&pyinvolution::ops::batch_norm_relu));
-  m.impl("batch_norm_relu_again", TORCH_BOX(&pyinvolution::ops::batch_norm_relu_again));
-  m.impl("batch_norm_relu_backward", TORCH_BOX(&pyinvolution::ops::batch_norm_relu_backward));
+  m.impl("batch_norm", TORCH_BOX(&pyinvolution::ops::batch_norm));
+  m.impl("batch_norm_statistics", TORCH_BOX(&pyinvolution::ops::batch_norm_statistics));
+  m.impl("batch_norm_output", TORCH_BOX(&pyinvolution::ops::batch_norm_output));
+  m.impl("batch_norm_backward", TORCH_BOX(&pyinvolution::ops::batch_norm_backward));
 }

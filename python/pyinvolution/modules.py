@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from pyinvolution.functional import involution2d, span_involution2d
-from pyinvolution.normalization import norm_relu
+from pyinvolution.normalization import conv_norm
 from pyinvolution.ops import cell_mean, layer_output_size, shape_of
-from pyinvolution.stock import is_pointwise, is_stock
+from pyinvolution.stock import is_pointwise
 
 __all__ = ["Involution1d", "Involution2d"]
 
@@ -236,9 +236,7 @@ class Involution2d(nn.Module):
         if self.pool is not None:
             input = self.pool(input)
         reduce: Any = self.reduce
-        if self.training and is_stock(reduce, nn.Sequential) and list(reduce._modules) == ["conv", "norm", "act"]:
-            return norm_relu(reduce.norm, reduce.act, reduce.conv(input))
-        return reduce(input)
+        return conv_norm(reduce, input)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Layers that were pickled before there were these attributes.

@@ -472,6 +472,32 @@ def _(
     return tuple(grad if wanted else input.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
 
 
+def _statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    mean = input.new_empty(input.shape[1:2], dtype=torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("pyinvolution::batch_norm")
+def _(input, residual, weight, bias, *rest):
+    return torch.empty_like(input), *_statistics(input)
+
+
+@torch.library.register_fake("pyinvolution::batch_norm_statistics")
+def _(input, *rest):
+    return _statistics(input)
+
+
+@torch.library.register_fake("pyinvolution::batch_norm_output")
+def _(input, *rest):
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("pyinvolution::batch_norm_backward")
+def _(grad_output, input, output, weight, bias, mean, invstd, relu):
+    grad_residual = input.new_empty(0) if output is None else torch.empty_like(input)
+    return torch.empty_like(input), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
+
+
 # --- in operations of PyTorch, for torch.onnx -------------------------------------------------------------------------
 
 

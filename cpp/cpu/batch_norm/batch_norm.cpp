@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t block_elements = 8192;  // 32 KB in float: read twice, the second time from the first levels of cache
 constexpr int64_t most_tasks = 64;
+// Of a task, if there are so many: one thread merges the tasks' sums, which costs as much as a few pixels of each.
+constexpr int64_t least_pixels = 32;
 constexpr int64_t folded_channels =
     64;  // four vectors of 64 bytes: enough sums at a time to hide the latency of an addition
 
@@ -26,8 +28,7 @@ BatchNormTiling tiling_of(const BatchNormShape& shape) {
     t.pixels *= t.batch, t.batch = 1;
     for (; 2 * t.channels <= folded_channels && t.pixels % 2 == 0; t.fold *= 2) t.channels *= 2, t.pixels /= 2;
     t.block_pixels = at_least_one(block_elements / t.channels);
-    const int64_t blocks = ceil_div(t.pixels, t.block_pixels);
-    t.task_pixels = ceil_div(blocks, most_tasks) * t.block_pixels;
+    t.task_pixels = round_up(max(ceil_div(t.pixels, most_tasks), least_pixels), t.block_pixels);
     t.tasks = ceil_div(t.pixels, t.task_pixels);
   } else {
     t.block_pixels = block_elements;
@@ -65,38 +66,38 @@ void batch_norm_output(const BatchNormShape& shape, const BatchNormForward& forw
   const std::vector<float> mean = repeated(t, forward.mean), shift = repeated(t, forward.bias);
   std::vector<float> scale = repeated(t, forward.weight);
   for (int64_t c = 0; c < t.channels; ++c) scale[c] *= forward.invstd[c % shape.channels];
-  t.x = forward.x, t.residual = forward.residual, t.out = forward.y;
+  t.x = forward.x, t.residual = forward.residual, t.out = forward.y, t.relu = forward.relu;
   t.mean = mean.data(), t.scale = scale.data(), t.shift = shift.data();
   run(t, BatchNormStep::output, execution);
 }
 
-void batch_norm_forward(const BatchNormShape& shape, const BatchNormForward& forward, const Execution& execution) {
+void batch_norm_statistics(const BatchNormShape& shape, const void* x, double eps, float* mean, float* invstd,
+                           float* unbiased, const Execution& execution) {
   BatchNormTiling t = tiling_of(shape);
   const int64_t rows = partial_rows(t);
   std::vector<float> partial(2 * rows * t.channels);
-  t.x = forward.x, t.partial = partial.data();
+  t.x = x, t.partial = partial.data();
   run(t, BatchNormStep::moments, execution);
 
   std::vector<double> means(shape.channels), squares(shape.channels);
   double before = 0.0;
   for (int64_t row = 0; row < rows; ++row) {
     const double added = double(elements_of(t, row));
-    const float *mean = &partial[row * t.channels], *square = &partial[(rows + row) * t.channels];
-    for (int64_t f = 0; f < t.fold; ++f, mean += shape.channels, square += shape.channels, before += added) {
+    const float *row_mean = &partial[row * t.channels], *square = &partial[(rows + row) * t.channels];
+    for (int64_t f = 0; f < t.fold; ++f, row_mean += shape.channels, square += shape.channels, before += added) {
       const double total = before + added;
       for (int64_t c = 0; c < shape.channels; ++c) {
-        const double difference = mean[c] - means[c];
+        const double difference = row_mean[c] - means[c];
         means[c] += difference * (added / total);
         squares[c] += square[c] + difference * difference * (before * added / total);
       }
     }
   }
   for (int64_t c = 0; c < shape.channels; ++c) {
-    forward.mean[c] = float(means[c]);
-    forward.invstd[c] = float(1.0 / std::sqrt(squares[c] / before + forward.eps));
-    if (forward.unbiased != nullptr) forward.unbiased[c] = float(squares[c] / (before - 1.0));
+    mean[c] = float(means[c]);
+    invstd[c] = float(1.0 / std::sqrt(squares[c] / before + eps));
+    if (unbiased != nullptr) unbiased[c] = float(squares[c] / (before - 1.0));
   }
-  batch_norm_output(shape, forward, execution);
 }
 
 void batch_norm_backward(const BatchNormShape& shape, const BatchNormBackward& backward, const Execution& execution) {
@@ -106,6 +107,7 @@ void batch_norm_backward(const BatchNormShape& shape, const BatchNormBackward& b
   for (int64_t c = 0; c < t.channels; ++c) scale[c] *= backward.invstd[c % shape.channels];
   const std::vector<float> mean = repeated(t, backward.mean), shift = repeated(t, backward.bias);
   t.x = backward.x, t.gy = backward.gy, t.y = backward.y, t.grad_residual = backward.grad_residual;
+  t.relu = backward.relu;
   t.mean = mean.data(), t.scale = scale.data(), t.shift = shift.data();
   t.partial = partial.data();
   run(t, BatchNormStep::sums, execution);

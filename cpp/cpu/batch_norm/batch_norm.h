@@ -13,23 +13,24 @@ struct BatchNormShape {
   int64_t batch, channels, pixels;
 };
 
-// y, mean and 1 / sqrt(var + eps). `unbiased` receives the sum of squared differences over M - 1 if it is not null.
+// mean and invstd = 1 / sqrt(var + eps). `unbiased` receives the sum of squared differences over M - 1 if it is not null.
+void batch_norm_statistics(const BatchNormShape&, const void* x, double eps, float* mean, float* invstd,
+                           float* unbiased, const Execution&);
+
+// y from the statistics.
 struct BatchNormForward {
   const void *x, *residual;
-  const float *weight, *bias;
-  double eps;
+  const float *weight, *bias, *mean, *invstd;
+  bool relu;
   void* y;
-  float *mean, *invstd, *unbiased;
 };
-void batch_norm_forward(const BatchNormShape&, const BatchNormForward&, const Execution&);
-
-// y again, from the statistics.
 void batch_norm_output(const BatchNormShape&, const BatchNormForward&, const Execution&);
 
 // gx, the gradient of the residual if there is one (then y is read), dw and db.
 struct BatchNormBackward {
   const void *gy, *x, *y;
   const float *weight, *bias, *mean, *invstd;
+  bool relu;
   void *gx, *grad_residual;
   float *grad_weight, *grad_bias;
 };

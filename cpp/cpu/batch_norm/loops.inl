@@ -35,6 +35,7 @@ template <class T>
 struct Pointers {
   const T *x, *residual, *gy, *y;
   T *out, *grad_residual;
+  bool relu;
 
   explicit Pointers(const BatchNormTiling& t, int64_t at)
       : x(move(t.x, at)),
@@ -42,7 +43,8 @@ struct Pointers {
         gy(move(t.gy, at)),
         y(move(t.y, at)),
         out(const_cast<T*>(move(t.out, at))),
-        grad_residual(const_cast<T*>(move(t.grad_residual, at))) {}
+        grad_residual(const_cast<T*>(move(t.grad_residual, at))),
+        relu(t.relu) {}
   static const T* move(const void* from, int64_t at) {
     return from == nullptr ? nullptr : static_cast<const T*>(from) + at;
   }
@@ -56,6 +58,7 @@ struct Parameters {
 template <bool Whole, class T>
 Floats gradient_of_z(const Pointers<T>& p, int64_t at, int64_t count, const Floats& x, const Parameters& parameters) {
   const Floats gy = load_lanes<Whole>(p.gy + at, count);
+  if (!p.relu) return gy;
   return gated(gy, p.y != nullptr ? load_lanes<Whole>(p.y + at, count) : parameters.z(x));
 }
 
@@ -63,7 +66,7 @@ template <bool Whole, class T>
 void put_output(const Pointers<T>& p, int64_t at, int64_t count, const Parameters& parameters) {
   Floats z = parameters.z(load_lanes<Whole>(p.x + at, count));
   if (p.residual != nullptr) z.value += load_lanes<Whole>(p.residual + at, count).value;
-  store_lanes<Whole>(gated(z, z), p.out + at, count);
+  store_lanes<Whole>(p.relu ? gated(z, z) : z, p.out + at, count);
 }
 
 template <bool Whole, class T>

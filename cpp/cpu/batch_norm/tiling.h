@@ -2,9 +2,9 @@
 //
 //   mean[c], var[c]  = over the M = N H W elements of channel c
 //   z = (x - mean) * invstd * weight + bias (+ residual),      invstd = 1 / sqrt(var + eps)
-//   y = max(0, z)
+//   y = max(0, z), or z without a ReLU
 //
-//   g = gy where y > 0, else 0                                 the gradient of the residual
+//   g = gy where y > 0, else 0; gy without a ReLU              the gradient of the residual
 //   db = sum g,   dw = invstd * sum g (x - mean)
 //   gx = invstd * weight * (g - db / M - (x - mean) * invstd * dw / M)
 //
@@ -27,7 +27,7 @@ namespace pyinvolution::cpu {
 
 struct BatchNormTiling {
   DType dtype;
-  bool channels_last;
+  bool channels_last, relu;
   int64_t batch, channels, pixels;
   int64_t fold;  // pixels that are counted as one
 

@@ -108,7 +108,7 @@ class _OfOperator(_Recipe):
         self.statistics = (weight.detach().clone(), bias.detach().clone(), mean.detach(), invstd.detach())
 
     def again(self) -> Tensor:
-        return torch.ops.pyinvolution.batch_norm_relu_again(self.input, None, *self.statistics)
+        return torch.ops.pyinvolution.batch_norm_output(self.input, None, *self.statistics, True)
 
 
 def _recipe(node: Any, saved: list[Tensor]) -> tuple[Tensor, _Recipe] | None:
@@ -116,7 +116,7 @@ def _recipe(node: Any, saved: list[Tensor]) -> tuple[Tensor, _Recipe] | None:
     that can be computed again exactly."""
     name = node.name()
     if name == f"{BatchNormReLU.__name__}Backward":
-        if node.adds:
+        if node.adds or not node.relu:
             return None
         x, scale, shift, mean, invstd, output = saved
         return output, _OfOperator(x, mean, invstd, scale, shift)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyinvolution.models._memory import checkpoint, forget_activations
 from pyinvolution.models._registry import register_model
 from pyinvolution.modules import Involution2d, check_input, init_conv, positive_int
-from pyinvolution.normalization import norm_relu
+from pyinvolution.normalization import conv_norm, norm_relu
 
 __all__ = ["LAYERS", "RedNet", "rednet26", "rednet38", "rednet50", "rednet101", "rednet152"]
 
@@ -137,7 +137,8 @@ class Bottleneck(nn.Module):
         x = norm_relu(self.norm1, self.act, self.conv1(input))
         x = norm_relu(self.norm2, self.act, self.involution(x))
         x = self.conv3(x)
-        return norm_relu(self.norm3, self.act, x, input if self.downsample is None else self.downsample(input))
+        residual = input if self.downsample is None else conv_norm(self.downsample, input)
+        return norm_relu(self.norm3, self.act, x, residual)
 
 
 class RedNet(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyinvolution.models._registry import register_model
 from pyinvolution.models.rednet import Bottleneck, NormLayer, Stage
 from pyinvolution.modules import Involution2d, check_input, init_conv, positive_int
+from pyinvolution.normalization import conv_norm
 
 __all__ = ["SearchableNet", "parse_operator", "searchable"]
 
@@ -115,7 +116,7 @@ class SearchableNet(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.pool(self.stem(check_input(input, self.in_channels, "SearchableNet")))
+        x = self.pool(conv_norm(self.stem, check_input(input, self.in_channels, "SearchableNet")))
         for name in self.stages:
             x = getattr(self, name)(x)
         return self.head(self.head_drop(self.global_pool(x)))

@@ -1,4 +1,4 @@
-#include "batch_norm_relu.h"
+#include "batch_norm.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -13,7 +13,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr const char* op = "batch_norm_relu";
+constexpr const char* op = "batch_norm";
 
 bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < 4; ++d)
@@ -68,64 +68,84 @@ const float* channel_values(const char* name, const Tensor& tensor, const Tensor
 
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// Running statistics: (1 - momentum) * running + momentum * found.
-void move_towards(const std::optional<Tensor>& running, const float* found, double momentum, int64_t channels) {
-  if (!running) return;
-  float* values = data_of(*running);
+Tensor new_vector(const Tensor& input) { return torch::stable::new_empty(input, {input.size(1)}, ScalarType::Float); }
+
+void move_towards(const float* found, double momentum, int64_t channels, float* values) {
   for (int64_t c = 0; c < channels; ++c) values[c] = float((1.0 - momentum) * values[c] + momentum * found[c]);
 }
 
-Tensor new_vector(const Tensor& input) { return torch::stable::new_empty(input, {input.size(1)}, ScalarType::Float); }
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& input, const std::optional<Tensor>& residual,
-                                                   const Tensor& weight, const Tensor& bias,
-                                                   const std::optional<Tensor>& running_mean,
-                                                   const std::optional<Tensor>& running_var, double momentum,
-                                                   double eps) {
+std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& input, const std::optional<Tensor>& running_mean,
+                                                 const std::optional<Tensor>& running_var,
+                                                 const std::optional<Tensor>& batches, std::optional<double> momentum,
+                                                 double eps) {
   const cpu::BatchNormShape shape = shape_of(input);
-  if (residual) check_like_input("residual", *residual, input);
-  cpu::BatchNormForward forward{};
-  forward.x = address(input), forward.residual = residual ? address(*residual) : nullptr;
-  forward.weight = channel_values("weight", weight, input), forward.bias = channel_values("bias", bias, input);
   if (running_mean) channel_values("running_mean", *running_mean, input);
   if (running_var) channel_values("running_var", *running_var, input);
-  forward.eps = eps;
-  const Tensor output = torch::stable::empty_like(input), mean = new_vector(input), invstd = new_vector(input);
-  forward.y = output.mutable_data_ptr(), forward.mean = data_of(mean), forward.invstd = data_of(invstd);
+  if (batches) {
+    check_shape(op, "batches", *batches, {});
+    check_dtype(op, "batches", *batches, ScalarType::Long, "");
+    check_device(op, "batches", *batches, input);
+  }
+  const Tensor mean = new_vector(input), invstd = new_vector(input);
   std::vector<float> unbiased(running_var ? shape.channels : 0);
-  forward.unbiased = running_var ? unbiased.data() : nullptr;
-  cpu::batch_norm_forward(shape, forward, cpu_execution());
-  move_towards(running_mean, forward.mean, momentum, shape.channels);
-  move_towards(running_var, unbiased.data(), momentum, shape.channels);
-  return {output, mean, invstd};
+  cpu::batch_norm_statistics(shape, address(input), eps, data_of(mean), data_of(invstd),
+                             running_var ? unbiased.data() : nullptr, cpu_execution());
+  double step = momentum.value_or(0.0);
+  if (batches) {
+    const int64_t count = ++*static_cast<int64_t*>(batches->mutable_data_ptr());
+    if (!momentum) step = 1.0 / double(count);
+  }
+  if (running_mean) move_towards(data_of(mean), step, shape.channels, data_of(*running_mean));
+  if (running_var) move_towards(unbiased.data(), step, shape.channels, data_of(*running_var));
+  return {mean, invstd};
 }
 
-Tensor batch_norm_relu_again(const Tensor& input, const std::optional<Tensor>& residual, const Tensor& weight,
-                             const Tensor& bias, const Tensor& mean, const Tensor& invstd) {
+Tensor batch_norm_output(const Tensor& input, const std::optional<Tensor>& residual, const Tensor& weight,
+                         const Tensor& bias, const Tensor& mean, const Tensor& invstd, bool relu) {
   const cpu::BatchNormShape shape = shape_of(input);
   if (residual) check_like_input("residual", *residual, input);
   cpu::BatchNormForward forward{};
-  forward.x = address(input), forward.residual = residual ? address(*residual) : nullptr;
+  forward.x = address(input), forward.residual = residual ? address(*residual) : nullptr, forward.relu = relu;
   forward.weight = channel_values("weight", weight, input), forward.bias = channel_values("bias", bias, input);
-  forward.mean = const_cast<float*>(channel_values("mean", mean, input));
-  forward.invstd = const_cast<float*>(channel_values("invstd", invstd, input));
+  forward.mean = channel_values("mean", mean, input), forward.invstd = channel_values("invstd", invstd, input);
   const Tensor output = torch::stable::empty_like(input);
   forward.y = output.mutable_data_ptr();
   cpu::batch_norm_output(shape, forward, cpu_execution());
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad_output, const Tensor& input,
-                                                                    const std::optional<Tensor>& output,
-                                                                    const Tensor& weight, const Tensor& bias,
-                                                                    const Tensor& mean, const Tensor& invstd) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& input, const std::optional<Tensor>& residual,
+                                              const Tensor& weight, const Tensor& bias,
+                                              const std::optional<Tensor>& running_mean,
+                                              const std::optional<Tensor>& running_var,
+                                              const std::optional<Tensor>& batches, std::optional<double> momentum,
+                                              double eps, bool relu) {
+  // All arguments are checked before a buffer changes.
+  shape_of(input);
+  if (residual) check_like_input("residual", *residual, input);
+  channel_values("weight", weight, input), channel_values("bias", bias, input);
+  const auto [mean, invstd] = batch_norm_statistics(input, running_mean, running_var, batches, momentum, eps);
+  return {batch_norm_output(input, residual, weight, bias, mean, invstd, relu), mean, invstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const std::optional<Tensor>& output,
+                                                               const Tensor& weight, const Tensor& bias,
+                                                               const Tensor& mean, const Tensor& invstd, bool relu) {
   const cpu::BatchNormShape shape = shape_of(input);
-  check_like_input("grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output, {input.size(0), input.size(1), input.size(2), input.size(3)});
+  check_device(op, "grad_output", grad_output, input);
+  Tensor gy = grad_output;
+  if (gy.scalar_type() != input.scalar_type() || !same_strides(gy, input)) {
+    gy = torch::stable::empty_like(input);
+    torch::stable::copy_(gy, grad_output);
+  }
   if (output) check_like_input("output", *output, input);
   cpu::BatchNormBackward backward{};
-  backward.gy = address(grad_output), backward.x = address(input), backward.y = output ? address(*output) : nullptr;
+  backward.gy = address(gy), backward.x = address(input), backward.y = output ? address(*output) : nullptr,
+  backward.relu = relu;
   backward.weight = channel_values("weight", weight, input), backward.bias = channel_values("bias", bias, input);
   backward.mean = channel_values("mean", mean, input), backward.invstd = channel_values("invstd", invstd, input);
   const Tensor grad_input = torch::stable::empty_like(input);
