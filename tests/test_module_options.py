@@ -50,6 +50,50 @@ def test_kernels_are_normed_over_their_taps(name, stride):
     assert torch.autograd.gradcheck(lambda t: made(t).square().mean(), x[:1].requires_grad_(), fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_lengths_are_known_without_the_kernels(dtype, bias, format):
+    made = layer(32, 3, group_channels=16, kernel_norm="l2")
+    if not bias:
+        made.span = nn.Conv2d(8, 18, 1, bias=False, dtype=torch.float64)
+    x = random(2, 32, 6, 8)
+    kernels = nn.functional.normalize(raw_kernels(made, x).flatten(2, 3), dim=2).unflatten(2, (3, 3))
+    expected = reference.involution2d(x, kernels, None, 1, 1)
+    output = made.to(dtype)(x.to(dtype).to(memory_format=format))
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=format)
+    error = (output.double() - expected).abs().max() / expected.abs().max()
+    assert error < 8 * torch.finfo(dtype).eps
+    code = torch.export.export(made, (x.to(dtype).to(memory_format=format),)).graph_module.code
+    assert "normalize" not in code
+    assert "linalg_vector_norm" not in code
+
+
+def test_more_reduced_channels_than_taps_take_the_kernels():
+    made, x = layer(32, 2, group_channels=8, kernel_norm="l2"), random(2, 32, 6, 8)
+    assert "span_involution2d" not in torch.export.export(made, (x,)).graph_module.code
+    expected = reference.involution2d(pad(x, (0, 1, 0, 1)), NORMS["l2"][1](raw_kernels(made, x)), None, 1, 0)
+    torch.testing.assert_close(made(x), expected)
+
+
+def test_kernels_of_length_zero_stay_zero():
+    made, x = layer(16, 3, group_channels=4, kernel_norm="l2"), random(1, 16, 4, 5)
+    with torch.no_grad():
+        made.span.bias.zero_()
+        made.reduce.norm.bias.fill_(-100)
+        made.reduce.norm.bias[0] = 0
+    reduced = made.reduce(x)
+    silent = (reduced == 0).all(1).expand(16, -1, -1)
+    assert silent.any()
+    assert not silent.all()
+    output = made(x.requires_grad_())[0]
+    assert (output[silent] == 0).all()
+    output.square().sum().backward()
+    for tensor in (x, *made.parameters()):
+        assert tensor.grad.isfinite().all()
+
+
 def test_softmax_kernels_average():
     made = layer(8, 3, group_channels=4, kernel_norm="softmax")
     assert made.kernels(random(1, 8, 5, 6)).sum((2, 3)).allclose(torch.ones(1, 2, 5, 6, dtype=torch.float64))

@@ -2,11 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import conv2d, normalize, pad
 
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.normalization import conv_norm
@@ -21,6 +22,8 @@ KERNEL_NORMS: dict[str, KernelNorm] = {
     "l2": lambda kernels: normalize(kernels, dim=2),
 }
 """By name: (N, G, K, Ho, Wo) -> the same, a norm over the K taps of each kernel."""
+LEAST_LENGTH = 1e-12
+"""Shorter kernels are divided by it, as in `torch.nn.functional.normalize`."""
 
 # Opaque to torch.fx, which cannot follow their branches.
 torch.fx.wrap("involution2d")
@@ -31,6 +34,7 @@ torch.fx.wrap("_source")
 torch.fx.wrap("_check_kernels")
 torch.fx.wrap("_with_row")
 torch.fx.wrap("_drop_row")
+torch.fx.wrap("_per_kernel_length")
 
 
 class Involution2d(nn.Module):
@@ -80,7 +84,9 @@ class Involution2d(nn.Module):
             that the layer made; False never does. A ``span`` that was replaced, wrapped, parametrized or hooked is
             called: it returns the kernels, (N, G * Kh * Kw, Ho, Wo).
         kernel_norm: of each kernel over its taps: "softmax" (weights of an average), "l2" (of length one), a function
-            from and to (N, G, Kh * Kw, Ho, Wo), or None. The kernels then are in memory.
+            from and to (N, G, Kh * Kw, Ho, Wo), or None. The kernels then are in memory, but for "l2" with at most
+            Kh * Kw reduced channels: their lengths are computed from the reduced channels, and the output is divided
+            by them.
         guide_channels: channels of the guide that the kernels are made from; a layer with another number than
             ``channels`` needs a guide. None: ``channels``.
         generator: a module of your own in the place of pooling, ``reduce`` and ``span``; called with the guide, or the
@@ -199,6 +205,8 @@ class Involution2d(nn.Module):
             span: Any = self.span
             x = self._padded(x)
             output = span_involution2d(x, reduced, span.weight, span.bias, self.kernel_size, *window)
+            if self.kernel_norm is not None:
+                output = _per_kernel_length(output, reduced, span.weight, span.bias, self.groups)
             if self.bias is not None:
                 output = output + self.bias.view(-1, 1, 1)
         else:
@@ -215,8 +223,12 @@ class Involution2d(nn.Module):
         return kernels if input.dim() == 4 else kernels.squeeze(0)
 
     def _may_fuse(self) -> bool:
-        """Whether the kernels are those of the span's convolution, so that they can be computed where they are used."""
-        return self.fused is not False and self.kernel_norm is None and is_pointwise(self.span)
+        """Whether the kernels are those of the span's convolution, but for a factor that is cheaper than they are: then
+        they can be computed where they are used."""
+        if self.fused is False or not is_pointwise(self.span):
+            return False
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        return self.kernel_norm is None or (self.kernel_norm == "l2" and self.span.in_channels <= taps)  # type: ignore
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad(x, self._extra_padding) if any(self._extra_padding) else x
@@ -344,6 +356,35 @@ class _CellMean(nn.AvgPool2d):
         if not (torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[2:])):
             return super().forward(input)
         return cell_mean(input, self.stride)
+
+
+def _per_kernel_length(output: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Divide an involution by the lengths of its kernels, S r + b at each pixel and group, without computing these::
+
+        |S r + b|² = r · (SᵀS r + 2 Sᵀb) + b · b
+
+    in float32 at least, because the sum may be much smaller than its terms.
+
+    Args:
+        output: (N, C, Ho, Wo).
+        reduced: (N, R, Ho, Wo), r.
+        weight: (groups * K, R, 1, 1), S of each group.
+        bias: (groups * K,), b of each group; None for zeros.
+    """
+    dtype = torch.float64 if reduced.dtype == torch.float64 else torch.float32
+    kind = reduced.device.type
+    # Entered only where it changes something: programs for ONNX cannot have it.
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        r, s = reduced.to(dtype), weight.to(dtype).flatten(1).unflatten(0, (groups, -1))
+        products = s.mT @ s
+        linear = constant = None
+        if bias is not None:
+            b = bias.to(dtype).view(groups, -1, 1)
+            linear, constant = 2 * (s.mT @ b).flatten(), b.square().sum((1, 2)).view(-1, 1, 1)
+        terms = conv2d(r, products.flatten(0, 1)[..., None, None], linear).unflatten(1, (groups, -1)) * r.unsqueeze(1)
+        squared = terms.sum(2) if constant is None else terms.sum(2) + constant
+        factor = squared.clamp(min=LEAST_LENGTH**2).rsqrt().to(output.dtype)
+    return (output.unflatten(1, (groups, -1)) * factor.unsqueeze(2)).flatten(1, 2)
 
 
 def init_conv(conv: nn.Conv2d) -> None:
