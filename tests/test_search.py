@@ -124,6 +124,15 @@ def test_model_is_as_described():
     assert model.num_features == 24
 
 
+def test_kernel_norm_is_that_of_every_involution():
+    stages = [{"width": 16, "channels": 32, "operators": ["inv7x16", "conv3"]}] * 2
+    model = create_model("searchable", num_classes=3, stages=stages, stem="small", kernel_norm="l2")
+    involutions = [module for module in model.modules() if isinstance(module, Involution2d)]
+    assert [layer.kernel_norm for layer in involutions] == ["l2", "l2"]
+    with pytest.raises(ValueError, match="kernel_norm is 'l1'"):
+        create_model("searchable", num_classes=3, stages=stages, kernel_norm="l1")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

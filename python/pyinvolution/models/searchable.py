@@ -52,6 +52,7 @@ class SearchableNet(nn.Module):
             pixels, is not (stride 2).
         stem_channels: output of the stem.
         reduction: bottleneck ratio of the kernel generation.
+        kernel_norm: of the involutions' kernels, as for `pyinvolution.Involution2d`.
         drop_rate: dropout before the classifier.
         norm_layer: called with the channels.
 
@@ -75,6 +76,7 @@ class SearchableNet(nn.Module):
         stem: str = "imagenet",
         stem_channels: int = 64,
         reduction: int = 4,
+        kernel_norm: str | None = None,
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
@@ -97,7 +99,7 @@ class SearchableNet(nn.Module):
             operators, width, out, stride = _check_stage(index, stage)
             blocks = []
             for position, operator in enumerate(operators):
-                factory = _operator(operator, width, reduction, norm_layer, relu)
+                factory = _operator(operator, width, reduction, kernel_norm, norm_layer, relu)
                 first = stride if position == 0 else 1
                 blocks.append(Bottleneck(channels, width, out, first, factory, norm_layer, conv1x1))
                 channels = out
@@ -140,7 +142,12 @@ def _check_stage(index: int, stage: Mapping[str, Any]) -> tuple[list[str], int, 
 
 
 def _operator(
-    name: str, width: int, reduction: int, norm_layer: NormLayer, activation: Callable[[], nn.Module]
+    name: str,
+    width: int,
+    reduction: int,
+    kernel_norm: str | None,
+    norm_layer: NormLayer,
+    activation: Callable[[], nn.Module],
 ) -> Callable[..., nn.Module]:
     involution = parse_operator(name)
     if involution is None:
@@ -155,6 +162,7 @@ def _operator(
         kernel_size=kernel_size,
         group_channels=group_channels,
         reduction=reduction,
+        kernel_norm=kernel_norm,
         norm_layer=norm_layer,
         activation=activation,
     )
