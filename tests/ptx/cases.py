@@ -98,6 +98,8 @@ def fused() -> Iterator[Problem]:
     for dtype, stride, reduced in product(HALVES, (1, 2), (16, 32, 48, 64, 96)):
         two = (1, 32, 16, 17, 2, 7, stride)
         yield Problem("fused", "forward", dtype, "nhwc", *two, reduced=reduced, epilogue=True)
+        if reduced < 48:
+            yield Problem("fused", "backward", dtype, "nhwc", *two, reduced=reduced, offset=1)
         if reduced in (48, 96):
             yield Problem("fused", "forward", dtype, "nhwc", *two, reduced=reduced)
             yield Problem("fused", "backward", dtype, "nhwc", *two, reduced=reduced)
