@@ -301,6 +301,7 @@ def test_weights_to_begin_with(trained, tmp_path):
         (["--data.crop=[0, 8]"], "data.crop is (0, 8), expected two positive numbers"),
         (["--data.scale=[2.0, 1.0]"], "data.scale is (2.0, 1.0), expected two positive"),
         (["--model.inference=slide", "--model.window_stride=[600, 8]"], "model.window_stride is"),
+        (["--model.region_sizes=[9, 4]"], "model.region_sizes: bounds is [9, 4], expected ascending numbers"),
         (["--model.num_classes=7"], "model.num_classes is 7, but the data has 19 classes (road, sidewalk, building"),
         (["--model.name=rednet26", "--model.options={}"], "model.name is 'rednet26', expected a segmentation model"),
         (["--model.options.neck=other"], "neck is 'other', expected 'conv' or 'involution'"),

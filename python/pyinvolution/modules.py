@@ -16,14 +16,25 @@ from pyinvolution.stock import is_pointwise
 
 __all__ = ["Involution1d", "Involution2d"]
 
+LEAST_LENGTH = 1e-12
+"""Shorter kernels are divided by it. In float16 it would be 0, and a kernel of zeros become NaN."""
+
+
+def _of_length_one(kernels: Tensor) -> Tensor:
+    return normalize(kernels.to(_with_least_length(kernels)), dim=2, eps=LEAST_LENGTH).to(kernels.dtype)
+
+
+def _with_least_length(tensor: Tensor) -> torch.dtype:
+    """The tensor's dtype, float32 at least."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 KernelNorm = Callable[[Tensor], Tensor]
 KERNEL_NORMS: dict[str, KernelNorm] = {
     "softmax": lambda kernels: kernels.softmax(2),
-    "l2": lambda kernels: normalize(kernels, dim=2),
+    "l2": lambda kernels: _of_length_one(kernels),  # by its name, which torch.fx replaces
 }
 """By name: (N, G, K, Ho, Wo) -> the same, a norm over the K taps of each kernel."""
-LEAST_LENGTH = 1e-12
-"""Shorter kernels are divided by it, as in `torch.nn.functional.normalize`."""
 
 # Opaque to torch.fx, which cannot follow their branches.
 torch.fx.wrap("involution2d")
@@ -34,6 +45,7 @@ torch.fx.wrap("_source")
 torch.fx.wrap("_check_kernels")
 torch.fx.wrap("_with_row")
 torch.fx.wrap("_drop_row")
+torch.fx.wrap("_of_length_one")
 torch.fx.wrap("_per_kernel_length")
 
 
@@ -371,7 +383,7 @@ def _per_kernel_length(output: Tensor, reduced: Tensor, weight: Tensor, bias: Te
         weight: (groups * K, R, 1, 1), S of each group.
         bias: (groups * K,), b of each group; None for zeros.
     """
-    dtype = torch.float64 if reduced.dtype == torch.float64 else torch.float32
+    dtype = _with_least_length(reduced)
     kind = reduced.device.type
     # Entered only where it changes something: programs for ONNX cannot have it.
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
@@ -383,8 +395,8 @@ def _per_kernel_length(output: Tensor, reduced: Tensor, weight: Tensor, bias: Te
             linear, constant = 2 * (s.mT @ b).flatten(), b.square().sum((1, 2)).view(-1, 1, 1)
         terms = conv2d(r, products.flatten(0, 1)[..., None, None], linear).unflatten(1, (groups, -1)) * r.unsqueeze(1)
         squared = terms.sum(2) if constant is None else terms.sum(2) + constant
-        factor = squared.clamp(min=LEAST_LENGTH**2).rsqrt().to(output.dtype)
-    return (output.unflatten(1, (groups, -1)) * factor.unsqueeze(2)).flatten(1, 2)
+        factor = squared.clamp(min=LEAST_LENGTH**2).rsqrt()
+    return (output.unflatten(1, (groups, -1)) * factor.unsqueeze(2)).to(output.dtype).flatten(1, 2)
 
 
 def init_conv(conv: nn.Conv2d) -> None:

@@ -64,8 +64,6 @@ class Segmentation(Recipe):
         require("model.inference", inference, inference in ("whole", "slide"), "'whole' or 'slide'")
         within = all(1 <= step <= extent for step, extent in zip(window_stride, window, strict=True))
         require("model.window_stride", window_stride, within, f"a value from 1 to window={window}")
-        ascending = all(low < high for low, high in zip([0, *region_sizes], region_sizes, strict=False))
-        require("model.region_sizes", region_sizes, ascending, "ascending numbers of pixels from 1 on")
         net = build_net(name, num_classes, options)
         is_segmentation = hasattr(net, "decode_head")
         require("model.name", name, is_segmentation, "a segmentation model, such as semantic_fpn_rednet50")
@@ -87,7 +85,8 @@ class Segmentation(Recipe):
             zero_division=torch.nan,
         )
         self.train_iou, self.val_iou = iou, iou.clone()
-        self.val_region_iou = RegionSizeIoU(num_classes, region_sizes) if region_sizes else None
+        with naming("model.region_sizes"):
+            self.val_region_iou = RegionSizeIoU(num_classes, region_sizes) if region_sizes else None
         self.val_loss = MeanMetric(nan_strategy="disable")  # else it drops them
 
     def prediction_writer(self, output: Path) -> SegmentationWriter:
