@@ -1,8 +1,20 @@
 """The recipe in two processes (gloo, CPU), started by torchrun."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
-from recipe_support import assert_same_state, fit_arguments, interruption, run_distributed, training_state, write_images
+from recipe_support import (
+    assert_same_state,
+    environment,
+    fit_arguments,
+    interruption,
+    run_distributed,
+    training_state,
+    write_images,
+)
 
 pytest.importorskip("lightning")
 from pyinvolution.recipes import cli as recipe_cli
@@ -50,3 +62,22 @@ def test_two_processes(data, tmp_path):
     two, one = (torch.load(tmp_path / f"{name}.pt") for name in ("two", "one"))
     assert any(gradient.abs().max() > 0.01 for gradient in one.values())
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-13)
+
+
+LEAVES = """
+import atexit, json, sys
+import torch.distributed
+atexit.register(lambda: print("left", not torch.distributed.is_initialized()))
+from pyinvolution.recipes import cli
+cli.run(json.loads(sys.argv[1]))
+print("joined", torch.distributed.is_initialized())
+"""
+
+
+def test_the_process_group_ends_before_the_interpreter(data, tmp_path):
+    """Its threads abort the process if they meet an interpreter that is gone."""
+    arguments = fit_arguments(data, tmp_path, "--trainer.max_steps=1", "--trainer.devices=1", "--trainer.strategy=ddp")
+    command = [sys.executable, "-c", LEAVES, json.dumps(arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["joined True", "left True"]

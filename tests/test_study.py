@@ -17,12 +17,13 @@ from recipe_support import environment, one_thread, write_images  # noqa: F401
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.models import create_model
-from pyinvolution.recipes import RecipeError, configs
+from pyinvolution.recipes import Classification, ImageFolderData, RecipeError, configs
 from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.studies.comparison import definition, pipeline, report
 from pyinvolution.studies.comparison.runner import Runner
 
 PACKAGED = [name for name, _ in configs.listing(definition.CONFIGS)]
+LOOKS = ["cifar10-parts.yaml", "cifar10-modern.yaml"]  # one change at a time instead of pairs
 STAGES = [{"width": 16, "channels": 32, "operators": ["inv3x16"]}]
 
 
@@ -61,7 +62,7 @@ def data(tmp_path_factory):
 # --- Definitions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", [name for name in PACKAGED if name not in LOOKS])
 def test_packaged_comparisons(name):
     """Their sides have the same settings but for the network; tuning looks at no image of the final evaluation."""
     study = definition.read(name, {})
@@ -86,6 +87,38 @@ def test_packaged_comparisons(name):
             assert data.get("held_out") or any(
                 data.get(name) != evaluated.get(name) for name in ("val", "val_annotations")
             )
+
+
+def differences(one: dict, other: dict, prefix: str = "") -> set[str]:
+    """Dotted names of the values that differ."""
+    names: set[str] = set()
+    for key in one.keys() | other.keys():
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.add(f"{prefix}{key}")
+    return names
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_packaged_looks(name):
+    """Each run builds, changes something of the RedNet of its study, and sees no image of the final evaluation."""
+    study = definition.read(name, {})
+    configurations = {run: study.trainings(run, {})[0].config for run in study.runs}
+    plain = [run for run, recipe in study.runs.items() if recipe == "cifar10/rednet_small.yaml"]
+    assert len(plain) == 1
+    for run, config in configurations.items():
+        assert config["data"]["init_args"]["held_out"] > 0
+        assert config["trainer"]["max_epochs"] % config["trainer"]["check_val_every_n_epoch"] == 0
+        assert report.costs(config, study.image)[0] > 100_000
+        if isinstance(study.runs[run], dict):
+            changed = differences(configurations[plain[0]], config)
+            assert changed
+            written = differences({}, {key: value for key, value in study.runs[run].items() if key != "base"})
+            assert all(any(name.startswith(whole) for whole in written) for name in changed), changed
+            Classification(**config["model"]["init_args"])
+            ImageFolderData(**config["data"]["init_args"])
 
 
 def operators(run: dict) -> list[list[str]]:
@@ -140,6 +173,7 @@ def test_other_pairs_differ_in_the_operator_only():
         ({"seeds": [1, 1]}, "seeds is .*, expected different numbers"),
         ({"pairs": [["conv", "other"]]}, "pairs is .*, expected two of conv, inv"),
         ({"grid": {"model.init_args.lr": []}}, "grid.model.init_args.lr is .*, expected at least one"),
+        ({"runs": {"conv": {"model": {}}}, "pairs": []}, "runs.conv is .*, expected a recipe, or a mapping"),
         ({"image": [3, 0, 1]}, "image is .*, expected channels, height and width"),
         ({"unknown": 1}, "own.yaml: .*unknown"),
     ],

@@ -1,5 +1,6 @@
 """The training commands: LightningCLI with packaged configurations, fixed places for its files, and short errors."""
 
+import atexit
 import json
 import logging
 import sys
@@ -11,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch.distributed
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO
@@ -205,7 +207,16 @@ def other_processes(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
+def _leave_process_group() -> None:
+    """Lightning leaves gloo's group to the end of the process, where its threads can meet an interpreter that is gone
+    and abort a run that is complete."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _cli(arguments: list[str]) -> RecipeCLI:
+    atexit.unregister(_leave_process_group)
+    atexit.register(_leave_process_group)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -48,7 +48,8 @@ class Definition:
     """A comparison.
 
     Args:
-        runs: names and their recipes, as for ``pyinvolution fit --config``.
+        runs: names and their recipes, as for ``pyinvolution fit --config``, or a mapping with a recipe as ``base`` and
+            values that replace its own.
         metrics: what is collected at the end of each training; the first one decides in tuning.
         image: channels, height and width of the image for which multiply-adds are counted.
         pairs: names of a baseline and of what is compared with it.
@@ -60,7 +61,7 @@ class Definition:
             and evaluated on another part of these.
     """
 
-    runs: dict[str, str]
+    runs: dict[str, str | dict[str, Any]]
     metrics: list[str]
     image: list[int]
     pairs: list[list[str]] = field(default_factory=list)
@@ -76,12 +77,18 @@ class Definition:
         require("image", self.image, len(self.image) == 3 and min(self.image) > 0, "channels, height and width")
         for pair in self.pairs:
             require("pairs", pair, len(pair) == 2 and set(pair) <= self.runs.keys(), f"two of {', '.join(self.runs)}")
+        for name, recipe in self.runs.items():
+            base = recipe.get("base") if isinstance(recipe, dict) else recipe
+            require(f"runs.{name}", recipe, isinstance(base, str), "a recipe, or a mapping with a recipe as base")
         for name, values in self.grid.items():
             require(f"grid.{name}", values, bool(values), "at least one value")
 
     def recipe(self, run: str, *more: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of a run with all overrides, the later ones first in force."""
-        return reduce(configs.merge, (ALWAYS, self.overrides, *more), configs.load(self.runs[run]))
+        recipe = self.runs[run]
+        base, own = (recipe, {}) if isinstance(recipe, str) else (recipe["base"], recipe)
+        changes = {name: value for name, value in own.items() if name != "base"}
+        return reduce(configs.merge, (ALWAYS, self.overrides, changes, *more), configs.load(base))
 
     def tunings(self, run: str) -> list[Training]:
         """Trainings that try every combination of the grid."""
