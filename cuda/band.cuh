@@ -64,6 +64,14 @@ struct Pair {
   __device__ __forceinline__ uint32_t mask() const {
     return (has_low<K>() ? 0xffffu : 0) | (has_high<K>() ? 0xffff0000u : 0);
   }
+  // With what __byte_perm makes the register of a fragment of two taps, each in the low half of a register whose high
+  // half is zero.
+  template <int K>
+  __device__ __forceinline__ uint32_t selector(int of_fragment) const {
+    constexpr uint32_t zeros = 0x7632;
+    const uint32_t own = (has_low<K>() ? 0x10 : zeros & 0xff) | (has_high<K>() ? 0x5400 : zeros & 0xff00);
+    return fragment == of_fragment ? own : zeros;
+  }
 };
 
 // The rows of X below a strip, as fragments [16 channels][8 positions], or transposed.

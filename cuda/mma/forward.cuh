@@ -32,25 +32,26 @@ __global__ void __launch_bounds__(C::threads, 2)
   const Tile tile = tile_of_block<C>(q);
   const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
 
-  // Rows of warps that have a pixel of the image.
+  // Rows and columns of warps that have a pixel of the image.
   const int rows_inside = min(C::Rows, (q.y_height - tile.row + rows - 1) / rows * rows);
+  const int columns_inside = min(C::Columns, (q.y_width - tile.column + 7) / 8 * 8);
   bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
                            q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift,
-                           (rows_inside - 1) * S + K);
+                           (rows_inside - 1) * S + K, columns_inside * S + 8);
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside);
+  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside, columns_inside);
   wait_for_tile();
 
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   const int group = warp % chunk_groups, strip = warp / chunk_groups % C::strips;
-  const int row = warp / chunk_groups / C::strips * rows;
+  const int row = warp / (chunk_groups * C::strips) * rows;
+  const bool works = group < tile.groups && row < rows_inside && strip * 8 < columns_inside;
   float sums[rows][4] = {};
-  if (group < tile.groups && row < rows_inside && tile.column + strip * 8 < q.y_width) {
+  if (works) {
     const Pair pair = Pair::of_lane<C>(lane, q.shift);
-    const uint32_t mask = pair.mask<K>();
-    uint32_t masks[C::fragments];
+    uint32_t selectors[C::fragments];
 #pragma unroll
-    for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
+    for (int f = 0; f < C::fragments; ++f) selectors[f] = pair.selector<K>(f);
     const int column = strip * 8 + lane / 4, taps = group * C::taps;
     const int begin = W::at(row, column, taps) + first_tap_in_piece(q, group_weights, tile.column + column);
     const char* low = weights + begin + W::at(0, 0, min(max(pair.low, 0), K - 1));
@@ -65,13 +66,11 @@ __global__ void __launch_bounds__(C::threads, 2)
         const int kh = x_row - r * S;
         if (kh < 0 || kh >= K) continue;
         const int at = W::at(r, 0, kh * K);
-        const uint32_t taps_of_row = __byte_perm(bits_at(low + at), bits_at(high + at), 0x5410);
-        const uint32_t b[2] = {taps_of_row & masks[0], taps_of_row & masks[1]};
-        multiply<T>(sums[r], a, b);
-        if constexpr (C::fragments > 2) {
-          const uint32_t b_last[1] = {taps_of_row & masks[2]};
-          multiply<T>(sums[r], a_last, b_last);
-        }
+        const uint32_t low_tap = bits_at(low + at), high_tap = bits_at(high + at);
+        multiply<T>(sums[r], a,
+                    {__byte_perm(low_tap, high_tap, selectors[0]), __byte_perm(low_tap, high_tap, selectors[1])});
+        if constexpr (C::fragments > 2)
+          multiply<T, 2, 1>(sums[r], a_last, {__byte_perm(low_tap, high_tap, selectors[C::fragments - 1])});
       }
     }
 
@@ -98,9 +97,9 @@ __global__ void __launch_bounds__(C::threads, 2)
 
   T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
   if (q.y.channels_inner) {
-    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row);
+    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row, works);
   } else {
-    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row);
+    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row, works);
   }
 }
 
