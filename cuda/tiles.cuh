@@ -133,15 +133,11 @@ struct Line {
 template <int V, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
-    const T* const first = memory + line.offset;  // aligned, also where nothing is read
-    const T* from = first + line.begin * line.step;
-    int i = 0;
-#pragma unroll 1
-    for (; i < line.begin; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, first, false);
+    // All of a line is in the tensor or nothing.
+    const T* from = memory + line.offset;  // aligned, also where nothing is read
 #pragma unroll 4
-    for (; i < line.end; ++i, from += line.step) copy_async<V * sizeof(T)>(shared + i * shared_step, from);
-#pragma unroll 1
-    for (; i < line.count; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, first, false);
+    for (int i = 0; i < line.count; ++i, from += line.step)
+      copy_async<V * sizeof(T)>(shared + i * shared_step, from, line.end > 0);
   } else {
     constexpr int batch = 8;
     T zero;
@@ -176,30 +172,22 @@ struct Rows {
 
 // Brings V elements of one column in each of at most Most rows, or zeros where a row or the column is not `inside`.
 // `first` is the place of the first row, also where that is not in the tensor. The rows are the same for all threads.
-template <int V, int Most, int SharedStep, class T>
+// There are Most rows or at least Step fewer.
+template <int V, int Most, int Step, int SharedStep, class T>
 __device__ __forceinline__ void bring_column(char* shared, const T* first, int step, const Rows& rows, bool inside) {
   constexpr int bytes = V * sizeof(T);
-  if constexpr (Most <= 2) {
-#pragma unroll
-    for (int i = 0; i < Most; ++i) {
-      if (i < rows.count)
-        copy_async<bytes>(shared + i * SharedStep, first + i * step, inside && i >= rows.begin && i < rows.end);
-    }
-    return;
-  }
-  if (rows.end - rows.begin == Most) {
+  static_assert(Most < 32, "a bit for each row");
+  if (Most > 2 && rows.end - rows.begin == Most) {
 #pragma unroll
     for (int i = 0; i < Most; ++i) copy_async<bytes>(shared + i * SharedStep, first + i * step, inside);
     return;
   }
-  const T* from = first + rows.begin * step;
-  int i = 0;
-#pragma unroll 1
-  for (; i < rows.begin; ++i) copy_async<bytes>(shared + i * SharedStep, from, false);
-#pragma unroll 1
-  for (; i < rows.end; ++i, from += step) copy_async<bytes>(shared + i * SharedStep, from, inside);
-#pragma unroll 1
-  for (; i < rows.count; ++i) copy_async<bytes>(shared + i * SharedStep, first, false);
+  const uint32_t rows_inside = inside ? (1u << rows.end) - (1u << rows.begin) : 0;
+#pragma unroll
+  for (int i = 0; i < Most; ++i) {
+    if (i == Most - Step && rows.count <= i) return;
+    copy_async<bytes>(shared + i * SharedStep, first + i * step, (rows_inside & (1u << i)) != 0);
+  }
 }
 
 template <int V, class T>
@@ -281,43 +269,65 @@ __device__ __forceinline__ void with_vector(int vector, const Body& body) {
   body(std::integral_constant<int, 1>{});
 }
 
-// Brings the first `rows` rows and at least the first `columns` columns.
-template <class I, int Warps, class T>
+// Brings the first `rows` rows, which are all or at least Step fewer, and at least the first `columns` columns.
+template <class I, int Warps, int Step = I::Rows, class T>
 __device__ __forceinline__ void bring_image(char* shared, const T* image, const View& view, int channels, int height,
                                             int width, int first_row, int first_column, int rows = I::Rows,
                                             int columns = I::Columns) {
   if constexpr (I::channels_inner) {
     if (view.vector == 8) {
       constexpr int units = chunk_channels / 8, step = 32 * Warps / units;
-      const int channel = int(threadIdx.x % units) * 8;
-      if (channel >= channels) return;
-      const Rows in = Rows::of(first_row, rows, height);
-#pragma unroll 1
-      for (int column = int(threadIdx.x / units); column < columns; column += step) {
-        const int v = first_column + column;
-        bring_column<8, I::Rows, I::Columns * I::pitch>(shared + I::at(0, column, channel),
-                                                        image + (first_row * view.h + v * view.w + channel), view.h, in,
-                                                        v >= 0 && v < width);
-        if constexpr (step >= I::Columns) break;
-      }
-      return;
+      static_assert(step >= I::Columns, "a column for each thread");
+      const int channel = int(threadIdx.x % units) * 8, column = int(threadIdx.x / units), v = first_column + column;
+      if (channel >= channels || column >= columns) return;
+      return bring_column<8, I::Rows, Step, I::Columns * I::pitch>(
+          shared + I::at(0, column, channel), image + (first_row * view.h + v * view.w + channel), view.h,
+          Rows::of(first_row, rows, height), v >= 0 && v < width);
     }
   }
-  with_vector<I::channels_inner>(I::channels_inner ? 1 : view.vector, [&](auto v) {
+  const auto bring = [&](auto v) {
     for_each_line<I, v.value, Warps>(
         view, channels, height, width, first_row, first_column, rows,
         [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, image, line); });
-  });
+  };
+  if constexpr (I::channels_inner) {
+    bring(std::integral_constant<int, 1>{});
+  } else {
+    with_vector<false>(view.vector, bring);
+  }
 }
 
 template <class I, int Warps, class T>
 __device__ __forceinline__ void put_image(const char* shared, T* image, const View& view, int channels, int height,
                                           int width, int first_row, int first_column) {
-  with_vector<I::channels_inner>(view.vector, [&](auto v) {
+  if constexpr (I::channels_inner) {
+    if (view.vector == 8) {
+      constexpr int units = chunk_channels / 8;
+      static_assert(32 * Warps / units >= I::Columns, "a column for each thread");
+      const int channel = int(threadIdx.x % units) * 8, column = int(threadIdx.x / units);
+      if (column >= min(I::Columns, width - first_column) || channel >= channels) return;
+      const char* from = shared + I::at(0, column, channel);
+      T* to = image + (first_row * view.h + (first_column + column) * view.w + channel);
+      const int rows = height - first_row;
+#pragma unroll
+      for (int i = 0; i < I::Rows; ++i) {
+        if (i < rows)
+          *reinterpret_cast<Vector<8, T>*>(to + i * view.h) =
+              *reinterpret_cast<const Vector<8, T>*>(from + i * (I::Columns * I::pitch));
+      }
+      return;
+    }
+  }
+  const auto put = [&](auto v) {
     for_each_line<I, v.value, Warps>(
         view, channels, height, width, first_row, first_column, I::Rows,
         [&](int from, int step, const Line& line) { put_line<v.value>(shared + from, step, image, line); });
-  });
+  };
+  if constexpr (I::channels_inner) {
+    put(std::integral_constant<int, 1>{});
+  } else {
+    with_vector<false>(view.vector, put);
+  }
 }
 
 // Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces of
@@ -328,8 +338,8 @@ __device__ __forceinline__ int first_tap_in_piece(const KernelParams& q, const T
   return int((uint32_t(reinterpret_cast<uintptr_t>(w)) + uint32_t(column * q.w.w) * uint32_t(sizeof(T))) & within);
 }
 
-// Brings the first `rows` rows and at least the first `columns` columns of the weights with taps inside, V at a time.
-template <class C, class W, int V, class T>
+// The same for weights with taps inside, V at a time.
+template <class C, class W, int V, int Step, class T>
 __device__ __forceinline__ void bring_taps(char* shared, const T* w, const KernelParams& q, int groups, int first_row,
                                            int first_column, int rows, int columns) {
   // Pieces of 16 bytes may reach into what is beside the pixel's taps, in the same tensor.
@@ -339,7 +349,6 @@ __device__ __forceinline__ void bring_taps(char* shared, const T* w, const Kerne
   constexpr int part = pieces > 16 ? 32 : pieces > 8 ? 16 : 8;
   constexpr int lanes = C::w_columns * pieces <= C::threads ? pieces : part, step = C::threads / lanes;
   const int own_column = int(threadIdx.x / lanes);
-  const Rows in = Rows::of(first_row, rows, q.w_height);
 #pragma unroll
   for (int first_piece = 0; first_piece < pieces; first_piece += lanes) {
     const int tap = (first_piece + int(threadIdx.x % lanes)) * V;
@@ -349,31 +358,31 @@ __device__ __forceinline__ void bring_taps(char* shared, const T* w, const Kerne
       const int column = first + own_column, v = first_column + column;
       if (first + step > C::w_columns && column >= columns) return;
       const int before = V == 8 ? first_tap_in_piece(q, w, v) / int(sizeof(T)) : 0;
-      bring_column<V, C::w_rows, C::w_columns * W::pitch>(
-          shared + W::at(0, column, tap), w + (first_row * q.w.h + v * q.w.w + tap - before), q.w.h, in,
-          v >= 0 && v < q.w_width);
+      bring_column<V, C::w_rows, Step, C::w_columns * W::pitch>(
+          shared + W::at(0, column, tap), w + (first_row * q.w.h + v * q.w.w + tap - before), q.w.h,
+          Rows::of(first_row, rows, q.w_height), v >= 0 && v < q.w_width);
     }
   }
 }
 
-// Brings the first `rows` rows and at least the first `columns` columns of the weights.
-template <class C, class W, class T>
+// The same for all weights.
+template <class C, class W, int Step = C::w_rows, class T>
 __device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, int groups,
                                               int first_row, int first_column, int rows = C::w_rows,
                                               int columns = C::w_columns) {
-  const auto taps = [&](auto v) {
-    bring_taps<C, W, v.value>(shared, w, q, groups, first_row, first_column, rows, columns);
+  const auto bring = [&](auto v) {
+    if constexpr (W::taps_inner && v.value > 1) {
+      bring_taps<C, W, v.value, Step>(shared, w, q, groups, first_row, first_column, rows, columns);
+    } else {
+      for_each_line<C, W, v.value>(
+          q, groups, first_row, first_column, rows,
+          [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, w, line); });
+    }
   };
   if constexpr (W::taps_inner) {
-    if (q.w.vector == 8) return taps(std::integral_constant<int, 8>{});
-    if (q.w.vector == 4) return taps(std::integral_constant<int, 4>{});
-    if (q.w.vector == 2) return taps(std::integral_constant<int, 2>{});
+    if (q.w.vector == 8) return bring(std::integral_constant<int, 8>{});
   }
-  with_vector<false>(W::taps_inner ? 1 : q.w.vector, [&](auto v) {
-    for_each_line<C, W, v.value>(
-        q, groups, first_row, first_column, rows,
-        [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, w, line); });
-  });
+  with_vector<false>(q.w.vector, bring);
 }
 
 __device__ __forceinline__ void wait_for_tile() {
@@ -392,11 +401,12 @@ __device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4]
   const int lane = int(threadIdx.x % 32), line = lane / 4, place = lane % 4 * 2;
   __syncthreads();
   if (works) {
+    const int at = I::channels_inner ? I::at(row, strip * 8 + line, group * group_channels) + place * 2
+                                     : I::at(row, strip * 8 + place, group * group_channels + line);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int channel = group * group_channels + half * 8;
-      char* to = shared + (I::channels_inner ? I::at(row, strip * 8 + line, channel) + place * 2
-                                             : I::at(row, strip * 8 + place, channel + line));
+      // With channels inside, the next piece of 16 bytes; see Image.
+      char* to = shared + (I::channels_inner ? at ^ half * 16 : at + half * 8 * I::pitch);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const uint32_t bits = pack<T>(sums[r][2 * half], sums[r][2 * half + 1]);

@@ -20,7 +20,7 @@
 namespace pyinvolution::cuda::mma {
 
 template <class C, bool ChannelsInner, bool TapsInner, class T>
-__global__ void __launch_bounds__(C::threads, 2)
+__global__ void __launch_bounds__(C::threads, C::S == 1 && C::threads == 256 ? 3 : 2)
     forward(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   constexpr int K = C::K, S = C::S, rows = 4;
   using W = Weights<C, TapsInner>;
@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(C::threads, 2)
   const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
 
   // Rows and columns of warps that have a pixel of the image.
-  const int rows_inside = min(C::Rows, (q.y_height - tile.row + rows - 1) / rows * rows);
-  const int columns_inside = min(C::Columns, (q.y_width - tile.column + 7) / 8 * 8);
-  bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
+  const int rows_inside = min(C::Rows, int(unsigned(q.y_height - tile.row + rows - 1) / rows * rows));
+  const int columns_inside = min(C::Columns, int(unsigned(q.y_width - tile.column + 7) / 8 * 8));
+  bring_image<I, C::Warps, rows * S>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
                            q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift,
                            (rows_inside - 1) * S + K, columns_inside * S + 8);
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside, columns_inside);
+  bring_weights<C, W, rows>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside, columns_inside);
   wait_for_tile();
 
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(C::threads, 2)
   float sums[rows][4] = {};
   if (works) {
     const Pair pair = Pair::of_lane<C>(lane, q.shift);
+    const uint32_t selector = tap_selector(pair.has_low<K>(), pair.has_high<K>());
     uint32_t selectors[C::fragments];
 #pragma unroll
-    for (int f = 0; f < C::fragments; ++f) selectors[f] = pair.selector<K>(f);
+    for (int f = 0; f < C::fragments; ++f) selectors[f] = pair.fragment == f ? selector : no_taps;
     const int column = strip * 8 + lane / 4, taps = group * C::taps;
     const int begin = W::at(row, column, taps) + first_tap_in_piece(q, group_weights, tile.column + column);
     const char* low = weights + begin + W::at(0, 0, min(max(pair.low, 0), K - 1));
