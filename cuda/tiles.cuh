@@ -125,7 +125,7 @@ struct alignas(V * sizeof(T)) Vector {
 };
 
 // The vectors that one thread moves, each `step` elements after the one before. Only those from `begin` to `end` are in
-// the tensor; the others are zeros.
+// the tensor; the others are zeros. A line of vectors of several elements is in the tensor as a whole or not at all.
 struct Line {
   int offset, step, count, begin, end;
 };
@@ -133,7 +133,6 @@ struct Line {
 template <int V, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
-    // All of a line is in the tensor or nothing.
     const T* from = memory + line.offset;  // aligned, also where nothing is read
 #pragma unroll 4
     for (int i = 0; i < line.count; ++i, from += line.step)
@@ -172,7 +171,7 @@ struct Rows {
 
 // Brings V elements of one column in each of at most Most rows, or zeros where a row or the column is not `inside`.
 // `first` is the place of the first row, also where that is not in the tensor. The rows are the same for all threads.
-// There are Most rows or at least Step fewer.
+// There are Most rows or at least Step fewer: then the last Step are left out.
 template <int V, int Most, int Step, int SharedStep, class T>
 __device__ __forceinline__ void bring_column(char* shared, const T* first, int step, const Rows& rows, bool inside) {
   constexpr int bytes = V * sizeof(T);
@@ -205,17 +204,15 @@ __device__ __forceinline__ void for_each_line(const View& view, int channels, in
                                               int first_column, int rows, const Body& body) {
   const unsigned thread = threadIdx.x;
   if constexpr (I::channels_inner) {
-    constexpr int units = chunk_channels / V, step = 32 * Warps / units;
+    constexpr int units = chunk_channels / V;
     const int channel = int(thread % units) * V;
     if (channel >= channels) return;
     const Rows in = Rows::of(first_row, rows, height);
-#pragma unroll 1
-    for (int column = int(thread / units); column < I::Columns; column += step) {
+    for (int column = int(thread / units); column < I::Columns; column += 32 * Warps / units) {
       const int v = first_column + column;
       body(I::at(0, column, channel), I::Columns * I::pitch,
            Line{first_row * view.h + v * view.w + channel, view.h, rows, in.begin,
                 v >= 0 && v < width ? in.end : in.begin});
-      if constexpr (step >= I::Columns) break;
     }
   } else {
     constexpr int units = I::Columns / V;
@@ -330,8 +327,8 @@ __device__ __forceinline__ void put_image(const char* shared, T* image, const Vi
   }
 }
 
-// Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces of
-// 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the chunk's weights.
+// Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces
+// of 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the chunk's weights.
 template <class T>
 __device__ __forceinline__ int first_tap_in_piece(const KernelParams& q, const T* w, int column) {
   const uint32_t within = q.w.vector == 8 ? 15 : 0;
@@ -374,9 +371,9 @@ __device__ __forceinline__ void bring_weights(char* shared, const T* w, const Ke
     if constexpr (W::taps_inner && v.value > 1) {
       bring_taps<C, W, v.value, Step>(shared, w, q, groups, first_row, first_column, rows, columns);
     } else {
-      for_each_line<C, W, v.value>(
-          q, groups, first_row, first_column, rows,
-          [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, w, line); });
+      for_each_line<C, W, v.value>(q, groups, first_row, first_column, rows, [&](int to, int step, const Line& line) {
+        bring_line<v.value>(shared + to, step, w, line);
+      });
     }
   };
   if constexpr (W::taps_inner) {

@@ -8,8 +8,13 @@
 // Rows and strips outside the image are neither brought nor computed.
 //
 // A kernel row of 8 pixels of a group is one or two HMMA with the weights as a band (../band.cuh). X goes through
-// ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows. The zeros of the band make NaN of an Inf beside
-// a pixel's kernel. So where a sum is not finite, the warp computes it again tap by tap.
+// ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows. The zeros of the band make NaN of an
+// Inf beside a pixel's kernel. So where a sum is not finite, the warp computes it again tap by tap.
+//
+// 8 threads bring the 64 channels of a column of X, and as many threads as the taps have pieces of 16 bytes a column of
+// W, each all rows of its piece; which rows are in the tensor is one word of bits. With K = 7, what a thread does once,
+// its addresses and bounds, is more than half of a tile's instructions; products and their operands are less than a
+// third.
 //
 // Limit: memory, for x, w and y once; cuda/README.md has what a tile costs. `tiled` is bound by shared memory: it keeps
 // 4 bytes a number and issues an FMA for each 32 products, an HMMA makes 2048 (896 of them inside a kernel).
@@ -19,6 +24,7 @@
 
 namespace pyinvolution::cuda::mma {
 
+// Of the small tiles with a stride of 1, three fit on a multiprocessor.
 template <class C, bool ChannelsInner, bool TapsInner, class T>
 __global__ void __launch_bounds__(C::threads, C::S == 1 && C::threads == 256 ? 3 : 2)
     forward(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
@@ -35,9 +41,10 @@ __global__ void __launch_bounds__(C::threads, C::S == 1 && C::threads == 256 ? 3
   // Rows and columns of warps that have a pixel of the image.
   const int rows_inside = min(C::Rows, int(unsigned(q.y_height - tile.row + rows - 1) / rows * rows));
   const int columns_inside = min(C::Columns, int(unsigned(q.y_width - tile.column + 7) / 8 * 8));
-  bring_image<I, C::Warps, rows * S>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
-                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift,
-                           (rows_inside - 1) * S + K, columns_inside * S + 8);
+  bring_image<I, C::Warps, rows * S>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels,
+                                     q.x_height, q.x_width, tile.row * S - q.padding_h,
+                                     tile.column * S - q.padding_w - q.shift, (rows_inside - 1) * S + K,
+                                     columns_inside * S + 8);
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
   bring_weights<C, W, rows>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside, columns_inside);
   wait_for_tile();
