@@ -328,7 +328,8 @@ __device__ __forceinline__ void put_image(const char* shared, T* image, const Vi
 }
 
 // Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces
-// of 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the chunk's weights.
+// of 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the weights of the
+// chunk.
 template <class T>
 __device__ __forceinline__ int first_tap_in_piece(const KernelParams& q, const T* w, int column) {
   const uint32_t within = q.w.vector == 8 ? 15 : 0;
