@@ -31,7 +31,7 @@
 // Rows 8 apart in a column are taps 8 apart, and a kernel row has at most 7 taps. So each lane has exactly one pair of
 // neighbouring taps, in one of the fragments, and it is the same pair for all kernel rows: lane 12 (p = 3, t = 0) has
 // taps 5 and 6 in fragment 1; lane 4 (p = 1, t = 0) has tap 0 in the high half of fragment 0 and nothing in the low
-// half. A kernel row takes two 16-bit loads, one PRMT and a mask for each fragment. With S = 2 the band goes down two
+// half. In `mma`, a kernel row takes two 16-bit loads and a PRMT for each fragment. With S = 2 the band goes down two
 // rows from a pixel to the next, and there are three fragments. `shift` positions can come before the first tap; they
 // move the whole band down.
 #pragma once
@@ -65,6 +65,13 @@ struct Pair {
     return (has_low<K>() ? 0xffffu : 0) | (has_high<K>() ? 0xffff0000u : 0);
   }
 };
+
+// With this selector, __byte_perm makes the register of a fragment of two taps, each in the low half of a register
+// whose high half is zero. A half without a tap becomes zero.
+__device__ __forceinline__ uint32_t tap_selector(bool has_low, bool has_high) {
+  return (has_low ? 0x0010 : 0x0032) | (has_high ? 0x5400 : 0x7600);
+}
+constexpr uint32_t no_taps = 0x7632;
 
 // The rows of X below a strip, as fragments [16 channels][8 positions], or transposed.
 template <class C, class I>

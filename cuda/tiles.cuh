@@ -125,30 +125,18 @@ struct alignas(V * sizeof(T)) Vector {
 };
 
 // The vectors that one thread moves, each `step` elements after the one before. Only those from `begin` to `end` are in
-// the tensor; the others are zeros.
+// the tensor; the others are zeros. A line of vectors of several elements is in the tensor as a whole or not at all.
 struct Line {
   int offset, step, count, begin, end;
 };
 
-// Few: there are so few that loops cost more than the test of each.
-template <int V, bool Few, class T>
+template <int V, class T>
 __device__ __forceinline__ void bring_line(char* shared, int shared_step, const T* memory, const Line& line) {
   if constexpr (V > 1) {
-    const T* const first = memory + line.offset;  // aligned, also where nothing is read
-    if constexpr (Few) {
-#pragma unroll 2
-      for (int i = 0; i < line.count; ++i)
-        copy_async<V * sizeof(T)>(shared + i * shared_step, first + i * line.step, i >= line.begin && i < line.end);
-      return;
-    }
-    const T* from = first + line.begin * line.step;
-    int i = 0;
-#pragma unroll 1
-    for (; i < line.begin; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, first, false);
+    const T* from = memory + line.offset;  // aligned, also where nothing is read
 #pragma unroll 4
-    for (; i < line.end; ++i, from += line.step) copy_async<V * sizeof(T)>(shared + i * shared_step, from);
-#pragma unroll 1
-    for (; i < line.count; ++i) copy_async<V * sizeof(T)>(shared + i * shared_step, first, false);
+    for (int i = 0; i < line.count; ++i, from += line.step)
+      copy_async<V * sizeof(T)>(shared + i * shared_step, from, line.end > 0);
   } else {
     constexpr int batch = 8;
     T zero;
@@ -171,6 +159,36 @@ __device__ __forceinline__ void bring_line(char* shared, int shared_step, const 
   }
 }
 
+// Which of a tile's first `count` rows are in the tensor: those from `begin` to `end`.
+struct Rows {
+  int count, begin, end;
+
+  static __device__ __forceinline__ Rows of(int first_row, int count, int height) {
+    const int begin = min(max(0, -first_row), count);
+    return {count, begin, max(begin, min(count, height - first_row))};
+  }
+};
+
+// Brings V elements of one column in each of at most Most rows, or zeros where a row or the column is not `inside`.
+// `first` is the place of the first row, also where that is not in the tensor. The rows are the same for all threads.
+// There are Most rows or at least Step fewer: then the last Step are left out.
+template <int V, int Most, int Step, int SharedStep, class T>
+__device__ __forceinline__ void bring_column(char* shared, const T* first, int step, const Rows& rows, bool inside) {
+  constexpr int bytes = V * sizeof(T);
+  static_assert(Most < 32, "a bit for each row");
+  if (Most > 2 && rows.end - rows.begin == Most) {
+#pragma unroll
+    for (int i = 0; i < Most; ++i) copy_async<bytes>(shared + i * SharedStep, first + i * step, inside);
+    return;
+  }
+  const uint32_t rows_inside = inside ? (1u << rows.end) - (1u << rows.begin) : 0;
+#pragma unroll
+  for (int i = 0; i < Most; ++i) {
+    if (i == Most - Step && rows.count <= i) return;
+    copy_async<bytes>(shared + i * SharedStep, first + i * step, (rows_inside & (1u << i)) != 0);
+  }
+}
+
 template <int V, class T>
 __device__ __forceinline__ void put_line(const char* shared, int shared_step, T* memory, const Line& line) {
 #pragma unroll 4
@@ -184,22 +202,22 @@ __device__ __forceinline__ void put_line(const char* shared, int shared_step, T*
 template <class I, int V, int Warps, class Body>
 __device__ __forceinline__ void for_each_line(const View& view, int channels, int height, int width, int first_row,
                                               int first_column, int rows, const Body& body) {
-  const int thread = int(threadIdx.x);
+  const unsigned thread = threadIdx.x;
   if constexpr (I::channels_inner) {
     constexpr int units = chunk_channels / V;
-    const int channel = thread % units * V;
+    const int channel = int(thread % units) * V;
     if (channel >= channels) return;
-    const int begin = min(max(0, -first_row), rows), end = max(begin, min(rows, height - first_row));
-    for (int column = thread / units; column < I::Columns; column += 32 * Warps / units) {
+    const Rows in = Rows::of(first_row, rows, height);
+    for (int column = int(thread / units); column < I::Columns; column += 32 * Warps / units) {
       const int v = first_column + column;
-      const bool inside = v >= 0 && v < width;
       body(I::at(0, column, channel), I::Columns * I::pitch,
-           Line{first_row * view.h + v * view.w + channel, view.h, rows, begin, inside ? end : begin});
+           Line{first_row * view.h + v * view.w + channel, view.h, rows, in.begin,
+                v >= 0 && v < width ? in.end : in.begin});
     }
   } else {
     constexpr int units = I::Columns / V;
-    const int first = thread / 32, count = (channels - first + Warps - 1) / Warps;
-    for (int i = thread % 32; i < rows * units; i += 32) {
+    const int first = int(thread / 32), count = (channels - first + Warps - 1) / Warps;
+    for (int i = int(thread % 32); i < rows * units; i += 32) {
       const int row = i / units, column = i % units * V, h = first_row + row, v = first_column + column;
       const bool inside = h >= 0 && h < height && v >= 0 && v < width;
       body(I::at(row, column, first), Warps * I::pitch,
@@ -212,21 +230,23 @@ __device__ __forceinline__ void for_each_line(const View& view, int channels, in
 template <class C, class W, int V, class Body>
 __device__ __forceinline__ void for_each_line(const KernelParams& q, int groups, int first_row, int first_column,
                                               int rows, const Body& body) {
-  const int thread = int(threadIdx.x), taps = groups * C::taps;
+  const unsigned thread = threadIdx.x;
+  const int taps = groups * C::taps;
   const WeightView& view = q.w;
   if constexpr (W::taps_inner) {
-    const int begin = min(max(0, -first_row), rows), end = max(begin, min(rows, q.w_height - first_row));
-    for (int tap = thread % 32 * V; tap < taps; tap += 32 * V) {
-      for (int column = thread / 32; column < C::w_columns; column += C::Warps) {
+    const Rows in = Rows::of(first_row, rows, q.w_height);
+    for (int tap = int(thread % 32) * V; tap < taps; tap += 32 * V) {
+      for (int column = int(thread / 32); column < C::w_columns; column += C::Warps) {
         const int v = first_column + column;
-        const bool inside = v >= 0 && v < q.w_width;
         body(W::at(0, column, tap), C::w_columns * W::pitch,
-             Line{first_row * view.h + v * view.w + tap, view.h, rows, begin, inside ? end : begin});
+             Line{first_row * view.h + v * view.w + tap, view.h, rows, in.begin,
+                  v >= 0 && v < q.w_width ? in.end : in.begin});
       }
     }
   } else {
     constexpr int units = C::w_columns / V, step = C::threads / (C::w_rows * units);
-    const int row = thread / units % C::w_rows, column = thread % units * V, first = thread / units / C::w_rows;
+    const int row = int(thread / units % C::w_rows), column = int(thread % units) * V;
+    const int first = int(thread / (units * C::w_rows));
     if (first >= step) return;
     const int h = first_row + row, v = first_column + column, count = (taps - first + step - 1) / step;
     const bool inside = h >= 0 && h < q.w_height && v >= 0 && v < q.w_width;
@@ -246,61 +266,121 @@ __device__ __forceinline__ void with_vector(int vector, const Body& body) {
   body(std::integral_constant<int, 1>{});
 }
 
-template <class I, int Warps, class T>
+// Brings the first `rows` rows, which are all or at least Step fewer, and at least the first `columns` columns.
+template <class I, int Warps, int Step = I::Rows, class T>
 __device__ __forceinline__ void bring_image(char* shared, const T* image, const View& view, int channels, int height,
-                                            int width, int first_row, int first_column, int rows = I::Rows) {
-  with_vector<I::channels_inner>(view.vector, [&](auto v) {
+                                            int width, int first_row, int first_column, int rows = I::Rows,
+                                            int columns = I::Columns) {
+  if constexpr (I::channels_inner) {
+    if (view.vector == 8) {
+      constexpr int units = chunk_channels / 8, step = 32 * Warps / units;
+      static_assert(step >= I::Columns, "a column for each thread");
+      const int channel = int(threadIdx.x % units) * 8, column = int(threadIdx.x / units), v = first_column + column;
+      if (channel >= channels || column >= columns) return;
+      return bring_column<8, I::Rows, Step, I::Columns * I::pitch>(
+          shared + I::at(0, column, channel), image + (first_row * view.h + v * view.w + channel), view.h,
+          Rows::of(first_row, rows, height), v >= 0 && v < width);
+    }
+  }
+  const auto bring = [&](auto v) {
     for_each_line<I, v.value, Warps>(
         view, channels, height, width, first_row, first_column, rows,
-        [&](int to, int step, const Line& line) { bring_line<v.value, I::Rows <= 2>(shared + to, step, image, line); });
-  });
+        [&](int to, int step, const Line& line) { bring_line<v.value>(shared + to, step, image, line); });
+  };
+  if constexpr (I::channels_inner) {
+    bring(std::integral_constant<int, 1>{});
+  } else {
+    with_vector<false>(view.vector, bring);
+  }
 }
 
 template <class I, int Warps, class T>
 __device__ __forceinline__ void put_image(const char* shared, T* image, const View& view, int channels, int height,
                                           int width, int first_row, int first_column) {
-  with_vector<I::channels_inner>(view.vector, [&](auto v) {
-    for_each_line<I, v.value, Warps>(
-        view, channels, height, width, first_row, first_column, I::Rows,
-        [&](int from, int step, const Line& line) { put_line<v.value>(shared + from, step, image, line); });
-  });
-}
-
-// Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces of
-// 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the chunk's weights.
-template <class T>
-__device__ __forceinline__ int first_tap_in_piece(const KernelParams& q, const T* w, int column) {
-  return q.w.vector == 8 ? int((reinterpret_cast<uintptr_t>(w) + column * q.w.w * int(sizeof(T))) & 15) : 0;
-}
-
-// Brings the first `rows` rows of the weights.
-template <class C, class W, class T>
-__device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, int groups,
-                                              int first_row, int first_column, int rows = C::w_rows) {
-  if constexpr (W::taps_inner) {
-    if (q.w.vector == 8) {
-      // The first and the last piece may reach into what is beside the pixel's taps, in the same tensor.
-      constexpr int pieces = (W::all_taps + 4 + 7) / 8, lanes = pieces > 16 ? 32 : pieces > 8 ? 16 : 8;
-      static_assert(pieces <= lanes && pieces * 16 <= W::pitch, "");
-      const int piece = int(threadIdx.x) % lanes;
-      if (piece >= pieces) return;
-      const int begin = min(max(0, -first_row), rows), end = max(begin, min(rows, q.w_height - first_row));
-      for (int column = int(threadIdx.x) / lanes; column < C::w_columns; column += C::threads / lanes) {
-        const int v = first_column + column;
-        const bool inside = v >= 0 && v < q.w_width;
-        const int before = first_tap_in_piece(q, w, v) / int(sizeof(T));
-        bring_line<8, C::w_rows <= 2>(
-            shared + W::at(0, column, 0) + piece * 16, C::w_columns * W::pitch, w,
-            Line{first_row * q.w.h + v * q.w.w - before + piece * 8, q.w.h, rows, begin, inside ? end : begin});
+  if constexpr (I::channels_inner) {
+    if (view.vector == 8) {
+      constexpr int units = chunk_channels / 8;
+      static_assert(32 * Warps / units >= I::Columns, "a column for each thread");
+      const int channel = int(threadIdx.x % units) * 8, column = int(threadIdx.x / units);
+      if (column >= min(I::Columns, width - first_column) || channel >= channels) return;
+      const char* from = shared + I::at(0, column, channel);
+      T* to = image + (first_row * view.h + (first_column + column) * view.w + channel);
+      const int rows = height - first_row;
+#pragma unroll
+      for (int i = 0; i < I::Rows; ++i) {
+        if (i < rows)
+          *reinterpret_cast<Vector<8, T>*>(to + i * view.h) =
+              *reinterpret_cast<const Vector<8, T>*>(from + i * (I::Columns * I::pitch));
       }
       return;
     }
   }
-  with_vector<false>(q.w.vector, [&](auto v) {
-    for_each_line<C, W, v.value>(q, groups, first_row, first_column, rows, [&](int to, int step, const Line& line) {
-      bring_line<v.value, W::taps_inner && C::w_rows <= 2>(shared + to, step, w, line);
-    });
-  });
+  const auto put = [&](auto v) {
+    for_each_line<I, v.value, Warps>(
+        view, channels, height, width, first_row, first_column, I::Rows,
+        [&](int from, int step, const Line& line) { put_line<v.value>(shared + from, step, image, line); });
+  };
+  if constexpr (I::channels_inner) {
+    put(std::integral_constant<int, 1>{});
+  } else {
+    with_vector<false>(view.vector, put);
+  }
+}
+
+// Where the taps of a pixel of this column begin in shared memory, in bytes, beyond the pixel's own place. Whole pieces
+// of 16 bytes are moved (q.w.vector is 8), and a pixel may begin in the middle of one. `w` begins at the weights of the
+// chunk.
+template <class T>
+__device__ __forceinline__ int first_tap_in_piece(const KernelParams& q, const T* w, int column) {
+  const uint32_t within = q.w.vector == 8 ? 15 : 0;
+  return int((uint32_t(reinterpret_cast<uintptr_t>(w)) + uint32_t(column * q.w.w) * uint32_t(sizeof(T))) & within);
+}
+
+// The same for weights with taps inside, V at a time.
+template <class C, class W, int V, int Step, class T>
+__device__ __forceinline__ void bring_taps(char* shared, const T* w, const KernelParams& q, int groups, int first_row,
+                                           int first_column, int rows, int columns) {
+  // Pieces of 16 bytes may reach into what is beside the pixel's taps, in the same tensor.
+  constexpr int pieces = V == 8 ? (W::all_taps + 4 + 7) / 8 : W::all_taps / V;
+  static_assert(V != 8 || pieces * 16 <= W::pitch, "a piece would reach the next pixel");
+  // Neighbouring threads have neighbouring pieces. If the block has enough of them, each has the pieces of one column.
+  constexpr int part = pieces > 16 ? 32 : pieces > 8 ? 16 : 8;
+  constexpr int lanes = C::w_columns * pieces <= C::threads ? pieces : part, step = C::threads / lanes;
+  const int own_column = int(threadIdx.x / lanes);
+#pragma unroll
+  for (int first_piece = 0; first_piece < pieces; first_piece += lanes) {
+    const int tap = (first_piece + int(threadIdx.x % lanes)) * V;
+    if (tap >= (V == 8 ? pieces * V : groups * C::taps)) return;
+#pragma unroll
+    for (int first = 0; first < C::w_columns; first += step) {
+      const int column = first + own_column, v = first_column + column;
+      if (first + step > C::w_columns && column >= columns) return;
+      const int before = V == 8 ? first_tap_in_piece(q, w, v) / int(sizeof(T)) : 0;
+      bring_column<V, C::w_rows, Step, C::w_columns * W::pitch>(
+          shared + W::at(0, column, tap), w + (first_row * q.w.h + v * q.w.w + tap - before), q.w.h,
+          Rows::of(first_row, rows, q.w_height), v >= 0 && v < q.w_width);
+    }
+  }
+}
+
+// The same for all weights.
+template <class C, class W, int Step = C::w_rows, class T>
+__device__ __forceinline__ void bring_weights(char* shared, const T* w, const KernelParams& q, int groups,
+                                              int first_row, int first_column, int rows = C::w_rows,
+                                              int columns = C::w_columns) {
+  const auto bring = [&](auto v) {
+    if constexpr (W::taps_inner && v.value > 1) {
+      bring_taps<C, W, v.value, Step>(shared, w, q, groups, first_row, first_column, rows, columns);
+    } else {
+      for_each_line<C, W, v.value>(q, groups, first_row, first_column, rows, [&](int to, int step, const Line& line) {
+        bring_line<v.value>(shared + to, step, w, line);
+      });
+    }
+  };
+  if constexpr (W::taps_inner) {
+    if (q.w.vector == 8) return bring(std::integral_constant<int, 8>{});
+  }
+  with_vector<false>(q.w.vector, bring);
 }
 
 __device__ __forceinline__ void wait_for_tile() {
@@ -311,27 +391,25 @@ __device__ __forceinline__ void wait_for_tile() {
 
 __device__ __forceinline__ uint32_t bits_at(const char* shared) { return *reinterpret_cast<const uint16_t*>(shared); }
 
-// Writes the sums of all warps, [row][16 channels x 8 pixels], through shared memory that they have finished reading.
+// Writes the sums of the warps that have some, [row][16 channels x 8 pixels], through shared memory that all have
+// finished reading.
 template <class C, class I, class T>
 __device__ __forceinline__ void put_sums(char* shared, const float (&sums)[4][4], T* out, const KernelParams& q,
-                                         const Tile& tile, int group, int strip, int row) {
-  const int lane = int(threadIdx.x) % 32;
+                                         const Tile& tile, int group, int strip, int row, bool works) {
+  const int lane = int(threadIdx.x % 32), line = lane / 4, place = lane % 4 * 2;
   __syncthreads();
-  if (group < tile.groups) {
+  if (works) {
+    const int at = I::channels_inner ? I::at(row, strip * 8 + line, group * group_channels) + place * 2
+                                     : I::at(row, strip * 8 + place, group * group_channels + line);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      // With channels inside, the next piece of 16 bytes; see Image.
+      char* to = shared + (I::channels_inner ? at ^ half * 16 : at + half * 8 * I::pitch);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int channel = group * group_channels + half * 8;
-        uint32_t bits = pack<T>(sums[r][2 * half], sums[r][2 * half + 1]);
-        int at;
-        if constexpr (I::channels_inner) {
-          bits = transpose_matrix(bits);
-          at = I::at(row + r, strip * 8 + lane / 4, channel + lane % 4 * 2);
-        } else {
-          at = I::at(row + r, strip * 8 + lane % 4 * 2, channel + lane / 4);
-        }
-        *reinterpret_cast<uint32_t*>(shared + at) = bits;
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t bits = pack<T>(sums[r][2 * half], sums[r][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(to + r * I::Columns * (I::channels_inner ? I::pitch : 2)) =
+            I::channels_inner ? transpose_matrix(bits) : bits;
       }
     }
   }

@@ -8,8 +8,13 @@
 // Rows and strips outside the image are neither brought nor computed.
 //
 // A kernel row of 8 pixels of a group is one or two HMMA with the weights as a band (../band.cuh). X goes through
-// ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows. The zeros of the band make NaN of an Inf beside
-// a pixel's kernel. So where a sum is not finite, the warp computes it again tap by tap.
+// ldmatrix and serves 4 rows of Y. A warp owns one group of one strip of 4 rows. The zeros of the band make NaN of an
+// Inf beside a pixel's kernel. So where a sum is not finite, the warp computes it again tap by tap.
+//
+// 8 threads bring the 64 channels of a column of X, and as many threads as the taps have pieces of 16 bytes a column of
+// W, each all rows of its piece; which rows are in the tensor is one word of bits. With K = 7, what a thread does once,
+// its addresses and bounds, is more than half of a tile's instructions; products and their operands are less than a
+// third.
 //
 // Limit: memory, for x, w and y once; cuda/README.md has what a tile costs. `tiled` is bound by shared memory: it keeps
 // 4 bytes a number and issues an FMA for each 32 products, an HMMA makes 2048 (896 of them inside a kernel).
@@ -19,8 +24,9 @@
 
 namespace pyinvolution::cuda::mma {
 
+// Of the small tiles with a stride of 1, three fit on a multiprocessor.
 template <class C, bool ChannelsInner, bool TapsInner, class T>
-__global__ void __launch_bounds__(C::threads, 2)
+__global__ void __launch_bounds__(C::threads, C::S == 1 && C::threads == 256 ? 3 : 2)
     forward(KernelParams q, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y) {
   constexpr int K = C::K, S = C::S, rows = 4;
   using W = Weights<C, TapsInner>;
@@ -32,25 +38,28 @@ __global__ void __launch_bounds__(C::threads, 2)
   const Tile tile = tile_of_block<C>(q);
   const int channels = tile.groups * group_channels, first_channel = tile.first_group * group_channels;
 
-  // Rows of warps that have a pixel of the image.
-  const int rows_inside = min(C::Rows, (q.y_height - tile.row + rows - 1) / rows * rows);
-  bring_image<I, C::Warps>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels, q.x_height,
-                           q.x_width, tile.row * S - q.padding_h, tile.column * S - q.padding_w - q.shift,
-                           (rows_inside - 1) * S + K);
+  // Rows and columns of warps that have a pixel of the image.
+  const int rows_inside = min(C::Rows, int(unsigned(q.y_height - tile.row + rows - 1) / rows * rows));
+  const int columns_inside = min(C::Columns, int(unsigned(q.y_width - tile.column + 7) / 8 * 8));
+  bring_image<I, C::Warps, rows * S>(image, x + (tile.n * q.x.n + int64_t(first_channel) * q.x.c), q.x, channels,
+                                     q.x_height, q.x_width, tile.row * S - q.padding_h,
+                                     tile.column * S - q.padding_w - q.shift, (rows_inside - 1) * S + K,
+                                     columns_inside * S + 8);
   const T* group_weights = w + (tile.n * q.w.n + int64_t(tile.first_group) * C::taps * q.w.tap);
-  bring_weights<C, W>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside);
+  bring_weights<C, W, rows>(weights, group_weights, q, tile.groups, tile.row, tile.column, rows_inside, columns_inside);
   wait_for_tile();
 
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   const int group = warp % chunk_groups, strip = warp / chunk_groups % C::strips;
-  const int row = warp / chunk_groups / C::strips * rows;
+  const int row = warp / (chunk_groups * C::strips) * rows;
+  const bool works = group < tile.groups && row < rows_inside && strip * 8 < columns_inside;
   float sums[rows][4] = {};
-  if (group < tile.groups && row < rows_inside && tile.column + strip * 8 < q.y_width) {
+  if (works) {
     const Pair pair = Pair::of_lane<C>(lane, q.shift);
-    const uint32_t mask = pair.mask<K>();
-    uint32_t masks[C::fragments];
+    const uint32_t selector = tap_selector(pair.has_low<K>(), pair.has_high<K>());
+    uint32_t selectors[C::fragments];
 #pragma unroll
-    for (int f = 0; f < C::fragments; ++f) masks[f] = pair.fragment == f ? mask : 0;
+    for (int f = 0; f < C::fragments; ++f) selectors[f] = pair.fragment == f ? selector : no_taps;
     const int column = strip * 8 + lane / 4, taps = group * C::taps;
     const int begin = W::at(row, column, taps) + first_tap_in_piece(q, group_weights, tile.column + column);
     const char* low = weights + begin + W::at(0, 0, min(max(pair.low, 0), K - 1));
@@ -65,13 +74,11 @@ __global__ void __launch_bounds__(C::threads, 2)
         const int kh = x_row - r * S;
         if (kh < 0 || kh >= K) continue;
         const int at = W::at(r, 0, kh * K);
-        const uint32_t taps_of_row = __byte_perm(bits_at(low + at), bits_at(high + at), 0x5410);
-        const uint32_t b[2] = {taps_of_row & masks[0], taps_of_row & masks[1]};
-        multiply<T>(sums[r], a, b);
-        if constexpr (C::fragments > 2) {
-          const uint32_t b_last[1] = {taps_of_row & masks[2]};
-          multiply<T>(sums[r], a_last, b_last);
-        }
+        const uint32_t low_tap = bits_at(low + at), high_tap = bits_at(high + at);
+        multiply<T>(sums[r], a,
+                    {__byte_perm(low_tap, high_tap, selectors[0]), __byte_perm(low_tap, high_tap, selectors[1])});
+        if constexpr (C::fragments > 2)
+          multiply<T, 2, 1>(sums[r], a_last, {__byte_perm(low_tap, high_tap, selectors[C::fragments - 1])});
       }
     }
 
@@ -98,9 +105,9 @@ __global__ void __launch_bounds__(C::threads, 2)
 
   T* out = y + (tile.n * q.y.n + int64_t(first_channel) * q.y.c);
   if (q.y.channels_inner) {
-    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row);
+    put_sums<C, Image<C::Rows, C::Columns, true>>(image, sums, out, q, tile, group, strip, row, works);
   } else {
-    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row);
+    put_sums<C, Image<C::Rows, C::Columns, false>>(image, sums, out, q, tile, group, strip, row, works);
   }
 }
 

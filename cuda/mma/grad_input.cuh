@@ -115,16 +115,16 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
   const Pair pair = Pair::of_lane<C>(lane, q.shift);
   const int position = strip * 8 + lane % 4 * 2 + (pair.fragment > 0 ? 8 : 0);
   int low[S], high[S];
-  uint32_t masks[S][2];
+  uint32_t selectors[S][2];
 #pragma unroll
   for (int parity = 0; parity < S; ++parity) {
     const int last = K - 1 - q.padding_w % S + parity;
     const int low_tap = last - S * pair.low, high_tap = low_tap - S;
     const bool has_low = pair.has_low<C::slots>() && low_tap >= 0 && low_tap < K;
     const bool has_high = pair.has_high<C::slots>() && high_tap >= 0 && high_tap < K;
-    const uint32_t mask = (has_low ? 0xffffu : 0) | (has_high ? 0xffff0000u : 0);
-    masks[parity][0] = pair.fragment == 0 ? mask : 0;
-    masks[parity][1] = pair.fragment == 1 ? mask : 0;
+    const uint32_t selector = tap_selector(has_low, has_high);
+#pragma unroll
+    for (int f = 0; f < 2; ++f) selectors[parity][f] = kept(int(pair.fragment == f ? selector : no_taps));
     low[parity] = I::bytes + W::at(0, position, group * C::taps + min(max(low_tap, 0), K - 1)) +
                   first_tap_in_piece(q, w, first_column + position);
     high[parity] = I::bytes + W::at(0, position + 1, group * C::taps + min(max(high_tap, 0), K - 1)) +
@@ -155,9 +155,10 @@ __global__ void __launch_bounds__(C::threads, 512 / C::threads)
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
             const int at = W::at(r, 0, kh * K);
-            const uint32_t taps =
-                __byte_perm(bits_at(image + low[parity] + at), bits_at(image + high[parity] + at), 0x5410);
-            multiply<T>(sums[(r * S + kh) * S + parity], a, {taps & masks[parity][0], taps & masks[parity][1]});
+            const uint32_t low_tap = bits_at(image + low[parity] + at), high_tap = bits_at(image + high[parity] + at);
+            multiply<T>(sums[(r * S + kh) * S + parity], a,
+                        {__byte_perm(low_tap, high_tap, selectors[parity][0]),
+                         __byte_perm(low_tap, high_tap, selectors[parity][1])});
           }
         }
       }

@@ -14,7 +14,7 @@ namespace pyinvolution::cuda::mma {
 template <class C, bool ChannelsInner, bool TapsInner, class T>
 __global__ void __launch_bounds__(C::threads, 2)
     grad_weight(KernelParams q, const T* __restrict__ x, T* __restrict__ w, const T* __restrict__ y) {
-  constexpr int K = C::K, S = C::S, units = C::strips * (C::Rows / 2);
+  constexpr int K = C::K, S = C::S, units = C::strips * (C::Rows / 2), step = C::Warps / chunk_groups;
   using W = Weights<C, TapsInner>;
   using I = Image<C::x_rows, C::x_columns, ChannelsInner>;
   using ChannelsInside = Image<C::Rows, C::Columns, true>;
@@ -37,13 +37,13 @@ __global__ void __launch_bounds__(C::threads, 2)
   }
   wait_for_tile();
 
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, group = warp % chunk_groups;
+  const int lane = kept(int(threadIdx.x % 32)), warp = int(threadIdx.x / 32), group = warp % chunk_groups;
   if (group < tile.groups) {
     const Pair pair = Pair::of_lane<C>(lane, q.shift);
     const bool has_low = pair.has_low<K>(), has_high = pair.has_high<K>();
     const int taps = group * C::taps, matrix = lane / 8, i = lane % 8;
 #pragma unroll 1
-    for (int unit = warp / chunk_groups; unit < units; unit += C::Warps / chunk_groups) {
+    for (int unit = warp / chunk_groups; unit < units; unit += step) {
       const int strip = unit % C::strips, row = unit / C::strips * 2;
       uint32_t a[4];  // [16 pixels][16 channels]
       const int channel = group * group_channels + matrix / 2 * 8;

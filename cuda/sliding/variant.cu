@@ -41,8 +41,15 @@ Refusal sliding_slower(const Problem& p, Pass pass) {
   const int64_t products = p.taps() * p.group_channels();
   if (products < sliding::least_products && sliding::taps_are_inner(p))
     return needs("at least 24 products for each pixel and group, where taps are dense", products);
-  if (pass == Pass::grad_input && p.group_channels() <= 16 && sliding::taps_are_inner(p))
-    return needs("more than 16 channels per group for grad_input where taps are dense", p.group_channels());
+  if (pass == Pass::grad_input && sliding::taps_are_inner(p)) {
+    // Without the halos of a dilation, it is the faster one for narrower groups.
+    const bool classes = sliding::in_classes(p);
+    if (classes && p.group_channels() < 8)
+      return needs("at least 8 channels per group for grad_input where taps are dense, with a dilation",
+                   p.group_channels());
+    if (!classes && p.group_channels() <= 16)
+      return needs("more than 16 channels per group for grad_input where taps are dense", p.group_channels());
+  }
   if (p.group_channels() >= 16 && sliding::taps_are_inner(p) && !tiled_refusal(p, pass))
     return needs("a weight with dense columns, or a problem that tiled cannot run");
   if (products < sliding::least_products && p.out_h * p.out_w < sliding::small_image)

@@ -181,6 +181,17 @@ void slower() {
   }
   CHECK(left(narrow, Layout::channels_last, Pass::forward).empty(), "dense taps");
   CHECK(left(narrow, Layout::channels_last, Pass::grad_input).find("16 channels") != std::string::npos, "grad_input");
+  // With a dilation, the pixels below a tile are those of one class.
+  const Case dilated{1, 32, 4, 40, 40, 7, 7, 1, 1, 6, 6, 2, 2};
+  Case narrower = dilated;
+  narrower.g = 8;
+  CHECK(left(dilated, Layout::channels_last, Pass::grad_input).empty(), "classes of a dilation");
+  CHECK(left(narrower, Layout::channels_last, Pass::grad_input).find("8 channels") != std::string::npos,
+        "which are not for the narrowest groups");
+  Case strided = dilated;
+  strided.sh = strided.sw = 2;
+  CHECK(left(strided, Layout::channels_last, Pass::grad_input).find("16 channels") != std::string::npos,
+        "a stride has no classes");
 }
 
 }  // namespace

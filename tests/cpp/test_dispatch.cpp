@@ -31,7 +31,8 @@ void choices() {
     CHECK(chosen(problem(rednet, DType::f32, Layout::channels_last), pass) == "tiled", "float with dense taps is not");
     CHECK(chosen(problem(rednet, DType::f32), pass) == "sliding", "float with dense columns is for the sliding window");
     CHECK(chosen(problem(rednet, DType::f64), pass) == "sliding", "so is double");
-    CHECK(chosen(problem(dilated, DType::bf16), pass) == "sliding", "so is dilation");
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last})
+      CHECK(chosen(problem(dilated, DType::bf16, layout), pass) == "sliding", "so is dilation");
     CHECK(chosen(problem(small, DType::f32), pass) == "generic", "little work is for the generic kernel");
     CHECK(chosen(problem(far, DType::f32), pass) == "generic", "so is what does not fit into shared memory");
   }
