@@ -72,10 +72,12 @@ Refusal fused_slower(const SpanProblem& span, SpanOp op) {
 int64_t fused_scratch(const SpanProblem& p, SpanOp op) {
   using namespace fused;
   if (op != SpanOp::backward) return 0;
-  const Problem& q = p.involution;
-  const Partial partial = q.stride_h == 2 ? partial_of<SpanConfig<2, 1>>(p) : partial_of<SpanConfig<1, 1>>(p);
-  const int64_t reduced = q.groups > chunk_groups ? q.batch * q.out_h * q.out_w * p.reduced : 0;
-  return (span_floats(partial) + bias_floats(partial) + reduced) * int64_t{sizeof(float)};
+  const auto floats = [&](auto config) {
+    using C = decltype(config);
+    const Partial partial = partial_of<C>(p);
+    return span_floats(partial) + bias_floats(partial) + reduced_floats<C>(partial, p);
+  };
+  return (p.involution.stride_h == 2 ? floats(SpanConfig<2, 1>{}) : floats(SpanConfig<1, 1>{})) * int64_t{sizeof(float)};
 }
 
 void fused_run(const SpanProblem& problem, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {
