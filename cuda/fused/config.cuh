@@ -99,7 +99,7 @@ struct WalkLayout {
     return position * position_bytes() + (piece ^ (groups == 4 ? position & 7 : position >> 1 & 3)) * 16;
   }
   int bytes(int reduced) const {
-    const int biases = groups * (K + 1) / 2 * 8 * 8, moves = warps() * 32 * 20;
+    const int biases = groups * (K + 1) / 2 * 8 * 8, moves = warps() * 32 * 32;
     return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) +
            (warps() + groups) * rows * 32 * 16 + biases + moves;
   }

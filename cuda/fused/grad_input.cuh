@@ -47,10 +47,14 @@ struct WalkPlace {
   }
 };
 
-// What a thread moves of a pair of rows, in elements from the first row of the image and in bytes. Of G, `to` is negative
-// where there is nothing, and rows from `end` on are zeros.
-struct alignas(16) WalkMove {
-  int from, to, reduced_from, end;
+// What a thread moves of a pair of rows, from the first row of the image, and to bytes of a stage of the ring. Of G, `g`
+// is negative where there is nothing, and rows from `end` on are zeros. In shared memory, as there are no registers.
+template <class T>
+struct alignas(16) WalkFrom {
+  const T *g, *reduced;
+};
+struct alignas(16) WalkTo {
+  int g, reduced, end;
 };
 
 // Computes 8 columns of the row of the warp's group from memory, a number at a time.
@@ -94,8 +98,8 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   char* const span_rows = reduced_ring + depth * rows * pixels * pitch;
   char* const halves = span_rows + (layout.groups * slots + 8) * pitch;
   auto* const biases = reinterpret_cast<Vector<2, float>*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
-  auto* const moves = reinterpret_cast<WalkMove*>(biases + layout.groups * kernel_pairs * 8);
-  auto* const reduced_to = reinterpret_cast<int*>(moves + layout.warps() * 32);  // bytes
+  auto* const all_from = reinterpret_cast<WalkFrom<T>*>(biases + layout.groups * kernel_pairs * 8);
+  auto* const all_to = reinterpret_cast<WalkTo*>(all_from + layout.warps() * 32);
 
   const WalkPlace at = WalkPlace::here(q);
   const int last_row = min(at.first_row + q.rows, q.height);
@@ -107,24 +111,24 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   // In each pair of rows a thread moves one piece, of 8 channels, of a pixel of G, and the pieces of R at the same place
   // among those of the pixel and as many further on. Consecutive threads have consecutive pieces.
   const int thread = int(threadIdx.x), lane = thread % 32, pieces = 2 * layout.groups;
-  const T* const image = y + (at.n * q.y.n + at.first_group * group_channels);
-  const T* const reduced_image = reduced + at.n * span.reduced_n;
   {
     const int piece = thread & (pieces - 1), pixel = layout.groups == 4 ? thread / 8 : thread / 4;
     const int side = pixel >= pixels, v = at.first_pixel + pixel - side * pixels;
     const bool exists = 2 * at.first_group + piece < 2 * q.groups;
-    moves[thread] = {side * q.y.h + v * q.y.w + piece * 8, exists ? layout.at(pixel, piece) : -1,
-                     side * span.reduced_h + v * span.reduced_w + piece * 8, v < q.out_width ? q.out_height - side : 0};
-    reduced_to[thread] = pixel * pitch + piece * 16;
+    all_from[thread] = {y + (at.n * q.y.n + at.first_group * group_channels) + (side * q.y.h + v * q.y.w + piece * 8),
+                        reduced + at.n * span.reduced_n + (side * span.reduced_h + v * span.reduced_w + piece * 8)};
+    all_to[thread] = {exists ? layout.at(pixel, piece) : -1, pixel * pitch + piece * 16,
+                      v < q.out_width ? q.out_height - side : 0};
   }
   const auto bring = [&](int h, int slot) {
-    const WalkMove move = moves[thread_again()];
-    const bool inside = h < move.end;
-    if (move.to >= 0)
-      copy_piece(ring + slot * rows * pixels * position_bytes + move.to, image + (h * q.y.h + move.from), inside,
+    const WalkFrom<T> first = all_from[thread_again()];
+    const WalkTo places = all_to[thread_again()];
+    const bool inside = h < places.end;
+    if (places.g >= 0)
+      copy_piece(ring + slot * rows * pixels * position_bytes + places.g, first.g + h * q.y.h, inside,
                  Aligned ? 8 : q.y.vector);
-    char* to = reduced_ring + slot * rows * pixels * pitch + reduced_to[thread_again()];
-    const T* from = reduced_image + (h * span.reduced_h + move.reduced_from);
+    char* to = reduced_ring + slot * rows * pixels * pitch + places.reduced;
+    const T* from = first.reduced + h * span.reduced_h;
     const int left = 2 * steps - int(thread_again() & unsigned(pieces - 1));
     if (left > 0) copy_piece(to, from, inside, Aligned ? 8 : span.reduced_vector);
 #pragma unroll 1
@@ -165,7 +169,11 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - 1) & 7) * 4 + t;
 
   // Kernel rows have 8 slots; the last one holds zeros. The products of an eighth kernel row are not used.
-  const auto* const own_biases = biases + (works ? group : 0) * kernel_pairs * 8 + line;
+  const auto own_biases_again = [&] {
+    const unsigned thread = thread_again();
+    return biases + ((thread / 32 & unsigned(layout.groups - 1)) * (kernel_pairs * 8) + thread / 4 % 8);
+  };
+  const auto* const kept_biases = own_biases_again();
   const char* const tap_rows = span_rows + ((works ? group : 0) * slots + matrix % 2 * 8 + i) * pitch + matrix / 2 * 16;
   const char* const pixel_rows = reduced_ring + (matrix / 2 * pixels + tile * 8 + i) * pitch + matrix % 2 * 16;
   const char* const gradients = ring + layout.at(matrix % 2 * pixels + tile * 8 + i, group * 2 + matrix / 2);
@@ -182,6 +190,7 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   T* const out = x + (at.n * q.x.n + at.first_group * group_channels);
 
   // The rows of dX that are not complete: row o of the pair of rows h is number (o + 2 * phase) % 8.
+  const bool never = q.groups < 1;
   float sums[open][2][4] = {};  // [16 columns][16 channels]
   uint32_t again = 0;           // rows of 8 columns of a round that are not finite
   const auto step = [&](auto number, int h) {
@@ -200,9 +209,13 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
       uint32_t r[held][4];
 #pragma unroll
       for (int c = 0; c < held; ++c) load_matrices(r[c], reduced_row + c * 32);
+      const auto* const own_biases = Steps > 2 ? own_biases_again() : kept_biases;
       uint32_t left_before = 0, right_before = 0;  // of the second row of G and the kernel row before
 #pragma unroll
       for (int pair = 0; pair < kernel_pairs; ++pair) {
+        // This branch ends a block of instructions. ptxas moves instructions ahead within one, and spills a few registers
+        // for that.
+        if (Steps > 2 && pair > 0 && never) break;
         float w[2][4];
         const Vector<2, float> of_pair = own_biases[pair * 8];
         const float begin[4] = {of_pair.v[0], of_pair.v[0], of_pair.v[1], of_pair.v[1]};
