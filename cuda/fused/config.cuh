@@ -183,7 +183,7 @@ struct SpanConfig : TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8> {
   static constexpr int walk = sums + (Tiles <= 2 ? units * Tiles * 2 * chunk_groups * 32 * 16
                                       : walks    ? 2 * chunk_groups * operand_bytes
                                                  : 0);
-  static constexpr int bytes = walk + 112;
+  static constexpr int turns = walk + 48, bytes = turns + 384;
   static __host__ __device__ constexpr int after(int slot, int batches) {
     return slot + batches < live ? slot + batches : slot + batches - live;
   }

@@ -36,27 +36,43 @@ template <int S>
 struct Turn {
   int from[2];         // lanes
   uint32_t halves[2];  // for __byte_perm: where the even and the odd taps are
-  uint32_t mask;       // of what arrives: no tap is in the last slot
+  bool last;           // no tap is in the lane's second slot
+  uint32_t fragment;   // which has the lane's pair
 
-  explicit __device__ __forceinline__ Turn(int lane) {
+  // What lanes have in shared memory, as they have no registers to keep it in.
+  struct Table {
+    Vector<2, int> from[32];
+    uint32_t bits[32];  // `halves[0]`, `fragment` << 16, and `last` as the highest bit
+  };
+  template <class C>
+  static __device__ __forceinline__ void write(Table& table, int lane) {
     const int pixel = lane / 4, t = lane % 4;
-    if constexpr (S == 1) {
-      from[0] = pixel * 4 + ((t + pixel / 2) & 3), from[1] = pixel * 4 + ((t + (pixel + 1) / 2) & 3);
-      halves[0] = pixel % 2 == 0 ? 0x5410 : 0x7632, halves[1] = pixel % 2 == 0 ? 0x7632 : 0x5410;
-      mask = t == 3 ? 0 : ~0u;
-    } else {
-      from[0] = pixel * 4 + ((t + pixel) & 3);
-      mask = t == 3 ? 0xffffu : ~0u;
-    }
+    const int more = S == 1 ? pixel / 2 : pixel, odd = S == 1 ? (pixel + 1) / 2 : pixel;
+    table.from[lane] = {{pixel * 4 + ((t + more) & 3), pixel * 4 + ((t + odd) & 3)}};
+    table.bits[lane] = (pixel % 2 == 0 ? 0x5410u : 0x7632u) | uint32_t(Pair::of_lane<C>(lane, 0).fragment) << 16 |
+                       (t == 3 ? 1u << 31 : 0);
+  }
+  __device__ __forceinline__ Turn(const Table& table, int lane) {
+    const Vector<2, int> lanes = table.from[lane];
+    const uint32_t bits = table.bits[lane];
+    from[0] = lanes.v[0], from[1] = lanes.v[1];
+    halves[0] = bits, halves[1] = bits ^ (0x5410 ^ 0x7632);  // of which __byte_perm uses the lower half
+    last = int(bits) < 0;
+    fragment = bits >> 16 & 3;
   }
   // Turns the pairs of a kernel row, one for each row of the unit.
   __device__ __forceinline__ void operator()(uint32_t (&rows)[2]) const {
     if constexpr (S == 1) {
       const uint32_t even = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[0]), from[0]);
-      const uint32_t odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]) & mask;
+      const uint32_t all_odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]);
+      const uint32_t odd = last ? 0 : all_odd;
       rows[0] = __byte_perm(even, odd, 0x5410), rows[1] = __byte_perm(even, odd, 0x7632);
     } else {
-      rows[0] = __shfl_sync(~0u, rows[0], from[0]) & mask, rows[1] = __shfl_sync(~0u, rows[1], from[0]) & mask;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t both = __shfl_sync(~0u, rows[r], from[0]);
+        rows[r] = last ? both & 0xffffu : both;
+      }
     }
   }
 };
@@ -145,6 +161,7 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
   char* const pixels = ring + C::reduced;
   char* const span_rows = ring + C::rows;
   Walk& walk = *reinterpret_cast<Walk*>(ring + C::walk);
+  auto& turns = *reinterpret_cast<typename Turn<S>::Table*>(ring + C::turns);
   // Of dR, [unit][16 channels][half of them][group][lane].
   auto* const group_sums = reinterpret_cast<Vector<4, float>*>(ring + C::sums);
   // Where a block has more than two tiles of channels, dW as operands, [unit][group][kernel row][row][8 pixels][8 slots].
@@ -168,6 +185,7 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
   // Branches on this end a block of instructions. ptxas moves instructions ahead within one, and spills a few registers
   // for that. Where the branches are was found by trial.
   const bool never = q.chunks < 1;
+  if (threadIdx.x < 32) Turn<S>::template write<C>(turns, int(threadIdx.x));
   // One access.
   const auto read = [](const Step& from) {
     const auto four = reinterpret_cast<const Vector<4, int>&>(from);
@@ -235,8 +253,9 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
       // S: a thread has one piece of 8 channels of one column of taps. Kernel rows with 8 slots each, of which there are
       // 7 a group, follow each other in memory, too.
       constexpr int pieces = C::part / 8, at_once = C::threads / pieces / 8;
-      const int piece = int(threadIdx.x) % pieces, kw = int(threadIdx.x) / pieces % 8;
-      const int first = int(threadIdx.x) / (pieces * 8), end = kw < K && piece * 8 < width_of() ? groups * K : 0;
+      const unsigned thread = thread_again();
+      const int piece = int(thread % pieces), kw = int(thread / pieces % 8), first = int(thread / (pieces * 8));
+      const int end = kw < K && piece * 8 < width_of() ? groups * K : 0;
       const T* const from = weight + ((first_group * K + first) * K + kw) * span.row + first_reduced_of() + piece * 8;
       char* const to = span_rows + (first * 8 + kw) * C::part_pitch + piece * 16;
 #pragma unroll
@@ -289,8 +308,10 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
           for (int u = 0; u < pairs; ++u)
             load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, first_column + at.i,
                                                   at.group * group_channels + at.matrix / 2 * 8));
-          const Pair pair = Pair::of_lane<C>(at.lane, 0);
-          const Turn<S> turn(at.lane);
+          const Turn<S> turn(turns, at.lane);
+          const int rows_left = q.y_height - here.row - first_row, columns_left = q.y_width - here.column - first_column;
+          const bool whole = rows_left >= 2 * pairs && columns_left >= 8;
+          const int rows_inside = at.quad < columns_left ? rows_left : 0;
           const bool last_is_outside = here.row + first_row + 2 * (pairs - 1) >= q.y_height;
           const char* batches[C::own_batches];
           int from = here.slot() + first_row * S / 4;
@@ -306,7 +327,7 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
               if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
-              if (pairs > 1 ? u > 0 && last_is_outside : Tiles > 2 && never) continue;
+              if (pairs > 1 ? u > 0 && last_is_outside : never) continue;
               const float zeros[4] = {};
               float d[C::fragments][4];
               multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
@@ -319,7 +340,7 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
                 float first = d[0][2 * r], second = d[0][2 * r + 1];
 #pragma unroll
                 for (int f = 1; f < C::fragments; ++f) {
-                  if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
+                  if (int(turn.fragment) == f) first = d[f][2 * r], second = d[f][2 * r + 1];
                 }
                 w[u][kh][r] = pack<T>(first, second);
                 if (r == 1) turn(w[u][kh]);
@@ -327,9 +348,7 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
             }
           }
           // Outside the image a zero of G may have met an Inf in X.
-          const int rows_left = q.y_height - here.row - first_row, columns_left = q.y_width - here.column - first_column;
-          if (rows_left < 2 * pairs || columns_left < 8) {
-            const int rows_inside = at.quad < columns_left ? rows_left : 0;
+          if (!whole) {
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
 #pragma unroll
@@ -582,12 +601,12 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
         for (int half = 0; half < 2; ++half) {
           const int channel = ((Tiles > 2 ? at.side * C::span_tiles : 0) + m) * 16 + half * 8 + at.quad;
           if (channel >= width) continue;
-          float* to = out + channel;
+          float *to = out + channel, *next = to + span.reduced;
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
-            to[0] = span_sum[m][kh][2 * half];
-            if (2 * at.t + 1 < K) to[span.reduced] = span_sum[m][kh][2 * half + 1];
-            to = kept(to + K * span.reduced);
+            *to = span_sum[m][kh][2 * half];
+            if (2 * at.t + 1 < K) *next = span_sum[m][kh][2 * half + 1];
+            to = kept(to + K * span.reduced), next = kept(next + K * span.reduced);
           }
         }
       }
