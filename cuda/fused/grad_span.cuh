@@ -79,8 +79,8 @@ struct Turn {
 
 // Adds to dS, [16 channels][8 slots] of each kernel row, and to db what a unit contributes. `slots_of` gives dW,
 // [16 pixels][8 slots], of two kernel rows, where there are two. In db, lane / 4 is the slot, and lane % 4 and the index
-// are the kernel row.
-template <class T, int Tiles, class SlotsOf>
+// are the kernel row. Fewer: with fewer registers and a few instructions more.
+template <class T, bool Fewer, int Tiles, class SlotsOf>
 __device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[2], const SlotsOf& slots_of,
                                          const char* pixels, int pitch, int lane, bool with_bias) {
   const int matrix = lane / 8, i = lane % 8;
@@ -104,10 +104,13 @@ __device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (
       const float zeros[4] = {};
       float d[4];
       multiply<T>(d, {slots[0][0], slots[1][0], slots[0][1], slots[1][1]}, {ones, ones}, zeros);
-      if (lane % 4 == kh / 2) own[0] = d[0], own[1] = d[2];
+      if (lane % 4 == kh / 2) {
+        float (&to)[2] = Fewer ? bias_sum : own;
+        to[0] = Fewer ? to[0] + d[0] : d[0], to[1] = Fewer ? to[1] + d[2] : d[2];
+      }
     }
   }
-  bias_sum[0] += own[0], bias_sum[1] += own[1];
+  if (!Fewer) bias_sum[0] += own[0], bias_sum[1] += own[1];
 }
 
 // A thread's place, computed again in each phase of a kernel that has no registers to keep it in. `unit` is the first of
@@ -168,8 +171,9 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
   const auto operands_of = [&](const Step& here, int unit, int g) {
     char* to = ring + unit * chunk_groups * C::operand_bytes;
     if (C::walks) {
-      to = unit < 2 ? ring + C::sums + unit * chunk_groups * C::operand_bytes
-           : unit == 2 ? ring + here.slot() * (4 * X::Columns * X::pitch) : gradients;
+      to = unit < 2    ? ring + C::sums + unit * chunk_groups * C::operand_bytes
+           : unit == 2 ? ring + here.slot() * (4 * X::Columns * X::pitch)
+                       : gradients;
     }
     return to + g * C::operand_bytes;
   };
@@ -253,14 +257,15 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
       // S: a thread has one piece of 8 channels of one column of taps. Kernel rows with 8 slots each, of which there are
       // 7 a group, follow each other in memory, too.
       constexpr int pieces = C::part / 8, at_once = C::threads / pieces / 8;
-      const unsigned thread = thread_again();
+      const unsigned thread = unsigned(opaque(int(threadIdx.x)));
       const int piece = int(thread % pieces), kw = int(thread / pieces % 8), first = int(thread / (pieces * 8));
       const int end = kw < K && piece * 8 < width_of() ? groups * K : 0;
       const T* const from = weight + ((first_group * K + first) * K + kw) * span.row + first_reduced_of() + piece * 8;
       char* const to = span_rows + (first * 8 + kw) * C::part_pitch + piece * 16;
 #pragma unroll
       for (int row = 0; row < chunk_groups * K; row += at_once) {
-        if (chunk_groups * K % at_once != 0 && row + at_once > chunk_groups * K && first + row >= chunk_groups * K) break;
+        if (chunk_groups * K % at_once != 0 && row + at_once > chunk_groups * K && first + row >= chunk_groups * K)
+          break;
         copy_piece(to + row * 8 * C::part_pitch, from + row * K * span.row, first + row < end,
                    Aligned ? 8 : span.row_vector);
       }
@@ -309,7 +314,8 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
             load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, first_column + at.i,
                                                   at.group * group_channels + at.matrix / 2 * 8));
           const Turn<S> turn(turns, at.lane);
-          const int rows_left = q.y_height - here.row - first_row, columns_left = q.y_width - here.column - first_column;
+          const int rows_left = q.y_height - here.row - first_row,
+                    columns_left = q.y_width - here.column - first_column;
           const bool whole = rows_left >= 2 * pairs && columns_left >= 8;
           const int rows_inside = at.quad < columns_left ? rows_left : 0;
           const bool last_is_outside = here.row + first_row + 2 * (pairs - 1) >= q.y_height;
@@ -327,7 +333,8 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
               if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
-              if (pairs > 1 ? u > 0 && last_is_outside : never) continue;
+              if (pairs > 1 ? u > 0 && last_is_outside : (Tiles > 2 || (Tiles == 2 && x_row % 3 == 1)) && never)
+                continue;
               const float zeros[4] = {};
               float d[C::fragments][4];
               multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
@@ -372,9 +379,9 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
         if (q.chunks > 1) {
           // The sums so far, as they lie in the lanes: [tile][unit][16 channels][half of them][lane].
           const int tile = (here.n * q.tiles_w + here.column / C::Columns) * q.tiles_h + here.row / C::Rows;
-          auto* const kept = reinterpret_cast<Vector<4, float>*>(partial.reduced) +
-                             (int64_t{tile * C::units + unit} * (span.reduced / 16) + (first_reduced_of() / 16 + m)) * 64 +
-                             at.lane;
+          auto* const kept =
+              reinterpret_cast<Vector<4, float>*>(partial.reduced) +
+              (int64_t{tile * C::units + unit} * (span.reduced / 16) + (first_reduced_of() / 16 + m)) * 64 + at.lane;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             if (here.chunk() > 0) {
@@ -449,8 +456,8 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
                 for (int r = 0; r < 2; ++r) slots[e][r] = transpose_matrix(w[u][kh + e][r]);
               }
             };
-            add_unit<T>(span_sum, bias_sum, slots_of, pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch, at.lane,
-                        true);
+            add_unit<T, Tiles == 2>(span_sum, bias_sum, slots_of, pixels + (at.unit + u) * 16 * C::part_pitch,
+                                    C::part_pitch, at.lane, true);
           }
         }
         __syncthreads();
@@ -554,8 +561,9 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
                 load_matrices_transposed(slots[0], operands + kh * 256);
               }
             };
-            add_unit<T>(span_sum, bias_sum, slots_of, pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32,
-                        C::part_pitch, at.lane, at.side == 0);
+            add_unit<T, false>(span_sum, bias_sum, slots_of,
+                               pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32, C::part_pitch,
+                               at.lane, at.side == 0);
           }
         }
         __syncthreads();

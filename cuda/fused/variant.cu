@@ -77,7 +77,8 @@ int64_t fused_scratch(const SpanProblem& p, SpanOp op) {
     const Partial partial = partial_of<C>(p);
     return span_floats(partial) + bias_floats(partial) + reduced_floats<C>(partial, p);
   };
-  return (p.involution.stride_h == 2 ? floats(SpanConfig<2, 1>{}) : floats(SpanConfig<1, 1>{})) * int64_t{sizeof(float)};
+  return (p.involution.stride_h == 2 ? floats(SpanConfig<2, 1>{}) : floats(SpanConfig<1, 1>{})) *
+         int64_t{sizeof(float)};
 }
 
 void fused_run(const SpanProblem& problem, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {
