@@ -20,8 +20,9 @@
 // of an Inf.
 //
 // Bytes: G, R / C of G, dX once: 2.25 elements a channel and pixel with R = C / 4. The limit is issue: with R = 16, 14
-// warps take about 350 instructions (SASS for sm_90) for two rows of 8 pixels of a group, among them 24 HMMA, 14
-// shuffles and 6 ldmatrix.
+// warps take about 340 instructions (PTX for sm_90) for two rows of 8 pixels of a group, among them 24 HMMA, 14 shuffles
+// and 6 ldmatrix. With R = 32 and 64, R of the two rows stays in registers for all kernel rows, and shared memory, most
+// of which is for S, takes as long as issue.
 #pragma once
 
 #include "span.cuh"
@@ -144,7 +145,8 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
     const int at_once = layout.warps() * (32 >> shift), end = piece < 2 * steps ? layout.groups * slots + 8 : 0;
 #pragma unroll 1
     for (int slot = thread >> shift; slot < end; slot += at_once)
-      copy_piece(span_rows + slot * pitch + piece * 16, weight + ((first_tap + slot - slot / 8) * span.row + piece * 8),
+      copy_piece(span_rows + slot * pitch + piece * 16,
+                 weight + (int64_t{first_tap + slot - slot / 8} * span.row + piece * 8),
                  slot % 8 < K && slot < at.groups * slots, Aligned ? 8 : span.row_vector);
     if (thread < layout.groups * kernel_pairs * 8) {
       const int group = thread / (kernel_pairs * 8), pair = thread / 8 % kernel_pairs, kw = thread % 8;

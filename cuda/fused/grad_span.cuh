@@ -15,12 +15,14 @@
 // chunk in shared memory and over the chunks in `scratch`, by the thread that owns it; and, transposed, that of dS, which
 // is summed over the block's steps in registers. With more than 32 reduced channels there are no registers for that:
 // then dW goes through shared memory, to warps that have half of the channels of dS, or 16 channels of dR for all
-// groups. A block leaves one partial sum of dS and db, which `sum_partials` adds in order; how many there are, and so
-// the last bits, depends on the number of multiprocessors.
+// groups; ldmatrix makes both operands of it. It lies where G and the rows of X were that the next step does not need
+// (stride 2: where X was), so these arrive only when the step is done. A block leaves one partial sum of dS and db, which
+// `sum_partials` adds in order; how many there are, and so the last bits, depends on the number of multiprocessors.
 //
 // Bytes: X, G, R / C of X, dR / C of X once, 2.5 elements a channel and pixel with R = C / 4, and the partial sums.
-// L2: X 1.5 times (stride 2: 1.5). The limit is issue: with R = 16, about 210 instructions for a unit besides what a step
-// costs, among them 35 HMMA and 28 shuffles and transpositions.
+// L2: X 1.5 times (stride 2: 1.5). The limit is issue: with R = 16, about 390 instructions (PTX for sm_90) for a unit and
+// what a step costs, among them 35 HMMA and 28 shuffles and transpositions. With more than 32 it is shared memory, most
+// of which is for dR: a warp reads dW of two units and all groups for its 16 channels, and S of these once for both.
 #pragma once
 
 #include "span.cuh"
@@ -260,13 +262,14 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
       const unsigned thread = unsigned(opaque(int(threadIdx.x)));
       const int piece = int(thread % pieces), kw = int(thread / pieces % 8), first = int(thread / (pieces * 8));
       const int end = kw < K && piece * 8 < width_of() ? groups * K : 0;
-      const T* const from = weight + ((first_group * K + first) * K + kw) * span.row + first_reduced_of() + piece * 8;
+      const T* const from =
+          weight + int64_t{(first_group * K + first) * K + kw} * span.row + (first_reduced_of() + piece * 8);
       char* const to = span_rows + (first * 8 + kw) * C::part_pitch + piece * 16;
 #pragma unroll
       for (int row = 0; row < chunk_groups * K; row += at_once) {
         if (chunk_groups * K % at_once != 0 && row + at_once > chunk_groups * K && first + row >= chunk_groups * K)
           break;
-        copy_piece(to + row * 8 * C::part_pitch, from + row * K * span.row, first + row < end,
+        copy_piece(to + row * 8 * C::part_pitch, from + int64_t{row * K} * span.row, first + row < end,
                    Aligned ? 8 : span.row_vector);
       }
     }
