@@ -99,7 +99,7 @@ struct WalkLayout {
     return position * position_bytes() + (piece ^ (groups == 4 ? position & 7 : position >> 1 & 3)) * 16;
   }
   int bytes(int reduced) const {
-    const int biases = groups * (K + 1) / 2 * 8 * 8, moves = warps() * 32 * 20;
+    const int biases = groups * (K + 1) / 2 * 8 * 8, moves = warps() * 32 * 32;
     return ring_bytes() + (depth * rows * pixels() + groups * slots + 8) * Span::pitch(reduced) +
            (warps() + groups) * rows * 32 * 16 + biases + moves;
   }
@@ -150,7 +150,7 @@ struct StridedWalk {
 struct Partial {
   float* span;                   // [stripe][49 G][R]
   float* bias;                   // [stripe][49 G]
-  float* reduced;                // [N][Ho][Wo][R], where there is more than one chunk
+  float* reduced;                // of dR in tiles, where there is more than one chunk
   int64_t span_size, bias_size;  // of one stripe
   int stripes, parts;            // parts of the reduced channels, 1 or 2
   int steps, longer;
@@ -173,15 +173,17 @@ struct SpanConfig : TileConfig<K, S_, 4, S_ == 1 ? 16 : 8, 8> {
   using Ring = Image<live * 4, Base::x_columns, true>;
   using Output = Image<Base::Rows, Base::Columns, true>;
   static constexpr int x_threads = Base::x_columns * 8;  // that bring X
-  // With one or two tiles of channels, G and what is new of X arrive while dR and dS are computed.
-  static constexpr bool walks = Tiles <= 2;
+  // Only what is new of X arrives.
+  static constexpr bool walks = Tiles <= 2 || S_ == 1;
   // A kernel row has 8 slots, the last without a tap: rows of S are [slot][reduced channel].
   static constexpr int group_slots = 8 * K, slots = chunk_groups * group_slots, part_pitch = part * 2 + 16;
   static constexpr int operand_bytes = K * 2 * 32 * 4;  // dW of a unit and a group
   static constexpr int gradients = Ring::bytes, reduced = gradients + Output::bytes;
   static constexpr int rows = reduced + pixels * part_pitch, sums = rows + slots * part_pitch;
-  static constexpr int walk = sums + (Tiles > 2 ? 0 : units * Tiles * 2 * chunk_groups * 32 * 16);
-  static constexpr int bytes = walk + 112;
+  static constexpr int walk = sums + (Tiles <= 2 ? units * Tiles * 2 * chunk_groups * 32 * 16
+                                      : walks    ? 2 * chunk_groups * operand_bytes
+                                                 : 0);
+  static constexpr int turns = walk + 48, bytes = turns + 384;
   static __host__ __device__ constexpr int after(int slot, int batches) {
     return slot + batches < live ? slot + batches : slot + batches - live;
   }
@@ -207,6 +209,11 @@ Partial partial_of(const SpanProblem& p) {
 // Floats of the stripes' sums. 16 divides the first, and the second is rounded up, so that what follows is aligned.
 inline int64_t span_floats(const Partial& partial) { return partial.stripes * partial.span_size; }
 inline int64_t bias_floats(const Partial& partial) { return (partial.stripes * partial.bias_size + 3) / 4 * 4; }
+template <class C>
+int64_t reduced_floats(const Partial& partial, const SpanProblem& p) {
+  const int64_t tiles = int64_t{partial.stripes} * partial.steps + partial.longer;
+  return p.involution.groups > chunk_groups ? tiles * C::pixels * p.reduced : 0;
+}
 
 // Launch the kernels for one dtype; instances/ has one file for each, so that they compile at the same time.
 template <DType dtype>

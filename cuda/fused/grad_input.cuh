@@ -20,8 +20,9 @@
 // of an Inf.
 //
 // Bytes: G, R / C of G, dX once: 2.25 elements a channel and pixel with R = C / 4. The limit is issue: with R = 16, 14
-// warps take about 350 instructions (SASS for sm_90) for two rows of 8 pixels of a group, among them 24 HMMA, 14
-// shuffles and 6 ldmatrix.
+// warps take about 340 instructions (PTX for sm_90) for two rows of 8 pixels of a group, among them 24 HMMA, 14 shuffles
+// and 6 ldmatrix. With R = 32 and 64, R of the two rows stays in registers for all kernel rows, and shared memory, most
+// of which is for S, takes as long as issue.
 #pragma once
 
 #include "span.cuh"
@@ -47,11 +48,14 @@ struct WalkPlace {
   }
 };
 
-// What a thread moves of a pair of rows, in elements from the first row of the image and in bytes.
-struct WalkMove {
-  int from, to;  // of G; `to` is negative where there is nothing
-  int reduced_from, reduced_to;
-  int end;  // rows of G from here on are zeros
+// What a thread moves of a pair of rows, from the first row of the image, and to bytes of a stage of the ring. Of G, `g`
+// is negative where there is nothing, and rows from `end` on are zeros. In shared memory, as there are no registers.
+template <class T>
+struct alignas(16) WalkFrom {
+  const T *g, *reduced;
+};
+struct alignas(16) WalkTo {
+  int g, reduced, end;
 };
 
 // Computes 8 columns of the row of the warp's group from memory, a number at a time.
@@ -80,14 +84,14 @@ __device__ __forceinline__ void again_from_memory(const WalkParams& q, const Spa
   }
 }
 
-// Aligned: G, R, S and dX can be moved 8 channels at a time.
-template <bool Aligned, class T>
+// Aligned: G, R, S and dX can be moved 8 channels at a time. Steps: 16 reduced channels each, or 0: as many as there are.
+template <bool Aligned, int Steps, class T>
 __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
     grad_input(WalkParams q, Span span, const T* __restrict__ y, const T* __restrict__ reduced,
                const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ x) {
   constexpr int kernel_pairs = (K + 1) / 2, slots = WalkLayout::slots, depth = WalkLayout::depth,
                 rows = WalkLayout::rows, open = K + rows - 1;
-  const int steps = span.reduced / 16, pitch = span.pitch();
+  const int steps = Steps > 0 ? Steps : span.reduced / 16, pitch = Span::pitch(16 * steps);
   const WalkLayout layout = q.layout;
   const int pixels = layout.pixels(), position_bytes = layout.position_bytes();
   char* const ring = shared_memory();
@@ -95,7 +99,8 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   char* const span_rows = reduced_ring + depth * rows * pixels * pitch;
   char* const halves = span_rows + (layout.groups * slots + 8) * pitch;
   auto* const biases = reinterpret_cast<Vector<2, float>*>(halves + (layout.warps() + layout.groups) * rows * 32 * 16);
-  auto* const moves = reinterpret_cast<WalkMove*>(biases + layout.groups * kernel_pairs * 8);
+  auto* const all_from = reinterpret_cast<WalkFrom<T>*>(biases + layout.groups * kernel_pairs * 8);
+  auto* const all_to = reinterpret_cast<WalkTo*>(all_from + layout.warps() * 32);
 
   const WalkPlace at = WalkPlace::here(q);
   const int last_row = min(at.first_row + q.rows, q.height);
@@ -107,24 +112,24 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   // In each pair of rows a thread moves one piece, of 8 channels, of a pixel of G, and the pieces of R at the same place
   // among those of the pixel and as many further on. Consecutive threads have consecutive pieces.
   const int thread = int(threadIdx.x), lane = thread % 32, pieces = 2 * layout.groups;
-  const T* const image = y + (at.n * q.y.n + at.first_group * group_channels);
-  const T* const reduced_image = reduced + at.n * span.reduced_n;
   {
     const int piece = thread & (pieces - 1), pixel = layout.groups == 4 ? thread / 8 : thread / 4;
     const int side = pixel >= pixels, v = at.first_pixel + pixel - side * pixels;
     const bool exists = 2 * at.first_group + piece < 2 * q.groups;
-    moves[thread] = {side * q.y.h + v * q.y.w + piece * 8, exists ? layout.at(pixel, piece) : -1,
-                     side * span.reduced_h + v * span.reduced_w + piece * 8, pixel * pitch + piece * 16,
-                     v < q.out_width ? q.out_height - side : 0};
+    all_from[thread] = {y + (at.n * q.y.n + at.first_group * group_channels) + (side * q.y.h + v * q.y.w + piece * 8),
+                        reduced + at.n * span.reduced_n + (side * span.reduced_h + v * span.reduced_w + piece * 8)};
+    all_to[thread] = {exists ? layout.at(pixel, piece) : -1, pixel * pitch + piece * 16,
+                      v < q.out_width ? q.out_height - side : 0};
   }
   const auto bring = [&](int h, int slot) {
-    const WalkMove move = moves[thread_again()];
-    const bool inside = h < move.end;
-    if (move.to >= 0)
-      copy_piece(ring + slot * rows * pixels * position_bytes + move.to, image + (h * q.y.h + move.from), inside,
+    const WalkFrom<T> first = all_from[thread_again()];
+    const WalkTo places = all_to[thread_again()];
+    const bool inside = h < places.end;
+    if (places.g >= 0)
+      copy_piece(ring + slot * rows * pixels * position_bytes + places.g, first.g + h * q.y.h, inside,
                  Aligned ? 8 : q.y.vector);
-    char* to = reduced_ring + slot * rows * pixels * pitch + move.reduced_to;
-    const T* from = reduced_image + (h * span.reduced_h + move.reduced_from);
+    char* to = reduced_ring + slot * rows * pixels * pitch + places.reduced;
+    const T* from = first.reduced + h * span.reduced_h;
     const int left = 2 * steps - int(thread_again() & unsigned(pieces - 1));
     if (left > 0) copy_piece(to, from, inside, Aligned ? 8 : span.reduced_vector);
 #pragma unroll 1
@@ -133,18 +138,21 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
     }
     commit_copies();
   };
-  // Zeros where there is no tap, also in the eighth kernel row of the last group.
-  for (int row = thread / 16; row < at.groups * slots + 8; row += 2 * layout.warps()) {
-    const int group = row / slots, kh = row % slots / 8, piece = thread % 16;
-    const bool exists = group < at.groups && row % 8 < K;
-    const int tap = first_tap + group * taps + kh * K + row % 8;
-    if (piece < 2 * steps)
-      copy_piece(span_rows + row * pitch + piece * 16, weight + (exists ? int64_t{tap} * span.row + piece * 8 : 0),
-                 exists, Aligned ? 8 : span.row_vector);
-    if (piece == 0 && group < at.groups) {
-      float* const of_pair = biases[(group * kernel_pairs + kh / 2) * 8 + row % 8].v;
-      of_pair[kh % 2] = exists && bias != nullptr ? load(bias[tap]) : 0.0f;
-      if (kh == K - 1) of_pair[1] = 0.0f;
+  // Zeros where there is no tap, also in the eighth kernel row of the last group. Kernel rows, of which there are 7 a
+  // group, have 8 slots each. A thread has a piece of some of the slots, or none.
+  {
+    const int shift = steps <= 1 ? 1 : steps <= 2 ? 2 : steps <= 4 ? 3 : 4, piece = thread & ((1 << shift) - 1);
+    const int at_once = layout.warps() * (32 >> shift), end = piece < 2 * steps ? layout.groups * slots + 8 : 0;
+#pragma unroll 1
+    for (int slot = thread >> shift; slot < end; slot += at_once)
+      copy_piece(span_rows + slot * pitch + piece * 16,
+                 weight + (int64_t{first_tap + slot - slot / 8} * span.row + piece * 8),
+                 slot % 8 < K && slot < at.groups * slots, Aligned ? 8 : span.row_vector);
+    if (thread < layout.groups * kernel_pairs * 8) {
+      const int group = thread / (kernel_pairs * 8), pair = thread / 8 % kernel_pairs, kw = thread % 8;
+      const bool exists = bias != nullptr && group < at.groups && kw < K;
+      const T* const from = bias + (first_tap + group * taps + 2 * pair * K + kw);
+      biases[thread] = {{exists ? load(from[0]) : 0.0f, exists && 2 * pair + 1 < K ? load(from[K]) : 0.0f}};
     }
   }
   // To the left of the first tile there is none.
@@ -163,7 +171,11 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   const int low_lane = (tap & 7) * 4 + t, high_lane = ((tap - 1) & 7) * 4 + t;
 
   // Kernel rows have 8 slots; the last one holds zeros. The products of an eighth kernel row are not used.
-  const auto* const own_biases = biases + (works ? group : 0) * kernel_pairs * 8 + line;
+  const auto own_biases_again = [&] {
+    const unsigned thread = thread_again();
+    return biases + ((thread / 32 & unsigned(layout.groups - 1)) * (kernel_pairs * 8) + thread / 4 % 8);
+  };
+  const auto* const kept_biases = own_biases_again();
   const char* const tap_rows = span_rows + ((works ? group : 0) * slots + matrix % 2 * 8 + i) * pitch + matrix / 2 * 16;
   const char* const pixel_rows = reduced_ring + (matrix / 2 * pixels + tile * 8 + i) * pitch + matrix % 2 * 16;
   const char* const gradients = ring + layout.at(matrix % 2 * pixels + tile * 8 + i, group * 2 + matrix / 2);
@@ -180,6 +192,7 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
   T* const out = x + (at.n * q.x.n + at.first_group * group_channels);
 
   // The rows of dX that are not complete: row o of the pair of rows h is number (o + 2 * phase) % 8.
+  const bool never = q.groups < 1;
   float sums[open][2][4] = {};  // [16 columns][16 channels]
   uint32_t again = 0;           // rows of 8 columns of a round that are not finite
   const auto step = [&](auto number, int h) {
@@ -194,26 +207,41 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
       const char* const reduced_row = pixel_rows + stage * rows * pixels * pitch;
       uint32_t g[4];  // [16 pixels][8 channels], twice
       load_matrices_transposed(g, gradients + stage * rows * pixels * position_bytes);
-      uint32_t r[4];  // the first 16 reduced channels
-      load_matrices(r, reduced_row);
+      constexpr int held = Steps > 0 ? Steps : 1;  // of the reduced channels, 16 each
+      uint32_t r[held][4];
+#pragma unroll
+      for (int c = 0; c < held; ++c) load_matrices(r[c], reduced_row + c * 32);
+      const auto* const own_biases = Steps > 2 ? own_biases_again() : kept_biases;
       uint32_t left_before = 0, right_before = 0;  // of the second row of G and the kernel row before
 #pragma unroll
       for (int pair = 0; pair < kernel_pairs; ++pair) {
+        // This branch ends a block of instructions. ptxas moves instructions ahead within one, and spills a few registers
+        // for that.
+        if (Steps > 2 && pair > 0 && never) break;
         float w[2][4];
         const Vector<2, float> of_pair = own_biases[pair * 8];
         const float begin[4] = {of_pair.v[0], of_pair.v[0], of_pair.v[1], of_pair.v[1]};
         const char* const rows_of_pair = tap_rows + 2 * pair * 8 * pitch;
         uint32_t a[4];
         load_matrices(a, rows_of_pair);
-        multiply<T>(w[0], a, {r[0], r[1]}, begin);
-        multiply<T>(w[1], a, {r[2], r[3]}, begin);
+        multiply<T>(w[0], a, {r[0][0], r[0][1]}, begin);
+        multiply<T>(w[1], a, {r[0][2], r[0][3]}, begin);
+        if constexpr (Steps > 0) {
+#pragma unroll
+          for (int c = 1; c < Steps; ++c) {
+            load_matrices(a, rows_of_pair + c * 32);
+            multiply<T>(w[0], a, {r[c][0], r[c][1]});
+            multiply<T>(w[1], a, {r[c][2], r[c][3]});
+          }
+        } else {
 #pragma unroll 1
-        for (int c = 1; c < steps; ++c) {
-          uint32_t more[4];
-          load_matrices(a, rows_of_pair + c * 32);
-          load_matrices(more, reduced_row + c * 32);
-          multiply<T>(w[0], a, {more[0], more[1]});
-          multiply<T>(w[1], a, {more[2], more[3]});
+          for (int c = 1; c < steps; ++c) {
+            uint32_t more[4];
+            load_matrices(a, rows_of_pair + c * 32);
+            load_matrices(more, reduced_row + c * 32);
+            multiply<T>(w[0], a, {more[0], more[1]});
+            multiply<T>(w[1], a, {more[2], more[3]});
+          }
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -246,28 +274,23 @@ __global__ void __launch_bounds__(WalkLayout::most_threads, 1)
 #pragma unroll
       for (int e = 0; e < 16; ++e) sums[row_of(K - 1 + e / 8)][e / 4 % 2][e % 4] = 0.0f;
     }
-    // Of both rows the channels 2t and 2t + 1, and 8 more.
-    auto* const own = reinterpret_cast<Vector<2, float>*>(halves) + (layout.groups + thread_again() / 32) * rows * 64 +
-                      thread_again() % 32 * 2;
-    const auto* const other = own - layout.groups * rows * 64;
+    // Of each row the channels 2t and 2t + 1, and 8 more.
+    auto* const own = reinterpret_cast<Vector<4, float>*>(halves) + (layout.groups + thread_again() / 32) * rows * 32 +
+                      thread_again() % 32;
+    const auto* const other = own - layout.groups * rows * 32;
 #pragma unroll
     for (int done = 0; done < rows; ++done) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float (&sum)[4] = sums[row_of(done)][half];
-        own[done * 64 + half] = {{sum[2], sum[3]}};
-      }
+      const float (&sum)[2][4] = sums[row_of(done)];
+      own[done * 32] = {{sum[0][2], sum[0][3], sum[1][2], sum[1][3]}};
     }
     __syncthreads();
 #pragma unroll
     for (int done = 0; done < rows; ++done) {
       float (&sum)[2][4] = sums[row_of(done)];
       const int row = h - q.padding_h + done;
+      const Vector<4, float> more = other[done * 32];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Vector<2, float> more = other[done * 64 + half];
-        sum[half][0] += more.v[0], sum[half][1] += more.v[1];
-      }
+      for (int e = 0; e < 4; ++e) sum[e / 2][e % 2] += more.v[e];
       const auto put = [&](int right_half, int own_out) {
         const int e = right_half * 2;
         const float zero = sum[0][e] * 0.0f + sum[0][e + 1] * 0.0f + sum[1][e] * 0.0f + sum[1][e + 1] * 0.0f;

@@ -15,40 +15,19 @@
 // chunk in shared memory and over the chunks in `scratch`, by the thread that owns it; and, transposed, that of dS, which
 // is summed over the block's steps in registers. With more than 32 reduced channels there are no registers for that:
 // then dW goes through shared memory, to warps that have half of the channels of dS, or 16 channels of dR for all
-// groups. A block leaves one partial sum of dS and db, which `sum_partials` adds in order; how many there are, and so
-// the last bits, depends on the number of multiprocessors.
+// groups; ldmatrix makes both operands of it. It lies where G and the rows of X were that the next step does not need
+// (stride 2: where X was), so these arrive only when the step is done. A block leaves one partial sum of dS and db, which
+// `sum_partials` adds in order; how many there are, and so the last bits, depends on the number of multiprocessors.
 //
 // Bytes: X, G, R / C of X, dR / C of X once, 2.5 elements a channel and pixel with R = C / 4, and the partial sums.
-// L2: X 1.5 times (stride 2: 1.5). The limit is issue: with R = 16, about 210 instructions for a unit besides what a step
-// costs, among them 35 HMMA and 28 shuffles and transpositions.
+// L2: X 1.5 times (stride 2: 1.5). The limit is issue: with R = 16, about 390 instructions (PTX for sm_90) for a unit and
+// what a step costs, among them 35 HMMA and 28 shuffles and transpositions. With more than 32 it is shared memory, most
+// of which is for dR: a warp reads dW of two units and all groups for its 16 channels, and S of these once for both.
 #pragma once
 
 #include "span.cuh"
 
 namespace pyinvolution::cuda::fused {
-
-// `width` of Part channels of `rows` rows into shared memory, zeros beyond them; `at` as for bring_rows.
-template <int Threads, int Part, class T, class At>
-__device__ __forceinline__ void bring_part(char* shared, const T* memory, int rows, int width, int vector,
-                                           const At& at) {
-  with_vector<true>(vector, [&](auto v) {
-    constexpr int V = v.value, pieces = Part / V;
-#pragma unroll 1
-    for (int i = opaque(int(threadIdx.x)); i < rows * pieces; i += Threads) {
-      const int row = i / pieces, channel = i % pieces * V, from = at(row);
-      const bool valid = from >= 0 && channel < width;
-      char* to = shared + row * (Part * 2 + 16) + channel * 2;
-      if constexpr (V > 1) {
-        copy_async<V * sizeof(T)>(to, memory + (valid ? from + channel : 0), valid);
-      } else {
-        T value;
-        store(0.0f, &value);
-        if (valid) value = memory[from + channel];
-        *reinterpret_cast<T*>(to) = value;
-      }
-    }
-  });
-}
 
 // How a warp's product G * X becomes operands. A unit is 16 pixels, 8 of a row and 8 of the next one. Of each, a lane
 // has in the product the pair of taps that it has in the band (../band.cuh); as operand A [16 pixels][8 slots], lane
@@ -59,52 +38,66 @@ template <int S>
 struct Turn {
   int from[2];         // lanes
   uint32_t halves[2];  // for __byte_perm: where the even and the odd taps are
-  uint32_t mask;       // of what arrives: no tap is in the last slot
+  bool last;           // no tap is in the lane's second slot
+  uint32_t fragment;   // which has the lane's pair
 
-  explicit __device__ __forceinline__ Turn(int lane) {
+  // What lanes have in shared memory, as they have no registers to keep it in.
+  struct Table {
+    Vector<2, int> from[32];
+    uint32_t bits[32];  // `halves[0]`, `fragment` << 16, and `last` as the highest bit
+  };
+  template <class C>
+  static __device__ __forceinline__ void write(Table& table, int lane) {
     const int pixel = lane / 4, t = lane % 4;
-    if constexpr (S == 1) {
-      from[0] = pixel * 4 + ((t + pixel / 2) & 3), from[1] = pixel * 4 + ((t + (pixel + 1) / 2) & 3);
-      halves[0] = pixel % 2 == 0 ? 0x5410 : 0x7632, halves[1] = pixel % 2 == 0 ? 0x7632 : 0x5410;
-      mask = t == 3 ? 0 : ~0u;
-    } else {
-      from[0] = pixel * 4 + ((t + pixel) & 3);
-      mask = t == 3 ? 0xffffu : ~0u;
-    }
+    const int more = S == 1 ? pixel / 2 : pixel, odd = S == 1 ? (pixel + 1) / 2 : pixel;
+    table.from[lane] = {{pixel * 4 + ((t + more) & 3), pixel * 4 + ((t + odd) & 3)}};
+    table.bits[lane] = (pixel % 2 == 0 ? 0x5410u : 0x7632u) | uint32_t(Pair::of_lane<C>(lane, 0).fragment) << 16 |
+                       (t == 3 ? 1u << 31 : 0);
   }
-  // Turns the pairs of a kernel row, one for each row of the unit; each half of `inside` is all ones where the pixel of
-  // a row is in the image.
-  __device__ __forceinline__ void operator()(uint32_t (&rows)[2], uint32_t inside) const {
+  __device__ __forceinline__ Turn(const Table& table, int lane) {
+    const Vector<2, int> lanes = table.from[lane];
+    const uint32_t bits = table.bits[lane];
+    from[0] = lanes.v[0], from[1] = lanes.v[1];
+    halves[0] = bits, halves[1] = bits ^ (0x5410 ^ 0x7632);  // of which __byte_perm uses the lower half
+    last = int(bits) < 0;
+    fragment = bits >> 16 & 3;
+  }
+  // Turns the pairs of a kernel row, one for each row of the unit.
+  __device__ __forceinline__ void operator()(uint32_t (&rows)[2]) const {
     if constexpr (S == 1) {
-      const uint32_t even = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[0]), from[0]) & inside;
-      const uint32_t odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]) & inside & mask;
+      const uint32_t even = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[0]), from[0]);
+      const uint32_t all_odd = __shfl_sync(~0u, __byte_perm(rows[0], rows[1], halves[1]), from[1]);
+      const uint32_t odd = last ? 0 : all_odd;
       rows[0] = __byte_perm(even, odd, 0x5410), rows[1] = __byte_perm(even, odd, 0x7632);
     } else {
-      rows[0] = __shfl_sync(~0u, rows[0], from[0]) & mask & __byte_perm(inside, inside, 0x1010);
-      rows[1] = __shfl_sync(~0u, rows[1], from[0]) & mask & __byte_perm(inside, inside, 0x3232);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t both = __shfl_sync(~0u, rows[r], from[0]);
+        rows[r] = last ? both & 0xffffu : both;
+      }
     }
   }
 };
 
-// Adds to dS, [16 channels][8 slots] of each kernel row, and to db what a unit contributes. In db, lane / 4 is the slot,
-// and lane % 4 and the index are the kernel row.
-template <class T, int Tiles>
-__device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[2],
-                                         const uint32_t (&w)[K][2], const char* pixels, int pitch, int lane,
-                                         bool with_bias) {
+// Adds to dS, [16 channels][8 slots] of each kernel row, and to db what a unit contributes. `slots_of` gives dW,
+// [16 pixels][8 slots], of two kernel rows, where there are two. In db, lane / 4 is the slot, and lane % 4 and the index
+// are the kernel row. Fewer: with fewer registers and a few instructions more.
+template <class T, bool Fewer, int Tiles, class SlotsOf>
+__device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (&bias_sum)[2], const SlotsOf& slots_of,
+                                         const char* pixels, int pitch, int lane, bool with_bias) {
   const int matrix = lane / 8, i = lane % 8;
   const uint32_t ones = pack<T>(1.0f, 1.0f);
   uint32_t operand[Tiles][4];  // [16 channels][16 pixels]
 #pragma unroll
   for (int m = 0; m < Tiles; ++m)
     load_matrices_transposed(operand[m], pixels + (matrix / 2 * 8 + i) * pitch + m * 32 + matrix % 2 * 16);
+  float own[2] = {};
 #pragma unroll
   for (int kh = 0; kh < K; kh += 2) {
-    uint32_t slots[2][2] = {};  // [16 pixels][8 slots]
+    uint32_t slots[2][2] = {};
+    slots_of(kh, slots);
 #pragma unroll
     for (int e = 0; e < 2 && kh + e < K; ++e) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) slots[e][r] = transpose_matrix(w[kh + e][r]);
 #pragma unroll
       for (int m = 0; m < Tiles; ++m) multiply<T>(span_sum[m][kh + e], operand[m], slots[e]);
     }
@@ -113,9 +106,13 @@ __device__ __forceinline__ void add_unit(float (&span_sum)[Tiles][K][4], float (
       const float zeros[4] = {};
       float d[4];
       multiply<T>(d, {slots[0][0], slots[1][0], slots[0][1], slots[1][1]}, {ones, ones}, zeros);
-      if (lane % 4 == kh / 2) bias_sum[0] += d[0], bias_sum[1] += d[2];
+      if (lane % 4 == kh / 2) {
+        float (&to)[2] = Fewer ? bias_sum : own;
+        to[0] = Fewer ? to[0] + d[0] : d[0], to[1] = Fewer ? to[1] + d[2] : d[2];
+      }
     }
   }
+  if (!Fewer) bias_sum[0] += own[0], bias_sum[1] += own[1];
 }
 
 // A thread's place, computed again in each phase of a kernel that has no registers to keep it in. `unit` is the first of
@@ -169,10 +166,19 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
   char* const pixels = ring + C::reduced;
   char* const span_rows = ring + C::rows;
   Walk& walk = *reinterpret_cast<Walk*>(ring + C::walk);
+  auto& turns = *reinterpret_cast<typename Turn<S>::Table*>(ring + C::turns);
   // Of dR, [unit][16 channels][half of them][group][lane].
   auto* const group_sums = reinterpret_cast<Vector<4, float>*>(ring + C::sums);
-  // Where a block has more than two tiles of channels, dW as operands, [unit][group].
-  const auto operands_of = [&](int unit, int g) { return ring + (unit * chunk_groups + g) * C::operand_bytes; };
+  // Where a block has more than two tiles of channels, dW as operands, [unit][group][kernel row][row][8 pixels][8 slots].
+  const auto operands_of = [&](const Step& here, int unit, int g) {
+    char* to = ring + unit * chunk_groups * C::operand_bytes;
+    if (C::walks) {
+      to = unit < 2    ? ring + C::sums + unit * chunk_groups * C::operand_bytes
+           : unit == 2 ? ring + here.slot() * (4 * X::Columns * X::pitch)
+                       : gradients;
+    }
+    return to + g * C::operand_bytes;
+  };
   // What a block works on is computed again where it is used, as a thread's place is: there are no registers to keep it
   // in. With one or two tiles a block has all the reduced channels; else there are one or two parts of them.
   const auto stripe_of = [&] { return opaque(int(blockIdx.x)) >> (Tiles > 2 ? partial.parts - 1 : 0); };
@@ -185,6 +191,7 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
   // Branches on this end a block of instructions. ptxas moves instructions ahead within one, and spills a few registers
   // for that. Where the branches are was found by trial.
   const bool never = q.chunks < 1;
+  if (threadIdx.x < 32) Turn<S>::template write<C>(turns, int(threadIdx.x));
   // One access.
   const auto read = [](const Step& from) {
     const auto four = reinterpret_cast<const Vector<4, int>&>(from);
@@ -248,11 +255,24 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
     };
     float span_sum[C::span_tiles][K][4] = {}, bias_sum[2] = {};
     const int first_group = chunk * chunk_groups, groups = min(chunk_groups, q.groups - first_group);
-    bring_part<C::threads, C::part>(span_rows, weight + int64_t(first_group * taps) * span.row + first_reduced_of(),
-                                    C::slots, width_of(), Aligned ? 8 : span.row_vector, [&](int slot) {
-                                      const int g = slot / C::group_slots, kh = slot / 8 % K, kw = slot % 8;
-                                      return g < groups && kw < K ? (g * taps + kh * K + kw) * span.row : -1;
-                                    });
+    {
+      // S: a thread has one piece of 8 channels of one column of taps. Kernel rows with 8 slots each, of which there are
+      // 7 a group, follow each other in memory, too.
+      constexpr int pieces = C::part / 8, at_once = C::threads / pieces / 8;
+      const unsigned thread = unsigned(opaque(int(threadIdx.x)));
+      const int piece = int(thread % pieces), kw = int(thread / pieces % 8), first = int(thread / (pieces * 8));
+      const int end = kw < K && piece * 8 < width_of() ? groups * K : 0;
+      const T* const from =
+          weight + int64_t{(first_group * K + first) * K + kw} * span.row + (first_reduced_of() + piece * 8);
+      char* const to = span_rows + (first * 8 + kw) * C::part_pitch + piece * 16;
+#pragma unroll
+      for (int row = 0; row < chunk_groups * K; row += at_once) {
+        if (chunk_groups * K % at_once != 0 && row + at_once > chunk_groups * K && first + row >= chunk_groups * K)
+          break;
+        copy_piece(to + row * 8 * C::part_pitch, from + int64_t{row * K} * span.row, first + row < end,
+                   Aligned ? 8 : span.row_vector);
+      }
+    }
     if (threadIdx.x == 0) {
       const int stripe = stripe_of();
       uint32_t number = uint32_t(stripe * partial.steps + min(stripe, partial.longer));
@@ -263,12 +283,11 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
     __syncthreads();
     Step entered = read(walk.here);
     if (entered.n >= 0) {
-      if (C::walks) bring(entered, true);
+      bring(entered, true);
       bring_pixels(entered);
     }
 #pragma unroll 1
     while (entered.n >= 0) {
-      if (!C::walks) bring(entered, true);
       wait_for_tile();
       if (threadIdx.x == 0) {
         Step next = entered;
@@ -297,16 +316,12 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
           for (int u = 0; u < pairs; ++u)
             load_matrices(a[u], gradients + Y::at(first_row + 2 * u + at.matrix % 2, first_column + at.i,
                                                   at.group * group_channels + at.matrix / 2 * 8));
-          const Pair pair = Pair::of_lane<C>(at.lane, 0);
-          const Turn<S> turn(at.lane);
+          const Turn<S> turn(turns, at.lane);
+          const int rows_left = q.y_height - here.row - first_row,
+                    columns_left = q.y_width - here.column - first_column;
+          const bool whole = rows_left >= 2 * pairs && columns_left >= 8;
+          const int rows_inside = at.quad < columns_left ? rows_left : 0;
           const bool last_is_outside = here.row + first_row + 2 * (pairs - 1) >= q.y_height;
-          // Outside the image a zero of G may have met an Inf in X.
-          const int rows_inside =
-              here.column + first_column + at.quad < q.y_width ? q.y_height - here.row - first_row : 0;
-          uint32_t inside[pairs];
-#pragma unroll
-          for (int u = 0; u < pairs; ++u)
-            inside[u] = (2 * u < rows_inside ? 0xffffu : 0) | (2 * u + 1 < rows_inside ? 0xffff0000u : 0);
           const char* batches[C::own_batches];
           int from = here.slot() + first_row * S / 4;
 #pragma unroll
@@ -321,7 +336,8 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
               if (x_row < 2 * u * S || x_row >= (2 * u + 1) * S + K) continue;
-              if (pairs > 1 ? u > 0 && last_is_outside : Tiles > 2 && never) continue;
+              if (pairs > 1 ? u > 0 && last_is_outside : (Tiles > 2 || (Tiles == 2 && x_row % 3 == 1)) && never)
+                continue;
               const float zeros[4] = {};
               float d[C::fragments][4];
               multiply<T>(d[0], a[u], {b[0], b[1]}, zeros);
@@ -334,17 +350,28 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
                 float first = d[0][2 * r], second = d[0][2 * r + 1];
 #pragma unroll
                 for (int f = 1; f < C::fragments; ++f) {
-                  if (pair.fragment == f) first = d[f][2 * r], second = d[f][2 * r + 1];
+                  if (int(turn.fragment) == f) first = d[f][2 * r], second = d[f][2 * r + 1];
                 }
                 w[u][kh][r] = pack<T>(first, second);
-                if (r == 1) turn(w[u][kh], inside[u]);
+                if (r == 1) turn(w[u][kh]);
+              }
+            }
+          }
+          // Outside the image a zero of G may have met an Inf in X.
+          if (!whole) {
+#pragma unroll
+            for (int u = 0; u < pairs; ++u) {
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+#pragma unroll
+                for (int kh = 0; kh < K; ++kh) w[u][kh][r] = 2 * u + r < rows_inside ? w[u][kh][r] : 0;
               }
             }
           }
         }
       }
       __syncthreads();
-      if (C::walks) {
+      if constexpr (Tiles <= 2) {
         const Step next = read(walk.next);
         if (next.n >= 0) bring(next, next.row == 0);
       }
@@ -352,24 +379,27 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
       // Writes or keeps dR of a unit and 16 channels.
       const auto put = [&](const Step& here, int unit, int m, float (&sums)[2][4]) {
         const At at = At::here();
-        const int h = here.row + C::row_of(unit), v = here.column + C::column_of(unit) + at.quad;
-        const int rows_inside = v < q.y_width && m * 16 < width_of() ? q.y_height - h : 0;
         if (q.chunks > 1) {
-          float* kept = partial.reduced + ((int64_t{here.n} * q.y_height + h) * q.y_width + v) * span.reduced +
-                        (first_reduced_of() + m * 16 + 2 * at.t);
+          // The sums so far, as they lie in the lanes: [tile][unit][16 channels][half of them][lane].
+          const int tile = (here.n * q.tiles_w + here.column / C::Columns) * q.tiles_h + here.row / C::Rows;
+          auto* const kept =
+              reinterpret_cast<Vector<4, float>*>(partial.reduced) +
+              (int64_t{tile * C::units + unit} * (span.reduced / 16) + (first_reduced_of() / 16 + m)) * 64 + at.lane;
 #pragma unroll
-          for (int r = 0; r < 2; ++r, kept += q.y_width * span.reduced) {
-            if (r >= rows_inside) continue;
+          for (int half = 0; half < 2; ++half) {
+            if (here.chunk() > 0) {
+              const Vector<4, float> more = kept[half * 32];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              auto& pair = *reinterpret_cast<Vector<2, float>*>(kept + half * 8);
-              if (here.chunk() > 0) sums[half][2 * r] += pair.v[0], sums[half][2 * r + 1] += pair.v[1];
-              if (here.chunk() + 1 < q.chunks) pair = {{sums[half][2 * r], sums[half][2 * r + 1]}};
+              for (int e = 0; e < 4; ++e) sums[half][e] += more.v[e];
             }
+            if (here.chunk() + 1 < q.chunks)
+              kept[half * 32] = {{sums[half][0], sums[half][1], sums[half][2], sums[half][3]}};
           }
           if (here.chunk() + 1 < q.chunks) return;
         }
         if (grad_reduced == nullptr) return;
+        const int h = here.row + C::row_of(unit), v = here.column + C::column_of(unit) + at.quad;
+        const int rows_inside = v < q.y_width ? q.y_height - h : 0;
         T* to = grad_reduced + (int64_t{here.n} * partial.grad_n + first_reduced_of()) +
                 (h * partial.grad_h + v * partial.grad_w + m * 16);
 #pragma unroll
@@ -422,8 +452,15 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
           for (int u = 0; u < pairs; ++u) {
             if (u == 0 && std::is_same_v<T, BFloat16> && never) continue;
             if (u > 0 && walk.here.row + C::row_of(at.unit + u) >= q.y_height) continue;
-            add_unit<T>(span_sum, bias_sum, w[u], pixels + (at.unit + u) * 16 * C::part_pitch, C::part_pitch, at.lane,
-                        true);
+            const auto slots_of = [&](int kh, uint32_t (&slots)[2][2]) {
+#pragma unroll
+              for (int e = 0; e < 2 && kh + e < K; ++e) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) slots[e][r] = transpose_matrix(w[u][kh + e][r]);
+              }
+            };
+            add_unit<T, Tiles == 2>(span_sum, bias_sum, slots_of, pixels + (at.unit + u) * 16 * C::part_pitch,
+                                    C::part_pitch, at.lane, true);
           }
         }
         __syncthreads();
@@ -461,50 +498,51 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
         if (works) {
 #pragma unroll
           for (int u = 0; u < pairs; ++u) {
-            char* const to = operands_of(at.unit + u, at.group);
+            auto* const to = reinterpret_cast<uint32_t*>(operands_of(here, at.unit + u, at.group)) + at.lane;
 #pragma unroll
-            for (int kh = 0; kh + 1 < K; kh += 2)
-              reinterpret_cast<Vector<4, uint32_t>*>(to)[kh / 2 * 32 + at.lane] = {
-                  {w[u][kh][0], w[u][kh][1], w[u][kh + 1][0], w[u][kh + 1][1]}};
-            reinterpret_cast<Vector<2, uint32_t>*>(to + K / 2 * 512)[at.lane] = {{w[u][K - 1][0], w[u][K - 1][1]}};
+            for (int kh = 0; kh < K; ++kh) to[kh * 64] = w[u][kh][0], to[kh * 64 + 32] = w[u][kh][1];
           }
         }
         __syncthreads();
+        const int groups = groups_of(here);
         {
           const int m = at.warp % Tiles, first_unit = at.warp / Tiles * pairs;
           if (m * 16 < width_of() && is_inside(here, first_unit)) {
             float sums[pairs][2][4] = {};
+            const char* rows = span_rows + (at.matrix % 2 * 8 + at.i) * C::part_pitch + m * 32 + at.matrix / 2 * 16;
+            // Of the last kernel row, lanes 0 to 15 give the addresses.
+            const char* last_row = span_rows + ((K - 1) * 8 + at.i) * C::part_pitch + m * 32 + at.matrix % 2 * 16;
+            const char* operands[pairs];
+#pragma unroll
+            for (int u = 0; u < pairs; ++u) operands[u] = operands_of(here, first_unit + u, 0) + at.lane * 16;
 #pragma unroll 1
-            for (int g = 0; g < groups_of(here); ++g) {
-              const char* const rows = span_rows + (g * C::group_slots + at.matrix % 2 * 8 + at.i) * C::part_pitch +
-                                       m * 32 + at.matrix / 2 * 16;
-              const char* const last_row =
-                  span_rows + (g * C::group_slots + (K - 1) * 8 + at.i) * C::part_pitch + m * 32 + at.matrix % 2 * 16;
-              const char* const operands = operands_of(first_unit, g);
+            for (int left = groups; left > 0; --left) {
 #pragma unroll
               for (int kh = 0; kh + 1 < K; kh += 2) {
                 uint32_t b[4];
                 load_matrices_transposed(b, rows + kh * 8 * C::part_pitch);
 #pragma unroll
                 for (int u = 0; u < pairs; ++u) {
-                  const auto slots = *reinterpret_cast<const Vector<4, uint32_t>*>(
-                      operands + u * chunk_groups * C::operand_bytes + (kh / 2 * 32 + at.lane) * 16);
-                  multiply<T>(sums[u][0], slots.v, {b[0], b[1]});
-                  multiply<T>(sums[u][1], slots.v, {b[2], b[3]});
+                  uint32_t slots[4];
+                  load_matrices(slots, operands[u] + kh * 256);
+                  multiply<T>(sums[u][0], slots, {b[0], b[1]});
+                  multiply<T>(sums[u][1], slots, {b[2], b[3]});
                 }
               }
               uint32_t b[2];
               load_matrices_transposed(b, last_row);
 #pragma unroll
               for (int u = 0; u < pairs; ++u) {
-                const auto slots = *reinterpret_cast<const Vector<2, uint32_t>*>(
-                    operands + u * chunk_groups * C::operand_bytes + K / 2 * 512 + at.lane * 8);
+                uint32_t slots[2];
+                load_matrices(slots, operands[u] + (K - 1) * 256);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                   const uint32_t last[1] = {b[half]};
-                  multiply<T>(sums[u][half], slots.v, last);
+                  multiply<T>(sums[u][half], slots, last);
                 }
+                operands[u] += C::operand_bytes;
               }
+              rows += C::group_slots * C::part_pitch, last_row += C::group_slots * C::part_pitch;
             }
 #pragma unroll
             for (int u = 0; u < pairs; ++u) {
@@ -512,26 +550,31 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
             }
           }
         }
-        if (at.group < groups_of(here) && at.side * C::span_tiles * 16 < width_of()) {
-#pragma unroll 1
+        if (at.group < groups && at.side * C::span_tiles * 16 < width_of()) {
+#pragma unroll
           for (int unit = 0; unit < C::units; ++unit) {
             if (!is_inside(here, unit)) continue;
-            uint32_t own[K][2];
-            const char* const from = operands_of(unit, at.group);
-#pragma unroll
-            for (int kh = 0; kh + 1 < K; kh += 2) {
-              const auto four = reinterpret_cast<const Vector<4, uint32_t>*>(from)[kh / 2 * 32 + at.lane];
-              own[kh][0] = four.v[0], own[kh][1] = four.v[1], own[kh + 1][0] = four.v[2], own[kh + 1][1] = four.v[3];
-            }
-            const auto two = reinterpret_cast<const Vector<2, uint32_t>*>(from + K / 2 * 512)[at.lane];
-            own[K - 1][0] = two.v[0], own[K - 1][1] = two.v[1];
-            add_unit<T>(span_sum, bias_sum, own, pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32,
-                        C::part_pitch, at.lane, at.side == 0);
+            const char* const operands = operands_of(here, unit, at.group) + at.lane * 16;
+            const auto slots_of = [&](int kh, uint32_t (&slots)[2][2]) {
+              if (kh + 1 < K) {
+                uint32_t four[4];
+                load_matrices_transposed(four, operands + kh * 256);
+                slots[0][0] = four[0], slots[0][1] = four[1], slots[1][0] = four[2], slots[1][1] = four[3];
+              } else {
+                load_matrices_transposed(slots[0], operands + kh * 256);
+              }
+            };
+            add_unit<T, false>(span_sum, bias_sum, slots_of,
+                               pixels + unit * 16 * C::part_pitch + at.side * C::span_tiles * 32, C::part_pitch,
+                               at.lane, at.side == 0);
           }
         }
         __syncthreads();
         entered = read(walk.next);
-        if (entered.n >= 0) bring_pixels(entered);
+        if (entered.n >= 0) {
+          bring_pixels(entered);
+          bring(entered, !C::walks || entered.row == 0);
+        }
       }
     }
 
@@ -569,12 +612,12 @@ __global__ void __launch_bounds__(C::threads, Aligned ? 2 : 1)
         for (int half = 0; half < 2; ++half) {
           const int channel = ((Tiles > 2 ? at.side * C::span_tiles : 0) + m) * 16 + half * 8 + at.quad;
           if (channel >= width) continue;
-          float* to = out + channel;
+          float *to = out + channel, *next = to + span.reduced;
 #pragma unroll
           for (int kh = 0; kh < K; ++kh) {
-            to[0] = span_sum[m][kh][2 * half];
-            if (2 * at.t + 1 < K) to[span.reduced] = span_sum[m][kh][2 * half + 1];
-            to = kept(to + K * span.reduced);
+            *to = span_sum[m][kh][2 * half];
+            if (2 * at.t + 1 < K) *next = span_sum[m][kh][2 * half + 1];
+            to = kept(to + K * span.reduced), next = kept(next + K * span.reduced);
           }
         }
       }

@@ -120,8 +120,12 @@ void run_grad_input(const SpanProblem& p, const SpanBuffers& buffers, const Exec
   const int64_t columns = q.layout.blocks((q.out_width + 7) / 8);
   const int64_t blocks = divide(q, p.involution.batch, q.layout.groups, columns);
   const bool aligned = q.y.vector == 8 && q.x.vector == 8 && span.reduced_vector == 8 && span.row_vector == 8;
-  go("fused grad_input", aligned ? grad_input<true, T> : grad_input<false, T>, blocks, 32 * q.layout.warps(),
-     q.layout.bytes(span.reduced));
+  const auto kernel = !aligned             ? grad_input<false, 0, T>
+                      : span.reduced == 16 ? grad_input<true, 1, T>
+                      : span.reduced == 32 ? grad_input<true, 2, T>
+                      : span.reduced == 64 ? grad_input<true, 4, T>
+                                           : grad_input<true, 0, T>;
+  go("fused grad_input", kernel, blocks, 32 * q.layout.warps(), q.layout.bytes(span.reduced));
 }
 
 template <class C, class T>

@@ -61,21 +61,33 @@ Refusal fused_refusal(const SpanProblem& span, SpanOp op) {
   return tiles_refusal(p.batch * p.groups * (p.out_h / 2 + 1) * (p.out_w / 8 + 1));
 }
 
-// By counting, for 256 images; not measured. With S so large, the rows of sums of S take more bytes than W does.
+// By counting, in bfloat16; not measured. With S so large, the partial sums of its gradient take more bytes than W does,
+// unless they are sums over many pixels.
 Refusal fused_slower(const SpanProblem& span, SpanOp op) {
-  if (op == SpanOp::backward && span.reduced >= 64)
+  const Problem& p = span.involution;
+  if (op != SpanOp::backward || span.reduced < 64) return {};
+  const int64_t pixels = p.batch * p.out_h * p.out_w;
+  if (span.reduced > 64 || p.stride_h != 1)
     return needs("fewer than 64 reduced channels for gradients (the composed ones are estimated to be faster)",
                  span.reduced);
+  if (pixels < 20000)
+    return needs(
+        "at least 20000 pixels of all outputs for gradients with 64 reduced channels (the composed ones are estimated "
+        "to be faster with fewer)",
+        pixels);
   return {};
 }
 
 int64_t fused_scratch(const SpanProblem& p, SpanOp op) {
   using namespace fused;
   if (op != SpanOp::backward) return 0;
-  const Problem& q = p.involution;
-  const Partial partial = q.stride_h == 2 ? partial_of<SpanConfig<2, 1>>(p) : partial_of<SpanConfig<1, 1>>(p);
-  const int64_t reduced = q.groups > chunk_groups ? q.batch * q.out_h * q.out_w * p.reduced : 0;
-  return (span_floats(partial) + bias_floats(partial) + reduced) * int64_t{sizeof(float)};
+  const auto floats = [&](auto config) {
+    using C = decltype(config);
+    const Partial partial = partial_of<C>(p);
+    return span_floats(partial) + bias_floats(partial) + reduced_floats<C>(partial, p);
+  };
+  return (p.involution.stride_h == 2 ? floats(SpanConfig<2, 1>{}) : floats(SpanConfig<1, 1>{})) *
+         int64_t{sizeof(float)};
 }
 
 void fused_run(const SpanProblem& problem, SpanOp op, const SpanBuffers& buffers, const Execution& execution) {

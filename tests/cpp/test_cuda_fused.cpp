@@ -439,6 +439,24 @@ void refusals() {
                 "at most 101376 bytes of shared memory");
 }
 
+// Gradients that the composed operators are estimated to compute faster.
+void slower() {
+  const auto left = [](int64_t batch, int64_t size, int64_t stride, int64_t reduced, SpanOp pass = SpanOp::backward) {
+    SpanProblem problem{};
+    problem.reduced = reduced;
+    Problem& p = problem.involution;
+    p.batch = batch, p.out_h = p.out_w = size, p.stride_h = p.stride_w = stride;
+    return !cuda::fused_slower(problem, pass).text().empty();
+  };
+  CHECK(!left(1, 14, 1, 48), "fewer than 64 reduced channels");
+  CHECK(!left(256, 14, 1, 64), "sums over many pixels");
+  CHECK(left(64, 14, 1, 64), "sums over few pixels");
+  CHECK(left(256, 14, 2, 64), "stride 2");
+  CHECK(left(256, 14, 1, 80), "more reduced channels");
+  CHECK(!left(1, 14, 1, 64, SpanOp::forward), "the forward pass");
+  CHECK(!left(1, 14, 1, 64, SpanOp::layer), "the whole layer");
+}
+
 }  // namespace
 
 int main() {
@@ -449,5 +467,6 @@ int main() {
   schedules_and_races();
   layers();
   refusals();
+  slower();
   return checks::report("cuda fused");
 }

@@ -23,6 +23,7 @@ REPRESENTATIVES = (
     Problem("fused", "forward", *BF16, 1, 64, 9, 10, 4, 7, reduced=16),
     Problem("fused", "layer", *BF16, 1, 64, 13, 18, 4, 7, reduced=32, multiprocessors=1),
     Problem("fused", "backward", *BF16, 1, 80, 16, 18, 5, 7, reduced=16),
+    Problem("fused", "backward", *BF16, 1, 80, 16, 18, 5, 7, reduced=64),
     Problem("fused", "backward", *BF16, 2, 80, 10, 18, 5, 7, 2, reduced=48),
     Problem("tiled", "forward", "float32", "nhwc", 1, 16, 8, 16, 1, 7),
     Problem("tiled", "forward", "bfloat16", "nhwc", 1, 16, 8, 8, 1, 5, 2),
