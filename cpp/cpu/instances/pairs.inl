@@ -37,9 +37,13 @@ void batch_norm_task(const BatchNormTiling& tiling, BatchNormStep step, int64_t 
   OTHER_KERNELS.batch_norm(tiling, step, task);
 }
 
+void generation_task(const GenerationTiling& tiling, GenerationStep step, int64_t task, void* scratch) {
+  OTHER_KERNELS.generation(tiling, step, task, scratch);
+}
+
 }  // namespace
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES,    true,        columns_task, channels_task, backward_task,
-                                batch_norm_task, pair_product};
+constexpr CpuKernels KERNELS = {
+    VECTOR_BYTES, true, columns_task, channels_task, backward_task, batch_norm_task, generation_task, pair_product};
 
 }  // namespace pyinvolution::cpu
