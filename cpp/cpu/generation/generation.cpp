@@ -22,7 +22,6 @@ GenerationTiling tiling_of(const GenerationShape& shape) {
   t.tasks = ceil_div(t.pixels, t.task_pixels);
   const int64_t lanes = current_kernels().vector_bytes / int64_t{sizeof(float)};
   t.channel_columns = round_up(t.channels, lanes), t.reduced_columns = round_up(t.reduced, lanes);
-  t.extended_columns = round_up(t.reduced + 1, lanes);
   return t;
 }
 
@@ -110,7 +109,7 @@ void length_gradients(const GenerationShape& shape, const std::vector<float>& gr
                       float* grad_b, const Execution& execution) {
   GenerationTiling t = tiling_of(shape);
   const int64_t reduced = t.reduced, rows = reduced + 1;
-  std::vector<float> partial(t.tasks * t.groups * rows * t.extended_columns);
+  std::vector<float> partial(t.tasks * gram_partial(t));
   t.gram = gram.data(), t.r = r, t.gr = gr, t.grad_squares = const_cast<float*>(grad_squares);
   t.partial = partial.data();
   run(t, GenerationStep::length_gradients, 2 * lengths(t), execution);
@@ -120,10 +119,13 @@ void length_gradients(const GenerationShape& shape, const std::vector<float>& gr
   for (int64_t g = 0; g < t.groups; ++g) {
     for (double& sum : grad_gram) sum = 0.0;
     for (int64_t task = 0; task < t.tasks; ++task) {
-      const float* from = partial.data() + (task * t.groups + g) * rows * t.extended_columns;
+      const float* of_task = partial.data() + task * gram_partial(t);
+      const float* from = of_task + g * rows * t.reduced_columns;
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < rows; ++j) grad_gram[i * rows + j] += from[i * t.extended_columns + j];
+        for (int64_t j = 0; j < reduced; ++j) grad_gram[i * rows + j] += from[i * t.reduced_columns + j];
+      grad_gram[rows * rows - 1] += of_task[t.groups * rows * t.reduced_columns + g];
     }
+    for (int64_t i = 0; i < reduced; ++i) grad_gram[i * rows + reduced] = grad_gram[reduced * rows + i];
     for (int64_t k = g * taps; k < (g + 1) * taps; ++k)
       for (int64_t j = 0; j < rows; ++j) {
         double sum = b == nullptr ? 0.0 : b[k] * grad_gram[reduced * rows + j];

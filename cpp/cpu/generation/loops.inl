@@ -1,6 +1,7 @@
 // The inner loops of kernel generation in a training step; see tiling.h. Compiled for each instruction set by
 // instances/kernels.inl.
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/arithmetic.h"
 #include "cpu/generation/tiling.h"
@@ -18,16 +19,39 @@ void for_vectors(int64_t elements, const Body& body) {
   if (i < elements) body(i, std::false_type{}, elements - i);
 }
 
-// Calls body(index of the pixel in x) for the pixels of a cell; returns how many there are.
-template <class Body>
-int64_t for_cell(const GenerationTiling& t, int64_t pixel, const Body& body) {
-  const int64_t column = pixel % t.out_w * t.stride_w, row = pixel / t.out_w % t.out_h * t.stride_h;
-  const int64_t first = pixel / (t.out_w * t.out_h) * t.in_h;
-  const int64_t rows = min(t.stride_h, t.in_h - row), columns = min(t.stride_w, t.in_w - column);
-  for (int64_t i = row; i < row + rows; ++i)
-    for (int64_t j = column; j < column + columns; ++j) body((first + i) * t.in_w + j);
-  return rows * columns;
-}
+// The cells of neighbouring output pixels. (Their places are counted: divisions would take longer than the sums.)
+class Cells {
+ public:
+  Cells(const GenerationTiling& tiling, int64_t pixel)
+      : t(tiling),
+        column(pixel % t.out_w),
+        row(pixel / t.out_w % t.out_h),
+        first(pixel / (t.out_w * t.out_h) * t.in_h * t.in_w) {}
+
+  int64_t rows() const { return min(t.stride_h, t.in_h - row * t.stride_h); }
+  int64_t columns() const { return min(t.stride_w, t.in_w - column * t.stride_w); }
+  float share() const { return 1.0f / float(rows() * columns()); }
+
+  // Calls body(index of the pixel in x) for the pixels of a cell.
+  template <class Body>
+  void for_each(const Body& body) const {
+    int64_t at = first + row * t.stride_h * t.in_w + column * t.stride_w;
+    for (int64_t i = rows(), width = columns(); i > 0; --i, at += t.in_w)
+      for (int64_t j = 0; j < width; ++j) body(at + j);
+  }
+
+  void next() {
+    if (++column < t.out_w) return;
+    column = 0;
+    if (++row < t.out_h) return;
+    row = 0;
+    first += t.in_h * t.in_w;
+  }
+
+ private:
+  const GenerationTiling& t;
+  int64_t column, row, first;
+};
 
 inline bool has_cells(const GenerationTiling& t) { return t.stride_h != 1 || t.stride_w != 1; }
 
@@ -37,19 +61,16 @@ const float* means_of_cells(const GenerationTiling& t, int64_t first, int64_t pi
   const T* x = static_cast<const T*>(t.x);
   if constexpr (is_float<T>)
     if (!has_cells(t) && t.channels == t.channel_columns) return x + first * t.channels;
+  Cells cell(t, first);
   float* row = to;
-  for (int64_t p = first; p < first + pixels; ++p, row += t.channel_columns) {
+  for (int64_t p = first; p < first + pixels; ++p, row += t.channel_columns, cell.next()) {
+    const float share = has_cells(t) ? cell.share() : 1.0f;
     for_vectors(t.channels, [&](int64_t c, auto whole, int64_t count) {
       constexpr bool W = decltype(whole)::value;
+      if (!has_cells(t)) return load_lanes<W>(x + p * t.channels + c, count).store(row + c);
       Floats sum = Floats::zero();
-      if (!has_cells(t)) {
-        sum = load_lanes<W>(x + p * t.channels + c, count);
-      } else {
-        const int64_t of =
-            for_cell(t, p, [&](int64_t at) { sum.value += load_lanes<W>(x + at * t.channels + c, count).value; });
-        sum.value *= 1.0f / float(of);
-      }
-      sum.store(row + c);
+      cell.for_each([&](int64_t at) { sum.value += load_lanes<W>(x + at * t.channels + c, count).value; });
+      Floats{share * sum.value}.store(row + c);
     });
   }
   return to;
@@ -64,10 +85,13 @@ void reduce_task(const GenerationTiling& t, int64_t begin, int64_t end, float* z
     const float* x = means_of_cells<T>(t, first, pixels, cells);
     multiply({x, t.channel_columns, 1}, pixels, {t.reduce_by_channel, Floats::lanes, t.reduced_columns},
              t.reduced_columns / Floats::lanes, t.channels, zeros, sums, t.reduced_columns);
-    for (int64_t p = 0; p < pixels; ++p, z += t.reduced)
-      for_vectors(t.reduced, [&](int64_t r, auto whole, int64_t count) {
-        store_lanes<decltype(whole)::value>(Floats::load(sums + p * t.reduced_columns + r), z + r, count);
-      });
+    // Whole vectors into z: parts of them would take longer.
+    for (int64_t p = 0; p < pixels; ++p) copy(sums + p * t.reduced_columns, t.reduced, cells + p * t.reduced);
+    for_vectors(pixels * t.reduced, [&](int64_t i, auto whole, int64_t count) {
+      constexpr bool W = decltype(whole)::value;
+      store_lanes<W>(load_lanes<W>(cells + i, count), z + i, count);
+    });
+    z += pixels * t.reduced;
   }
 }
 
@@ -90,82 +114,93 @@ void reduce_gradients_task(const GenerationTiling& t, int64_t task, int64_t begi
              t.channel_columns);
     multiply({gz, t.reduced, 1}, pixels, {t.reduce_rows, Floats::lanes, t.channel_columns}, vectors, t.reduced, zeros,
              back, t.channel_columns);
-    for (int64_t p = 0; p < pixels; ++p) {
+    Cells cell(t, first);
+    for (int64_t p = 0; p < pixels; ++p, cell.next()) {
       const float* row = back + p * t.channel_columns;
-      const auto add = [&](int64_t at, float factor) {
+      const auto add = [&](int64_t at, float share) {
         for_vectors(t.channels, [&](int64_t c, auto whole, int64_t count) {
           constexpr bool W = decltype(whole)::value;
           T* to = gx + at * t.channels + c;
-          store_lanes<W>({load_lanes<W>(to, count).value + factor * Floats::load(row + c).value}, to, count);
+          store_lanes<W>({load_lanes<W>(to, count).value + share * Floats::load(row + c).value}, to, count);
         });
       };
-      if (!has_cells(t)) {
+      if (has_cells(t))
+        cell.for_each([&, share = cell.share()](int64_t at) { add(at, share); });
+      else
         add(first + p, 1.0f);
-      } else {
-        const int64_t of = for_cell(t, first + p, [](int64_t) {});
-        for_cell(t, first + p, [&](int64_t at) { add(at, 1.0f / float(of)); });
-      }
     }
   }
+}
+
+// The sum of all lanes.
+inline float lane_sum(const Floats& vector) {
+#if VECTOR_BYTES == 64
+  typedef float Half512 __attribute__((vector_size(32)));
+  Half512 parts[2];
+  std::memcpy(parts, &vector.value, sizeof parts);
+  parts[0] += parts[1];
+  Four fours[2];
+  std::memcpy(fours, &parts[0], sizeof fours);
+#else
+  Four fours[2] = {};
+  std::memcpy(fours, &vector.value, sizeof vector.value);
+#endif
+  const Four sum = fours[0] + fours[1];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 // What the lengths of a tile's kernels are computed from, in a task's scratch memory.
 struct LengthTile {
   float* factor;      // [G][tile], f
   float* derivative;  // [G][tile], -1/2 f^2, and 0 where the least length is taken
-  float* rows;        // [tile][extended_columns], r'; zeros past the last pixel
   float* along;       // [R + 1][tile], r'
   float* products;    // [R + 1][tile], M r' of one group
   float* weighted;    // [R + 1][tile], h r' of one group
   float* gradient;    // [R + 1][tile], of r'
-  float* back;        // [tile][R]
+  float* rows;        // [tile][R] and a vector, r; zeros past the last pixel
 
   LengthTile(const GenerationTiling& t, float* memory) {
     const int64_t extended = (t.reduced + 1) * generation_pixels;
     factor = memory, derivative = factor + t.groups * generation_pixels;
-    rows = derivative + t.groups * generation_pixels, along = rows + generation_pixels * t.extended_columns;
+    along = derivative + t.groups * generation_pixels;
     products = along + extended, weighted = products + extended, gradient = weighted + extended;
-    back = gradient + extended;
+    rows = gradient + extended;
   }
 
   template <class T>
-  void load(const GenerationTiling& t, int64_t first, int64_t pixels) {
+  void load(const GenerationTiling& t, int64_t first, int64_t pixels) const {
     const T* r = static_cast<const T*>(t.r) + first * t.reduced;
-    for (int64_t p = 0; p < pixels; ++p, r += t.reduced) {
-      float* row = rows + p * t.extended_columns;
-      Floats::zero().store(row + t.extended_columns - Floats::lanes);
-      for_vectors(t.reduced, [&](int64_t i, auto whole, int64_t count) {
-        load_lanes<decltype(whole)::value>(r + i, count).store(row + i);
-      });
-      row[t.reduced] = 1.0f;
-    }
-    clear(rows + pixels * t.extended_columns, (generation_pixels - pixels) * t.extended_columns / Floats::lanes);
-    transpose(rows, t.extended_columns, generation_pixels, t.reduced + 1, along, generation_pixels);
+    for_vectors(pixels * t.reduced, [&](int64_t i, auto whole, int64_t count) {
+      load_lanes<decltype(whole)::value>(r + i, count).store(rows + i);
+    });
+    for (int64_t i = pixels * t.reduced; i < generation_pixels * t.reduced; ++i) rows[i] = 0.0f;
+    transpose(rows, t.reduced, generation_pixels, t.reduced, along, generation_pixels);
+    for (int64_t p = 0; p < generation_pixels; p += Floats::lanes)
+      broadcast(1.0f).store(along + t.reduced * generation_pixels + p);
   }
 
   // The last column of M is its last row, and belongs to the 1 in r'.
   void multiply_by_gram(const GenerationTiling& t, int64_t group) const {
-    const int64_t rows = t.reduced + 1;
-    const float* gram = t.gram + group * rows * rows;
-    multiply({gram, rows, 1}, rows, {along, Floats::lanes, generation_pixels}, generation_pixels / Floats::lanes,
-             t.reduced, gram + t.reduced * rows, products, generation_pixels);
+    const int64_t extended = t.reduced + 1;
+    const float* gram = t.gram + group * extended * extended;
+    multiply({gram, extended, 1}, extended, {along, Floats::lanes, generation_pixels},
+             generation_pixels / Floats::lanes, t.reduced, gram + t.reduced * extended, products, generation_pixels);
   }
 
   void find_factors(const GenerationTiling& t) const {
+    const Floats least = broadcast(t.least), one = broadcast(1.0f), zero = Floats::zero();
     for (int64_t g = 0; g < t.groups; ++g) {
       multiply_by_gram(t, g);
       for (int64_t p = 0; p < generation_pixels; p += Floats::lanes) {
-        Floats squares = Floats::zero();
+        Floats squares = zero;
         for (int64_t i = 0; i <= t.reduced; ++i)
           squares.add_product(Floats::load(products + i * generation_pixels + p),
                               Floats::load(along + i * generation_pixels + p));
-        squares.store(factor + g * generation_pixels + p);
-      }
-      for (int64_t p = 0; p < generation_pixels; ++p) {
-        float &f = factor[g * generation_pixels + p], &d = derivative[g * generation_pixels + p];
-        const bool least = f < t.least;
-        f = 1.0f / __builtin_sqrtf(least ? t.least : f);
-        d = least ? 0.0f : -0.5f * f * f;
+        const Floats at_least{squares.value < least.value ? least.value : squares.value};
+        const Floats f{one.value / at_least.square_root().value};
+        f.store(factor + g * generation_pixels + p);
+        const Floats d{squares.value < least.value ? zero.value : -0.5f * f.value * f.value};
+        d.store(derivative + g * generation_pixels + p);
       }
     }
   }
@@ -193,7 +228,7 @@ void scale_task(const GenerationTiling& t, int64_t begin, int64_t end, float* me
           store_lanes<W>({from.value * factor}, scaled + at + c, count);
         });
         if (gradient)
-          t.grad_squares[(first + p) * t.groups + g] = tile.derivative[g * generation_pixels + p] * sum_of(product);
+          t.grad_squares[(first + p) * t.groups + g] = tile.derivative[g * generation_pixels + p] * lane_sum(product);
       }
   }
 }
@@ -201,9 +236,9 @@ void scale_task(const GenerationTiling& t, int64_t begin, int64_t end, float* me
 template <class T>
 void length_gradients_task(const GenerationTiling& t, int64_t task, int64_t begin, int64_t end, float* memory) {
   LengthTile tile(t, memory);
-  const int64_t extended = t.reduced + 1, vectors = t.extended_columns / Floats::lanes;
-  float* partial = t.partial + task * t.groups * extended * t.extended_columns;
-  clear(partial, t.groups * extended * vectors);
+  const int64_t extended = t.reduced + 1, of_group = extended * t.reduced_columns;
+  float* partial = t.partial + task * gram_partial(t);
+  for (int64_t i = 0; i < gram_partial(t); ++i) partial[i] = 0.0f;
   T* gr = static_cast<T*>(t.gr);
   for (int64_t first = begin; first < end; first += generation_pixels) {
     const int64_t pixels = min(generation_pixels, end - first);
@@ -214,22 +249,29 @@ void length_gradients_task(const GenerationTiling& t, int64_t task, int64_t begi
     for (int64_t g = 0; g < t.groups; ++g) {
       tile.multiply_by_gram(t, g);
       for (int64_t p = 0; p < pixels; ++p) squares[p] = t.grad_squares[(first + p) * t.groups + g];
-      for (int64_t i = 0; i < extended; ++i)
-        for (int64_t p = i * generation_pixels; p < (i + 1) * generation_pixels; p += Floats::lanes) {
-          const Floats h = Floats::load(squares + p % generation_pixels);
-          Floats sum = Floats::load(tile.gradient + p);
-          sum.add_product(h, Floats{2.0f * Floats::load(tile.products + p).value});
-          sum.store(tile.gradient + p);
-          Floats{h.value * Floats::load(tile.along + p).value}.store(tile.weighted + p);
+      Floats total = Floats::zero();
+      for (int64_t p = 0; p < generation_pixels; p += Floats::lanes) {
+        const Floats h = Floats::load(squares + p), twice{2.0f * h.value};
+        total.value += h.value;
+        for (int64_t at = p; at < extended * generation_pixels; at += generation_pixels) {
+          Floats sum = Floats::load(tile.gradient + at);
+          sum.add_product(twice, Floats::load(tile.products + at));
+          sum.store(tile.gradient + at);
+          Floats{h.value * Floats::load(tile.along + at).value}.store(tile.weighted + at);
         }
-      multiply({tile.weighted, generation_pixels, 1}, extended, {tile.rows, Floats::lanes, t.extended_columns}, vectors,
-               generation_pixels, nullptr, partial + g * extended * t.extended_columns, t.extended_columns);
+      }
+      // r' ends with a 1: the last row of gM is that of the others, and the last element the sum.
+      multiply({tile.weighted, generation_pixels, 1}, extended, {tile.rows, Floats::lanes, t.reduced},
+               t.reduced_columns / Floats::lanes, generation_pixels, nullptr, partial + g * of_group,
+               t.reduced_columns);
+      partial[t.groups * of_group + g] += lane_sum(total);
     }
-    transpose(tile.gradient, generation_pixels, t.reduced, generation_pixels, tile.back, t.reduced);
+    float* back = tile.rows;
+    transpose(tile.gradient, generation_pixels, t.reduced, generation_pixels, back, t.reduced);
     for_vectors(pixels * t.reduced, [&](int64_t i, auto whole, int64_t count) {
       constexpr bool W = decltype(whole)::value;
       T* to = gr + first * t.reduced + i;
-      store_lanes<W>({load_lanes<W>(to, count).value + load_lanes<W>(tile.back + i, count).value}, to, count);
+      store_lanes<W>({load_lanes<W>(to, count).value + load_lanes<W>(back + i, count).value}, to, count);
     });
   }
 }

@@ -36,8 +36,7 @@ struct GenerationTiling {
   int64_t pixels;  // of the output, of all images
 
   int64_t tasks, task_pixels;
-  // Rounded up to whole vectors: channels, R, and R + 1.
-  int64_t channel_columns, reduced_columns, extended_columns;
+  int64_t channel_columns, reduced_columns;  // channels and R, rounded up to whole vectors
 
   const void *x, *gz, *r, *gy, *y;
   void *z, *gx, *scaled, *gr;
@@ -46,7 +45,7 @@ struct GenerationTiling {
   const float* gram;               // [G][R + 1][R + 1], M
   float least;
   float* grad_squares;  // [pixels][G], h
-  float* partial;       // [tasks][R][channel_columns] of gA, or [tasks][G][R + 1][extended_columns] of gM
+  float* partial;       // [tasks][R][channel_columns] of gA, or of gM, [tasks][gram_partial]
 };
 
 enum class GenerationStep { reduce, reduce_gradients, scale, scale_gradient, length_gradients };
@@ -55,9 +54,12 @@ constexpr int64_t generation_pixels = 64;
 
 // Floats of scratch memory of a task.
 inline int64_t generation_scratch(const GenerationTiling& t, GenerationStep step) {
-  const bool lengths = step >= GenerationStep::scale;
-  return lengths ? generation_pixels * (2 * t.groups + t.extended_columns + 5 * (t.reduced + 1))
-                 : generation_pixels * (1 + 2 * t.channel_columns + t.reduced + t.reduced_columns);
+  if (step == GenerationStep::reduce || step == GenerationStep::reduce_gradients)
+    return generation_pixels * (1 + 2 * t.channel_columns + t.reduced + t.reduced_columns);
+  return generation_pixels * (2 * t.groups + t.reduced + 4 * (t.reduced + 1)) + t.reduced_columns;
 }
+
+// Floats of a task's gM: [G][R + 1][reduced_columns] without the last column, and [G], the last element of each.
+inline int64_t gram_partial(const GenerationTiling& t) { return t.groups * ((t.reduced + 1) * t.reduced_columns + 1); }
 
 }  // namespace pyinvolution::cpu
