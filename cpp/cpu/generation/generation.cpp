@@ -22,12 +22,20 @@ GenerationTiling tiling_of(const GenerationShape& shape) {
   t.tasks = ceil_div(t.pixels, t.task_pixels);
   const int64_t lanes = current_kernels().vector_bytes / int64_t{sizeof(float)};
   t.channel_columns = round_up(t.channels, lanes), t.reduced_columns = round_up(t.reduced, lanes);
+  t.gram_partial = t.groups * ((t.reduced + 1) * t.reduced_columns + 1);
   return t;
+}
+
+// Floats of scratch memory of a task.
+int64_t scratch_floats(const GenerationTiling& t, GenerationStep step) {
+  if (step == GenerationStep::reduce || step == GenerationStep::reduce_gradients)
+    return generation_pixels * (1 + 2 * t.channel_columns + t.reduced + t.reduced_columns);
+  return generation_pixels * (2 * t.groups + t.reduced + 4 * (t.reduced + 1)) + t.reduced_columns;
 }
 
 void run(const GenerationTiling& t, GenerationStep step, double multiply_adds, const Execution& execution) {
   const CpuKernels& kernels = current_kernels();
-  const int64_t bytes = generation_scratch(t, step) * int64_t{sizeof(float)};
+  const int64_t bytes = scratch_floats(t, step) * int64_t{sizeof(float)};
   for_each_task(execution_for(multiply_adds, execution), t.tasks,
                 [&](int64_t task) { kernels.generation(t, step, task, scratch(bytes)); });
 }
@@ -109,7 +117,7 @@ void length_gradients(const GenerationShape& shape, const std::vector<float>& gr
                       float* grad_b, const Execution& execution) {
   GenerationTiling t = tiling_of(shape);
   const int64_t reduced = t.reduced, rows = reduced + 1;
-  std::vector<float> partial(t.tasks * gram_partial(t));
+  std::vector<float> partial(t.tasks * t.gram_partial);
   t.gram = gram.data(), t.r = r, t.gr = gr, t.grad_squares = const_cast<float*>(grad_squares);
   t.partial = partial.data();
   run(t, GenerationStep::length_gradients, 2 * lengths(t), execution);
@@ -119,7 +127,7 @@ void length_gradients(const GenerationShape& shape, const std::vector<float>& gr
   for (int64_t g = 0; g < t.groups; ++g) {
     for (double& sum : grad_gram) sum = 0.0;
     for (int64_t task = 0; task < t.tasks; ++task) {
-      const float* of_task = partial.data() + task * gram_partial(t);
+      const float* of_task = partial.data() + task * t.gram_partial;
       const float* from = of_task + g * rows * t.reduced_columns;
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < reduced; ++j) grad_gram[i * rows + j] += from[i * t.reduced_columns + j];

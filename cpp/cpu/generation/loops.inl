@@ -237,8 +237,8 @@ template <class T>
 void length_gradients_task(const GenerationTiling& t, int64_t task, int64_t begin, int64_t end, float* memory) {
   LengthTile tile(t, memory);
   const int64_t extended = t.reduced + 1, of_group = extended * t.reduced_columns;
-  float* partial = t.partial + task * gram_partial(t);
-  for (int64_t i = 0; i < gram_partial(t); ++i) partial[i] = 0.0f;
+  float* partial = t.partial + task * t.gram_partial;
+  for (int64_t i = 0; i < t.gram_partial; ++i) partial[i] = 0.0f;
   T* gr = static_cast<T*>(t.gr);
   for (int64_t first = begin; first < end; first += generation_pixels) {
     const int64_t pixels = min(generation_pixels, end - first);

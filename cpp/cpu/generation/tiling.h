@@ -46,20 +46,12 @@ struct GenerationTiling {
   float least;
   float* grad_squares;  // [pixels][G], h
   float* partial;       // [tasks][R][channel_columns] of gA, or of gM, [tasks][gram_partial]
+  // A task's gM: [G][R + 1][reduced_columns] without the last column, and [G], the last element of each.
+  int64_t gram_partial;
 };
 
 enum class GenerationStep { reduce, reduce_gradients, scale, scale_gradient, length_gradients };
 
 constexpr int64_t generation_pixels = 64;
-
-// Floats of scratch memory of a task.
-inline int64_t generation_scratch(const GenerationTiling& t, GenerationStep step) {
-  if (step == GenerationStep::reduce || step == GenerationStep::reduce_gradients)
-    return generation_pixels * (1 + 2 * t.channel_columns + t.reduced + t.reduced_columns);
-  return generation_pixels * (2 * t.groups + t.reduced + 4 * (t.reduced + 1)) + t.reduced_columns;
-}
-
-// Floats of a task's gM: [G][R + 1][reduced_columns] without the last column, and [G], the last element of each.
-inline int64_t gram_partial(const GenerationTiling& t) { return t.groups * ((t.reduced + 1) * t.reduced_columns + 1); }
 
 }  // namespace pyinvolution::cpu
