@@ -180,6 +180,11 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Sum(nn.Module):
+    def forward(self, x):
+        return 4 * nn.functional.avg_pool2d(x, 2)
+
+
 OTHERS = {
     "NCHW": lambda layer, x: x.contiguous(),
     "float64": lambda layer, x: layer.double() and x.double(),
@@ -190,6 +195,8 @@ OTHERS = {
     "another convolution": lambda layer, x: setattr(layer.reduce, "conv", Doubled(32, 8, 1, bias=False)) or x,
     "another span": lambda layer, x: setattr(layer, "span", Doubled(8, 50, 1)) or x,
     "another pooling": lambda layer, x: setattr(layer, "pool", nn.AvgPool2d(2, 2)) or x,
+    "a pooling of one's own": lambda layer, x: setattr(layer, "pool", Sum()) or x,
+    "a hook on the pooling": lambda layer, x: layer.pool.register_forward_hook(hook) and x,
     "a hook": lambda layer, x: layer.reduce.norm.register_forward_hook(hook) and x,
     "a hook on the span": lambda layer, x: layer.span.register_forward_hook(hook) and x,
     "kernels in memory": lambda layer, x: setattr(layer, "fused", False) or x,

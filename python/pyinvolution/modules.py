@@ -12,7 +12,7 @@ from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.kernel_norms import KERNEL_NORMS, KernelNorm, per_kernel_length
 from pyinvolution.normalization import conv_norm
 from pyinvolution.ops import cell_mean, layer_output_size, shape_of
-from pyinvolution.stock import is_pointwise
+from pyinvolution.stock import is_pointwise, is_stock
 from pyinvolution.training_layer import run_as_one, trains_as_one
 
 __all__ = ["Involution1d", "Involution2d"]
@@ -192,7 +192,7 @@ class Involution2d(nn.Module):
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
         source = _source(x, guide, self.guide_channels)
         window = (self.stride, self.padding, self.dilation)
-        if guide is None and self.training and trains_as_one(self, x):
+        if guide is None and self._trains_as_one(x):
             output = run_as_one(self, x)
             if self.bias is not None:
                 output = output + self.bias.view(-1, 1, 1)
@@ -225,6 +225,9 @@ class Involution2d(nn.Module):
             return False
         taps = self.kernel_size[0] * self.kernel_size[1]
         return self.kernel_norm is None or (self.kernel_norm == "l2" and self.span.in_channels <= taps)  # type: ignore
+
+    def _trains_as_one(self, x: Tensor) -> bool:
+        return self.training and (self.pool is None or is_stock(self.pool, _CellMean)) and trains_as_one(self, x)
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad(x, self._extra_padding) if any(self._extra_padding) else x

@@ -22,8 +22,8 @@ def trains_as_one(layer: Any, input: Tensor) -> bool:
     """Whether `run_as_one` computes what the modules of an `Involution2d` would.
 
     It does for an input (N, C, H, W) of float32, float16 or bfloat16 in channels_last on a CPU, if the layer's parts
-    are those that it made (1x1 convolutions without hooks, a batch norm that computes statistics, ReLU), the span
-    involution has a kernel, and no transform, mode, tracer or compiler takes part.
+    are those that it made (1x1 convolutions without hooks, a batch norm that computes statistics, ReLU; the caller has
+    looked at the pooling), the span involution has a kernel, and no transform, mode, tracer or compiler takes part.
     """
     reduce = layer.reduce
     if reduce is None or not reduce.training or layer.fused is False or layer.kernel_norm not in (None, "l2"):
@@ -77,7 +77,8 @@ def trains_as_one(layer: Any, input: Tensor) -> bool:
 
 
 def _averages_cells(pool: Any, stride: tuple[int, int]) -> bool:
-    return is_stock(pool, type(pool)) and (
+    """Whether the layer's own pooling still is what it was made as."""
+    return (
         pool.kernel_size == pool.stride == stride
         and pool.padding == 0
         and pool.ceil_mode
