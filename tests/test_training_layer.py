@@ -12,8 +12,8 @@ from pyinvolution import Involution2d, modules
 
 ops = torch.ops.pyinvolution
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Input; window, stride, channels of a group, reduction. Whole vectors of channels, parts of one, more than one group, an
-# odd last row or column, R + 1 reduced channels past a vector, one reduced channel, more tasks than one, few pixels.
+# Input; window, stride, channels of a group, reduction, dilation. Whole vectors of channels, parts of one, more groups
+# than one, an odd last row or column, a vector of reduced channels, one of them, more tasks than one, few pixels.
 LAYERS = {
     "16": ((3, 16, 9, 7), (3, 1, 16, 4)),
     "32, stride 2": ((2, 32, 9, 12), (5, 2, 16, 4)),
