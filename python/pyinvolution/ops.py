@@ -518,8 +518,8 @@ def _(grad_output, input, output, weight, bias, mean, invstd, relu):
 @torch.library.register_fake("pyinvolution::training_layer2d")
 def _(input, reduce_weight, norm_weight, *rest):
     window = rest[-4:]
-    span_weight, span_bias = (None if t is None else t.to(input.dtype) for t in rest[6:8])
-    check_layer(input, reduce_weight.to(input.dtype), None, span_weight, span_bias, *window)
+    span_bias = None if rest[7] is None else rest[7].to(input.dtype)
+    check_layer(input, reduce_weight.to(input.dtype), None, rest[6].to(input.dtype), span_bias, *window)
     pixels = [*map(layer_output_size, input.shape[2:], window[1])]
     images = [input.new_empty((input.shape[0], channels, *pixels)) for channels in (input.shape[1], len(reduce_weight))]
     mean = torch.empty_like(norm_weight)

@@ -136,7 +136,7 @@ class TrainingLayer(torch.autograd.Function):
 
 def _differentiable(
     grad_output: Tensor,
-    tensors: tuple[Tensor, ...],
+    tensors: Any,
     wanted: tuple[bool, ...],
     eps: float,
     least_length: float | None,
@@ -144,23 +144,14 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The same gradients by operators that autograd can differentiate again."""
     with torch.autocast("cpu", enabled=False):
-        output = _composed(*tensors, eps, least_length, window)
+        output = _composed(tensors, eps, least_length, window)
         sources = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(output, sources, grad_output, create_graph=True))
     return [next(found) if want else None for want in wanted]
 
 
-def _composed(
-    input: Tensor,
-    reduce_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    span_weight: Tensor,
-    span_bias: Tensor | None,
-    eps: float,
-    least_length: float | None,
-    window: tuple,
-) -> Tensor:
+def _composed(tensors: Any, eps: float, least_length: float | None, window: tuple) -> Tensor:
+    input, reduce_weight, norm_weight, norm_bias, span_weight, span_bias = tensors
     dtype, (kernel_size, stride, *_) = input.dtype, window
     cells = input if max(stride) == 1 else avg_pool2d(input, stride, stride, ceil_mode=True)
     z = conv2d(cells, reduce_weight.to(dtype))
