@@ -9,7 +9,7 @@ from surgeries import in_order
 from tolerance import assert_accurate
 from torch import nn
 
-from pyinvolution import normalization
+from pyinvolution import modules, normalization
 from pyinvolution.models import create_model
 from pyinvolution.normalization import norm_relu
 
@@ -24,7 +24,7 @@ ops = torch.ops.pyinvolution
 
 
 class Calls:
-    """How often the operator ran."""
+    """How often the operator ran, by itself or in that of a whole layer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -34,7 +34,13 @@ class Calls:
             self.count += 1
             return run(*arguments)
 
+        def counted_layer(*arguments):
+            self.count += 1
+            return run_layer(*arguments)
+
+        run_layer = modules.run_as_one
         monkeypatch.setattr(normalization, "_run", counted)
+        monkeypatch.setattr(modules, "run_as_one", counted_layer)
 
 
 @pytest.fixture

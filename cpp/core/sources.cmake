@@ -8,7 +8,7 @@ function(pyinvolution_core_sources target)
     ${core}/problem.cpp ${core}/phases.cpp ${core}/isa.cpp ${cpu}/kernels.cpp ${cpu}/shift.cpp ${cpu}/tasks.cpp
     ${cpu}/scalar/variant.cpp ${cpu}/scalar/span.cpp
     ${cpu}/columns/variant.cpp ${cpu}/columns/tiling.cpp ${cpu}/channels/variant.cpp ${cpu}/channels/tiling.cpp
-    ${cpu}/batch_norm/batch_norm.cpp)
+    ${cpu}/batch_norm/batch_norm.cpp ${cpu}/generation/generation.cpp)
   # The rows of PYINVOLUTION_ISAS (isa.h).
   pyinvolution_instance(baseline "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

@@ -13,6 +13,8 @@ struct ColumnsTiling;
 struct ChannelsTiling;
 struct BackwardTiling;
 struct PairProduct;
+enum class GenerationStep;
+struct GenerationTiling;
 
 struct CpuKernels {
   int64_t vector_bytes;
@@ -23,6 +25,7 @@ struct CpuKernels {
   // With `finish` a task of the second round.
   void (*backward)(const BackwardTiling&, bool finish, int64_t task, void* scratch);
   void (*batch_norm)(const BatchNormTiling&, BatchNormStep, int64_t task);
+  void (*generation)(const GenerationTiling&, GenerationStep, int64_t task, void* scratch);
   // Products of pairs of bfloat16; nullptr: none.
   void (*pair_product)(const PairProduct&);
 };

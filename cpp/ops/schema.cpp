@@ -6,6 +6,7 @@
 #include "explain.h"
 #include "involution2d.h"
 #include "span_involution2d.h"
+#include "training_layer.h"
 
 STABLE_TORCH_LIBRARY(pyinvolution, m) {
   // Border and upsampling have defaults: programs from before there were any load as they are.
@@ -45,7 +46,19 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor invstd, bool relu) -> (Tensor, Tensor, Tensor, Tensor)");
 
-  // The same, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
+  // A layer of a training step with the norm of its generation, on a CPU.
+  m.def(
+      "training_layer2d(Tensor input, Tensor reduce_weight, Tensor norm_weight, Tensor norm_bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, "
+      "Tensor span_weight, Tensor? span_bias, float? least_length, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "training_layer2d_backward(Tensor grad_output, Tensor input, Tensor reduce_weight, Tensor norm_weight, "
+      "Tensor norm_bias, Tensor span_weight, Tensor? span_bias, Tensor z, Tensor mean, Tensor invstd, Tensor? output, "
+      "float? least_length, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+
+  // The operators further up, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
   m.def(
       "traced_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int border=0, "
       "int[2] upsample=1) -> Tensor");
@@ -107,4 +120,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyinvolution, CPU, m) {
   m.impl("batch_norm_statistics", TORCH_BOX(&pyinvolution::ops::batch_norm_statistics));
   m.impl("batch_norm_output", TORCH_BOX(&pyinvolution::ops::batch_norm_output));
   m.impl("batch_norm_backward", TORCH_BOX(&pyinvolution::ops::batch_norm_backward));
+  m.impl("training_layer2d", TORCH_BOX(&pyinvolution::ops::training_layer2d));
+  m.impl("training_layer2d_backward", TORCH_BOX(&pyinvolution::ops::training_layer2d_backward));
 }

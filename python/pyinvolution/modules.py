@@ -2,39 +2,20 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, normalize, pad
+from torch.nn.functional import pad
 
 from pyinvolution.functional import involution2d, span_involution2d
+from pyinvolution.kernel_norms import KERNEL_NORMS, KernelNorm, per_kernel_length
 from pyinvolution.normalization import conv_norm
 from pyinvolution.ops import cell_mean, layer_output_size, shape_of
-from pyinvolution.stock import is_pointwise
+from pyinvolution.stock import is_pointwise, is_stock
+from pyinvolution.training_layer import run_as_one, trains_as_one
 
 __all__ = ["Involution1d", "Involution2d"]
-
-LEAST_LENGTH = 1e-12
-"""Shorter kernels are divided by it. In float16 it would be 0, and a kernel of zeros become NaN."""
-
-
-def _of_length_one(kernels: Tensor) -> Tensor:
-    return normalize(kernels.to(_with_least_length(kernels)), dim=2, eps=LEAST_LENGTH).to(kernels.dtype)
-
-
-def _with_least_length(tensor: Tensor) -> torch.dtype:
-    """The tensor's dtype, float32 at least."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-KernelNorm = Callable[[Tensor], Tensor]
-KERNEL_NORMS: dict[str, KernelNorm] = {
-    "softmax": lambda kernels: kernels.softmax(2),
-    "l2": lambda kernels: _of_length_one(kernels),  # by its name, which torch.fx replaces
-}
-"""By name: (N, G, K, Ho, Wo) -> the same, a norm over the K taps of each kernel."""
 
 # Opaque to torch.fx, which cannot follow their branches.
 torch.fx.wrap("involution2d")
@@ -45,8 +26,7 @@ torch.fx.wrap("_source")
 torch.fx.wrap("_check_kernels")
 torch.fx.wrap("_with_row")
 torch.fx.wrap("_drop_row")
-torch.fx.wrap("_of_length_one")
-torch.fx.wrap("_per_kernel_length")
+torch.fx.wrap("per_kernel_length")
 
 
 class Involution2d(nn.Module):
@@ -212,13 +192,17 @@ class Involution2d(nn.Module):
         x = check_input(input, self.channels, "Involution2d", unbatched=True)
         source = _source(x, guide, self.guide_channels)
         window = (self.stride, self.padding, self.dilation)
-        if self._may_fuse():
+        if guide is None and self._trains_as_one(x):
+            output = run_as_one(self, x)
+            if self.bias is not None:
+                output = output + self.bias.view(-1, 1, 1)
+        elif self._may_fuse():
             reduced = self._reduce(source)
             span: Any = self.span
             x = self._padded(x)
             output = span_involution2d(x, reduced, span.weight, span.bias, self.kernel_size, *window)
             if self.kernel_norm is not None:
-                output = _per_kernel_length(output, reduced, span.weight, span.bias, self.groups)
+                output = per_kernel_length(output, reduced, span.weight, span.bias, self.groups)
             if self.bias is not None:
                 output = output + self.bias.view(-1, 1, 1)
         else:
@@ -241,6 +225,9 @@ class Involution2d(nn.Module):
             return False
         taps = self.kernel_size[0] * self.kernel_size[1]
         return self.kernel_norm is None or (self.kernel_norm == "l2" and self.span.in_channels <= taps)  # type: ignore
+
+    def _trains_as_one(self, x: Tensor) -> bool:
+        return self.training and (self.pool is None or is_stock(self.pool, _CellMean)) and trains_as_one(self, x)
 
     def _padded(self, x: Tensor) -> Tensor:
         return pad(x, self._extra_padding) if any(self._extra_padding) else x
@@ -368,35 +355,6 @@ class _CellMean(nn.AvgPool2d):
         if not (torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[2:])):
             return super().forward(input)
         return cell_mean(input, self.stride)
-
-
-def _per_kernel_length(output: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Divide an involution by the lengths of its kernels, S r + b at each pixel and group, without computing these::
-
-        |S r + b|² = r · (SᵀS r + 2 Sᵀb) + b · b
-
-    in float32 at least, because the sum may be much smaller than its terms.
-
-    Args:
-        output: (N, C, Ho, Wo).
-        reduced: (N, R, Ho, Wo), r.
-        weight: (groups * K, R, 1, 1), S of each group.
-        bias: (groups * K,), b of each group; None for zeros.
-    """
-    dtype = _with_least_length(reduced)
-    kind = reduced.device.type
-    # Entered only where it changes something: programs for ONNX cannot have it.
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        r, s = reduced.to(dtype), weight.to(dtype).flatten(1).unflatten(0, (groups, -1))
-        products = s.mT @ s
-        linear = constant = None
-        if bias is not None:
-            b = bias.to(dtype).view(groups, -1, 1)
-            linear, constant = 2 * (s.mT @ b).flatten(), b.square().sum((1, 2)).view(-1, 1, 1)
-        terms = conv2d(r, products.flatten(0, 1)[..., None, None], linear).unflatten(1, (groups, -1)) * r.unsqueeze(1)
-        squared = terms.sum(2) if constant is None else terms.sum(2) + constant
-        factor = squared.clamp(min=LEAST_LENGTH**2).rsqrt()
-    return (output.unflatten(1, (groups, -1)) * factor.unsqueeze(2)).to(output.dtype).flatten(1, 2)
 
 
 def init_conv(conv: nn.Conv2d) -> None:

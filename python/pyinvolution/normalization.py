@@ -12,7 +12,7 @@ from pyinvolution.stock import intercepted, is_stock
 __all__ = ["BatchNormReLU", "conv_norm", "norm_relu"]
 
 _ops = torch.ops.pyinvolution
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def norm_relu(norm: nn.Module, activation: nn.Module | None, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -56,21 +56,43 @@ def _is_one(norm: Any, activation: nn.Module | None, input: Tensor, residual: Te
         return False
     if not is_stock(norm, nn.BatchNorm2d) or not (activation is None or is_stock(activation, nn.ReLU)):
         return False
-    tensors = [input] if residual is None else [input, residual]
-    channels = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    # No generators: this is asked for every norm of a training step.
     return (
-        norm.weight is not None
-        and norm.bias is not None
-        and input.dim() == 4
+        input.dim() == 4
         and input.shape[1] == norm.num_features
         and input.numel() > norm.num_features > 0
-        and input.dtype in _DTYPES
-        and all(type(t) is Tensor and t.device.type == "cpu" and t.dtype == input.dtype for t in tensors)
+        and input.dtype in DTYPES
+        and input.is_cpu
         # In NCHW, inductor's convolutions may want another order, and there would be conversions around the operator.
         and (input.is_contiguous(memory_format=torch.channels_last) or (input.is_contiguous() and not compiling))
-        and (residual is None or (residual.shape == input.shape and residual.stride() == input.stride()))
-        and all(t.dtype is torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in channels)
+        and (
+            residual is None
+            or (
+                type(residual) is Tensor
+                and residual.is_cpu
+                and residual.dtype == input.dtype
+                and residual.shape == input.shape
+                and residual.stride() == input.stride()
+            )
+        )
+        and has_plain_vectors(norm)
     )
+
+
+def has_plain_vectors(norm: Any) -> bool:
+    """Whether a batch norm has a weight and a bias, and its vectors are as the operators read them."""
+    for vector, needed in (
+        (norm.weight, True),
+        (norm.bias, True),
+        (norm.running_mean, False),
+        (norm.running_var, False),
+    ):
+        if vector is None:
+            if needed:
+                return False
+        elif not (vector.dtype is torch.float32 and vector.is_cpu and vector.is_contiguous()):
+            return False
+    return True
 
 
 def _traced_otherwise() -> bool:

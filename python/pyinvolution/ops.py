@@ -382,6 +382,23 @@ def fuses_span(
     )
 
 
+def fuses_dense_span(input: Tensor, groups: int, reduced: int, window: Sequence[Pair]) -> bool:
+    """The same for a training step on a CPU, of a dense input; its reduced channels need not be there yet."""
+    return _C.fuses_span(
+        dtype=str(input.dtype).removeprefix("torch."),
+        device="cpu",
+        input=tuple(input.shape),
+        groups=groups,
+        reduced=reduced,
+        kernel_size=window[0],
+        stride=window[1],
+        padding=window[2],
+        dilation=window[3],
+        channels_last=True,
+        differentiable=True,
+    )
+
+
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
@@ -496,6 +513,24 @@ def _(input, *rest):
 def _(grad_output, input, output, weight, bias, mean, invstd, relu):
     grad_residual = input.new_empty(0) if output is None else torch.empty_like(input)
     return torch.empty_like(input), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake("pyinvolution::training_layer2d")
+def _(input, reduce_weight, norm_weight, *rest):
+    window = rest[-4:]
+    span_bias = None if rest[7] is None else rest[7].to(input.dtype)
+    check_layer(input, reduce_weight.to(input.dtype), None, rest[6].to(input.dtype), span_bias, *window)
+    pixels = [*map(layer_output_size, input.shape[2:], window[1])]
+    images = [input.new_empty((input.shape[0], channels, *pixels)) for channels in (input.shape[1], len(reduce_weight))]
+    mean = torch.empty_like(norm_weight)
+    return *(image.to(memory_format=torch.channels_last) for image in images), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("pyinvolution::training_layer2d_backward")
+def _(grad_output, input, reduce_weight, norm_weight, norm_bias, span_weight, span_bias, *rest):
+    parameters = (reduce_weight, norm_weight, norm_bias, span_weight)
+    grad_bias = input.new_empty(0) if span_bias is None else torch.empty_like(span_bias)
+    return torch.empty_like(input), *map(torch.empty_like, parameters), grad_bias
 
 
 # --- in operations of PyTorch, for torch.onnx -------------------------------------------------------------------------

@@ -3,4 +3,6 @@
 #define KERNELS emulated_bf16_kernels
 #define OTHER_KERNELS baseline_kernels
 #define VECTOR_BYTES 16
+#define MULTIPLY_ROWS 5
+#define MULTIPLY_SINGLE_ROWS 10
 #include "cpu/instances/pairs.inl"

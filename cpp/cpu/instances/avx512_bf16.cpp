@@ -2,4 +2,6 @@
 #define KERNELS avx512_bf16_kernels
 #define OTHER_KERNELS avx512_kernels
 #define VECTOR_BYTES 64
+#define MULTIPLY_ROWS 14
+#define MULTIPLY_SINGLE_ROWS 16
 #include "cpu/instances/pairs.inl"

@@ -14,6 +14,8 @@
 // (backward.inl uses the block sizes of forward.inl)
 #include "cpu/channels/backward.inl"
 #include "cpu/columns/loops.inl"
+// (generation/loops.inl uses the vectors of batch_norm/loops.inl)
+#include "cpu/generation/loops.inl"
 #include "cpu/kernels.h"
 
 namespace pyinvolution::cpu {
@@ -28,9 +30,18 @@ void batch_norm_task(const BatchNormTiling& t, BatchNormStep step, int64_t task)
   }
 }
 
+void generation_task(const GenerationTiling& t, GenerationStep step, int64_t task, void* scratch) {
+  switch (t.dtype) {
+    case DType::f32: return generation<float>(t, step, task, scratch);
+    case DType::f16: return generation<Half>(t, step, task, scratch);
+    case DType::bf16: return generation<BFloat16>(t, step, task, scratch);
+    default: break;
+  }
+}
+
 }  // namespace
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES,  false,           columns_task, channels_task,
-                                backward_task, batch_norm_task, nullptr};
+constexpr CpuKernels KERNELS = {VECTOR_BYTES,  false,           columns_task,    channels_task,
+                                backward_task, batch_norm_task, generation_task, nullptr};
 
 }  // namespace pyinvolution::cpu

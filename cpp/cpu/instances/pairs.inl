@@ -3,12 +3,14 @@
 //   KERNELS        the name of the table
 //   OTHER_KERNELS  that of the table whose loops do everything else
 //   VECTOR_BYTES   of a vector of the latter
+//   MULTIPLY_ROWS, MULTIPLY_SINGLE_ROWS   as for kernels.inl
 //
 // What kernels.inl says of names and their linkage holds here, too.
 #include "cpu/batch_norm/loops.inl"
 #include "cpu/channels/forward_pairs.inl"
 // (backward_pairs.inl uses what is in forward_pairs.inl)
 #include "cpu/channels/backward_pairs.inl"
+#include "cpu/generation/loops.inl"
 #include "cpu/kernels.h"
 #include "cpu/simd/pairs_sums.h"
 
@@ -37,9 +39,15 @@ void batch_norm_task(const BatchNormTiling& tiling, BatchNormStep step, int64_t 
   OTHER_KERNELS.batch_norm(tiling, step, task);
 }
 
+void generation_task(const GenerationTiling& tiling, GenerationStep step, int64_t task, void* scratch) {
+  // The same.
+  if (tiling.dtype == DType::bf16) return generation<BFloat16>(tiling, step, task, scratch);
+  OTHER_KERNELS.generation(tiling, step, task, scratch);
+}
+
 }  // namespace
 
-constexpr CpuKernels KERNELS = {VECTOR_BYTES,    true,        columns_task, channels_task, backward_task,
-                                batch_norm_task, pair_product};
+constexpr CpuKernels KERNELS = {
+    VECTOR_BYTES, true, columns_task, channels_task, backward_task, batch_norm_task, generation_task, pair_product};
 
 }  // namespace pyinvolution::cpu

@@ -52,6 +52,18 @@ struct Vector {
 #endif
   }
 
+  Vector square_root() const {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return {(Lanes)_mm512_maskz_sqrt_ps(0xffff, (__m512)value)};
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) return {(Lanes)_mm256_sqrt_ps((__m256)value)};
+#endif
+    Vector v;
+    for (int64_t i = 0; i < lanes; ++i)
+      v.value[i] = sizeof(A) == 4 ? A(__builtin_sqrtf(float(value[i]))) : A(__builtin_sqrt(double(value[i])));
+    return v;
+  }
+
   // Four neighbours, as often as there is room for them, and lane `lane` of each four in its four lanes.
   static Vector load_fours(const A* from) {
     Vector v;
