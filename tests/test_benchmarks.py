@@ -333,13 +333,22 @@ def test_predictions_of_networks() -> None:
 
 def test_what_the_library_fuses_is_predicted_to_be_faster() -> None:
     """`fused` refuses a shape whose convolution and involution should take less time on an H200. The fused gradients
-    may take a fifth longer than the composed ones, whose W and gradient of W need memory."""
+    may take a fifth longer than the composed ones, whose W and gradient of W need memory; what `fused_slower` in
+    cuda/fused/variant.cu leaves to these, they should compute faster."""
     fused = 0
-    for shape in REDNET50:
+    for shape, case in REDNET50.items():
         for ways, allowed in ((predict.forward_ways, 1.0), (predict.backward_ways, 1.2)):
             by = {way.name: way.us for way in ways(GPU, shape)}
-            fused += "fused" in by
-            assert by.get("fused", 0.0) <= allowed * by["composed"], (shape, ways.__name__, by)
+            if "fused" not in by:
+                continue
+            if ways is predict.backward_ways and case.input[1] // 4 >= 64 and case.stride == (2, 2):
+                assert by["composed"] < by["fused"], (shape, by)
+                continue
+            fused += 1
+            assert by["fused"] <= allowed * by["composed"], (shape, ways.__name__, by)
+    for images, faster in ((128, "fused"), (64, "composed")):
+        by = {way.name: way.us for way in predict.backward_ways(GPU, "256@14", images)}
+        assert min(by, key=by.__getitem__) == faster, (images, by)
     assert fused >= 8
 
 

@@ -71,6 +71,7 @@ CASES = {
     ),
     "term, 2 workers": Case(signal.SIGTERM, [{"step": 9}], 10, more=(WORKERS,)),
     "term, accumulating": Case(signal.SIGTERM, [{"step": 4, "batch_idx": 2}], 5, accumulate=2, validations=(2, 5, 8)),
+    "term before a validation": Case(signal.SIGTERM, [{"step": 11}], 12),
     "term in validation": Case(signal.SIGTERM, [{"step": 12, "batch_idx": 1, "validation": True}], 12),
     "term in validation inside an epoch": Case(
         signal.SIGTERM,

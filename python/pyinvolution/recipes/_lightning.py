@@ -17,9 +17,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
-__all__ = ["PlainCLI", "SaveLast", "cluster_environment", "missing", "validate_again"]
+__all__ = ["PlainCLI", "SaveLast", "cluster_environment", "missing", "validate_again", "validates_next"]
 
 VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
 """Where the counters of the validation are in ``checkpoint["loops"]["fit_loop"]``."""
@@ -30,6 +31,7 @@ METHODS: tuple[tuple[type, str, tuple[str, ...]], ...] = (
     (ModelCheckpoint, "_monitor_candidates", ("self", "trainer")),
     (ModelCheckpoint, "_find_last_checkpoints", ("self", "trainer")),
     (ModelCheckpoint, "_save_checkpoint", ("self", "trainer", "filepath")),
+    (_TrainingEpochLoop, "_should_check_val_fx", ("self", "data_fetcher")),
     (LightningCLI, "_parse_ckpt_path", ("self",)),
     (LightningCLI, "_get", ("self", "config", "key", "default")),
 )
@@ -68,6 +70,12 @@ class PlainCLI(LightningCLI):
 def cluster_environment(trainer: pl.Trainer) -> ClusterEnvironment | None:
     """How the processes of a distributed run were started, e.g. by SLURM."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def validates_next(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the training batch that ends."""
+    # The fetcher matters only to a `training_step` that takes the loader's iterator.
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(None)  # type: ignore[arg-type]
 
 
 def validate_again(checkpoint: dict[str, Any]) -> None:

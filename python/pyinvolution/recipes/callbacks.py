@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import plots
-from pyinvolution.recipes._lightning import SaveLast, cluster_environment, validate_again
+from pyinvolution.recipes._lightning import SaveLast, cluster_environment, validate_again, validates_next
 from pyinvolution.recipes.data import data_of, seed_from
 from pyinvolution.recipes.errors import RecipeError, TrainingDiverged, naming
 
@@ -152,9 +152,10 @@ def between_steps(trainer: pl.Trainer) -> bool:
 class StopOnSignal(Checkpoint):
     """On SIGTERM in training: save after the optimizer step in progress, and exit with 143 (128 + 15).
 
-    During a validation it exits at once, because `LastCheckpoint` has saved before it. The processes of a distributed
-    run agree on the step. Under SLURM with requeueing, Lightning's response to the requeue signal (save, requeue) also
-    waits for the end of the step.
+    During a validation it exits after a batch, because `LastCheckpoint` has saved before it. It also waits for the
+    validation that follows the step, if one does, so that a resumed run does not leave it out. The processes of a
+    distributed run agree on the step. Under SLURM with requeueing, Lightning's response to the requeue signal (save,
+    requeue) also waits for the end of the step.
 
     It is a `Checkpoint`, so that Lightning calls it after all other callbacks: the average of the weights must have
     been updated by the step.
@@ -183,6 +184,9 @@ class StopOnSignal(Checkpoint):
             return
         for signum, original in self._original.items():
             if not trainer.strategy.reduce_boolean_decision(signum in self._received, all=False):
+                continue
+            if signum == signal.SIGTERM and validates_next(trainer):
+                self._received.add(signum)  # in every process
                 continue
             self._received.discard(signum)
             if signum == signal.SIGTERM:
