@@ -58,7 +58,8 @@ STABLE_TORCH_LIBRARY(pyinvolution, m) {
       "float? least_length, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
 
-  // The operators further up, as torch.jit.trace records them: Python gives these gradients of their own, which costs every call more.
+  // The operators further up, as torch.jit.trace records them: Python gives these gradients of their own, which costs
+  // every call more.
   m.def(
       "traced_involution2d(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int border=0, "
       "int[2] upsample=1) -> Tensor");

@@ -126,22 +126,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_layer2d_back
   PYINVOLUTION_CHECK(op, output.has_value() == least_length.has_value(), output ? "least_length" : "output",
                      " is None, expected it with ", output ? "output" : "least_length");
   const Tensor r = batch_norm_output(z, std::nullopt, norm_weight, norm_bias, mean, invstd, true);
-  Tensor gradient = grad_output;
+  Tensor gradient = converted(grad_output, input.scalar_type());
   std::optional<Lengths> lengths;
   std::vector<float> grad_squares;
   if (least_length) {
     check_shape(op, "output", *output, {p.batch, p.channels, p.out_h, p.out_w});
     check_alike(op, "output", *output, input);
     check_channels_last("output", *output);
-    const Tensor gy =
-        torch::stable::contiguous(converted(grad_output, input.scalar_type()), MemoryFormat::ChannelsLast);
+    const Tensor gy = torch::stable::contiguous(gradient, MemoryFormat::ChannelsLast);
     lengths.emplace(layer, span_weight, span_bias, *least_length);
     gradient = torch::stable::empty_like(*output);
     grad_squares.resize(p.batch * p.out_h * p.out_w * p.groups);
     cpu::undivided_gradient(layer.shape, lengths->gram, lengths->least, address(r), address(*output), address(gy),
                             gradient.mutable_data_ptr(), grad_squares.data(), cpu_execution());
-  } else {
-    gradient = converted(grad_output, input.scalar_type());
   }
   auto [grad_input, grad_r, grad_span, grad_bias] =
       span_involution2d_backward(gradient, input, r, layer.span, layer.bias, kernel_size, stride, padding, dilation,

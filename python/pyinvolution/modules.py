@@ -193,9 +193,7 @@ class Involution2d(nn.Module):
         source = _source(x, guide, self.guide_channels)
         window = (self.stride, self.padding, self.dilation)
         if guide is None and self._trains_as_one(x):
-            output = run_as_one(self, x)
-            if self.bias is not None:
-                output = output + self.bias.view(-1, 1, 1)
+            output = _plus(run_as_one(self, x), self.bias)
         elif self._may_fuse():
             reduced = self._reduce(source)
             span: Any = self.span
@@ -203,8 +201,7 @@ class Involution2d(nn.Module):
             output = span_involution2d(x, reduced, span.weight, span.bias, self.kernel_size, *window)
             if self.kernel_norm is not None:
                 output = per_kernel_length(output, reduced, span.weight, span.bias, self.groups)
-            if self.bias is not None:
-                output = output + self.bias.view(-1, 1, 1)
+            output = _plus(output, self.bias)
         else:
             kernels = self._generate(source)
             output = involution2d(self._padded(x), kernels, self.bias, *window)
@@ -355,6 +352,10 @@ class _CellMean(nn.AvgPool2d):
         if not (torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[2:])):
             return super().forward(input)
         return cell_mean(input, self.stride)
+
+
+def _plus(output: Tensor, bias: Tensor | None) -> Tensor:
+    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 def init_conv(conv: nn.Conv2d) -> None:

@@ -215,7 +215,6 @@ def _leave_process_group() -> None:
 
 
 def _cli(arguments: list[str]) -> RecipeCLI:
-    atexit.unregister(_leave_process_group)
     atexit.register(_leave_process_group)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

@@ -86,9 +86,9 @@ class Definition:
     def recipe(self, run: str, *more: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of a run with all overrides, the later ones first in force."""
         recipe = self.runs[run]
-        base, own = (recipe, {}) if isinstance(recipe, str) else (recipe["base"], recipe)
-        changes = {name: value for name, value in own.items() if name != "base"}
-        return reduce(configs.merge, (ALWAYS, self.overrides, changes, *more), configs.load(base))
+        own = {"base": recipe} if isinstance(recipe, str) else dict(recipe)
+        base = configs.load(own.pop("base"))
+        return reduce(configs.merge, (ALWAYS, self.overrides, own, *more), base)
 
     def tunings(self, run: str) -> list[Training]:
         """Trainings that try every combination of the grid."""
