@@ -24,13 +24,15 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def trainer(environment, batch_idx):
-    """A stand-in in the middle of an epoch, which accumulates two batches."""
+def trainer(environment, batch_idx, validates=False):
+    """A stand-in in the middle of an epoch, which accumulates two batches; a validation may follow."""
     return SimpleNamespace(
         _accelerator_connector=SimpleNamespace(cluster_environment=environment),
         accumulate_grad_batches=2,
         checkpoint_callbacks=[],
-        fit_loop=SimpleNamespace(batch_idx=batch_idx),
+        fit_loop=SimpleNamespace(
+            batch_idx=batch_idx, epoch_loop=SimpleNamespace(_should_check_val_fx=lambda fetcher: validates)
+        ),
         global_step=7,
         is_last_batch=False,
         strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
@@ -66,6 +68,7 @@ def test_sigterm_exits_between_steps():
     callback.on_train_start(trainer(LightningEnvironment(), 0), None)
     os.kill(os.getpid(), signal.SIGTERM)
     callback.on_train_batch_end(trainer(LightningEnvironment(), 2))
+    callback.on_train_batch_end(trainer(LightningEnvironment(), 3, validates=True))
     with pytest.raises(SystemExit) as exit:
         callback.on_train_batch_end(trainer(LightningEnvironment(), 3))
     assert exit.value.code == 143
