@@ -251,7 +251,9 @@ def test_from_data_to_table(tmp_path, data, capsys, here):
     stem = f"{made['date']}-study-own"
     assert {path.name for path in results.iterdir()} == {stem, f"{stem}.json", f"{stem}.md"}
     assert {path.name for path in (results / stem).iterdir()} == {"conv-seed0.log", "inv-seed0.log"}
-    assert "`inv` against `conv`" in (results / f"{stem}.md").read_text()
+    text = (results / f"{stem}.md").read_text()
+    assert "`inv` against `conv`" in text
+    assert f"`pyinvolution study own` on {training['machine']}, torch {torch.__version__}, commit" in text
     expected = [f"{name}, tuning_lr={lr}" for name in ("conv", "inv") for lr in (0.01, 0.5)]
     assert here == [*expected, "conv, seed0", "inv, seed0"]
     assert not run()[0]

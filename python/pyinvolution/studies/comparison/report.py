@@ -125,6 +125,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Mean and deviation over the seeds, at the last step of each training."]
+    finished = [result for entry in report["runs"].values() for result in entry["trainings"]]
+    if finished:
+        machines, versions, commits = (
+            ", ".join(sorted({str(result[name]) for result in finished})) for name in ("machine", "torch", "commit")
+        )
+        lines += ["", f"`pyinvolution study {report['study']}` on {machines}, torch {versions}, commit {commits}."]
     if report["grid"]:
         lines += ["", f"Each recipe was tuned over {report['grid']}:", ""]
         lines += [f"- `{name}`: {entry.get('values', 'not tuned yet')}" for name, entry in report["runs"].items()]
