@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyinvolution import Involution2d
 from pyinvolution.models import RedNet, create_model, list_models
 from pyinvolution.models.rednet import Bottleneck
 
@@ -248,6 +249,24 @@ def test_other_norms():
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 10)
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(small(norm_eval=True)).train()
     assert not synced.stem.norm1.training
+
+
+def test_kernel_norm():
+    """Every involution has it, the stem's too; the factor of a kernel of length one does not count."""
+    torch.manual_seed(0)
+    model = scramble(small(kernel_norm="l2")).eval()
+    involutions = [module for module in model.modules() if isinstance(module, Involution2d)]
+    assert len(involutions) == 1 + sum(model.layers)
+    assert {module.kernel_norm for module in involutions} == {"l2"}
+    x = torch.randn(2, 3, 16, 16)
+    before = model(x)
+    with torch.no_grad():
+        for module in involutions:
+            module.span.weight *= 3
+            module.span.bias *= 3
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="kernel_norm is 'l3', expected one of softmax, l2"):
+        small(kernel_norm="l3")
 
 
 def test_copies():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyinvolution.kernel_norms import KernelNorm
 from pyinvolution.models._memory import checkpoint, forget_activations
 from pyinvolution.models._registry import register_model
 from pyinvolution.modules import Involution2d, check_input, init_conv, positive_int
@@ -163,6 +164,7 @@ class RedNet(nn.Module):
             detection and segmentation code).
         group_channels: channels which share an involution kernel.
         reduction: bottleneck ratio of the kernel generation.
+        kernel_norm: of the involutions' kernels, as for `pyinvolution.Involution2d`.
         strides: stride of each stage's first block; default 1, 2, 2, ...
         dilations: dilation of each stage's involutions; default 1.
         output_stride: largest stride of the features; further strides become dilations. Instead of
@@ -205,6 +207,7 @@ class RedNet(nn.Module):
         stem_kernel_size: int | tuple[int, int] = 3,
         group_channels: int = 16,
         reduction: int = 4,
+        kernel_norm: str | KernelNorm | None = None,
         strides: Sequence[int] | None = None,
         dilations: Sequence[int] | None = None,
         output_stride: int | None = None,
@@ -246,6 +249,7 @@ class RedNet(nn.Module):
             Involution2d,
             group_channels=group_channels,
             reduction=reduction,
+            kernel_norm=kernel_norm,
             norm_layer=norm_layer,
             activation=_relu,
             **factory,
