@@ -33,6 +33,7 @@ NAVIGATION = {
         "docs/migration",
         "docs/family",
         "docs/frameworks",
+        "docs/accuracy",
         "docs/when-not-to-use",
         "docs/faq",
     ],
