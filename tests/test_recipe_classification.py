@@ -144,6 +144,7 @@ def test_init_from_nothing(tmp_path):
         ({"mixup": -1.0}, "model.mixup"),
         ({"cutmix": 0.5, "num_classes": 1}, "model.num_classes is 1, expected at least 2 with mixup"),
         ({"vector_decay": -1.0}, "model.vector_decay"),
+        ({"generator_decay": -1.0}, "model.generator_decay"),
         ({"num_classes": 0}, "model.num_classes"),
         ({"name": "rednet51"}, "did you mean 'rednet50'"),
         ({"options": SMALL | {"kernel": 3}}, "kernel"),
@@ -233,11 +234,35 @@ def test_decay_of_vectors(data, tmp_path, optimizer):
     settings[1:] = ["--model.weight_decay=0.02", "--model.vector_decay=0.005"]
     run = recipe_cli.run(fit_arguments(data, tmp_path, *settings, "--trainer.max_epochs=2", last))
     assert [group["weight_decay"] for group in run.trainer.optimizers[0].param_groups] == [0.02, 0.005]
-    with pytest.raises(RecipeError, match="made with 2 groups of parameters, this run has 1: give model"):
+    with pytest.raises(RecipeError, match=r"groups of \[\d+, \d+\] parameters, this run has \[\d+\]: give model"):
         recipe_cli.run(fit_arguments(data, tmp_path, settings[0], "--trainer.max_epochs=3", last))
     other = "adamw" if optimizer == "lamb" else "lamb"
     with pytest.raises(RecipeError, match=f"made with model.optimizer={optimizer}, this run has {other}"):
         recipe_cli.run(fit_arguments(data, tmp_path, f"--model.optimizer={other}", "--trainer.max_epochs=3", last))
+
+
+def test_decay_of_generators(data, tmp_path):
+    """The parts of an involution that make its kernels, vectors or not."""
+    settings = ["--model.weight_decay=0.01", "--model.vector_decay=0.0", "--model.generator_decay=0.002"]
+    run = recipe_cli.run(fit_arguments(data, tmp_path, *settings, "--trainer.max_epochs=1"))
+    decays = {
+        parameter: group["weight_decay"]
+        for group in run.trainer.optimizers[0].param_groups
+        for parameter in group["params"]
+    }
+    found = {decays[parameter]: set() for parameter in decays}
+    for name, parameter in run.model.net.named_parameters():
+        generates = ".reduce." in name or ".span." in name
+        found[decays[parameter]].add((generates, parameter.ndim > 1))
+    assert found == {0.01: {(False, True)}, 0.0: {(False, False)}, 0.002: {(True, True), (True, False)}}
+
+
+def test_other_groups_are_not_resumed(data, tmp_path):
+    """As many groups as in the checkpoint, of other parameters."""
+    recipe_cli.run(fit_arguments(data, tmp_path, "--model.generator_decay=0.002", "--trainer.max_epochs=1"))
+    last = f"--ckpt_path={tmp_path / 'last.ckpt'}"
+    with pytest.raises(RecipeError, match=r"with groups of \[\d+, \d+\] parameters, this run has \[\d+, \d+\]"):
+        recipe_cli.run(fit_arguments(data, tmp_path, "--model.vector_decay=0.002", "--trainer.max_epochs=2", last))
 
 
 def test_the_modern_recipe(data, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyinvolution.models import create_model
 from pyinvolution.models.checkpoint import check_fit
 from pyinvolution.models.loading import load
+from pyinvolution.modules import Involution2d
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
@@ -38,8 +39,10 @@ class Recipe(pl.LightningModule):
         optimizer: "sgd", "adamw", or "lamb" (You et al., ICLR 2020; timm's) for large batches.
         momentum: of SGD.
         nesterov: momentum as Nesterov's, of SGD.
-        weight_decay: on all parameters that are trained, but for those of ``vector_decay``.
+        weight_decay: on all parameters that are trained, but for those of the next two.
         vector_decay: weight decay on vectors: biases, and the weights of norms; None for ``weight_decay``.
+        generator_decay: weight decay on what makes the kernels of involutions, reduction and span, their vectors too;
+            None for that of other parameters.
         decay: "cosine" (half a cosine over the run), "poly" ((1 - progress)^``power``) or "step" (times ``gamma`` at
             every one of ``milestones``).
         milestones: epochs after which "step" decays.
@@ -77,6 +80,7 @@ class Recipe(pl.LightningModule):
         nesterov: bool = True,
         weight_decay: float = 1e-4,
         vector_decay: float | None = None,
+        generator_decay: float | None = None,
         decay: Literal["cosine", "poly", "step"] = "cosine",
         milestones: Sequence[int] = (),
         gamma: float = 0.1,
@@ -104,7 +108,8 @@ class Recipe(pl.LightningModule):
             ("power", power, power > 0, "a positive number"),
             ("min_lr", min_lr, 0 <= min_lr <= lr, f"a value from 0 to lr={lr}"),
             ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("vector_decay", vector_decay, vector_decay is None or vector_decay >= 0, "at least 0, or None"),
+            ("vector_decay", vector_decay, (vector_decay or 0) >= 0, "at least 0, or None"),
+            ("generator_decay", generator_decay, (generator_decay or 0) >= 0, "at least 0, or None"),
             ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0"),
             ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio <= 1, "a value in [0, 1]"),
             ("ema_decay", ema_decay, 0 <= ema_decay < 1, "a value in [0, 1)"),
@@ -114,6 +119,7 @@ class Recipe(pl.LightningModule):
         self.lr, self.reference_batch = lr, reference_batch
         self.optimizer, self.weight_decay = optimizer, weight_decay
         self.vector_decay = weight_decay if vector_decay is None else vector_decay
+        self.generator_decay = generator_decay
         self.sgd: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
         self.decay, self.milestones, self.gamma, self.power = decay, milestones, gamma, power
         self.min_ratio = min_lr / lr
@@ -180,11 +186,11 @@ class Recipe(pl.LightningModule):
             )
         if count != (ours := len(self._trained())):
             raise RecipeError(f"cannot resume: the checkpoint has {count} trained parameters, this run {ours}")
-        theirs, mine = len(groups), len(self._groups())
+        theirs, mine = ([len(group["params"]) for group in found] for found in (groups, self._groups()))
         if theirs != mine:
             raise RecipeError(
-                f"cannot resume: the checkpoint was made with {theirs} groups of parameters, this run has {mine}: give "
-                "model.vector_decay as before"
+                f"cannot resume: the checkpoint was made with groups of {theirs} parameters, this run has {mine}: give "
+                "model.vector_decay and model.generator_decay as before"
             )
         if not self.ema_decay and "current_model_state" in checkpoint:
             check_fit(checkpoint["current_model_state"], self, "--ckpt_path")
@@ -226,14 +232,21 @@ class Recipe(pl.LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by their weight decay; one group unless `vector_decay` differs."""
-        trained = self._trained()
-        if self.vector_decay == self.weight_decay:
-            return [{"params": trained, "weight_decay": self.weight_decay}]
-        vectors = [parameter for parameter in trained if parameter.ndim < 2]
-        others = [parameter for parameter in trained if parameter.ndim >= 2]
-        groups = ((others, self.weight_decay), (vectors, self.vector_decay))
-        return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+        """Parameters by their weight decay."""
+        generators = {
+            parameter
+            for module in self.modules()
+            if isinstance(module, Involution2d)
+            for part in module.children()
+            for parameter in part.parameters()
+        }
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in self._trained():
+            decay = self.vector_decay if parameter.ndim < 2 else self.weight_decay
+            if self.generator_decay is not None and parameter in generators:
+                decay = self.generator_decay
+            groups.setdefault(decay, []).append(parameter)
+        return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
