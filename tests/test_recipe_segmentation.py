@@ -12,6 +12,8 @@ from torchvision import tv_tensors
 
 pytest.importorskip("lightning")
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from pyinvolution import cli
@@ -488,6 +490,22 @@ def test_figure_marks_where_predictions_differ():
         assert region.width <= right - left + 8
     assert figure.differing_regions(one, other, truth, 1) == [first]
     assert figure.differing_regions(other, other, truth) == []
+
+
+@pytest.mark.parametrize("width", [3, 8, 12])
+def test_legends_fit(width):
+    """Thirteen classes take as few rows as have room, down to one column."""
+    drawn = Figure((width, 4), layout="constrained")
+    drawn.subplots()
+    handles = [Patch(label=f"a class, number {index}") for index in range(13)]
+    figure._legend_below(drawn, handles)
+    (legend,) = drawn.legends
+    drawn.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= drawn.bbox.width
+    assert len(legend.get_texts()) == 13
+    entry = box.width / legend._ncols
+    assert box.width + 1.3 * entry > drawn.bbox.width, "another column would have had room"
 
 
 def test_figure(tree, trained, tmp_path, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from numpy.typing import NDArray
@@ -151,8 +152,17 @@ def compare(
             handles.append(Patch(facecolor="black", label="ignored"))
         if marked:
             handles.append(Patch(facecolor="none", edgecolor=BOX, linewidth=2, label="largest difference"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(images)), fontsize=9)
+        _legend_below(figure, handles)
     return path
+
+
+def _legend_below(figure: Figure, handles: Sequence[Patch]) -> None:
+    """In as few rows as the figure's width allows."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _mark(axes: Axes, regions: Sequence[Region]) -> None:
