@@ -185,7 +185,7 @@ WINDOWS = (
 )
 
 
-@pytest.mark.parametrize("group_channels", [16, 3])  # with a kernel for the whole, and without one
+@pytest.mark.parametrize("group_channels", [16, 3])  # whole vectors and parts; float64 has no kernel for the whole
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 def test_operators(dtype: torch.dtype, group_channels: int) -> None:
     torch.manual_seed(0)

@@ -15,10 +15,11 @@ LAYERS = (
     (32, 2, 16, 7, 2, 8, 12),
     (64, 4, 16, 7, 1, 14, 14),
     (512, 32, 128, 7, 1, 7, 7),
-    (16, 4, 4, 3, 1, 6, 6),  # 4 channels per group: no fused kernel
+    (16, 4, 4, 3, 1, 6, 6),  # 4 channels per group
+    (6, 6, 2, 3, 1, 5, 4),  # a kernel for every channel
     (8, 1, 2, 3, 1, 5, 5),
     (14, 2, 3, 5, 2, 10, 10),  # 7 channels per group
-    (32, 2, 8, 33, 1, 40, 40),  # more than 1024 taps
+    (32, 2, 8, 33, 1, 40, 40),  # more than 1024 taps: no fused kernel
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -95,7 +96,7 @@ def test_a_forced_variant_decides_for_all() -> None:
 
 
 def test_weights_that_a_backward_pass_needs_are_computed_once() -> None:
-    tensors, window = arguments(LAYERS[4], torch.float32, torch.contiguous_format)
+    tensors, window = arguments(LAYERS[-1], torch.float32, torch.contiguous_format)
     x, r, s = (t.requires_grad_() for t in tensors)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         span_involution2d(x, r, s, None, **window).sum().backward()

@@ -10,13 +10,15 @@ namespace {
 
 // If packing one output row takes more than this, it no longer fits in L2 and the strategy stops paying off.
 constexpr int64_t max_row_bytes = 4 * 1024 * 1024;
+
+// A block of channels holds one group, so that smaller groups leave most of it unused: with W at hand other strategies are
+// as fast there. Where W has to be computed, not writing it outweighs this.
 constexpr int64_t min_group_channels = 8;
 
 Refusal common_refusal(const Problem& p) {
   if (p.upsample_h != 1 || p.upsample_w != 1) return needs("an upsampling of 1", p.upsample_h, p.upsample_w);
   if (p.dtype == DType::f64)
     return needs("float32, float16 or bfloat16 (it accumulates in float32)", to_string(p.dtype));
-  if (p.group_channels() < min_group_channels) return needs("at least 8 channels per group", p.group_channels());
   if (p.taps() > 1024) return needs("at most 1024 taps", p.kernel_h, p.kernel_w);
   if (strip_input_bytes(p, 1) > max_row_bytes)
     return needs("an input of which one output row reads at most 4 MB (bytes)", int64_t(strip_input_bytes(p, 1)));
@@ -66,6 +68,7 @@ void run_backward(const SpanProblem& problem, const SpanBuffers& buffers, const 
 
 Refusal channels_refusal(const Problem& p, Pass pass) {
   if (const Refusal reason = common_refusal(p)) return reason;
+  if (p.group_channels() < min_group_channels) return needs("at least 8 channels per group", p.group_channels());
   if (pass == Pass::forward) return {};
   if (p.border == Border::shift && p.stride_w != 1)
     return needs("a horizontal stride of 1 where the border shifts", p.stride_w);
