@@ -98,7 +98,13 @@ def test_card(tmp_path):
     assert '"data set": "digits"' in model_card(model, {"data set": "digits"})
     content = {
         "hyper_parameters": {"lr": 0.1, "init_from": "/home/me/x.ckpt", "_class_path": "x"},
-        "datamodule_hyper_parameters": {"root": "/home/me/data", "batch_size": 8},
+        "datamodule_hyper_parameters": {
+            "root": "/home/me/data",
+            "batch_size": 8,
+            "train_annotations": "/home/me/train.json",
+            "val_annotations": "instances.json",
+            "transforms": [{"Paste": {"folder": "~/cut", "p": 0.5}}, "/home/me/x"],
+        },
         "state_dict": {},
         "epoch": 3,
         "global_step": 12,
@@ -106,7 +112,9 @@ def test_card(tmp_path):
     torch.save(content, tmp_path / "last.ckpt")
     text = model_card(model, tmp_path / "last.ckpt")
     facts = json.loads(text.split("```json\n")[2].split("```")[0])
-    assert facts == {"model": {"lr": 0.1}, "data": {"batch_size": 8}, "epochs": 3, "steps": 12}
+    data = {"batch_size": 8, "val_annotations": "instances.json", "transforms": [{"Paste": {"p": 0.5}}]}
+    assert facts == {"model": {"lr": 0.1}, "data": data, "epochs": 3, "steps": 12}
+    assert 'from_pretrained("me/net")' in model_card(model, repository="me/net")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match=r"plain\.ckpt, expected the checkpoint of a recipe's run"):
         model_card(model, Path(tmp_path, "plain.ckpt"))

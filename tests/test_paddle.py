@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyinvolution.models import RedNet, create_model, load_official, official_state_dict
+from pyinvolution.models import RedNet, create_model, load_official, official_state_dict, paddle
 from pyinvolution.models.loading import load
 from pyinvolution.models.paddle import read_pdparams
 
@@ -168,7 +168,8 @@ def test_a_module_is_not_imported(tmp_path):
         sys.path.remove(str(tmp_path))
 
 
-def test_registered_extensions_are_not_called(tmp_path):
+@pytest.mark.parametrize("known", [False, True], ids=["new", "used before"])
+def test_registered_extensions_are_not_called(known, tmp_path):
     module = types.ModuleType("extension_of_the_test")
     module.run = lambda: pytest.fail("called")  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
@@ -176,11 +177,22 @@ def test_registered_extensions_are_not_called(tmp_path):
     try:
         path = tmp_path / "extension.pdparams"
         path.write_bytes(b"\x80\x02\x82\xf0)R.")
+        if known:
+            assert pickle.loads(b"\x80\x02\x82\xf0.") is module.run
         with pytest.raises(ValueError, match="which is not called"):
             read_pdparams(path)
     finally:
         copyreg.remove_extension(module.__name__, "run", 240)
         del sys.modules[module.__name__]
+
+
+def test_a_file_does_not_change_the_reader(tmp_path):
+    path = tmp_path / "state.pdparams"
+    path.write_bytes(b"\x80\x02c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.")
+    before = paddle._encode.__defaults__
+    with pytest.raises(ValueError, match="it sets the state of a function"):
+        read_pdparams(path)
+    assert paddle._encode.__defaults__ == before
 
 
 def test_damaged_files(tmp_path):
@@ -197,6 +209,8 @@ def test_damaged_files(tmp_path):
         "Fortran's order": pickle.dumps({"x": np.asfortranarray(array)}),
         "complex numbers": pickle.dumps({"x": array.astype(np.complex64)}),
         "the other byte order": pickle.dumps({"x": array.astype(">f4" if sys.byteorder == "little" else "<f4")}),
+        "a matrix of three dimensions": pickle.dumps({"fc.weight": np.zeros((2, 2, 2), np.float32)}),
+        "two of one name": pickle.dumps({"bn._mean": array, "bn.running_mean": array}),
         "a record": pickle.dumps({"x": np.zeros(2, [("a", "f4")])}),
         "more elements than bytes": good.replace(b"K\x03\x85", b"K\x07\x85"),
     }

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import create_server
 from threading import Thread
 
 import pytest
@@ -24,6 +25,8 @@ class Server:
     content: bytes
     address: str = ""
     ranges: bool = True
+    tags: bool = True
+    lengths: bool = True
     break_after: int | None = None
     asked: list[str | None] = field(default_factory=list)
 
@@ -49,12 +52,19 @@ def server(content, tmp_path, monkeypatch) -> Iterator[Server]:
             state.asked.append(asked)
             if not self.path.endswith(FILE):
                 return self.send_error(404)
-            first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and state.ranges else 0
+            tag = f'"{hashlib.md5(state.content).hexdigest()}"' if state.tags else None
+            whole = not asked or not state.ranges or self.headers.get("If-Range") not in (None, tag)
+            first = 0 if whole else int(asked.removeprefix("bytes=").removesuffix("-"))
             if first >= len(state.content):
                 return self.send_error(416)
             body = state.content[first:]
             self.send_response(206 if first else 200)
-            self.send_header("Content-Length", str(len(body)))
+            if state.lengths:
+                self.send_header("Content-Length", str(len(body)))
+            if tag:
+                self.send_header("ETag", tag)
+            if first:
+                self.send_header("Content-Range", f"bytes {first}-{len(state.content) - 1}/{len(state.content)}")
             self.end_headers()
             self.wfile.write(body if state.break_after is None else body[: state.break_after])
             return None
@@ -129,9 +139,26 @@ def test_an_interrupted_download_goes_on(ranges, server, source, content):
     assert server.asked == [None, "bytes=1000000-"]
 
 
+def changed(content: bytes) -> bytes:
+    """Another file of the same size, whose last array differs."""
+    at = content.rindex(bytes(64)) if bytes(64) in content else len(content) - 5000
+    return content[:at] + bytes(value ^ 1 for value in content[at : at + 64]) + content[at + 64 :]
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_parts_of_two_files_are_not_joined(tags, server, source, content):
+    server.tags, server.break_after, server.content = tags, 1_000_000, changed(content)
+    with pytest.raises(ConnectionError):
+        create_model("rednet26", pretrained=True)
+    server.break_after, server.content = None, content
+    assert_equal(create_model("rednet26", pretrained=True), source)
+    assert server.asked == [None, "bytes=1000000-" if tags else None]
+
+
 def test_a_part_that_is_too_long_is_dropped(server, source, content, tmp_path):
     folder(tmp_path).mkdir(parents=True)
     (folder(tmp_path) / f"{FILE}.part").write_bytes(content + b"more")
+    (folder(tmp_path) / f"{FILE}.part.version").write_text(f'"{hashlib.md5(content).hexdigest()}"')
     assert_equal(create_model("rednet26", pretrained=True), source)
     assert server.asked == [f"bytes={len(content) + 4}-", None]
 
@@ -146,10 +173,44 @@ def test_another_file_is_noticed(server, source, content, tmp_path):
     assert_equal(create_model("rednet26", pretrained=True), source)
 
 
-def test_a_page_instead_of_the_file(server, tmp_path):
-    server.content = b"<html>moved</html>"
-    with pytest.raises(ValueError, match="is not a file of named arrays"):
+@pytest.mark.parametrize("instead", ["page", "cut"])
+def test_what_is_not_the_file_is_not_kept(instead, server, source, content, tmp_path):
+    """A page to log in, and a connection that ends without the server having said how long the file is."""
+    server.content, server.lengths = (b"<html>log in</html>", True) if instead == "page" else (content[:500_000], False)
+    with pytest.raises(ValueError, match=r"did not send the weights of rednet26: .* is not a file of named"):
         create_model("rednet26", pretrained=True)
+    assert not [path for path in folder(tmp_path).iterdir() if path.suffix != ".lock"]
+    server.content = content
+    assert_equal(create_model("rednet26", pretrained=True), source)
+
+
+def test_an_empty_hash_is_none(server, source, tmp_path):
+    folder(tmp_path).mkdir(parents=True)
+    (folder(tmp_path) / f"{FILE}.sha256").touch()
+    assert_equal(create_model("rednet26", pretrained=True), source)
+    assert (folder(tmp_path) / f"{FILE}.sha256").read_text()
+
+
+def test_an_answer_that_is_not_of_http(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"who is there?\r\n\r\n")
+
+        Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/{FILE}"
+        with pytest.raises(ConnectionError, match="cannot download the weights of rednet26"):
+            published_file(replace(PUBLISHED["rednet26"], url=url))
+
+
+def test_a_cache_that_cannot_be_written(server, source, tmp_path, monkeypatch):
+    create_model("rednet26", pretrained=True)
+    monkeypatch.setattr(published, "FileLock", None)
+    assert_equal(create_model("rednet26", pretrained=True), source)
 
 
 def test_offline_and_gone(server, monkeypatch, tmp_path):
@@ -203,3 +264,20 @@ def test_timm(server, source):
     tuned = timm.create_model("rednet26", pretrained=True, num_classes=4, in_chans=1)
     assert tuned.head.weight.shape == (4, 2048)
     torch.testing.assert_close(tuned.stem.conv1.weight, source.stem.conv1.weight.sum(1, keepdim=True))
+
+
+def test_timm_takes_the_weights_that_are_named(server, source, tmp_path):
+    timm = pytest.importorskip("timm", minversion="1.0.12")
+    import pyinvolution.timm  # noqa: F401
+
+    mine = create_model("rednet26")
+    torch.save(mine.state_dict(), tmp_path / "mine.pth")
+    for named in (
+        {"pretrained_cfg": {"file": str(tmp_path / "mine.pth"), "num_classes": 1000, "classifier": "head"}},
+        {"pretrained_cfg_overlay": {"file": str(tmp_path / "mine.pth")}},
+    ):
+        assert_equal(timm.create_model("rednet26", pretrained=True, **named), mine)
+    assert server.asked == []
+    net = timm.create_model("rednet26", pretrained=True, pretrained_cfg_overlay={"crop_pct": 0.9})
+    assert_equal(net, source)
+    assert net.pretrained_cfg["crop_pct"] == 0.9

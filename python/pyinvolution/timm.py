@@ -1,6 +1,7 @@
 """RedNet in timm's registry: after ``import pyinvolution.timm``, ``timm.create_model`` builds it by its name.
 
-With ``pretrained=True`` it has the published weights (`pyinvolution.models.published`).
+With ``pretrained=True`` it has the published weights (`pyinvolution.models.published`), or those that a
+``pretrained_cfg`` or its overlay names.
 
 Raises:
     ImportError: timm is not installed, or is older than 1.0.12.
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
 from pyinvolution.models._registry import create_model, list_models
@@ -37,8 +38,9 @@ default_cfgs = generate_default_cfgs(dict.fromkeys(_NAMES, _CFG))
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained and not kwargs.get("pretrained_cfg_overlay"):
-            kwargs["pretrained_cfg_overlay"] = {"state_dict": read(published_file(PUBLISHED[name]))}
+        overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+        if pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
+            kwargs["pretrained_cfg_overlay"] = overlay | {"state_dict": read(published_file(PUBLISHED[name]))}
         return build_model_with_cfg(
             partial(_create, name),
             name,
@@ -50,6 +52,14 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
     build.__name__ = build.__qualname__ = name
     return build
+
+
+def _names_weights(given: Any) -> bool:
+    """Whether one of timm's pretrained configurations says where the weights are."""
+    values = given.to_dict() if isinstance(given, PretrainedCfg) else given
+    return isinstance(values, dict) and any(
+        values.get(key) for key in ("file", "url", "state_dict", "hf_hub_id", "source")
+    )
 
 
 def _create(name: str, in_chans: int = 3, **kwargs: Any) -> nn.Module:

@@ -79,7 +79,7 @@ def push_to_hub(
     api = _hub().HfApi(token=token)
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        Path(folder, "README.md").write_text(model_card(model, training, image), encoding="utf-8")
+        Path(folder, "README.md").write_text(model_card(model, training, image, repository), encoding="utf-8")
         api.create_repo(repository, private=private, exist_ok=True)
         made = api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload a model of pyinvolution"
@@ -91,6 +91,7 @@ def model_card(
     model: nn.Module,
     training: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     image: Sequence[int] | None = None,
+    repository: str = "OWNER/NAME",
 ) -> str:
     """Markdown that says what a model is, what it costs and how it was trained.
 
@@ -99,6 +100,7 @@ def model_card(
         training: what is to be said, by name; or the checkpoint of a recipe's run, of which the card has the settings,
             without paths, and the number of steps.
         image: channels, height and width for which multiply-adds are counted; None leaves them out.
+        repository: of the hub, from which the card loads the model.
 
     Raises:
         TypeError: the model does not come from `create_model`.
@@ -124,7 +126,7 @@ def model_card(
         "```python",
         "import pyinvolution",
         "",
-        'model = pyinvolution.models.from_pretrained("OWNER/NAME")',
+        f'model = pyinvolution.models.from_pretrained("{repository}")',
         "```",
         "",
     ]
@@ -158,11 +160,24 @@ def _facts(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"training is {os.fspath(path)}, expected the checkpoint of a recipe's run: it has no {key}"
             )
         facts[title] = {
-            name: value
+            name: _without_paths(value)
             for name, value in values.items()
-            if name not in _OF_ONE_MACHINE and not name.startswith("_") and value is not None
+            if name not in _OF_ONE_MACHINE and not name.startswith("_") and value is not None and not _is_path(value)
         }
     return facts | {"epochs": checkpoint.get("epoch"), "steps": checkpoint.get("global_step")}
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+
+
+def _without_paths(value: Any) -> Any:
+    """Without the entries that are paths of one machine."""
+    if isinstance(value, Mapping):
+        return {name: _without_paths(item) for name, item in value.items() if not _is_path(item)}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value if not _is_path(item)]
+    return value
 
 
 def _multiply_adds(model: nn.Module, image: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ import os
 import pickle
 import re
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,11 +51,10 @@ def read_pdparams(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file, encoding="latin1").load()
-        arrays = _arrays(content)
+        return _renamed(_arrays(content))
     except Exception as error:  # a damaged file can be wrong in any way
         text = str(error) or type(error).__name__
         raise ValueError(f"{where} is not a file of named arrays by paddle.save, or a damaged one: {text}") from error
-    return _renamed(arrays)
 
 
 def _arrays(content: object) -> dict[str, Tensor]:
@@ -74,16 +73,17 @@ def _arrays(content: object) -> dict[str, Tensor]:
 
 
 def _renamed(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
-    for name, value in arrays.items():
-        if name == "fc.weight":
+    state: dict[str, Tensor] = {}
+    for given, value in arrays.items():
+        if given == "fc.weight":
             value = value.t().contiguous()
-        name = re.sub(r"^fc\.", "head.fc.", re.sub(r"\._variance$", ".running_var", name))
-        if name.endswith("._mean"):
-            name = name.removesuffix("_mean")
-            state[f"{name}num_batches_tracked"] = torch.tensor(0)
-            name += "running_mean"
+        name = re.sub(r"^fc\.", "head.fc.", re.sub(r"\._variance$", ".running_var", given))
+        name = re.sub(r"\._mean$", ".running_mean", name)
+        if name in state:
+            raise ValueError(f"it has {given!r} and another array that is {name!r}")
         state[name] = value
+        if given.endswith("._mean"):
+            state[name.removesuffix("running_mean") + "num_batches_tracked"] = torch.tensor(0)
     return state
 
 
@@ -160,8 +160,18 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # not the one in C, which calls what the process has registered (`copyreg`)
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise ValueError(f"it names {module}.{name}, which is not called")
         return _ALLOWED[module, name]
+
+    def get_extension(self, code: int) -> None:
+        raise ValueError(f"it names the registered extension {code}, which is not called")
+
+    def _set_state(self: Any) -> None:
+        if not isinstance(self.stack[-2], (_Array, _DType)):  # else a file could change the functions here
+            raise ValueError(f"it sets the state of a {type(self.stack[-2]).__name__}")
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _set_state}

@@ -8,9 +8,10 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
@@ -83,8 +84,8 @@ def load_published(model: nn.Module, name: str, *, head: bool = True, progress: 
     """Load the published weights of the model ``name``; its attribute ``weights`` then is their `PublishedWeights`.
 
     The file is downloaded once into ``torch.hub.get_dir()``/checkpoints, read without executing anything
-    (`read_pdparams`) and kept as a file of torch. An interrupted download is resumed. The SHA-256 of the first complete
-    one is kept, and a later download must have it.
+    (`read_pdparams`) and kept as a file of torch. An interrupted download is resumed, if the server says that it still
+    has the same file. The SHA-256 of the first one that could be read is kept, and a later download must have it.
 
     Args:
         model: a `RedNet` of that depth.
@@ -106,16 +107,27 @@ def load_published(model: nn.Module, name: str, *, head: bool = True, progress: 
 def published_file(weights: PublishedWeights, progress: bool = True) -> Path:
     """The file in torch's format and the authors' names, downloaded and converted if it is not there."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     ready = folder / f"{weights.name}-paddleclas.pth"
+    if ready.is_file():
+        return ready
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{ready}.lock"):  # the processes of a distributed run ask at the same time
         if not ready.is_file():
             source = folder / weights.url.rsplit("/", 1)[-1]
-            if not source.is_file():
+            downloaded = not source.is_file()
+            if downloaded:
                 _download(weights, source, progress)
-            _check_hash(source, weights)
+            found = _check_hash(source, weights)
+            try:
+                state = read_pdparams(source)
+            except ValueError as error:
+                if not downloaded:
+                    raise
+                source.unlink()  # else it would be taken for the weights the next time
+                raise ValueError(f"{weights.url} did not send the weights of {weights.name}: {error}") from error
             part = ready.with_suffix(".part")
-            torch.save(read_pdparams(source), part)
+            torch.save(state, part)
+            _write(_hash_file(source), f"{found}  {source.name}\n")
             os.replace(part, ready)
             source.unlink()
     return ready
@@ -125,20 +137,25 @@ def _download(weights: PublishedWeights, to: Path, progress: bool) -> None:
     part = to.with_name(f"{to.name}.part")
     try:
         _fetch(weights.url, part, progress)
-    except (OSError, URLError) as error:
+    except (OSError, HTTPException) as error:
         reason = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else getattr(error, "reason", error)
         raise ConnectionError(
             f"cannot download the weights of {weights.name} from {weights.url}: {reason}; expected a connection, or "
             f"the file at {to}. models.load_official(model, path) loads a copy of it, or a file of the authors"
         ) from None
     os.replace(part, to)
+    _version_file(part).unlink(missing_ok=True)
 
 
 def _fetch(url: str, part: Path, progress: bool) -> None:
     from torch.hub import tqdm
 
-    have = part.stat().st_size if part.is_file() else 0
-    headers = {"User-Agent": "pyinvolution", **({"Range": f"bytes={have}-"} if have else {})}
+    version = _version_file(part)
+    # Without knowing what version of the file the part is of, the rest may be of another.
+    have = part.stat().st_size if part.is_file() and version.is_file() else 0
+    headers = {"User-Agent": "pyinvolution"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": version.read_text()}
     try:
         response = urlopen(Request(url, headers=headers), timeout=60)
     except HTTPError as error:
@@ -149,6 +166,14 @@ def _fetch(url: str, part: Path, progress: bool) -> None:
     with response:
         if response.status != 206:
             have = 0
+            version.unlink(missing_ok=True)
+            tag = response.headers.get("ETag", "")
+            identity = response.headers.get("Last-Modified") if tag.startswith("W/") or not tag else tag
+            if identity:
+                _write(version, identity)
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise OSError(f"it sent {response.headers.get('Content-Range')!r}, expected the bytes from {have} on")
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         bar = tqdm(total=total, initial=have, disable=not progress, unit="B", unit_scale=True, unit_divisor=1024)
@@ -162,19 +187,32 @@ def _fetch(url: str, part: Path, progress: bool) -> None:
     return None
 
 
-def _check_hash(file: Path, weights: PublishedWeights) -> None:
-    found = _digest(file)
-    kept = file.with_name(f"{file.name}.sha256")
-    if not kept.is_file():
-        kept.write_text(f"{found}  {file.name}\n")
-        return
-    expected = kept.read_text().split()[0]
-    if found != expected:
+def _check_hash(file: Path, weights: PublishedWeights) -> str:
+    """The SHA-256 of a file, which must be that of the first download."""
+    found, kept = _digest(file), _hash_file(file)
+    expected = kept.read_text().split() if kept.is_file() else []
+    if expected and found != expected[0]:
         file.unlink()
         raise ValueError(
-            f"the weights of {weights.name} from {weights.url} have SHA-256 {found}, expected {expected}, that of the "
-            f"first download; remove {kept} to accept the new file"
+            f"the weights of {weights.name} from {weights.url} have SHA-256 {found}, expected {expected[0]}, that of "
+            f"the first download; remove {kept} to accept the new file"
         )
+    return found
+
+
+def _hash_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _version_file(part: Path) -> Path:
+    """Holds what the server calls the version that a part is of."""
+    return part.with_name(f"{part.name}.version")
+
+
+def _write(file: Path, text: str) -> None:
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text)
+    os.replace(new, file)
 
 
 def _digest(file: Path) -> str:
