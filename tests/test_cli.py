@@ -125,6 +125,15 @@ def test_wrong_input_is_one_line(capsys, tmp_path, arguments, message):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_an_untrained_model_is_not_used(capsys, trained, tmp_path, command):
+    common = [f"--data.root={trained[0]}", f"--data.predict_root={trained[0] / 'val'}", "--trainer.accelerator=cpu"]
+    status, _, err = run(capsys, command, f"--trainer.default_root_dir={tmp_path}", *common)
+    assert status == 2
+    assert f"--ckpt_path is empty, expected the checkpoint that {command} is to use" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(RecipeError, match="no folder 'val'"):
         cli.main([*fit_arguments(tmp_path, tmp_path), "--debug"])

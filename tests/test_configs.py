@@ -21,8 +21,8 @@ def output_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def parsed(capsys: pytest.CaptureFixture[str], config: str) -> str:
-    return output_of(capsys, "fit", "--config", config, "--print_config")
+def parsed(capsys: pytest.CaptureFixture[str], *names: str) -> str:
+    return output_of(capsys, "fit", *(f"--config={name}" for name in names), "--print_config")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,6 +82,15 @@ def test_options_of_a_base_stay(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert configs.load(str(tmp_path / "own.yaml"))["model"]["init_args"]["options"] == expected
     values = yaml.safe_load(parsed(capsys, str(tmp_path / "own.yaml")))
     assert values["model"]["init_args"]["options"] == expected
+
+
+def test_options_of_an_earlier_configuration_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.yaml").write_text("model: {init_args: {options: {hidden: 8}}}")
+    names = ["bccd/faster_rcnn_inv.yaml", str(tmp_path / "own.yaml")]
+    values = yaml.safe_load(parsed(capsys, *names))
+    expected = configs.merge(*(configs.load(name)["model"]["init_args"]["options"] for name in names))
+    assert values["model"]["init_args"]["options"] == expected
+    assert expected["neck"] == "involution"
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,40 @@ def test_damaged_hyper_parameters(capsys, trained, tmp_path):
         error_of(capsys, "validate", f"--ckpt_path={tmp_path / 'other.ckpt'}", f"--data.root={trained[0]}")
 
 
+@pytest.mark.parametrize("written", ["mapping", "string", "escaped string"])
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_a_checkpoint_makes_no_objects(capsys, trained, tmp_path, command, written):
+    """The parser would make an instance of any class that a value names."""
+    made = tmp_path / "made"
+    given: dict | str = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(made)]}}
+    if written != "mapping":
+        given = json.dumps(given).replace("class_path", "class_path" if written == "string" else "class\\u005fpath")
+    checkpoint = torch.load(trained[1] / "last.ckpt", weights_only=True)
+    options = checkpoint["hyper_parameters"].get("options") or {}
+    checkpoint["hyper_parameters"]["options"] = options | {"stem_channels": [given]}
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    data = ("--data.root", trained[0]) if command == "validate" else ("--data.predict_root", trained[0] / "val")
+    line = error_of(capsys, command, f"--ckpt_path={tmp_path / 'other.ckpt'}", *data)
+    assert "other.ckpt: hyper_parameters names the class subprocess.Popen, expected plain values" in line
+    assert not made.exists(), "code that a file names ran"
+
+
+def test_a_class_of_ones_own_is_imported_by_name_only(capsys, trained, tmp_path, monkeypatch):
+    (tmp_path / "own_data.py").write_text(
+        "from pathlib import Path\nfrom pyinvolution.recipes import ImageFolderData\n"
+        "Path(__file__).with_name('imported').touch()\nclass Own(ImageFolderData): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    checkpoint = torch.load(trained[1] / "last.ckpt", weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["_class_path"] = "own_data.Own"
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    arguments = ("validate", f"--ckpt_path={tmp_path / 'other.ckpt'}", f"--data.root={trained[0]}")
+    assert "name it too, --data own_data.Own" in error_of(capsys, *arguments)
+    assert not (tmp_path / "imported").exists()
+    cli.main([*arguments, "--data", "own_data.Own", "--trainer.accelerator=cpu"])
+    assert (tmp_path / "imported").exists()
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 CONFIGS = {

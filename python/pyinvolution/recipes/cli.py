@@ -7,12 +7,13 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch.distributed
+import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO
@@ -98,6 +99,10 @@ class RecipeCLI(PlainCLI):
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "fit":
             self.save_config_callback = None
+            model = self.value("model", built=False).init_args
+            trained = self.value("ckpt_path", built=False) or model.get("init_from")
+            if not trained and not (model.get("options") or {}).get("pretrained"):
+                raise RecipeError(f"--ckpt_path is empty, expected the checkpoint that {self.subcommand} is to use")
             return
         trainer = self.value("trainer", built=False)
         if trainer.max_epochs is None and trainer.max_steps == -1 and not trainer.fast_dev_run:
@@ -246,6 +251,7 @@ def _cli(arguments: list[str]) -> RecipeCLI:
 def _resolve_configs(arguments: Sequence[str]) -> list[str]:
     """``arguments`` with the contents of configurations, bases first, in place of their names."""
     resolved: list[str] = []
+    before: Mapping[str, Any] = {}
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
@@ -255,8 +261,9 @@ def _resolve_configs(arguments: Sequence[str]) -> list[str]:
         name = value if equals else next(rest, None)
         if name is None:
             raise RecipeError(f"{option} is empty, expected a file or the name of a packaged configuration")
-        for content in configs.chain(name):
+        for content in configs.chain(name, before=before):
             resolved += ["--config", configs.dump(content)]
+            before = configs.merge(before, content)
     return resolved
 
 
@@ -280,10 +287,33 @@ def _insert_checkpoint_config(arguments: list[str]) -> list[str]:
         for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
             if checkpoint.get(key):
                 config: dict[str, Any] = {"init_args": init_arguments(checkpoint, key)}
-                if "_class_path" in checkpoint[key]:
-                    config["class_path"] = checkpoint[key]["_class_path"]
+                _refuse_classes(config, key)
+                kind = checkpoint[key].get("_class_path")
+                if kind is not None:
+                    if not str(kind).startswith("pyinvolution.") and not any(str(kind) in other for other in arguments):
+                        raise ValueError(
+                            f"it names the class {kind}, which is not imported because a file says so: name it too, "
+                            f"{option} {kind}"
+                        )
+                    config["class_path"] = kind
                 inserted += [option, json.dumps(config)]
     return [arguments[0], *inserted, *arguments[1:]]
+
+
+def _refuse_classes(value: Any, where: str) -> None:
+    """Raise a ValueError if the parser would make objects of a class out of ``value``: a checkpoint is only data."""
+    if isinstance(value, str):
+        # The parser reads a string as YAML where any value may be.
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            raise ValueError(f"{where} names the class {value['class_path']}, expected plain values")
+        for item in value.values():
+            _refuse_classes(item, where)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_classes(item, where)
 
 
 def _values(arguments: list[str], option: str) -> list[str]:

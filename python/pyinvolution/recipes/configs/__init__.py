@@ -61,25 +61,35 @@ def find(name: str, root: Path = ROOT) -> Path:
     return root / name
 
 
-def chain(name: str, root: Path = ROOT) -> list[dict[str, Any]]:
+def chain(name: str, root: Path = ROOT, before: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The contents of a configuration's bases, the first one on which all others build, and its own, without ``base``.
+
+    Args:
+        name: of the configuration.
+        root: folder of the packaged ones.
+        before: what is in force when this one is read, whose options of the model remain.
 
     Raises:
         RecipeError: a file is missing, is not a mapping in YAML, or is its own base.
     """
     contents = [_read(path) for path in _files(find(name, root), root)]
     found: list[dict[str, Any]] = []
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = _arguments_of_model(before or {}).get("options") or {}
     for content in reversed(contents):
         own = {key: value for key, value in content.items() if key != "base"}
-        # The command line would take a model's options as one value, in place of the base's.
-        place = own.get("model")
-        while isinstance(place, Mapping) and "options" not in place:
-            place = place.get("init_args")
-        if isinstance(place, dict) and isinstance(place["options"], Mapping):
+        # The command line would take a model's options as one value, in place of those that it builds on.
+        place = _arguments_of_model(own)
+        if isinstance(place.get("options"), Mapping):
             place["options"] = options = merge(options, place["options"])
         found.append(own)
     return found
+
+
+def _arguments_of_model(content: Mapping[str, Any]) -> Any:
+    section = content.get("model")
+    if isinstance(section, Mapping) and isinstance(section.get("init_args"), Mapping):
+        section = section["init_args"]
+    return section if isinstance(section, Mapping) else {}
 
 
 def load(name: str, root: Path = ROOT) -> dict[str, Any]:
