@@ -1,5 +1,6 @@
 """The segmentation recipe: the tree of Cityscapes, crops, inference, metrics and what predict writes."""
 
+import copy
 import csv
 import shutil
 from fnmatch import fnmatch
@@ -533,3 +534,26 @@ def test_figure(tree, trained, tmp_path, capsys):
             cli.main(["figure", *checkpoints, *more])
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_each_side_of_a_figure_sees_its_own_images(tree, trained, tmp_path, monkeypatch):
+    """Normalised as in its training."""
+    changed = torch.load(trained / "last.ckpt", weights_only=True)
+    changed["datamodule_hyper_parameters"] |= {"mean": [0.0] * 3, "std": [0.5] * 3}
+    torch.save(changed, tmp_path / "baseline.ckpt")
+    seen, forward = [], figure.Segmentation.forward
+
+    def watched(network, images):
+        seen.append(images)
+        return forward(network, images)
+
+    monkeypatch.setattr(figure.Segmentation, "forward", watched)
+    figure.run(str(trained / "last.ckpt"), str(tmp_path / "baseline.ckpt"), str(tmp_path), count=1)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(seen[0] * 0.5, seen[1] * std + mean)
+    other = copy.deepcopy(changed)
+    other["hyper_parameters"]["num_classes"] = 3
+    monkeypatch.setattr(figure.Segmentation, "load_state_dict", lambda *_: None)
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(RecipeError, match=r"other.ckpt of 3 classes, expected 19 as in --ours"):
+        figure.run(str(trained / "last.ckpt"), str(tmp_path / "other.ckpt"), str(tmp_path))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from recipe_support import environment, one_thread, write_images  # noqa: F401
 
 pytest.importorskip("lightning")
@@ -21,9 +22,11 @@ from pyinvolution.recipes import Classification, ImageFolderData, RecipeError, c
 from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.studies.comparison import definition, pipeline, report
 from pyinvolution.studies.comparison.runner import Runner
+from pyinvolution.studies.files import write_json
 
 PACKAGED = [name for name, _ in configs.listing(definition.CONFIGS)]
 LOOKS = ["cifar10-parts.yaml", "cifar10-modern.yaml"]  # one change at a time instead of pairs
+GRID = {"model.init_args.lr": [0.1, 4.0]}
 STAGES = [{"width": 16, "channels": 32, "operators": ["inv3x16"]}]
 
 
@@ -176,11 +179,64 @@ def test_other_pairs_differ_in_the_operator_only():
         ({"runs": {"conv": {"model": {}}}, "pairs": []}, "runs.conv is .*, expected a recipe, or a mapping"),
         ({"image": [3, 0, 1]}, "image is .*, expected channels, height and width"),
         ({"unknown": 1}, "own.yaml: .*unknown"),
+        ({"grid": GRID}, "tuning is {}, expected data that the final evaluation does not use"),
+        (
+            {"grid": GRID, "tuning": {"data": {}}, "metrics": ["val/loss"]},
+            "metrics is .*, expected first one of which",
+        ),
+        ({"grid": {"model.init_args.lr": [1.0, 1.0]}}, "grid.model.init_args.lr is .*, expected different values"),
+        (
+            {"grid": GRID, "tuning": {"data": {}}, "forced": {"model": {"init_args": {"lr": 1}}}},
+            "model.init_args.lr is 1, expected no value of its own, since it is tuned",
+        ),
     ],
 )
 def test_wrong_definitions(tmp_path, data, changed, message):
     with pytest.raises(RecipeError, match=message):
         definition.read(str(write_study(tmp_path, data, **changed)), {})
+
+
+def test_the_command_line_is_in_force_everywhere(tmp_path, data, monkeypatch):
+    """In tuning, and in a run that has a value of its own."""
+    path = write_study(tmp_path, data, grid=GRID, tuning={"trainer": {"max_epochs": 6}, "data": {"init_args": {}}})
+    content = yaml.safe_load(path.read_text())
+    content["runs"]["inv"] = {"base": content["runs"]["inv"], "data": {"init_args": {"root": "/theirs"}}}
+    path.write_text(yaml.safe_dump(content))
+    given = {}
+
+    def run(study, name, *arguments):
+        given.update(study=study, changes=arguments[-1])
+
+    monkeypatch.setattr(pipeline, "run", run)
+    options = ["--data-root=/given", "--set", "trainer.max_epochs=1", "--seeds", "3", "4"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["study", str(path), *options])
+    assert not exit.value.code
+    study = given["study"]
+    for training in [*study.tunings("inv"), *study.trainings("inv", {})]:
+        assert training.config["data"]["init_args"]["root"] == "/given"
+        assert training.config["trainer"]["max_epochs"] == 1
+    assert given["changes"] == ["--set trainer.max_epochs=1", "--seeds 3 4"]
+    with pytest.raises(SystemExit):
+        cli.main(["study", str(path), "--no-tuning"])
+    assert given["study"].grid == {}
+    assert given["changes"] == ["--no-tuning"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "NAME is nowhere, expected a file or one of bccd, camvid, cifar10-"),
+        (["bccd", "--set", "a=[1"], "--set a is [1, expected a value in YAML"),
+        (["bccd", "--set", "a"], "--set is a, expected NAME=VALUE"),
+        (["bccd", "--set", "model.init_args.lr=1"], "model.init_args.lr is 1, expected no value of its own"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["study", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 class Done:
@@ -308,6 +364,111 @@ def test_a_failed_training_is_named(tmp_path, data, here):
         pipeline.run(study, "own", tmp_path / "out")
     assert "data.root=/nowhere" in (tmp_path / "out/conv/seed0/log.txt").read_text()
     assert (tmp_path / "out/inv/seed0/result.json").is_file()
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Lets trainings end at once with the scores that it is given by their labels; "diverged" and "failed" are some."""
+    scores: dict[str, object] = {}
+
+    def start(runner, training):
+        folder = runner.place(training)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(runner._recipe(training))
+        score = scores.get(training.label, 0.5)
+        log = {"diverged": "pyinvolution fit: error: the loss is nan", "failed": "Traceback\nMemoryError"}
+        (folder / "log.txt").write_text(log.get(str(score), "done"))
+        return Done(1 if str(score) in log else 0)
+
+    def finish(runner, training, metrics):
+        score = scores.get(training.label, 0.5)
+        result = {
+            "metrics": dict.fromkeys(metrics, score), "validation": {"val/top5": 0.75}, "seed": training.seed,
+            "epoch_s": 1.0, "epoch_cpu_s": 1.0, "machine": "one", "torch": "2", "commit": "c",
+            "values": training.values,
+        }  # fmt: skip
+        write_json(runner.place(training) / "result.json", result)
+
+    monkeypatch.setattr(Runner, "_start", start)
+    monkeypatch.setattr(Runner, "_finish", finish)
+    return scores
+
+
+def tuned_study(tmp_path, data, **changed):
+    tuning = {"data": {"init_args": {"held_out": 0.5}}}
+    return write_study(tmp_path, data, seeds=[0], grid=GRID, tuning=tuning, **changed)
+
+
+@pytest.mark.parametrize("other", ["diverged", float("nan")], ids=str)
+def test_values_that_cannot_be_trained_with_lose(tmp_path, data, scored, other):
+    """The comparison goes on; in a final training it is an error."""
+    scored["tuning_lr=0.1"] = other
+    study = definition.read(str(tuned_study(tmp_path, data)), {})
+    made = pipeline.run(study, "own", tmp_path / "out")
+    assert made["runs"]["inv"]["values"] == {"model.init_args.lr": 4.0}
+    assert made["complete"]
+    scored["seed0"] = "diverged"
+    with pytest.raises(RecipeError, match="2 of 2 trainings failed"):
+        pipeline.run(study, "own", tmp_path / "other")
+    scored |= {"tuning_lr=0.1": "failed"}
+    with pytest.raises(RecipeError, match="2 of 4 trainings failed"):
+        pipeline.run(study, "own", tmp_path / "third")
+
+
+def test_nothing_can_be_trained(tmp_path, data, scored):
+    scored |= {"tuning_lr=0.1": "diverged", "tuning_lr=4.0": "diverged"}
+    with pytest.raises(RecipeError, match="with which every training of conv diverged"):
+        pipeline.run(definition.read(str(tuned_study(tmp_path, data)), {}), "own", tmp_path / "out")
+
+
+def test_a_changed_comparison_says_so(tmp_path, data, scored):
+    study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
+    changes = ["--set trainer.max_epochs=1"]
+    made = pipeline.run(study, "own", tmp_path / "out", results=tmp_path / "results", changes=changes)
+    text = (tmp_path / f"results/{made['date']}-study-own-changed.md").read_text()
+    assert "`pyinvolution study own --set trainer.max_epochs=1` on" in text
+    assert "| val/loss |" in text.replace("| val/top1 (%) ", "| ")
+    assert "| 50.00 | 0.5000 |" in text
+
+
+def test_metrics_that_are_asked_for_later(tmp_path, data, scored):
+    path = write_study(tmp_path, data, seeds=[0])
+    pipeline.run(definition.read(str(path), {}), "own", tmp_path / "out")
+    more = definition.read(str(path), {"metrics": ["val/top1", "val/top5"]})
+    made = pipeline.run(more, "own", tmp_path / "out", train=False)
+    assert made["runs"]["inv"]["val/top5"]["mean"] == 0.75
+    other = definition.read(str(path), {"metrics": ["val/miou"]})
+    with pytest.raises(RecipeError, match="metrics has val/miou, expected some of what the trainings logged: val/top5"):
+        pipeline.run(other, "own", tmp_path / "out", train=False)
+
+
+def test_whose_results_are_in_a_folder(tmp_path, data, scored, monkeypatch):
+    """The same folder by another name is the same; a result without its recipe is nobody's."""
+    study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
+    monkeypatch.chdir(tmp_path)
+    pipeline.run(study, "own", "out")
+    assert pipeline.run(study, "own", tmp_path / "out", train=False)["complete"]
+    (tmp_path / "out/inv/seed0/recipe.yaml").unlink()
+    with pytest.raises(RecipeError, match="is not the configuration of this comparison's inv, seed0"):
+        pipeline.run(study, "own", "out", train=False)
+
+
+def test_one_command_at_a_time(tmp_path, data, scored):
+    study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(RecipeError, match="where another command is training"):
+        pipeline.run(study, "own", tmp_path / "out")
+    assert pipeline.run(study, "own", tmp_path / "out")["complete"]
+
+
+def test_recipes_are_built_before_anything_is_trained(tmp_path, data, scored):
+    path = write_study(tmp_path, data, seeds=[0])
+    recipe = yaml.safe_load((tmp_path / "inv.yaml").read_text())
+    del recipe["model"]["init_args"]["num_classes"]
+    (tmp_path / "inv.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=r"has no model\.init_args\.num_classes"):
+        pipeline.run(definition.read(str(path), {}), "own", tmp_path / "out")
+    assert not (tmp_path / "out/conv").exists()
 
 
 def test_stopped_comparison_goes_on(tmp_path, data, here):

@@ -37,19 +37,25 @@ def main(options: argparse.Namespace) -> None:
 
     require("--jobs", options.jobs, options.jobs >= 1, "at least 1")
     values = {}
+    changes = [f"--set {setting}" for setting in options.set]
     for setting in options.set:
         name, equals, text = setting.partition("=")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {name} is {text}, expected a value in YAML") from error
         if not equals or not name:
             raise RecipeError(f"--set is {setting}, expected NAME=VALUE")
-        values[name] = yaml.safe_load(text)
     if options.data_root is not None:
         values["data.init_args.root"] = options.data_root
-    overrides: dict[str, Any] = {"overrides": definition.nested(values)}
+    overrides: dict[str, Any] = {"forced": definition.nested(values)}
     if options.seeds:
         overrides["seeds"] = options.seeds
-    study = definition.read(options.name, overrides)
+        changes.append(f"--seeds {' '.join(map(str, options.seeds))}")
     if options.no_tuning:
-        study.grid = {}
+        overrides["grid"] = None
+        changes.append("--no-tuning")
+    study = definition.read(options.name, overrides)
     name = Path(options.name).stem
     pipeline.run(
         study,
@@ -60,4 +66,5 @@ def main(options: argparse.Namespace) -> None:
         options.minutes,
         not options.report,
         options.results,
+        changes,
     )

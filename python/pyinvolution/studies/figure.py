@@ -302,8 +302,12 @@ def run(
         RecipeError: a checkpoint, image or layer does not exist.
     """
     model, kind, arguments = load(ours, device)
-    other, *_ = load(baseline, device)
-    data = kind(**arguments | ({"root": root} if root else {}) | {"num_workers": 0})
+    other, other_kind, other_arguments = load(baseline, device)
+    changed: dict[str, Any] = {"num_workers": 0} | ({"root": root} if root else {})
+    data, others = kind(**arguments | changed), other_kind(**other_arguments | changed)
+    classes, expected = (network.hparams["num_classes"] for network in (other, model))
+    if classes != expected:
+        raise RecipeError(f"--baseline is {baseline} of {classes} classes, expected {expected} as in --ours {ours}")
     data.setup("validate")
     samples: Any = data.val_samples
     names = [data.name_of(path) for path, _ in samples.files]
@@ -322,8 +326,8 @@ def run(
         image, truth = samples[index]
         pictures.append(np.asarray(read_image(samples.files[index][0])))
         truths.append(truth.numpy().astype(np.uint8))
-        for network, labels in zip((other, model), found, strict=True):
-            labels.append(network(data.prepare(image[None].to(device)))[0].argmax(0).to(torch.uint8).cpu().numpy())
+        for network, own, labels in zip((other, model), (others, data), found, strict=True):  # each normalises its way
+            labels.append(network(own.prepare(image[None].to(device)))[0].argmax(0).to(torch.uint8).cpu().numpy())
     folder, console = Path(output), Console()
     paths = [compare(pictures, truths, *found, folder / "comparison.png", boxes=boxes, table=samples.table)]
     layers = layers or _layers(model.net)

@@ -34,6 +34,7 @@ class Training:
         config: of ``pyinvolution fit``, but for its folder.
         values: of the tuning grid.
         seed: of everything.
+        tuning: whether it only serves to choose values.
     """
 
     run: str
@@ -41,6 +42,7 @@ class Training:
     config: dict[str, Any]
     values: dict[str, Any]
     seed: int
+    tuning: bool = False
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Definition:
             every recipe; empty for no tuning.
         tuning: values that replace those of every recipe in tuning: shorter trainings, on a part of the training data,
             and evaluated on another part of these.
+        forced: values that replace all others, in tuning too.
     """
 
     runs: dict[str, str | dict[str, Any]]
@@ -69,6 +72,7 @@ class Definition:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     grid: dict[str, list[Any]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
+    forced: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require("runs", self.runs, bool(self.runs), "at least one name with its recipe")
@@ -82,13 +86,20 @@ class Definition:
             require(f"runs.{name}", recipe, isinstance(base, str), "a recipe, or a mapping with a recipe as base")
         for name, values in self.grid.items():
             require(f"grid.{name}", values, bool(values), "at least one value")
+            require(f"grid.{name}", values, len(set(map(repr, values))) == len(values), "different values")
+            forced = reduce(lambda value, key: value.get(key, {}), name.split("."), self.forced)
+            require(name, forced, forced == {}, "no value of its own, since it is tuned (--no-tuning leaves that out)")
+        if self.grid:
+            require("metrics", self.metrics, not self.metrics[0].endswith("loss"), "first one of which more is better, "
+                    "since it decides in tuning")  # fmt: skip
+            require("tuning", self.tuning, "data" in self.tuning, "data that the final evaluation does not use")
 
     def recipe(self, run: str, *more: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of a run with all overrides, the later ones first in force."""
         recipe = self.runs[run]
         own = {"base": recipe} if isinstance(recipe, str) else dict(recipe)
         base = configs.load(own.pop("base"))
-        return reduce(configs.merge, (ALWAYS, self.overrides, own, *more), base)
+        return reduce(configs.merge, (ALWAYS, self.overrides, own, *more, self.forced), base)
 
     def tunings(self, run: str) -> list[Training]:
         """Trainings that try every combination of the grid."""
@@ -98,7 +109,7 @@ class Definition:
             label = "_".join(f"{name.rpartition('.')[2]}={value}" for name, value in values.items())
             seed = self.seeds[0]
             config = self.recipe(run, self.tuning, nested(values), {"seed_everything": seed})
-            trainings.append(Training(run, f"tuning_{label}", config, values, seed))
+            trainings.append(Training(run, f"tuning_{label}", config, values, seed, tuning=True))
         return trainings
 
     def trainings(self, run: str, values: Mapping[str, Any]) -> list[Training]:
@@ -120,13 +131,18 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(name: str, overrides: Mapping[str, Any]) -> Definition:
-    """The comparison in a file, or the packaged one of this name, with ``overrides`` of its values.
+    """The comparison in a file, or the packaged one of this name, with ``overrides`` of its values (None: without it).
 
     Raises:
         RecipeError: there is none, or its content is wrong.
     """
     file = name if Path(name).is_file() or name.endswith(".yaml") else f"{name}.yaml"
-    values = configs.merge(configs.load(file, CONFIGS), overrides)
+    known = [known for known, _ in configs.listing(CONFIGS)]
+    if not Path(file).is_file() and file not in known:
+        names = ", ".join(each.removesuffix(".yaml") for each in known)
+        raise RecipeError(f"NAME is {name}, expected a file or one of {names}")
+    merged = configs.merge(configs.load(file, CONFIGS), overrides)
+    values = {key: value for key, value in merged.items() if value is not None}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Definition)
     try:

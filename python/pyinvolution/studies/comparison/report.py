@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyinvolution.models import create_model
+from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.recipe import build_net
 from pyinvolution.studies.comparison.definition import Definition, Training
-from pyinvolution.studies.comparison.runner import Runner
+from pyinvolution.studies.comparison.runner import Runner, metric_of
 from pyinvolution.studies.files import write_json
 
 __all__ = ["costs", "make", "markdown", "publish"]
@@ -25,13 +26,17 @@ def costs(config: Mapping[str, Any], image: Sequence[int]) -> tuple[int, int]:
     """Trained parameters, and multiply-adds for one image, of the untrained network of a recipe.
 
     Those of a detector's head depend on how many proposals are left.
+
+    Raises:
+        RecipeError: the recipe does not say which network, or it cannot be built.
     """
     section = config["model"]
     arguments = section.get("init_args", section)
+    missing = [key for key in ("name", "num_classes") if key not in arguments]
+    if missing:
+        raise RecipeError(f"a recipe has no model.init_args.{missing[0]}, expected it, since the costs depend on it")
     torch.manual_seed(0)
-    net: nn.Module = create_model(
-        arguments["name"], num_classes=arguments["num_classes"], **(arguments.get("options") or {})
-    ).eval()
+    net: nn.Module = build_net(arguments["name"], arguments["num_classes"], arguments.get("options")).eval()
     zeros = torch.zeros(*image)
     detector = hasattr(net, "transform") and hasattr(net, "backbone")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -46,12 +51,14 @@ def make(
     runner: Runner,
     trainings: Mapping[str, Sequence[Training]],
     chosen: Mapping[str, Any],
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What is known of a comparison: of each recipe its costs, tuning and finished trainings, with their spread.
 
     Args:
         trainings: of each run that is compared.
         chosen: of each run that was tuned the "values" and the "tuning" they come from.
+        changes: options of the command line that make it another comparison than the one of that name.
     """
     runs = {}
     for run, planned in trainings.items():
@@ -67,7 +74,7 @@ def make(
             "planned": len(planned),
         }
         for metric in definition.metrics:
-            values = [result["metrics"][metric] for result in finished]
+            values = [metric_of(result, metric) for result in finished]
             entry[metric] = _spread(values)
         for time in TIMES:
             entry[time] = _spread([result[time] for result in finished if result[time] is not None])
@@ -75,6 +82,7 @@ def make(
     complete = all(len(entry["trainings"]) == entry["planned"] for entry in runs.values())
     return {
         "study": name,
+        "changes": list(changes),
         "date": str(date.today()),
         "complete": complete and runs.keys() == definition.runs.keys(),
         "metrics": definition.metrics,
@@ -107,7 +115,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "seeds",
         "parameters",
         "multiply-adds (M)",
-        *(f"{name} (%)" for name in metrics),
+        *(f"{name} (%)" if _scale(name) == 100 else name for name in metrics),
         *TIMES.values(),
     ]
     lines = [f"# {report['study']}, {report['date']}", ""]
@@ -120,7 +128,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{len(entry['trainings'])} of {entry['planned']}",
             f"{entry['parameters']:,}",
             f"{entry['multiply_adds'] / 1e6:.2f}",
-            *(_text(entry[metric], 100, 2) for metric in metrics),
+            *(_text(entry[metric], _scale(metric), 2 if _scale(metric) == 100 else 4) for metric in metrics),
             *(_text(entry[time], 1, 1) for time in TIMES),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -130,20 +138,29 @@ def markdown(report: Mapping[str, Any]) -> str:
         machines, versions, commits = (
             ", ".join(sorted({str(result[name]) for result in finished})) for name in ("machine", "torch", "commit")
         )
-        lines += ["", f"`pyinvolution study {report['study']}` on {machines}, torch {versions}, commit {commits}."]
+        command = " ".join(["pyinvolution study", report["study"], *report["changes"]])
+        lines += ["", f"`{command}` on {machines}, torch {versions}, commit {commits}."]
     if report["grid"]:
         lines += ["", f"Each recipe was tuned over {report['grid']}:", ""]
         lines += [f"- `{name}`: {entry.get('values', 'not tuned yet')}" for name, entry in report["runs"].items()]
     for baseline, ours in report["pairs"]:
         one, other = report["runs"][baseline], report["runs"][ours]
         if one[metrics[0]] and other[metrics[0]]:
-            ahead = ", ".join(
-                f"{metric} {100 * (other[metric]['mean'] - one[metric]['mean']):+.2f} points" for metric in metrics
-            )
+            ahead = ", ".join(_difference(metric, one[metric]["mean"], other[metric]["mean"]) for metric in metrics)
             parameters, operations = (_ratio(other, one, name) for name in ("parameters", "multiply_adds"))
             costs = f"{parameters} of the parameters, {operations} of the multiply-adds"
             lines += ["", f"`{ours}` against `{baseline}`: {ahead}, at {costs}."]
     return "\n".join(lines) + "\n"
+
+
+def _scale(metric: str) -> int:
+    """Losses are given as they are, all else in percent."""
+    return 1 if metric.endswith("loss") else 100
+
+
+def _difference(metric: str, one: float, other: float) -> str:
+    points = _scale(metric) == 100
+    return f"{metric} {100 * (other - one):+.2f} points" if points else f"{metric} {other - one:+.4f}"
 
 
 def _ratio(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
@@ -154,14 +171,14 @@ def publish(
     report: Mapping[str, Any], runner: Runner, trainings: Mapping[str, Sequence[Training]], folder: Path
 ) -> list[Path]:
     """Write a complete report to ``folder``: DATE-study-NAME.json and .md, and the logs of the trainings in a folder of
-    that name.
+    that name; DATE-study-NAME-changed where options of the command line made it another comparison.
 
     Returns:
         The paths; none of a report that is not complete.
     """
     if not report["complete"]:
         return []
-    stem = f"{report['date']}-study-{report['study']}"
+    stem = f"{report['date']}-study-{report['study']}{'-changed' if report['changes'] else ''}"
     write_json(folder / f"{stem}.json", dict(report))
     (folder / f"{stem}.md").write_text(markdown(report))
     for run, planned in trainings.items():

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import yaml
 
 from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import configs, plots
@@ -21,7 +22,7 @@ from pyinvolution.studies.comparison.definition import Training
 from pyinvolution.studies.files import read_json, write_json
 from pyinvolution.studies.timing import processor_name
 
-__all__ = ["Runner", "commit"]
+__all__ = ["Runner", "commit", "metric_of"]
 
 PATIENCE = 120.0
 """Seconds that a training has to save itself after SIGTERM."""
@@ -47,18 +48,19 @@ class Runner:
         return self.folder / training.run / training.label
 
     def result(self, training: Training) -> dict[str, Any]:
-        """What a finished training came to; empty if it is not finished.
+        """What a finished training came to, with "diverged" if it ended so; empty if it is not finished.
 
         Raises:
             RecipeError: its folder holds a training by another configuration.
         """
         path = self.place(training) / "recipe.yaml"
-        if path.is_file() and path.read_text() != self._recipe(training):
+        result = read_json(self.place(training) / "result.json")
+        if (path.is_file() or result) and _settings(path) != _settings(self._recipe(training)):
             raise RecipeError(
                 f"{path} is not the configuration of this comparison's {training.run}, {training.label}: give another "
                 "--output, or delete the folder"
             )
-        return read_json(self.place(training) / "result.json")
+        return result
 
     def _recipe(self, training: Training) -> str:
         return configs.dump(
@@ -85,7 +87,9 @@ class Runner:
                     time.sleep(0.1)
                     for training, process in [pair for pair in running if pair[1].poll() is not None]:
                         running.remove((training, process))
-                        if process.returncode:
+                        if training.tuning and process.returncode == 1 and self._says_why(training):
+                            self._note_divergence(training)
+                        elif process.returncode:
                             failed.append(f"{training.run}, {training.label} (see {self.place(training) / 'log.txt'})")
                             self.tell(f"failed: {failed[-1]}")
                         else:
@@ -127,6 +131,19 @@ class Runner:
             except subprocess.TimeoutExpired:
                 process.kill()
             self.tell(f"stopped: {training.run}, {training.label}; the same command goes on with it")
+
+    def _says_why(self, training: Training) -> bool:
+        """Whether a training that failed did so with an error of its own, not with a traceback."""
+        lines = (self.place(training) / "log.txt").read_text(errors="replace").splitlines()
+        return bool(lines) and lines[-1].startswith("pyinvolution fit: error:")
+
+    def _note_divergence(self, training: Training) -> None:
+        """Values that cannot be trained with are a result of tuning."""
+        write_json(
+            self.place(training) / "result.json",
+            {"diverged": True, "seed": training.seed, "values": training.values, "commit": commit()},
+        )
+        self.tell(f"diverged: {training.run}, {training.label}")
 
     def _finish(self, training: Training, metrics: Sequence[str]) -> None:
         """Collect what a training came to.
@@ -173,6 +190,26 @@ class Runner:
         }
         write_json(folder / "result.json", result)
         self.tell(f"done: {name}: {', '.join(f'{metric} {value:.4f}' for metric, value in found.items())}")
+
+
+def metric_of(result: Mapping[str, Any], metric: str) -> float:
+    """A metric of a finished training, also one that the comparison did not ask for when it ended.
+
+    Raises:
+        RecipeError: it was not evaluated.
+    """
+    known = {**result.get("validation", {}), **result["metrics"]}
+    if metric not in known:
+        raise RecipeError(f"metrics has {metric}, expected some of what the trainings logged: {', '.join(known)}")
+    return float(known[metric])
+
+
+def _settings(recipe: Path | str) -> Any:
+    """What a recipe says, but for its folder, which may be written in several ways."""
+    if isinstance(recipe, Path):
+        recipe = recipe.read_text() if recipe.is_file() else "{}"
+    settings = yaml.safe_load(recipe) or {}
+    return {**settings, "trainer": {**settings.get("trainer", {}), "default_root_dir": None}}
 
 
 class _Stop:
