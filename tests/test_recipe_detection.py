@@ -30,6 +30,8 @@ from pyinvolution.models import create_model, official_state_dict
 pytest.importorskip("lightning")
 pytest.importorskip("pycocotools")
 import lightning.pytorch as pl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -37,7 +39,7 @@ from pycocotools.cocoeval import COCOeval
 from pyinvolution.recipes import CocoData, Detection, RecipeError, configs
 from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.recipes.data import UnreadableSample
-from pyinvolution.recipes.detection import digits
+from pyinvolution.recipes.detection import digits, pictures
 from pyinvolution.recipes.detection.annotations import draw_mask
 from pyinvolution.recipes.images import output_names
 
@@ -858,3 +860,22 @@ def test_coco_digits(tmp_path, monkeypatch):
         names = {image["file_name"] for image in truth.imgs.values()}
         assert names == {path.name for path in (tmp_path / f"{split}2017").iterdir()}
     assert not set(digits.split_digits()["train"]) & set(digits.split_digits()["val"])
+
+
+def test_labels_of_boxes_at_the_border_can_be_read():
+    """A picture of 480 x 640 in a panel of three inches, as in `pictures.grid`."""
+    corners = [(x, y, x + 60, y + 50) for x in (0, 300, 580) for y in (0, 200, 430)]
+    scene = pictures.Scene(
+        np.zeros((480, 640, 3), np.float32), np.array(corners, np.float32), np.ones(9, np.int64), np.ones(9, np.float32)
+    )
+    drawn = Figure((3, 3))
+    axes = drawn.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    pictures.draw(axes, scene, ["Platelets"])
+    FigureCanvasAgg(drawn).draw()
+    inside = axes.get_window_extent()
+    assert len(axes.texts) == 9
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert inside.x0 <= extent.x0 < extent.x1 <= inside.x1
+        assert inside.y0 <= extent.y0 < extent.y1 <= inside.y1

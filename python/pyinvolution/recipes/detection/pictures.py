@@ -50,6 +50,7 @@ def draw(axes: Axes, scene: Scene, classes: Sequence[str]) -> None:
     for mask, label in zip(scene.masks if scene.masks is not None else (), scene.labels, strict=False):
         shown[mask] = 0.45 * shown[mask] + 0.55 * np.array(colors[label % 10][:3])
     axes.imshow(shown.clip(0, 1), interpolation="nearest")
+    height, width = shown.shape[:2]
     for x1, y1, x2, y2 in scene.truth if scene.truth is not None else ():
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", linewidth=1, linestyle=":"))
     for (x1, y1, x2, y2), label, score in zip(scene.boxes, scene.labels, scene.scores, strict=True):
@@ -57,7 +58,11 @@ def draw(axes: Axes, scene: Scene, classes: Sequence[str]) -> None:
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=1.5))
         name = classes[label - 1] if classes else str(label)
         style = {"facecolor": color, "edgecolor": "none", "pad": 1}
-        axes.text(x1, y1, f"{name} {100 * score:.0f}", color="white", fontsize=7, va="bottom", bbox=style, clip_on=True)
+        # Above the box, and inside it where the picture ends there.
+        x, horizontally = (x1, "left") if x1 < 0.75 * width else (min(x2, width), "right")
+        y, vertically = (y1, "bottom") if y1 > 0.06 * max(height, width) else (max(y1, 0), "top")
+        text = axes.text(x, y, f"{name} {100 * score:.0f}", color="white", fontsize=7, bbox=style, clip_on=True)
+        text.set(ha=horizontally, va=vertically)
 
 
 def grid(scenes: Sequence[Scene], classes: Sequence[str], path: Path) -> Path:
