@@ -15,14 +15,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .launches import ARCHITECTURE, BUILD, PTXAS, ROOT, Launch, nvcc_version
+from .launches import ARCHITECTURE, BUILD, PTXAS, ROOT, Launch, nvcc_version, recorder
 from .machine import Counts
 from .problems import STORAGE, Prepared, Problem, prepare, run_launch
 from .program import entry_text
@@ -118,15 +119,11 @@ def occupancy(path: str, name: str, threads: int, shared_bytes: int) -> int:
     return blocks_per_multiprocessor(threads, compiled.registers, compiled.static_shared + shared_bytes)
 
 
-def compile_kernels(launches: Iterable[Launch]) -> dict[str, Compiled]:
-    """Registers and spills of each kernel."""
+def compile_kernels(kernels: Iterable[tuple[str, str]]) -> dict[str, Compiled]:
+    """Registers and spills of each kernel, given by the path of its PTX and its name."""
     assert PTXAS is not None
-    by_path: dict[str, set[str]] = {}
-    for launch in launches:
-        by_path.setdefault(launch.path, set()).add(launch.kernel.name)
-    jobs = [(path, {name}) for path, names in by_path.items() for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        logs = list(pool.map(lambda job: _assemble(*job), jobs))
+        logs = list(pool.map(lambda kernel: _assemble(kernel[0], {kernel[1]}), sorted(set(kernels))))
     return {name: properties for log in logs for name, properties in _properties(log).items()}
 
 
@@ -216,8 +213,8 @@ def rounded(value: float) -> float:
     return round(value) if value >= 100 else round(value, 1)
 
 
-def measure_row(shape: str, problem: Problem) -> tuple[list[dict[str, Any]], list[Launch]]:
-    """A row for each launch, still without what ptxas says."""
+def measure_row(shape: str, problem: Problem) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """A row for each launch, still without what ptxas says, and the path and name of its kernel."""
     prepared = prepare(problem, None, count_writes=False, occupancy=occupancy)
     rows = []
     for launch in prepared.launches:
@@ -241,19 +238,19 @@ def measure_row(shape: str, problem: Problem) -> tuple[list[dict[str, Any]], lis
                 "traffic": traffic,
             }
         )  # fmt: skip
-    return rows, prepared.launches
+    return rows, [(launch.path, launch.kernel.name) for launch in prepared.launches]
 
 
 def measure(chosen: Sequence[tuple[str, Problem]]) -> list[dict[str, Any]]:
-    """The rows of these classes, counted now."""
-    rows, launches = [], []
-    for shape, problem in chosen:
-        more, made = measure_row(shape, problem)
-        rows += more
-        launches += made
-    compiled = compile_kernels(launches)
-    for row, launch in zip(rows, launches, strict=True):
-        properties = compiled[launch.kernel.name]
+    """The rows of these classes, counted now by as many processes as there are processors."""
+    recorder()  # compiles for all of them
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        measured = list(pool.map(measure_row, *zip(*chosen, strict=True)))
+    rows = [row for more, _ in measured for row in more]
+    kernels = [kernel for _, more in measured for kernel in more]
+    compiled = compile_kernels(kernels)
+    for row, (_, name) in zip(rows, kernels, strict=True):
+        properties = compiled[name]
         row["registers"], row["spill_bytes"] = properties.registers, properties.spill_bytes
         row["blocks_per_sm"] = blocks_per_multiprocessor(
             row["threads"], row["registers"], row["static_shared"] + row["dynamic_shared"]
