@@ -1,6 +1,7 @@
 """The command line: what a user types, reads and finds afterwards."""
 
 import csv
+import os
 import subprocess
 import sys
 
@@ -174,7 +175,9 @@ def test_predict(capsys, trained, tmp_path):
     data, folder = trained
     images = tmp_path / "images"
     (images / "deeper").mkdir(parents=True)
-    for name, source in (("b.png", "class0/000"), ("deeper/a.png", "class1/001"), ("c.png", "class0/002")):
+    strange = os.fsdecode(b"caf\xe9.png")  # a name that is not UTF-8
+    copies = [("b.png", "class0/000"), ("deeper/a.png", "class1/001"), ("c.png", "class0/002"), (strange, "class0/004")]
+    for name, source in copies:
         (images / name).write_bytes((data / "val" / f"{source}.png").read_bytes())
     (images / "broken.jpg").write_bytes(b"broken")
     (images / "notes.txt").write_text("not an image")
@@ -189,9 +192,9 @@ def test_predict(capsys, trained, tmp_path):
             "--output=out/predictions.csv",
         )
     assert status == 0
-    with (tmp_path / "out" / "predictions.csv").open() as file:
+    with (tmp_path / "out" / "predictions.csv").open(errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
-    assert [row["path"] for row in rows] == [str(images / name) for name in ("b.png", "c.png", "deeper/a.png")]
+    assert [row["path"] for row in rows] == [str(images / name) for name in ("b.png", "c.png", strange, "deeper/a.png")]
     for row in rows:
         assert {row["class_1"], row["class_2"]} == {"class0", "class1"}
         assert float(row["probability_1"]) >= float(row["probability_2"])

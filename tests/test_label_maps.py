@@ -13,7 +13,7 @@ from recipe_support import one_thread  # noqa: F401
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.recipes import LabelMapData, RecipeError, plots
-from pyinvolution.recipes.data import UnreadableSample
+from pyinvolution.recipes.data import SeededDataset, UnreadableSample
 from pyinvolution.recipes.segmentation.label_maps import IGNORED, ClassTable
 
 CLASSES = [{"name": "sky", "color": [0, 0, 255]}, {"name": "tree", "color": [0, 128, 0], "values": [4, 5]}]
@@ -36,7 +36,7 @@ def test_values_become_train_ids(tmp_path):
     assert picture.tolist() == [[[0, 0, 255], [0, 128, 0], [0, 0, 0]]]
     path = save(tmp_path / "2.png", [[0, 7, 6]])
     message = f"labels {path} have the value 6, expected the values of the table of classes, 0, 4 to 5, 9 and 255"
-    with pytest.raises(UnreadableSample, match=message):
+    with pytest.raises(RecipeError, match=message):
         table.read_train_ids(path)
 
 
@@ -55,11 +55,13 @@ def test_colours_become_train_ids(tmp_path, mode):
     assert table.values.tolist() == [0, 1]
     assert table.palette[1].tolist() == [1, 2, 3]
     save(tmp_path / "2.png", [[[0, 0, 254], [0, 0, 255]]])
-    with pytest.raises(UnreadableSample, match=r"2\.png have the colour 0, 0, 254, expected one of the 4 colours"):
+    with pytest.raises(RecipeError, match=r"2\.png have the colour 0, 0, 254, expected one of the 4 colours"):
         table.read_train_ids(tmp_path / "2.png")
-    save(tmp_path / "3.png", [[0, 1]])
-    with pytest.raises(UnreadableSample, match=r"3.png are of mode L, expected colours \(mode RGB, RGBA or P\)"):
-        table.read_train_ids(tmp_path / "3.png")
+    for other in ("L", "LA", "CMYK", "YCbCr"):
+        picture.convert(other).save(tmp_path / "3.tif")
+        message = rf"3.tif are of mode {other}, expected colours \(mode RGB, RGBA or P\)"
+        with pytest.raises(UnreadableSample, match=message):
+            table.read_train_ids(tmp_path / "3.tif")
 
 
 def test_colours_by_default():
@@ -68,6 +70,15 @@ def test_colours_by_default():
     assert len({tuple(color) for color in table.palette[:255].tolist()}) == 255
     assert table.palette[:3].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert table.palette[255].tolist() == [0, 0, 0]
+
+
+def test_colours_by_default_are_not_among_those_given():
+    entries = [{"name": "a"}, {"name": "b", "color": [128, 0, 0]}, {"name": "c", "color": [0, 0, 128]}, {"name": "d"}]
+    entries += [{"name": "e"}, {"name": "f", "color": [0, 128, 128]}]
+    palette = ClassTable(entries).palette.tolist()
+    assert palette[1:3] == [[128, 0, 0], [0, 0, 128]]
+    assert palette[4] == [128, 0, 128], "as without the given ones"
+    assert len({tuple(color) for color in palette[:6]}) == 6
 
 
 @pytest.mark.parametrize(
@@ -146,6 +157,52 @@ def test_samples(tree):
         assert image.shape == (3, 16, 16)
         assert target.shape == (16, 16)
         assert set(target.unique().tolist()) <= {0, 1, IGNORED}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_label_maps(tmp_path, orientation):
+    """They are turned as their images are."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    labels = np.zeros((8, 12), np.uint8)
+    labels[:3], labels[3:, :2] = 4, 9
+    for folder, pixels in (("pictures", labels), ("maps", labels)):
+        (tmp_path / folder / "test").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / folder / "test/1.png", exif=exif)
+    table = {"classes": CLASSES, "ignored": [9]}
+    data = LabelMapData(str(tmp_path), **FOLDERS, table=table, num_workers=0)
+    data.setup("validate")
+    image, target = data.val_samples[0]
+    assert image.shape[1:] == ((12, 8) if orientation > 4 else (8, 12))
+    assert torch.equal(target, torch.tensor([0, 1, IGNORED])[(image[0] // 4).long()])
+
+
+def test_images_and_label_maps_in_one_folder(tmp_path):
+    """NAME.png beside NAME.jpg is no image, in predict neither; two images with one label map are refused."""
+    for name in ("a", "b"):
+        save(tmp_path / f"test/x/{name}.jpg", np.full((8, 8, 3), 90))
+        save(tmp_path / f"test/x/{name}.png", np.zeros((8, 8)))
+    common = {"val": "test", "table": {"classes": CLASSES}, "num_workers": 0}
+    data = LabelMapData(str(tmp_path), images="{split}", labels="./{split}", **common)
+    data.setup("validate")
+    assert [(Path(image).name, Path(label).name) for image, label in data.val_samples.files] == [
+        ("a.jpg", "a.png"),
+        ("b.jpg", "b.png"),
+    ]
+    data.setup("predict")
+    assert data.predict_samples.names == ["x/a.jpg", "x/b.jpg"]
+    save(tmp_path / "test/x/b.bmp", np.full((8, 8, 3), 90))
+    with pytest.raises(RecipeError, match=r"b\.bmp and .*b\.jpg have one label map, .*b\.png, expected one for each"):
+        data.setup("validate")
+
+
+def test_values_that_are_not_in_the_table_stop_a_run(tree):
+    """They are no matter of unreadable files, which may be skipped."""
+    table = {"classes": CLASSES}
+    data = LabelMapData(str(tree), **FOLDERS, table=table, num_workers=0, unreadable="skip")
+    data.setup("validate")
+    with pytest.raises(RecipeError, match=r"maps/test/a/0\.png have the value 9, expected the values of the table"):
+        SeededDataset(data.val_samples, 0, data.unreadable, training=False)[0, 0]
 
 
 def test_own_size_is_the_base_of_the_resize(tree):

@@ -718,6 +718,8 @@ def test_ids_of_images_to_predict(data, tmp_path):
     assert ids_to_predict(data / "val2017/000000002014.png", **listed)[0] == {"000000002014.png": 2014}
     found, _ = ids_to_predict(tmp_path / "4", "other/000000002007.png", "000000002014.png", **listed)
     assert found == {"000000002014.png": 2014, "other/000000002007.png": 2007}, "the numbers in their names"
+    found, _ = ids_to_predict(tmp_path / "6", "000000002007.png", "other.png", **listed)
+    assert found == {"000000002007.png": 0, "other.png": 1}, "another picture of a listed name"
     found, _ = ids_to_predict(tmp_path / "5", "a/000000002007.png", "b/000000002007.png", **listed)
     assert found == {"a/000000002007.png": 0, "b/000000002007.png": 1}
 

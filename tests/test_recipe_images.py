@@ -196,6 +196,45 @@ def test_jpeg_with_damaged_exif(tmp_path):
     assert np.abs(ours.astype(int) - pillows).max() <= 1
 
 
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def exif(order: str, size: int, orientation: int = 6) -> bytes:
+    """EXIF with an orientation of 16 or 32 bits in little or big endian."""
+    value = struct.pack(order + {16: "H", 32: "I"}[size], orientation).ljust(4, b"\0")
+    header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, 1)
+    return b"Exif\0\0" + header + struct.pack(order + "HHI", 274, {16: 3, 32: 4}[size], 1) + value + bytes(4)
+
+
+XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+    b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/"%s/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [XMP % b"", exif("<", 16)],
+        [exif(">", 16), XMP % b""],
+        [exif("<", 32)],
+        [exif(">", 32)],
+        [XMP % b' tiff:Orientation="6"'],
+    ],
+)
+def test_jpeg_with_orientation_in_other_places(tmp_path, segments):
+    """Behind XMP, in 32 bits, or in XMP."""
+    Image.fromarray(COLOURS.astype(np.uint8)).save(tmp_path / "1.jpg")
+    content = (tmp_path / "1.jpg").read_bytes()
+    marked = b"".join(segment(0xE1, part) for part in segments)
+    (tmp_path / "1.jpg").write_bytes(content[:2] + marked + content[2:])
+    ours, pillows = both(tmp_path / "1.jpg")
+    assert ours.shape == (48, 32, 3)
+    assert np.abs(ours.astype(int) - pillows).max() <= 1
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_other_files_are_read_by_pillow(tmp_path, name):
     FILES[name].save(tmp_path / name)

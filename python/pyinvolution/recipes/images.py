@@ -1,7 +1,7 @@
 """Image files: what is one, how it becomes 8-bit RGB, and how results are named after it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "read_pixels",
     "relative_names",
     "to_rgb",
+    "upright",
 ]
 
 Source = str | Path | bytes
@@ -38,6 +39,8 @@ _OF_SYSTEMS = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volu
 
 _JPEG = b"\xff\xd8\xff"
 """What a JPEG file begins with."""
+_APP1 = b"\xff\xe1"
+"""What a segment with EXIF or XMP begins with."""
 _BITS, _PHOTOMETRIC, _ORIENTATION, _WHITE_IS_ZERO = 258, 262, 274, 0
 """Tags of TIFF, and a value of the second."""
 
@@ -56,6 +59,8 @@ _TURNS = dict(
     )
 )
 """By the EXIF orientation."""
+_FLIPPED = {2: (-1,), 3: (-2, -1), 4: (-2,), 5: (), 6: (-1,), 7: (-2, -1), 8: (-2,)}
+"""Dimensions of pixels (3, H, W) that the same turns flip, after exchanging H and W from 5 on."""
 
 
 def is_hidden(path: Path) -> bool:
@@ -100,13 +105,21 @@ def read_pixels(source: Source, name: str | None = None) -> Tensor:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         if content[:3] == _JPEG:
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            pixels = decode_jpeg(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+            pixels = decode_jpeg(encoded, ImageReadMode.UNCHANGED)
             if pixels.shape[0] in (1, 3):
+                if _APP1 in content:  # torchvision misses EXIF behind XMP, and orientations of 32 bits
+                    with Image.open(BytesIO(content)) as image:
+                        pixels = _turned(pixels, exif_orientation(image))
                 return pixels.expand(3, -1, -1).contiguous()
         source = content
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, Image.DecompressionBombError):
         pass  # Pillow knows better what is wrong, or reads it
     return pil_to_tensor(read_image(source, name))
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    flipped = _FLIPPED.get(orientation)
+    return pixels if flipped is None else (pixels.mT if orientation > 4 else pixels).flip(flipped)
 
 
 def read_image(source: Source, name: str | None = None) -> Image.Image:
@@ -123,16 +136,24 @@ def read_image(source: Source, name: str | None = None) -> Image.Image:
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if (
-                image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_ORIENTATION, 1) > 4
-            ):  # Pillow 13 mixes up its rows
-                raise ValueError("it is TIFF with swapped sides (EXIF orientation 5 to 8), expected it upright")
-            rgb = to_rgb(image)
-            turn = _TURNS.get(exif_orientation(image))  # only now: Pillow turns TIFF when it decodes
-            return rgb if turn is None else rgb.transpose(turn)
+            return upright(image, to_rgb)
     except Exception as error:  # decoders raise nearly anything on broken files
         shown = name or ("in memory" if isinstance(source, bytes) else source)
         raise UnreadableSample(f"cannot read image {shown}: {error}") from error
+
+
+def upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What ``convert`` makes of an image as it is opened, turned as the EXIF orientation of ``image`` says.
+
+    Raises:
+        ValueError: it is TIFF with swapped sides.
+    """
+    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_ORIENTATION, 1) > 4:  # Pillow 13 mixes up its rows
+        raise ValueError("it is TIFF with swapped sides (EXIF orientation 5 to 8), expected it upright")
+    image.load()
+    converted = convert(image)
+    turn = _TURNS.get(exif_orientation(image))  # only now: Pillow turns TIFF when it decodes
+    return converted if turn is None else converted.transpose(turn)
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -40,7 +40,8 @@ class PredictionWriter(BasePredictionWriter):
         files, names = data.predict_samples.files, data.classes
         count = len(rows[0][1]) if rows else 0
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with self.output.open("w", newline="") as file:
+        # A file's name need not be UTF-8: its bytes are written as they are.
+        with self.output.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["path", *(f"{field}_{k + 1}" for k in range(count) for field in ("class", "probability"))])
             for index, classes, probabilities in sorted(rows):

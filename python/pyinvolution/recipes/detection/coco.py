@@ -238,13 +238,10 @@ class CocoData(RecipeData):
             return
         paths = find_images(root)
         self.predict_samples = ImageFiles.to_predict(paths, root)
-        names = self.predict_samples.names
         known: dict[str, int] = {}
         for number, image in (listed.images if listed else {}).items():
-            known |= {image["file_name"]: number, str(Path(listed.root, image["file_name"]).resolve()): number}
-        ids: list[Any] = [
-            known.get(name, known.get(str(path.resolve()))) for name, path in zip(names, paths, strict=True)
-        ]
+            known[str(Path(listed.root, image["file_name"]).resolve())] = number
+        ids: list[Any] = [known.get(str(path.resolve())) for path in paths]
         self.ids_listed = None not in ids and len(set(ids)) == len(ids)
         if not self.ids_listed:
             numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torchvision.transforms import v2
 
 from pyinvolution.recipes.data import RecipeData, UnreadableSample
 from pyinvolution.recipes.errors import RecipeError, require
-from pyinvolution.recipes.images import find_images, is_hidden, is_image_name, read_pixels
+from pyinvolution.recipes.images import find_images, is_hidden, is_image_name, read_pixels, upright
 from pyinvolution.recipes.samples import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 
 __all__ = ["IGNORED", "BalancedCrop", "ClassTable", "LabelMapData", "LabelledImages", "SegmentationData"]
@@ -34,8 +35,9 @@ class ClassTable:
 
     Args:
         classes: for each class a mapping with its ``name`` and, where they are not by default, its ``color`` (RGB, 0 to
-            255; by default one that is far from the others') and its ``values``: what its pixels are in the files, one
-            value or a list, by default the position in the table, and in masks of ``rgb`` the colour.
+            255; by default one that is far from the others' and not among those given) and its ``values``: what its
+            pixels are in the files, one value or a list, by default the position in the table, and in masks of ``rgb``
+            the colour.
         ignored: further values, whose pixels loss and metrics leave out. Any other value is an error.
         rgb: whether the files hold colours (lists of three numbers), not numbers from 0 to 255.
         what: what the values are called in errors.
@@ -71,7 +73,8 @@ class ClassTable:
                     f"classes[{index}] is {entry!r}, expected a name of its own, and perhaps color and values"
                 )
             self.names.append(entry["name"])
-            self.palette[index] = _color(entry.get("color", _distinct(index)), f"color of {entry['name']}")
+            if "color" in entry:
+                self.palette[index] = _color(entry["color"], f"color of {entry['name']}")
             values = entry.get("values", entry.get("color") if rgb else index)
             if not isinstance(values, Sequence) or (rgb and values and not isinstance(values[0], Sequence)):
                 values = [values]
@@ -87,6 +90,13 @@ class ClassTable:
             code = self._code(value, "ignored")
             if known.setdefault(code, IGNORED) != IGNORED:
                 raise RecipeError(f"ignored is {list(ignored)!r}, but {self.names[known[code]]} has one of its values")
+        given = {tuple(entry["color"]) for entry in classes if "color" in entry}
+        spare = map(_distinct, count(len(classes)))
+        for index in (index for index, entry in enumerate(classes) if "color" not in entry):
+            color = _distinct(index)
+            while color in given:
+                color = next(spare)
+            self.palette[index] = color
         self._codes = np.array(sorted(known), np.int64)
         self._train_ids = np.array([known[code] for code in sorted(known)], np.uint8)
         self.values: NDArray[np.uint8] = np.array(range(len(first)) if rgb else first, np.uint8)
@@ -132,19 +142,20 @@ class ClassTable:
         """The train ids (H, W) of the label map in a file.
 
         Unless the table is ``rgb``, the file has one byte for each pixel, and colours are not translated: a file with a
-        palette holds the values as its indices.
+        palette holds the values as its indices. Its EXIF orientation is applied, as that of an image.
 
         Raises:
-            UnreadableSample: the file is missing or damaged, of another kind, or has a value that is not in the table.
+            UnreadableSample: the file is missing or damaged, or of another kind.
+            RecipeError: it has a value that is not in the table.
         """
         try:
             with Image.open(path) as image:
                 mode = image.mode
-                pixels = np.asarray(image.convert("RGB") if self.rgb and mode in ("P", "RGBA") else image)
+                pixels = np.asarray(upright(image, self._opaque))
         except Exception as error:  # decoders raise nearly anything on broken files
             raise UnreadableSample(f"cannot read labels {path}: {error}") from error
         if self.rgb:
-            if pixels.ndim != 3:
+            if mode not in ("RGB", "RGBA", "P"):
                 raise UnreadableSample(f"labels {path} are of mode {mode}, expected colours (mode RGB, RGBA or P)")
             codes = pixels.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
         elif mode not in ("L", "P"):
@@ -154,7 +165,11 @@ class ClassTable:
         try:
             return self.train_ids(codes)
         except ValueError as error:
-            raise UnreadableSample(f"labels {path} have {error}") from error
+            raise RecipeError(f"labels {path} have {error}") from error
+
+    def _opaque(self, image: Image.Image) -> Image.Image:
+        """Colours alone, where the files hold them."""
+        return image.convert("RGB") if self.rgb and image.mode in ("P", "RGBA") else image
 
     def train_ids(self, codes: NDArray[Any]) -> NDArray[np.uint8]:
         """Train ids (H, W) of values (H, W); a colour is red << 16 | green << 8 | blue.
@@ -198,14 +213,15 @@ def _color(value: Any, where: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _distinct(index: int) -> list[int]:
+def _distinct(index: int) -> tuple[int, int, int]:
     """A colour by the position of a class, as PASCAL VOC chooses them: the bits of index + 1, spread."""
     number, color = index + 1, [0, 0, 0]
     for bit in range(7, -1, -1):
         for channel in range(3):
             color[channel] |= (number >> channel & 1) << bit
         number >>= 3
-    return color
+    red, green, blue = color
+    return red, green, blue
 
 
 class OwnSizeJitter(v2.ScaleJitter):
@@ -382,7 +398,10 @@ class SegmentationData(RecipeData):
         """
         if stage == "predict":
             root = Path(self.predict_root or self.folder("images", "val"))
-            self.predict_samples = ImageFiles.to_predict(find_images(root), root)
+            paths = find_images(root)
+            if self.predict_root is None:
+                paths = [root / path for path in self._without_maps([path.relative_to(root) for path in paths], "val")]
+            self.predict_samples = ImageFiles.to_predict(paths, root)
             self._set_table(required=False)  # else it comes from the checkpoint
             return
         self._set_table(required=True)
@@ -429,10 +448,17 @@ class SegmentationData(RecipeData):
                     f"{self.expected(split)}"
                 )
         found = sorted(path.relative_to(images) for path in images.rglob("*") if self.is_image(path))
-        found = [path for path in found if not is_hidden(path)]
+        found = self._without_maps([path for path in found if not is_hidden(path)], split)
         if not found:
             raise RecipeError(f"data.root={self.root}: no images; {self.expected(split)}")
         pairs = [(str(images / path), str(labels / self.label_of(path))) for path in found]
+        taken: dict[str, str] = {}
+        for image, label in pairs:
+            if taken.setdefault(label, image) != image:
+                raise RecipeError(
+                    f"data.root={self.root}: {taken[label]} and {image} have one label map, {label}, expected one for "
+                    "each image"
+                )
         missing = [label for _, label in pairs if not Path(label).is_file()]
         if missing:
             raise RecipeError(
@@ -440,6 +466,12 @@ class SegmentationData(RecipeData):
                 f"{self.expected(split)}"
             )
         return pairs
+
+    def _without_maps(self, found: list[Path], split: str) -> list[Path]:
+        """Of relative paths in the folder of images those that are not label maps: both may be in one folder."""
+        images, labels = (self.folder(kind, split).resolve() for kind in ("images", "labels"))
+        maps = {labels / self.label_of(path) for path in found if labels / self.label_of(path) != images / path}
+        return [path for path in found if images / path not in maps]
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | ({"table": self.table.plain} if self.table else {})
@@ -472,7 +504,8 @@ class LabelMapData(SegmentationData):
     Args:
         root: folder of the data.
         images: folder of a split's images, in any depth, relative to ``root``; ``{split}`` stands for its name.
-        labels: folder of their label maps, likewise. The map of the image A/NAME.jpg is A/NAME.png.
+        labels: folder of their label maps, likewise; it may be the same folder. The map of the image A/NAME.jpg is
+            A/NAME.png, which is no image then.
         table: of the classes, with ``classes``, ``ignored`` and ``rgb`` as for `ClassTable`: a YAML or JSON file
             relative to ``root``, or its content.
         kwargs: of `SegmentationData`.
