@@ -1,7 +1,9 @@
 """Image data sets of Hugging Face, of their hub or in parquet files, as a source of image classification."""
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,15 @@ class HuggingFaceData(ImageFolderData):
     that an interrupted run is resumed as exactly as with files.
 
     Args:
-        root: a folder with parquet files SPLIT*.parquet (also in ``data``), a folder that `datasets` has saved
-            (``save_to_disk``), or an id of the hub such as ``uoft-cs/cifar10``, downloaded to the cache of `datasets`.
+        root: a folder with parquet files, SPLIT.parquet or SPLIT-00000-of-00001.parquet and so on, or with a folder
+            ``data`` of them; a folder that `datasets` has saved (``save_to_disk``); or an id of the hub such as
+            ``uoft-cs/cifar10``, downloaded to the cache of `datasets`.
         train: name of the split for training.
         val: name of the split for evaluation.
         image: name of the column with the images.
-        label: name of the column with the numbers of the classes.
-        config: of a data set of the hub that has several.
+        label: name of the column with the numbers of the classes, from 0, of every image. Names of the classes, where
+            it has them, must be the same in both splits.
+        config: of a data set of the hub that has several; of a folder the name of one in it, which is read instead.
         kwargs: of `ImageFolderData`; ``predict`` needs ``predict_root``.
 
     Raises:
@@ -87,7 +91,8 @@ class HuggingFaceData(ImageFolderData):
         """Open the tables.
 
         Raises:
-            RecipeError: there are none, or they lack a split or a column, or a label is not the number of a class.
+            RecipeError: there are none, or they lack a split or a column; a label is not the number of a class; or the
+                splits name the classes differently.
         """
         if stage == "predict":
             if self.predict_root is None:
@@ -95,7 +100,11 @@ class HuggingFaceData(ImageFolderData):
             root = Path(self.predict_root)
             self.predict_samples = ImageFiles.to_predict(find_images(root), root, self.val_transform)
             return
-        tables = self._load()
+        loaded = self._load()
+        # Labels without names may not all occur in the split for evaluation.
+        used = [split for split in ("train", "val") if stage == "fit" or split == "val" or self.splits[split] in loaded]
+        tables = {split: self._table(loaded, split) for split in used}
+        self.classes = self._classes(tables)
         if stage == "fit":
             self.train_samples = self._samples(tables, "train", self.train_transform)
         self.val_samples = self._samples(tables, "val", self.val_transform)
@@ -103,27 +112,38 @@ class HuggingFaceData(ImageFolderData):
     def _load(self) -> Any:
         import datasets
 
-        folder = Path(self.where)
         try:
-            if not folder.is_dir():
+            if not Path(self.where).is_dir():
                 return datasets.load_dataset(self.where, self.config)
+            folder = Path(self.where, self.config or "")
             if (folder / "dataset_dict.json").is_file():
                 return datasets.load_from_disk(str(folder))
-            files: dict[str, list[str]] = {}
-            for split in self.splits.values():
-                found = sorted(str(path) for path in folder.rglob(f"{split}*.parquet"))
-                if found:
-                    files[split] = found
-            if not files:
-                raise RecipeError(f"data.root={self.where}: expected parquet files {self.splits['train']}*.parquet and "
-                                  f"{self.splits['val']}*.parquet, or what save_to_disk has written")  # fmt: skip
-            return datasets.load_dataset("parquet", data_files=files)
+            return datasets.load_dataset("parquet", data_files=self._files(folder))
         except RecipeError:
             raise
         except Exception as error:  # of the hub, the network, or a file
             raise RecipeError(f"data.root={self.where}: {' '.join(str(error).split())}") from error
 
-    def _samples(self, tables: Any, split: str, transform: Callable[[Any], Tensor]) -> TableImages:
+    def _files(self, folder: Path) -> dict[str, list[str]]:
+        """The parquet files of each split that has some."""
+        names = {split: re.compile(rf"{re.escape(split)}([-.]\d.*)?\.parquet") for split in self.splits.values()}
+        there = [path for place in (folder, folder / "data") if place.is_dir() for path in sorted(place.iterdir())]
+        found = {split: [path for path in there if name.fullmatch(path.name)] for split, name in names.items()}
+        places = sorted({str(path.parent) for paths in found.values() for path in paths})
+        if not places:
+            shown = " and ".join(f"{split}.parquet or {split}-00000-of-00001.parquet ..." for split in names)
+            raise RecipeError(
+                f"data.root={self.where}: expected files {shown} in {folder} or {folder / 'data'}, or what "
+                "save_to_disk has written; data.config names a folder in data.root"
+            )
+        if len(places) > 1:
+            raise RecipeError(
+                f"data.root={self.where}: files of the splits in {' and '.join(places)}, expected them in one folder"
+            )
+        return {split: [str(path) for path in paths] for split, paths in found.items() if paths}
+
+    def _table(self, tables: Any, split: str) -> Any:
+        """The columns of a split that are read."""
         import datasets
 
         name = self.splits[split]
@@ -136,14 +156,35 @@ class HuggingFaceData(ImageFolderData):
                 raise RecipeError(f"data.{argument} is {column!r}, expected a column of {self.where}: {known}")
         if isinstance(table.features[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))  # read_pixels decodes
-        labels = table.features[label]
-        if isinstance(labels, datasets.ClassLabel):
-            classes = list(labels.names)
-        else:
-            found = sorted(set(table[label]))
-            if not found or not all(type(value) is int and value >= 0 for value in found):
-                raise RecipeError(f"data.label is {label!r}, whose values are {found[:3]}, expected numbers from 0")
-            classes = [str(number) for number in range(max(found[-1] + 1, len(self.classes)))]
-        if len(classes) > len(self.classes):
-            self.classes = classes
-        return TableImages(table.select_columns([image, label]), image, label, transform, f"{self.where}, {name}")
+        return table.select_columns([image, label])
+
+    def _classes(self, tables: dict[str, Any]) -> list[str]:
+        """The names of the classes; their numbers, where no table names them."""
+        import datasets
+
+        label = self.columns[1]
+        kinds = {self.splits[split]: table.features[label] for split, table in tables.items()}
+        named = {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+        names = next(iter(named.values()), None)
+        for split, theirs in named.items():
+            for number, (one, other) in enumerate(zip_longest(names or [], theirs, fillvalue="missing")):
+                if one != other:
+                    first = next(iter(named))
+                    raise RecipeError(
+                        f"data.root={self.where}: the {len(named[first])} classes of {first} and {len(theirs)} of "
+                        f"{split} differ, first number {number}: {one} and {other}"
+                    )
+        count = 0
+        for split, table in tables.items():
+            for index, value in enumerate(table.select_columns([label])[:][label]):
+                if type(value) is not int or value < 0 or (names is not None and value >= len(names)):
+                    expected = "a number from 0" + (f" to {len(names) - 1}" if names else "")
+                    raise RecipeError(
+                        f"data.label is {label!r}, which is {value!r:.60} for image {index} of {self.splits[split]}, "
+                        f"expected {expected}"
+                    )
+                count = max(count, value + 1)
+        return [str(number) for number in range(count)] if names is None else names
+
+    def _samples(self, tables: dict[str, Any], split: str, transform: Callable[[Any], Tensor]) -> TableImages:
+        return TableImages(tables[split], *self.columns, transform, f"{self.where}, {self.splits[split]}")
