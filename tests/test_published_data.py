@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.recipes import CocoData, ImageFolderData, LabelMapData, RecipeError
+from pyinvolution.recipes import files as files_module
 from pyinvolution.recipes.classification.cifar10 import BATCHES, CLASSES, write_cifar10
 from pyinvolution.recipes.detection.voc import write_voc
 from pyinvolution.recipes.files import unpacked
@@ -135,6 +137,69 @@ def test_cifar10_that_is_none(batches, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty/test").mkdir()
     message = error_of(capsys, "cifar10", tmp_path, f"--source={tmp_path / 'empty'}")
     assert "train has the class folders cat, expected airplane" in message
+    (tmp_path / "cifar-100-python").mkdir()
+    for name in ("train", "test", "meta"):
+        (tmp_path / "cifar-100-python" / name).write_bytes(b"")
+    message = error_of(
+        capsys, "cifar10", tmp_path / "out", f"--source={packed(tmp_path / 'cifar-100-python', 'tar.gz')}"
+    )
+    assert "--source: train is no folder, expected CIFAR-10's python version (data_batch_1, ...)" in message
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / "empty" / split / name).mkdir(parents=True, exist_ok=True)
+    message = error_of(capsys, "cifar10", tmp_path / "out", f"--source={tmp_path / 'empty'}")
+    assert "--source has no image in train, expected CIFAR-10's python version" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_cifar10_beside_other_data(batches, tmp_path):
+    """Images of another form, or of a split that would be evaluated, are not mixed with these."""
+    folders, out = tmp_path / "folders", tmp_path / "out"
+    for split in BATCHES:
+        for name in CLASSES:
+            (folders / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folders / split / name / "0001.jpg")
+    write_cifar10(out, batches[0])
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        RecipeError, match=r"out/train/airplane/00000\.png is no image of this data set, expected a folder"
+    ):
+        write_cifar10(out, folders)
+    assert sorted(out.rglob("*")) == before
+    (tmp_path / "other/val/cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "other/val/cat/1.png")
+    with pytest.raises(RecipeError, match=r"other/val/cat/1\.png is no image of this data set"):
+        write_cifar10(tmp_path / "other", folders)
+
+
+def interrupted_after(monkeypatch, files, write):
+    """Call ``write``, which is interrupted when it has written so many files."""
+    count, real = [0], files_module._write
+
+    def stop(path, content):
+        if count[0] == files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.part").write_bytes(content[:9])
+            raise KeyboardInterrupt
+        count[0] += 1
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module, "_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+
+
+def test_cifar10_that_was_interrupted(batches, tmp_path, monkeypatch):
+    """There is no data set until it is complete; the same command completes it."""
+    interrupted_after(monkeypatch, 55, lambda: write_cifar10(tmp_path, batches[0]))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [".test.part", ".train.part"]
+    with pytest.raises(RecipeError, match="has no folder 'val'"):
+        ImageFolderData(str(tmp_path), num_workers=0).setup("fit")
+    write_cifar10(tmp_path, batches[0])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["test", "train"]
+    assert len(list(tmp_path.rglob("*.png"))) == 60
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_archives_that_are_none(tmp_path, capsys):
@@ -153,6 +218,17 @@ def test_archives_that_are_none(tmp_path, capsys):
         archive.add(tmp_path / "text.tar", "../escaped")
     with pytest.raises(RecipeError, match="cannot unpack"), unpacked(tmp_path / "outside.tar"):
         pass
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as archive:
+        archive.write(tmp_path / "tree/file", "file")
+    plain = (tmp_path / "plain.zip").read_bytes()
+    central = plain.index(b"PK\1\2")
+    for offset, value, message in ((6, 1, "encrypted"), (8, 9, "compression method is not supported")):
+        content = bytearray(plain)
+        content[offset] = content[central + offset + 2] = value  # the flags, and the kind of compression
+        (tmp_path / "other.zip").write_bytes(content)
+        found = error_of(capsys, "bccd", tmp_path / "out", f"--source={tmp_path / 'other.zip'}")
+        assert "--source: cannot unpack" in found
+        assert message in found
     assert not (tmp_path / "out").exists()
 
 
@@ -193,6 +269,30 @@ def test_camvid(tmp_path):
     (source / "val/1.jpg").unlink()
     with pytest.raises(RecipeError, match="has no image in val"):
         camvid.write_camvid(tmp_path / "other", source)
+
+
+def test_camvid_beside_other_data(tmp_path, monkeypatch):
+    """Neither images in PNG beside JPEG, nor another table; and no table before the images are complete."""
+    source, out = write_segnet(tmp_path / "source"), tmp_path / "out"
+    interrupted_after(monkeypatch, 5, lambda: camvid.write_camvid(out, source))
+    with pytest.raises(RecipeError, match="cannot read the table of classes"):
+        LabelMapData(str(out), num_workers=0).setup("fit")
+    camvid.write_camvid(out, source)
+    assert not list(out.rglob("*.part"))
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    camvid.write_camvid(out, source)
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    (out / "classes.yaml").write_text("mine")
+    with pytest.raises(
+        RecipeError, match=r"classes\.yaml is there with other content, expected a folder without other"
+    ):
+        camvid.write_camvid(out, source)
+    assert (out / "classes.yaml").read_text() == "mine"
+    for split in camvid.SPLITS:
+        (source / split / "1.jpg").unlink()
+        Image.new("RGB", (24, 8), (10, 20, 30)).save(source / split / "1.png")
+    with pytest.raises(RecipeError, match=r"out/images/test/1\.jpg is no image of this data set"):
+        camvid.write_camvid(out, source)
 
 
 # --- VOC --------------------------------------------------------------------------------------------------------------
@@ -285,9 +385,63 @@ def test_voc_classes(tmp_path, capsys):
     assert content["categories"] == [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     assert [entry["category_id"] for entry in content["annotations"]] == [1]
     assert not (tmp_path / "out/annotations/instances_val.json").exists()
+    with pytest.raises(RecipeError, match=r"--classes is \['dog', 'dog'\], expected names that differ"):
+        write_voc(tmp_path / "other", source, ["dog", "dog"])
+
+
+def test_voc_beside_other_data(tmp_path, monkeypatch):
+    """Splits of one source may be written one after the other; another data set, or other options, are refused."""
+    images = {name: [thing("dog", (1, 1, 9, 9))] for name in "abcd"}
+    source, out = write_tree(tmp_path / "source", images), tmp_path / "out"
+    interrupted_after(monkeypatch, 3, lambda: write_voc(out, source))
+    assert not (out / "annotations").exists(), "nothing lists images that are not there"
+    write_voc(out, source)
+    assert sorted(path.name for path in out.rglob("*.*")) == [
+        *(f"{name}.jpg" for name in "abcd"),
+        "instances_train.json",
+        "instances_val.json",
+    ]
+    for splits in (["train"], ["val"]):
+        write_voc(tmp_path / "steps", source, splits=splits)
+    with pytest.raises(RecipeError, match=r"instances_train\.json is there with other content"):
+        write_voc(out, source, first_pixel=0)
+    other = write_tree(tmp_path / "other", {name: images[name] for name in "ab"})
+    with pytest.raises(RecipeError, match=r"out/images/c\.jpg is no image of this data set"):
+        write_voc(out, other)
+    Image.new("RGB", (40, 30), (9, 9, 9)).save(source / "JPEGImages/a.jpg")
+    with pytest.raises(RecipeError, match=r"a\.jpg is there with other content"):
+        write_voc(out, source)
+
+
+def test_names_in_voc(tmp_path):
+    """A byte order mark, a name with a space, and a second column."""
+    source = write_tree(tmp_path / "source", {"a": [], "my image": [], "c": []})
+    (source / "ImageSets/Main/train.txt").write_bytes(b"\xef\xbb\xbfmy image\r\n")
+    (source / "ImageSets/Main/val.txt").write_text("a  1\nc -1\n")
+    assert write_voc(tmp_path / "out", source) == {"train": 1, "val": 2}
+    assert (tmp_path / "out/images/my image.jpg").is_file()
 
 
 DAMAGE = {
+    "two trees": (
+        lambda root: (
+            [shutil.copytree(root, root / name) for name in ("VOC2007", ".trash")]
+            + [(root / "Annotations").rename(root / "x"), shutil.copytree(root / "VOC2007", root / "VOC2012")]
+        ),
+        "--source has several folders with Annotations, JPEGImages, ImageSets: VOC2007, VOC2012, expected it to be one",
+    ),
+    "two images": (
+        lambda root: Image.new("RGB", (40, 30)).save(root / "JPEGImages/b.png"),
+        "--source has b.jpg and b.png in JPEGImages, expected one image of a name in its splits",
+    ),
+    "split in Latin-1": (
+        lambda root: (root / "ImageSets/Main/train.txt").write_bytes(b"caf\xe9\n"),
+        "--source: train.txt is not UTF-8: ",
+    ),
+    "unknown encoding": (
+        lambda root: (root / "Annotations/b.xml").write_text('<?xml version="1.0" encoding="foo-8"?><annotation/>'),
+        "--source: b.xml: unknown encoding: foo-8",
+    ),
     "no image": (
         lambda root: (root / "JPEGImages/b.jpg").unlink(),
         "lacks the image of 1 names in its splits, first b",

@@ -230,10 +230,17 @@ def test_digits(tmp_path):
     with Image.open(tmp_path / min(first)) as image:
         assert (image.size, image.mode) == ((32, 32), "L")
 
-    changed, removed = sorted(first)[:2]
-    (tmp_path / changed).write_bytes(b"changed")
-    (tmp_path / removed).unlink()
+    changed, removed = (tmp_path / name for name in sorted(first)[:2])
+    content = changed.read_bytes()
+    changed.write_bytes(b"changed")
+    removed.unlink()
     kept = (tmp_path / sorted(first)[2]).stat().st_mtime_ns
+    with pytest.raises(
+        RecipeError, match=f"{changed} is there with other content, expected a folder without other data"
+    ):
+        write_digits(tmp_path)
+    assert not removed.exists(), "nothing is written before all is looked at"
+    changed.write_bytes(content)
     write_digits(tmp_path)
     assert digest() == first
     assert (tmp_path / sorted(first)[2]).stat().st_mtime_ns == kept

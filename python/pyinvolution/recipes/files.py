@@ -4,20 +4,85 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from pyinvolution.recipes.errors import RecipeError
+from pyinvolution.recipes.images import is_hidden, is_image_name
 
-__all__ = ["find_folder", "unpacked", "write_file"]
+__all__ = ["Files", "find_folder", "unpacked", "write_file", "write_splits", "write_tree"]
+
+Files = Mapping[Path, Callable[[], bytes]]
+"""What is to be in files, by their relative paths."""
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whose folder is made; a file that holds the same already is not written again."""
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    """Write ``content`` to ``path``, whose folder is made; a file that holds the same already is not written again.
+
+    Raises:
+        RecipeError: the file is there with other content.
+    """
+    if not _holds(path, content):
+        _write(path, content)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    if not path.is_file():
+        return False
+    if path.read_bytes() != content:
+        raise RecipeError(
+            f"{path} is there with other content, expected a folder without other data: remove one of them"
+        )
+    return True
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # An interruption must not leave half a file under its name.
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def write_tree(root: Path, files: Files, folders: Iterable[str], others: Files | None = None) -> None:
+    """Write ``files`` below ``root`` in their order, but for those that are there; so what makes a data set readable
+    should be the last. Nothing is written before all that is there has been looked at.
+
+    Args:
+        folders: of ``root``, which must not hold any image but these, for they would be taken for the data set's.
+        others: which may be in ``folders`` too.
+
+    Raises:
+        RecipeError: there is another image, or a file with other content.
+    """
+    allowed = {**(others or {}), **files}
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            strange = is_image_name(path) and not is_hidden(path.relative_to(root / folder))
+            if strange and path.relative_to(root) not in allowed:
+                raise RecipeError(f"{path} is no image of this data set, expected a folder without other data")
+    there = {path for path, content in allowed.items() if (root / path).is_file() and _holds(root / path, content())}
+    for path, content in files.items():
+        if path not in there:
+            _write(root / path, content())
+
+
+def write_splits(root: Path, files: Files, splits: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """`write_tree`, of ``files`` in the folders ``splits``, which appear together when all are complete.
+
+    Args:
+        folders: of ``root`` besides, which must not hold any image.
+
+    Raises:
+        RecipeError: as `write_tree`.
+    """
+    places = {split: split if (root / split).exists() else f".{split}.part" for split in splits}
+    placed = {Path(places[path.parts[0]], *path.parts[1:]): content for path, content in files.items()}
+    write_tree(root, placed, [*places.values(), *folders])
+    for split, place in places.items():
+        if place != split:
+            (root / place).rename(root / split)
 
 
 @contextmanager
@@ -27,7 +92,7 @@ def unpacked(source: str | Path) -> Iterator[Path]:
     Members of an archive that point outside of it, and special files, are refused (`tarfile.data_filter`).
 
     Raises:
-        RecipeError: ``source`` is missing, or neither a folder nor such an archive, or is damaged.
+        RecipeError: ``source`` is missing, or neither a folder nor such an archive, or is damaged or encrypted.
     """
     source = Path(source)
     if source.is_dir():
@@ -44,8 +109,9 @@ def unpacked(source: str | Path) -> Iterator[Path]:
                 shutil.unpack_archive(source, folder, "zip")
             else:
                 raise RecipeError(f"--source is {source}, expected a folder, a tar archive or a zip archive")
-        # What damaged archives raise, each kind of compression its own.
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        # What damaged archives raise, each kind of compression its own; and what zip raises that is encrypted, or of an
+        # unknown compression.
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError, RuntimeError) as error:
             raise RecipeError(f"--source: cannot unpack {source}: {' '.join(str(error).split())}") from error
         except Exception as error:
             if type(error).__name__ not in ("LZMAError", "error"):  # of lzma and zlib
@@ -54,14 +120,29 @@ def unpacked(source: str | Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def find_folder(root: Path, wanted: tuple[str, ...], what: str) -> Path:
-    """``root``, or the one folder below it (in up to three levels), that has all entries ``wanted``.
+def find_folder(root: Path, what: str, *forms: tuple[str, ...]) -> Path:
+    """``root``, or the one folder below it (in up to three levels), that has all entries of one of ``forms``, the first
+    that is found.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or there are several.
     """
-    for pattern in (".", "*", "*/*", "*/*/*"):
-        for folder in sorted(root.glob(pattern)) if pattern != "." else [root]:
-            if folder.is_dir() and all((folder / name).exists() for name in wanted):
-                return folder
-    raise RecipeError(f"--source has no folder with {', '.join(wanted)}, expected {what}")
+    for wanted in forms:
+        if _has(root, wanted):
+            return root
+        found: list[Path] = []
+        for pattern in ("*", "*/*", "*/*/*"):
+            for folder in sorted(root.glob(pattern)):
+                inside = any(other in folder.parents for other in found)
+                if not inside and not is_hidden(folder.relative_to(root)) and _has(folder, wanted):
+                    found.append(folder)
+        if len(found) > 1:
+            names = ", ".join(folder.relative_to(root).as_posix() for folder in found)
+            raise RecipeError(f"--source has several folders with {', '.join(wanted)}: {names}, expected it to be one")
+        if found:
+            return found[0]
+    raise RecipeError(f"--source has no folder with {' or '.join(map(', '.join, forms))}, expected {what}")
+
+
+def _has(folder: Path, wanted: tuple[str, ...]) -> bool:
+    return all((folder / name).exists() for name in wanted)

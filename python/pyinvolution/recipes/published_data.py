@@ -36,7 +36,7 @@ def write(name: str, root: str | Path, source: str | Path, **options: Any) -> di
         Number of images in each split.
 
     Raises:
-        RecipeError: there is no such data set, or ``source`` is not in its published form.
+        RecipeError: there is no such data set, ``source`` is not in its published form, or ``root`` holds another.
     """
     if name not in DATA:
         raise RecipeError(f"name is {name!r}, expected one of {', '.join(DATA)}")

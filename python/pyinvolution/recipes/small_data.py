@@ -34,7 +34,7 @@ def write(name: str, root: str | Path) -> tuple[int, int]:
         Numbers of training and validation images.
 
     Raises:
-        RecipeError: there is no such data set.
+        RecipeError: there is no such data set, or ``root`` holds another.
     """
     if name not in DATA:
         raise RecipeError(f"make_data is {name!r}, expected one of {', '.join(DATA)}")

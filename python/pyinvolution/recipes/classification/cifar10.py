@@ -1,28 +1,30 @@
 """CIFAR-10 (Krizhevsky 2009) in the layout of ImageNet's tree of folders."""
 
 import pickle
-from collections.abc import Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.files import find_folder, unpacked, write_file
+from pyinvolution.recipes.files import Files, find_folder, unpacked, write_splits
 from pyinvolution.recipes.images import is_hidden
 
 __all__ = ["CLASSES", "write_cifar10"]
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """In the order of the labels."""
+FORMS = "CIFAR-10's python version (data_batch_1, ...), or folders of images, train/CLASS and test/CLASS"
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 
 
 def write_cifar10(root: str | Path, source: str | Path) -> dict[str, int]:
-    """Write ROOT/{train,test}/CLASS/IMAGE: 50,000 and 10,000 images of 32 x 32.
+    """Write ROOT/{train,test}/CLASS/IMAGE: 50,000 and 10,000 images of 32 x 32. The folders appear when all is written.
 
     Args:
         root: where the tree goes; files that are there already are not written again.
@@ -33,32 +35,25 @@ def write_cifar10(root: str | Path, source: str | Path) -> dict[str, int]:
         Number of images in each split.
 
     Raises:
-        RecipeError: it is neither, or a file of the published form is damaged.
+        RecipeError: it is neither, or has no images, or a file of the published form is damaged; or there are other
+            images in ``root``, or files with other content.
     """
     with unpacked(source) as folder:
-        try:
-            published = find_folder(folder, ("data_batch_1", "test_batch"), "")
-        except RecipeError:
-            published = None
-        if published is not None:
-            entries = _of_batches(published)
-        else:
-            entries = _of_folders(
-                find_folder(
-                    folder,
-                    ("train", "test"),
-                    "CIFAR-10's python version (data_batch_1, ...), or folders of images, train/CLASS and test/CLASS",
-                )
-            )
-        counts = dict.fromkeys(BATCHES, 0)
-        for split, path, content in entries:
-            write_file(Path(root, split) / path, content)
-            counts[split] += 1
+        tree = find_folder(folder, FORMS, ("data_batch_1", "test_batch"), ("train", "test"))
+        files = _of_batches(tree) if (tree / "test_batch").is_file() else _of_folders(tree)
+        counts = {split: sum(path.parts[0] == split for path in files) for split in BATCHES}
+        for split, count in counts.items():
+            if not count:
+                raise RecipeError(f"--source has no image in {split}, expected {FORMS}")
+        write_splits(Path(root), files, BATCHES, ["val"])  # which is evaluated rather than test
     return counts
 
 
-def _of_folders(folder: Path) -> Iterator[tuple[str, Path, bytes]]:
+def _of_folders(folder: Path) -> Files:
+    files = {}
     for split in BATCHES:
+        if not (folder / split).is_dir():
+            raise RecipeError(f"--source: {split} is no folder, expected {FORMS}")
         names = sorted(
             path.name for path in (folder / split).iterdir() if path.is_dir() and not is_hidden(Path(path.name))
         )
@@ -67,9 +62,9 @@ def _of_folders(folder: Path) -> Iterator[tuple[str, Path, bytes]]:
                 f"--source: {split} has the class folders {', '.join(names)}, expected {', '.join(CLASSES)}"
             )
         for path in sorted((folder / split).glob("*/*")):
-            inside = path.relative_to(folder / split)
-            if path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(inside):
-                yield split, inside, path.read_bytes()
+            if path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(path.relative_to(folder)):
+                files[path.relative_to(folder)] = path.read_bytes
+    return files
 
 
 class _Plain(pickle.Unpickler):
@@ -87,7 +82,8 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, expected arrays only")
 
 
-def _of_batches(folder: Path) -> Iterator[tuple[str, Path, bytes]]:
+def _of_batches(folder: Path) -> Files:
+    files = {}
     for split, batches in BATCHES.items():
         number = 0
         for batch in batches:
@@ -102,7 +98,12 @@ def _of_batches(folder: Path) -> Iterator[tuple[str, Path, bytes]]:
             except Exception as error:  # there are many ways not to be one
                 raise RecipeError(f"--source: {batch} is not one of CIFAR-10's files: {error}") from error
             for image, label in zip(pixels, labels, strict=True):
-                stream = BytesIO()
-                Image.fromarray(np.ascontiguousarray(image)).save(stream, "png")
-                yield split, Path(label, f"{number:05d}.png"), stream.getvalue()
+                files[Path(split, label, f"{number:05d}.png")] = partial(_png, image)
                 number += 1
+    return files
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    stream = BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(stream, "png")
+    return stream.getvalue()

@@ -1,6 +1,7 @@
 """The handwritten digits that scikit-learn ships, as an ImageFolder tree."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from pyinvolution.recipes.files import write_file
+from pyinvolution.recipes.files import write_splits
 
 __all__ = ["split_digits", "write_digits"]
 
@@ -31,13 +32,18 @@ def write_digits(root: str | Path) -> tuple[int, int]:
 
     Returns:
         Numbers of training and validation images.
+
+    Raises:
+        RecipeError: there are other images in these folders, or files with other content.
     """
     digits = load_digits()
     splits = split_digits()
-    for split, members in splits.items():
-        for index in members:
-            path = Path(root, split, str(digits.target[index]), f"{index:04d}.png")
-            write_file(path, _png(digits.images[index]))
+    files = {
+        Path(split, str(digits.target[index]), f"{index:04d}.png"): partial(_png, digits.images[index])
+        for split, members in splits.items()
+        for index in members
+    }
+    write_splits(Path(root), files, splits)
     return len(splits["train"]), len(splits["val"])
 
 

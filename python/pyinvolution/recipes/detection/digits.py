@@ -38,6 +38,9 @@ def write_coco_digits(root: str | Path) -> tuple[int, int]:
 
     Returns:
         Numbers of training and validation images.
+
+    Raises:
+        RecipeError: a file is there with other content.
     """
     photographs = [photograph / 255 for photograph in load_sample_images().images]
     cut = photographs[0].shape[1] * 3 // 5

@@ -2,8 +2,8 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pyinvolution.recipes.errors import RecipeError, require
-from pyinvolution.recipes.files import find_folder, unpacked, write_file
+from pyinvolution.recipes.files import find_folder, unpacked, write_tree
 from pyinvolution.recipes.images import exif_orientation, is_hidden
 
 __all__ = ["write_bccd", "write_voc"]
@@ -44,8 +44,8 @@ def write_voc(
         root: where the tree goes; files that are there already are not written again.
         source: folder or archive with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``.
         classes: names of the classes in the order of their ids from 1; None for all that occur, sorted.
-        splits: files in ``ImageSets/Main`` without their suffix, whose first column names images; None for those of
-            train, val, trainval and test that are there.
+        splits: files in ``ImageSets/Main`` without their suffix, whose first column names images, or the whole line
+            where there is an image of that name; None for those of train, val, trainval and test that are there.
         difficult: objects with this flag: as a "crowd" (not trained on, and neither right nor wrong to detect, as VOC's
             own evaluation has it), "keep" as any other object, or "drop".
         unknown: an object of another class is an "error", or "drop" leaves it out and counts it in a warning.
@@ -55,17 +55,27 @@ def write_voc(
         Number of images in each split.
 
     Raises:
-        RecipeError: an image or its annotations are missing, an XML file is damaged or lacks a field, a size differs
-            from the image's, or the class of an object is not one of ``classes``.
+        RecipeError: an image or its annotations are missing, or a name has two images; a file is damaged or lacks a
+            field, a size differs from the image's, or the class of an object is not one of ``classes``, or these are
+            not distinct; or there are other images in ROOT/images, or files with other content.
     """
     require("--difficult", difficult, difficult in get_args(Difficult), "one of crowd, keep and drop")
     require("--unknown", unknown, unknown in get_args(Unknown), "error or drop")
     require("--first-pixel", first_pixel, first_pixel in (0, 1), "0 or 1")
+    require("--classes", classes, len(set(classes or ())) == len(classes or ()), "names that differ")
     with unpacked(source) as folder:
-        tree = find_folder(folder, ("Annotations", "JPEGImages", "ImageSets"), TREE)
-        members = _splits(tree / "ImageSets" / "Main", splits)
-        images = {path.stem: path for path in sorted((tree / "JPEGImages").iterdir()) if _is_image(path)}
+        tree = find_folder(folder, TREE, ("Annotations", "JPEGImages", "ImageSets"))
+        found_images: dict[str, list[Path]] = defaultdict(list)
+        for path in sorted((tree / "JPEGImages").iterdir()):
+            if _is_image(path):
+                found_images[path.stem].append(path)
+        images = {name: paths[0] for name, paths in found_images.items()}
+        members = _splits(tree / "ImageSets" / "Main", splits, images)
         needed = sorted({name for names in members.values() for name in names})
+        for name in needed:
+            if len(found_images[name]) > 1:
+                several = " and ".join(path.name for path in found_images[name])
+                raise RecipeError(f"--source has {several} in JPEGImages, expected one image of a name in its splits")
         for kind, lacking in (
             ("image", [name for name in needed if name not in images]),
             ("annotations", [name for name in needed if not (tree / "Annotations" / f"{name}.xml").is_file()]),
@@ -86,6 +96,10 @@ def write_voc(
         numbers = {name: number for number, name in enumerate(needed, 1)}
         counts: Counter[str] = Counter()
         entries = {name: _annotations(read[name], names, numbers[name], difficult, counts) for name in needed}
+        files: dict[Path, Callable[[], bytes]] = {
+            Path("images", images[name].name): images[name].read_bytes for name in needed
+        }
+        # An interrupted command must not leave annotations of images that are not there: they are the last.
         for split, listed in members.items():
             annotations = [entry for name in listed for entry in entries[name]]
             content = {
@@ -93,10 +107,9 @@ def write_voc(
                 "annotations": [{"id": number, **entry} for number, entry in enumerate(annotations, 1)],
                 "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
             }
-            path = Path(root, "annotations", f"instances_{split}.json")
-            write_file(path, json.dumps(content).encode())
-        for name in needed:
-            write_file(Path(root, "images", images[name].name), images[name].read_bytes())
+            files[Path("annotations", f"instances_{split}.json")] = json.dumps(content).encode
+        of_other_splits = {Path("images", path.name): path.read_bytes for path in images.values()}
+        write_tree(Path(root), files, ["images"], of_other_splits)
     if counts:
         rank_zero_warn(f"{source}: {', '.join(f'{count} {what}' for what, count in sorted(counts.items()))}")
     return {split: len(names) for split, names in members.items()}
@@ -111,7 +124,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(Path(path.name))
 
 
-def _splits(folder: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
+def _splits(folder: Path, wanted: Sequence[str] | None, images: Container[str]) -> dict[str, list[str]]:
     chosen = wanted or [name for name in ("train", "val", "trainval", "test") if (folder / f"{name}.txt").is_file()]
     if not chosen:
         raise RecipeError(
@@ -123,7 +136,11 @@ def _splits(folder: Path, wanted: Sequence[str] | None) -> dict[str, list[str]]:
         if not path.is_file():
             there = ", ".join(sorted(other.stem for other in folder.glob("*.txt"))) or "none"
             raise RecipeError(f"--splits is {split}, expected one that --source has: {there}")
-        names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"--source: {path.name} is not UTF-8: {error}") from error
+        names = [line if line in images else line.split()[0] for line in lines if line]
         members[split] = list(dict.fromkeys(names))
         if not names:
             raise RecipeError(f"--source: the split {split} lists no images")
@@ -136,7 +153,7 @@ def _read(path: Path, image: Path, first_pixel: int) -> tuple[dict[str, int], li
         root = ElementTree.parse(path).getroot()
         size = _size(root, image)
         return size, [_object(entry, first_pixel) for entry in root.iter("object")]
-    except (ElementTree.ParseError, ValueError, OSError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # lookup: of an encoding
         raise RecipeError(f"--source: {path.name}: {error}") from error
 
 

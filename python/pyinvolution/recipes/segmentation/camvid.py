@@ -1,11 +1,12 @@
 """CamVid (Brostow et al. 2008) in the layout of `LabelMapData`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.recipes.files import find_folder, unpacked, write_file
+from pyinvolution.recipes.files import find_folder, unpacked, write_tree
 from pyinvolution.recipes.images import is_hidden, is_image_name
 
 __all__ = ["CLASSES", "VOID", "write_camvid"]
@@ -42,12 +43,14 @@ def write_camvid(root: str | Path, source: str | Path) -> dict[str, int]:
         Number of images in each split.
 
     Raises:
-        RecipeError: a folder is missing, or an image has no label map.
+        RecipeError: a folder is missing, or an image has no label map; or there are other images in ``root``, or files
+            with other content.
     """
     counts = {}
+    files: dict[Path, Callable[[], bytes]] = {}
     with unpacked(source) as folder:
         wanted = tuple(name for split in SPLITS for name in (split, f"{split}annot"))
-        tree = find_folder(folder, wanted, "CamVid as SegNet's authors split it")
+        tree = find_folder(folder, "CamVid as SegNet's authors split it", wanted)
         for split in SPLITS:
             images = [path for path in sorted((tree / split).iterdir()) if is_image_name(path)]
             images = [path for path in images if not is_hidden(Path(path.name))]
@@ -57,10 +60,11 @@ def write_camvid(root: str | Path, source: str | Path) -> dict[str, int]:
                 what = f"has no {split}annot/{missing[0].name}" if missing else f"has no image in {split}"
                 raise RecipeError(f"--source {what}, expected a label map for every image")
             for image, label in zip(images, labels, strict=True):
-                write_file(Path(root, "images", split, image.name), image.read_bytes())
-                write_file(Path(root, "labels", split, label.name), label.read_bytes())
+                files[Path("images", split, image.name)] = image.read_bytes
+                files[Path("labels", split, label.name)] = label.read_bytes
             counts[split] = len(images)
-    classes = [{"name": name, "color": color} for name, color in CLASSES.items()]
-    table = yaml.safe_dump({"classes": classes, "ignored": [VOID]}, sort_keys=False)
-    write_file(Path(root, "classes.yaml"), table.encode())
+        classes = [{"name": name, "color": color} for name, color in CLASSES.items()]
+        table = yaml.safe_dump({"classes": classes, "ignored": [VOID]}, sort_keys=False)
+        # The table is the last, for an interrupted command must not leave what fit would take for the whole.
+        write_tree(Path(root), files | {Path("classes.yaml"): table.encode}, ("images", "labels"))
     return counts

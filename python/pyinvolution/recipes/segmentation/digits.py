@@ -1,6 +1,8 @@
 """Small street scenes without streets, in the tree of Cityscapes: regions of two photographs, with digits on them."""
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from pyinvolution.recipes.classification.digits import split_digits
-from pyinvolution.recipes.files import write_file
+from pyinvolution.recipes.files import write_splits
 from pyinvolution.recipes.segmentation.cityscapes import CLASSES, IMAGE_SUFFIX, LABEL_IDS, TABLE
 
 __all__ = ["SIZE", "write_scenes"]
@@ -40,7 +42,11 @@ def write_scenes(root: str | Path) -> tuple[int, int]:
 
     Returns:
         Numbers of training and validation images.
+
+    Raises:
+        RecipeError: there are other images in these folders, or files with other content.
     """
+    files: dict[Path, Callable[[], bytes]] = {}
     photographs = [photograph / 255 for photograph in load_sample_images().images]
     digits = load_digits()
     members = split_digits()
@@ -51,10 +57,11 @@ def write_scenes(root: str | Path) -> tuple[int, int]:
             generator = np.random.default_rng((number, index))
             image, ids = _scene(generator, halves, digits.images[members[split]])
             name = f"{CITY}_{index:06d}_000000"
-            truth = Path(root, "gtFine", split, CITY, f"{name}_gtFine")
-            write_file(Path(root, "leftImg8bit", split, CITY, f"{name}{IMAGE_SUFFIX}"), _png(Image.fromarray(image)))
-            write_file(Path(f"{truth}_labelIds.png"), _png(Image.fromarray(ids)))
-            write_file(Path(f"{truth}_color.png"), _png(TABLE.picture(TABLE.train_ids(ids)).convert("RGB")))
+            truth = Path("gtFine", split, CITY, f"{name}_gtFine")
+            files[Path("leftImg8bit", split, CITY, f"{name}{IMAGE_SUFFIX}")] = partial(_png, Image.fromarray(image))
+            files[Path(f"{truth}_labelIds.png")] = partial(_png, Image.fromarray(ids))
+            files[Path(f"{truth}_color.png")] = partial(_png, TABLE.picture(TABLE.train_ids(ids)).convert("RGB"))
+    write_splits(Path(root), files, ("leftImg8bit", "gtFine"))
     return SCENES["train"], SCENES["val"]
 
 
