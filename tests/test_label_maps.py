@@ -196,13 +196,17 @@ def test_images_and_label_maps_in_one_folder(tmp_path):
         data.setup("validate")
 
 
-def test_values_that_are_not_in_the_table_stop_a_run(tree):
+def test_values_that_are_not_in_the_table_stop_a_run(tmp_path):
     """They are no matter of unreadable files, which may be skipped."""
-    table = {"classes": CLASSES}
-    data = LabelMapData(str(tree), **FOLDERS, table=table, num_workers=0, unreadable="skip")
+    for name, value in (("1", 0), ("2", 9)):
+        save(tmp_path / f"pictures/test/{name}.png", np.full((8, 8, 3), 90))
+        save(tmp_path / f"maps/test/{name}.png", np.full((8, 8), value))
+    data = LabelMapData(str(tmp_path), **FOLDERS, table={"classes": CLASSES}, num_workers=0, unreadable="skip")
     data.setup("validate")
-    with pytest.raises(RecipeError, match=r"maps/test/a/0\.png have the value 9, expected the values of the table"):
-        SeededDataset(data.val_samples, 0, data.unreadable, training=False)[0, 0]
+    samples = SeededDataset(data.val_samples, 0, data.unreadable, training=False)
+    assert (samples[0, 0][1] == 0).all()
+    with pytest.raises(RecipeError, match=r"maps/test/2\.png have the value 9, expected the values of the table"):
+        samples[0, 1]
 
 
 def test_own_size_is_the_base_of_the_resize(tree):

@@ -718,10 +718,15 @@ def test_ids_of_images_to_predict(data, tmp_path):
     assert ids_to_predict(data / "val2017/000000002014.png", **listed)[0] == {"000000002014.png": 2014}
     found, _ = ids_to_predict(tmp_path / "4", "other/000000002007.png", "000000002014.png", **listed)
     assert found == {"000000002014.png": 2014, "other/000000002007.png": 2007}, "the numbers in their names"
-    found, _ = ids_to_predict(tmp_path / "6", "000000002007.png", "other.png", **listed)
-    assert found == {"000000002007.png": 0, "other.png": 1}, "another picture of a listed name"
     found, _ = ids_to_predict(tmp_path / "5", "a/000000002007.png", "b/000000002007.png", **listed)
     assert found == {"a/000000002007.png": 0, "b/000000002007.png": 1}
+    listed = {"root": str(tmp_path / "own"), "val": "val"}
+    (tmp_path / "own/annotations").mkdir(parents=True)
+    content = {"images": [{"id": 7, "file_name": "a.png"}], "categories": [{"id": 1, "name": "something"}]}
+    (tmp_path / "own/annotations/instances_val.json").write_text(json.dumps(content))
+    (tmp_path / "own/val").mkdir()
+    assert ids_to_predict(tmp_path / "6", "a.png", **listed)[0] == {"a.png": 0}, "another picture of a listed name"
+    assert ids_to_predict(tmp_path / "own/val", "a.png", **listed)[0] == {"a.png": 7}
 
 
 def test_predictions_of_equal_names(trained, tmp_path):
