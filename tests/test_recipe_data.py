@@ -244,6 +244,14 @@ def test_digits(tmp_path):
     write_digits(tmp_path)
     assert digest() == first
     assert (tmp_path / sorted(first)[2]).stat().st_mtime_ns == kept
+    with Image.open(changed) as image:
+        image.load()
+    image.save(changed, compress_level=0)  # as another version of a library may write it
+    assert changed.read_bytes() != content
+    write_digits(tmp_path)
+    Image.eval(image, lambda value: value ^ 1).save(changed)
+    with pytest.raises(RecipeError, match=f"{changed} is there with other content"):
+        write_digits(tmp_path)
 
 
 def test_test_for_val(tmp_path):

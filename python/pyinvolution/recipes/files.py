@@ -6,7 +6,11 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.images import is_hidden, is_image_name
@@ -30,11 +34,21 @@ def write_file(path: Path, content: bytes) -> None:
 def _holds(path: Path, content: bytes) -> bool:
     if not path.is_file():
         return False
-    if path.read_bytes() != content:
+    there = path.read_bytes()
+    if there != content and not (path.suffix == ".png" and _pixels(there) == _pixels(content)):
         raise RecipeError(
             f"{path} is there with other content, expected a folder without other data: remove one of them"
         )
     return True
+
+
+def _pixels(content: bytes) -> Any:
+    """What a PNG file shows, which versions of zlib compress differently."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return image.mode, image.size, image.getpalette(), image.tobytes()
+    except (OSError, SyntaxError):  # the latter of a broken PNG
+        return content
 
 
 def _write(path: Path, content: bytes) -> None:
