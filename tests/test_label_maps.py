@@ -1,6 +1,8 @@
 """Tables of classes, and segmentation of a folder of images and a folder of label maps."""
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -313,3 +315,25 @@ def test_the_documents_table(tmp_path):
     table = ClassTable.read(tmp_path / "classes.yaml")
     assert table.names == ["road", "sky"]
     assert table.train_ids(np.array([0, 1, 2, 255])).tolist() == [0, 1, 0, IGNORED]
+
+
+def grey_png(bits: int, values: np.ndarray) -> bytes:
+    """Values (H, W) of so many bits, which Pillow does not write."""
+    rows = [np.unpackbits(row[:, None].astype(np.uint8), axis=1)[:, -bits:].ravel() for row in values]
+    content = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    height, width = values.shape
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(content)), (b"IEND", b"")]
+    written = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_values_of_few_bits(bits, tmp_path):
+    """Which Pillow stretches to 0 ... 255."""
+    values = np.array([[0, 1, 2, 3, 0], [3, 2, 1, 0, 1]])
+    (tmp_path / "x.png").write_bytes(grey_png(bits, values))
+    table = ClassTable([{"name": name} for name in "abcd"])
+    assert table.read_train_ids(tmp_path / "x.png").tolist() == values.tolist()

@@ -141,8 +141,9 @@ class ClassTable:
     def read_train_ids(self, path: str | Path) -> NDArray[np.uint8]:
         """The train ids (H, W) of the label map in a file.
 
-        Unless the table is ``rgb``, the file has one byte for each pixel, and colours are not translated: a file with a
-        palette holds the values as its indices. Its EXIF orientation is applied, as that of an image.
+        Unless the table is ``rgb``, the file has one value of 2, 4 or 8 bits for each pixel, and colours are not
+        translated: a file with a palette holds the values as its indices. Its EXIF orientation is applied, as that of
+        an image.
 
         Raises:
             UnreadableSample: the file is missing or damaged, or of another kind.
@@ -151,6 +152,8 @@ class ClassTable:
         try:
             with Image.open(path) as image:
                 mode = image.mode
+                # Pillow stretches grey of 2 and 4 bits to 0 ... 255.
+                step = {"L;2": 85, "L;4": 17}.get(str(image.tile[0][-1]) if image.tile else "", 1)
                 pixels = np.asarray(upright(image, self._opaque))
         except Exception as error:  # decoders raise nearly anything on broken files
             raise UnreadableSample(f"cannot read labels {path}: {error}") from error
@@ -161,7 +164,7 @@ class ClassTable:
         elif mode not in ("L", "P"):
             raise UnreadableSample(f"labels {path} are of mode {mode}, expected one byte for each pixel (mode L or P)")
         else:
-            codes = pixels.astype(np.int64)
+            codes = pixels.astype(np.int64) // step
         try:
             return self.train_ids(codes)
         except ValueError as error:
