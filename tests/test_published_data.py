@@ -218,6 +218,15 @@ def test_archives_that_are_none(tmp_path, capsys):
         archive.add(tmp_path / "text.tar", "../escaped")
     with pytest.raises(RecipeError, match="cannot unpack"), unpacked(tmp_path / "outside.tar"):
         pass
+    with zipfile.ZipFile(tmp_path / "outside.zip", "w") as archive:
+        archive.write(tmp_path / "text.tar", "../escaped")
+    with pytest.raises(RecipeError, match=r"\.\./escaped is outside of the archive"), unpacked(tmp_path / "outside.zip"):
+        pass
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as archive:
+        archive.write(tmp_path / "tree/file", "file")
+        archive.write(tmp_path / "tree/file", "a/photo..1.jpg")
+    with unpacked(tmp_path / "plain.zip") as folder:
+        assert sorted(path.name for path in folder.rglob("*")) == ["a", "file", "photo..1.jpg"]
     with zipfile.ZipFile(tmp_path / "plain.zip", "w") as archive:
         archive.write(tmp_path / "tree/file", "file")
     plain = (tmp_path / "plain.zip").read_bytes()

@@ -1,6 +1,5 @@
 """Files that a command writes, and archives that it reads."""
 
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -120,7 +119,12 @@ def unpacked(source: str | Path) -> Iterator[Path]:
                 with tarfile.open(source) as archive:
                     archive.extractall(folder, filter="data")
             elif zipfile.is_zipfile(source):
-                shutil.unpack_archive(source, folder, "zip")
+                # Not shutil, which leaves out names with two dots without a word.
+                with zipfile.ZipFile(source) as zipped:
+                    outside = [name for name in zipped.namelist() if name.startswith("/") or ".." in Path(name).parts]
+                    if outside:
+                        raise ValueError(f"{outside[0]} is outside of the archive")
+                    zipped.extractall(folder)
             else:
                 raise RecipeError(f"--source is {source}, expected a folder, a tar archive or a zip archive")
         # What damaged archives raise, each kind of compression its own; and what zip raises that is encrypted, or of an
