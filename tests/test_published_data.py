@@ -220,7 +220,7 @@ def test_archives_that_are_none(tmp_path, capsys):
         pass
     with zipfile.ZipFile(tmp_path / "outside.zip", "w") as archive:
         archive.write(tmp_path / "text.tar", "../escaped")
-    with pytest.raises(RecipeError, match=r"\.\./escaped is outside of the archive"), unpacked(tmp_path / "outside.zip"):
+    with pytest.raises(RecipeError, match=r"escaped is outside of the archive"), unpacked(tmp_path / "outside.zip"):
         pass
     with zipfile.ZipFile(tmp_path / "plain.zip", "w") as archive:
         archive.write(tmp_path / "tree/file", "file")
