@@ -1,6 +1,7 @@
 """pyinvolution study: what it trains, that it goes on where it stopped, and what it reports."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from recipe_support import environment, one_thread, write_images  # noqa: F401
 pytest.importorskip("lightning")
 from pyinvolution import cli
 from pyinvolution.models import create_model
+from pyinvolution.models.loading import load_backbone
 from pyinvolution.recipes import Classification, ImageFolderData, RecipeError, configs
 from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.studies.comparison import definition, pipeline, report
@@ -73,15 +75,14 @@ def test_packaged_comparisons(name):
     for baseline, ours in study.pairs:
         one, other = (study.trainings(run, {})[0].config for run in (baseline, ours))
         for config in (one, other):
-            config["model"]["init_args"].pop("options")
+            for own in ("name", "options", "backbone_weights"):
+                config["model"]["init_args"].pop(own, None)
             config["trainer"].pop("default_root_dir")
         assert one == other
     for run in study.runs:
         final = study.trainings(run, {})[0].config
         assert final["trainer"]["max_epochs"] % final["trainer"]["check_val_every_n_epoch"] == 0
-        count = 1
-        for values in study.grid.values():
-            count *= len(values)
+        count = math.prod(map(len, study.grid.values())) if study.grid else 0
         tunings = study.tunings(run)
         assert len({training.label for training in tunings}) == len(tunings) == count
         for training in tunings:
@@ -166,6 +167,13 @@ def test_other_pairs_differ_in_the_operator_only():
             for extract in (nets["fpn_resnet"].backbone, nets["fpn_rednet_inv"].backbone.features)
         ]
     assert maps[0] == maps[1], "the stages have the same widths and strides"
+    for name, net in nets.items():
+        config = configs.load(f"camvid/backbone_{'resnet' if name == 'fpn_resnet' else 'rednet'}.yaml")
+        arguments = config["model"]["init_args"]
+        classifier = create_model(arguments["name"], num_classes=arguments["num_classes"], **arguments["options"])
+        load_backbone(net.backbone, {"state_dict": {f"net.{k}": v for k, v in classifier.state_dict().items()}})
+        loaded = net.backbone.state_dict()
+        assert all(torch.equal(value, classifier.state_dict()[key]) for key, value in loaded.items())
 
 
 @pytest.mark.parametrize(

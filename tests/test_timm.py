@@ -10,6 +10,7 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("timm.optim")
 
 import pyinvolution.timm  # noqa: E402, F401
+from pyinvolution.export import load_model  # noqa: E402
 from pyinvolution.models import create_model, list_models, official_state_dict  # noqa: E402
 
 IMAGE = torch.randn(1, 3, 64, 64)
@@ -118,3 +119,26 @@ def test_pretrained_file(official, tmp_path):
     tuned = timm.create_model("rednet26", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=1)
     torch.testing.assert_close(tuned.stem.conv1.weight, source.stem.conv1.weight.sum(1, keepdim=True))
     assert torch.equal(tuned.layer4[0].conv3.weight, source.layer4[0].conv3.weight)
+
+
+def test_models_of_timm_by_name(tmp_path):
+    """As a baseline in recipes, and from what they save."""
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
+    model = create_model("timm/resnet26", num_classes=3, **options).eval()
+    plain = timm.create_model("resnet26", num_classes=3, **options).eval()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model.model_config == {"name": "timm/resnet26", "num_classes": 3, **options}
+    content = {
+        "hyper_parameters": {"name": "timm/resnet26", "num_classes": 3, "options": options},
+        "state_dict": {f"net.{key}": value for key, value in model.state_dict().items()},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    assert torch.equal(load_model(tmp_path / "last.ckpt").eval()(IMAGE), model(IMAGE))
+    with pytest.raises(ValueError, match="name is 'timm/resnet27', expected a model of timm, such as timm/resnet26"):
+        create_model("timm/resnet27")
+
+
+def test_models_of_timm_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="name is 'timm/resnet26', which needs timm: pip install timm"):
+        create_model("timm/resnet26")

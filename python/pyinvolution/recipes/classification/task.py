@@ -22,7 +22,7 @@ class Classification(Recipe):
     """Cross entropy with label smoothing; top-1 and top-5.
 
     Args:
-        name: of the model, as in `pyinvolution.models.list_models`.
+        name: of the model, as in `pyinvolution.models.list_models`, or e.g. ``timm/resnet50``.
         num_classes: classes of the data.
         options: further arguments of `pyinvolution.models.create_model`.
         label_smoothing: of the training loss; validation goes without.
