@@ -115,7 +115,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Within it, no other command trains in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", blocking=False):
+        with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
         raise RecipeError(f"--output is {folder}, where another command is training") from None
