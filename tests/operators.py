@@ -64,11 +64,16 @@ def everything(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
     return True
 
 
-def along_channels(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
-    """Sums in float32, over at least half a vector of channels, with what they read in the cache."""
+def cpu_fused(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
+    """Sums in float32, with what they read in the cache."""
     if case.border == "shift" and case.stride[1] != 1 and pass_ != "forward":
         return False  # gradients of windows that shift are those of neighbours
-    return dtype != torch.float64 and case.group_channels >= 8 and pass_ not in TOO_LARGE.get(case, ())
+    return dtype != torch.float64 and pass_ not in TOO_LARGE.get(case, ())
+
+
+def cpu_channels(pass_: str, case: Case, dtype: torch.dtype, layout: str) -> bool:
+    """Over at least half a vector of channels besides."""
+    return case.group_channels >= 8 and cpu_fused(pass_, case, dtype, layout)
 
 
 def in_phases(pass_: str, case: Case, layout: str, strided: bool = False, shifts: bool = False) -> bool:
@@ -265,7 +270,7 @@ class Involution(Operator):
         "cuda/sliding": cuda_sliding,
         "cuda/tiled": cuda_tiled,
         "cuda/generic": everything,
-        "cpu/channels": along_channels,
+        "cpu/channels": cpu_channels,
         "cpu/columns": everything,
         "cpu/scalar": everything,
     }
@@ -354,7 +359,7 @@ class SpanInvolution(Operator):
     takes = {  # noqa: RUF012
         "cuda/fused": cuda_fused,
         "cuda/composed": everything,
-        "cpu/fused": along_channels,
+        "cpu/fused": cpu_fused,
         "cpu/composed": everything,
     }
     cases = (*SPAN_CASES, WIDE_ROW, MANY_TAPS, FAR_COLUMNS, MANY_REDUCED)
@@ -415,7 +420,7 @@ class Layer(Operator):
     takes = {  # noqa: RUF012
         "cuda/fused": cuda_fused_layer,
         "cuda/composed": everything,
-        "cpu/fused": along_channels,
+        "cpu/fused": cpu_fused,
         "cpu/composed": everything,
     }
     cases = (*LAYER_CASES, WIDE_ROW, MANY_TAPS, MANY_REDUCED, MANY_CHANNELS)

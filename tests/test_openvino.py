@@ -94,7 +94,7 @@ def operator_arguments(given: list[torch.Tensor], dtype: torch.dtype) -> tuple:
 
 @pytest.fixture(scope="module", params=[6, 32])
 def operators(request: pytest.FixtureRequest, place: Path) -> tuple[Path, list[torch.Tensor]]:
-    """A file with the operators, and their inputs: groups of 3 channels, for which there is no fused kernel, and 16."""
+    """A file with the operators, and their inputs: groups of 3 channels, a part of a vector, and 16."""
     from pyinvolution._onnx_functions import translate
 
     given = tree_leaves(operator_inputs(torch.float32, request.param))
@@ -110,12 +110,45 @@ def test_operators(place: Path, operators: tuple[Path, list[torch.Tensor]], dtyp
     given = [tensor.to(dtype).float() for tensor in given]
     core = core_with(place, dtype)
     model = core.read_model(path)
-    fused = {"span_involution2d", "involution_layer2d"} if given[0].shape[1] == 32 else set()
-    assert kinds(model) & OPERATIONS == {"involution2d"} | fused
-    found = results(core, model, given)
+    assert kinds(model) & OPERATIONS == OPERATIONS
+    assert_operators(results(core, model, given), given, dtype)
+
+
+def assert_operators(found: list[torch.Tensor], given: list[torch.Tensor], dtype: torch.dtype) -> None:
     oracles, references = (Operators()(*operator_arguments(given, of)) for of in (torch.float64, dtype))
     for number, (result, oracle, reference) in enumerate(zip(found, oracles, references, strict=True)):
         assert_accurate(result.to(dtype), oracle, reference, f"result {number}")
+
+
+WITHOUT_FUSED_KERNELS = """
+import sys
+import numpy, openvino
+library, path, inputs, outputs = sys.argv[1:]
+core = openvino.Core()
+core.add_extension(library)
+model = core.read_model(path)
+assert "involution2d" in {node.get_type_name() for node in model.get_ops()}
+assert not {"span_involution2d", "involution_layer2d"} & {node.get_type_name() for node in model.get_ops()}
+compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+found = compiled([*numpy.load(inputs).values()])
+numpy.savez(outputs, *(found[output] for output in compiled.outputs))
+"""
+
+
+@pytest.mark.parametrize("dtype", LIBRARIES, ids=str)
+def test_operators_without_fused_kernels(
+    place: Path, operators: tuple[Path, list[torch.Tensor]], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Then OpenVINO's own convolutions make the kernels."""
+    path, given = operators
+    given = [tensor.to(dtype).float() for tensor in given]
+    np.savez(tmp_path / "in.npz", *given)
+    files = [place / "build/openvino" / LIBRARIES[dtype], path, tmp_path / "in.npz", tmp_path / "out.npz"]
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_FUSED_KERNELS, *map(str, files)], check=True,
+        env=os.environ | {"PYINVOLUTION_DISABLE": "cpu/fused"},
+    )  # fmt: skip
+    assert_operators([torch.from_numpy(value) for value in np.load(tmp_path / "out.npz").values()], given, dtype)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,8 @@ std::vector<Case> pair_cases() {
           {1, 16, 1, 10, 10, 15, 15, 1, 1, 7, 7}, {1, 16, 1, 10, 40, 1, 1, 1, 1, 0, 0},
           {1, 16, 1, 9, 20, 3, 11, 1, 4, 1, 5},   {1, 16, 1, 16, 33, 2, 3, 3, 5, 0, 0},
           {1, 16, 1, 7, 6, 3, 3, 1, 1, 6, 5},     {1, 32, 1, 170, 100, 3, 3, 1, 1, 1, 1},
-          {1, 16, 1, 330, 60, 4, 3, 2, 2, 0, 1}};
+          {1, 16, 1, 330, 60, 4, 3, 2, 2, 0, 1},  {2, 12, 3, 9, 14, 5, 5, 1, 1, 2, 2},
+          {1, 9, 3, 7, 13, 3, 3, 2, 2, 1, 1},     {1, 6, 6, 8, 20, 3, 3, 1, 1, 1, 1}};
 }
 
 // Few channels a group: W beyond the cache, windows that are read in several blocks of taps, short rows that are joined
@@ -187,7 +188,8 @@ void layer_case(const Case& shape, int64_t reduced, DType dtype, Layout layout, 
 void layers() {
   int index = 0;
   for (const Case& shape : {Case{2, 32, 2, 9, 11, 7, 7, 1, 1, 3, 3}, Case{1, 96, 6, 13, 14, 3, 3, 2, 2, 1, 1},
-                            Case{1, 40, 1, 10, 9, 3, 5, 3, 2, 2, 2, 2, 1}, Case{1, 16, 1, 2, 230, 1, 3, 1, 1, 0, 1}})
+                            Case{1, 40, 1, 10, 9, 3, 5, 3, 2, 2, 2, 2, 1}, Case{1, 16, 1, 2, 230, 1, 3, 1, 1, 0, 1},
+                            Case{2, 20, 5, 9, 7, 5, 3, 1, 1, 2, 1}, Case{1, 7, 7, 6, 9, 3, 3, 2, 2, 1, 1}})
     for (const Layout layout : {Layout::contiguous, Layout::channels_last, Layout::gapped})
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
         ++index;
@@ -203,7 +205,7 @@ void span_involution() {
         ++index;
         span_case(shape, 1 + index % 19, dtype, layout, index % 2 == 0, index % 3 == 0 ? two_threads : Execution{});
       }
-  // For which there is no fused kernel.
+  // Parts of a vector, and float64, for which there is no fused kernel.
   for (const Case& shape : {Case{2, 6, 3, 7, 8, 3, 5, 2, 1, 1, 2, 1, 2}, Case{1, 16, 1, 5, 4, 3, 3, 1, 1, 1, 1}})
     for (const Layout layout : {Layout::contiguous, Layout::channels_last, Layout::gapped})
       for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16})
