@@ -59,7 +59,7 @@ def draw(axes: Axes, scene: Scene, classes: Sequence[str]) -> None:
         name = classes[label - 1] if classes else str(label)
         style = {"facecolor": color, "edgecolor": "none", "pad": 1}
         # Above the box, and inside it where the picture ends there.
-        x, horizontally = (x1, "left") if x1 < 0.75 * width else (min(x2, width), "right")
+        x, horizontally = (x1, "left") if x1 < 0.75 * width else (min(x2, width - 2), "right")
         y, vertically = (y1, "bottom") if y1 > 0.06 * max(height, width) else (max(y1, 0), "top")
         text = axes.text(x, y, f"{name} {100 * score:.0f}", color="white", fontsize=7, bbox=style, clip_on=True)
         text.set(ha=horizontally, va=vertically)
