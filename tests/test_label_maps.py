@@ -180,7 +180,7 @@ def test_orientation_of_label_maps(tmp_path, orientation):
 
 
 def test_images_and_label_maps_in_one_folder(tmp_path):
-    """NAME.png beside NAME.jpg is no image, in predict neither; two images with one label map are refused."""
+    """NAME.png beside NAME.jpg is not an image, in predict neither; two images with one label map are refused."""
     for name in ("a", "b"):
         save(tmp_path / f"test/x/{name}.jpg", np.full((8, 8, 3), 90))
         save(tmp_path / f"test/x/{name}.png", np.zeros((8, 8)))

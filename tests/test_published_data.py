@@ -143,7 +143,7 @@ def test_cifar10_that_is_none(batches, tmp_path, capsys, monkeypatch):
     message = error_of(
         capsys, "cifar10", tmp_path / "out", f"--source={packed(tmp_path / 'cifar-100-python', 'tar.gz')}"
     )
-    assert "--source: train is no folder, expected CIFAR-10's python version (data_batch_1, ...)" in message
+    assert "--source: train is not a folder, expected CIFAR-10's python version (data_batch_1, ...)" in message
     for split in ("train", "test"):
         for name in CLASSES:
             (tmp_path / "empty" / split / name).mkdir(parents=True, exist_ok=True)
@@ -162,13 +162,13 @@ def test_cifar10_beside_other_data(batches, tmp_path):
     write_cifar10(out, batches[0])
     before = sorted(out.rglob("*"))
     with pytest.raises(
-        RecipeError, match=r"out/train/airplane/00000\.png is no image of this data set, expected a folder"
+        RecipeError, match=r"out/train/airplane/00000\.png is not an image of this data set, expected a folder"
     ):
         write_cifar10(out, folders)
     assert sorted(out.rglob("*")) == before
     (tmp_path / "other/val/cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "other/val/cat/1.png")
-    with pytest.raises(RecipeError, match=r"other/val/cat/1\.png is no image of this data set"):
+    with pytest.raises(RecipeError, match=r"other/val/cat/1\.png is not an image of this data set"):
         write_cifar10(tmp_path / "other", folders)
 
 
@@ -300,7 +300,7 @@ def test_camvid_beside_other_data(tmp_path, monkeypatch):
     for split in camvid.SPLITS:
         (source / split / "1.jpg").unlink()
         Image.new("RGB", (24, 8), (10, 20, 30)).save(source / split / "1.png")
-    with pytest.raises(RecipeError, match=r"out/images/test/1\.jpg is no image of this data set"):
+    with pytest.raises(RecipeError, match=r"out/images/test/1\.jpg is not an image of this data set"):
         camvid.write_camvid(out, source)
 
 
@@ -415,7 +415,7 @@ def test_voc_beside_other_data(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match=r"instances_train\.json is there with other content"):
         write_voc(out, source, first_pixel=0)
     other = write_tree(tmp_path / "other", {name: images[name] for name in "ab"})
-    with pytest.raises(RecipeError, match=r"out/images/c\.jpg is no image of this data set"):
+    with pytest.raises(RecipeError, match=r"out/images/c\.jpg is not an image of this data set"):
         write_voc(out, other)
     Image.new("RGB", (40, 30), (9, 9, 9)).save(source / "JPEGImages/a.jpg")
     with pytest.raises(RecipeError, match=r"a\.jpg is there with other content"):

@@ -74,7 +74,7 @@ def write_tree(root: Path, files: Files, folders: Iterable[str], others: Files |
         for path in sorted((root / folder).rglob("*")):
             strange = is_image_name(path) and not is_hidden(path.relative_to(root / folder))
             if strange and path.relative_to(root) not in allowed:
-                raise RecipeError(f"{path} is no image of this data set, expected a folder without other data")
+                raise RecipeError(f"{path} is not an image of this data set, expected a folder without other data")
     there = {path for path, content in allowed.items() if (root / path).is_file() and _holds(root / path, content())}
     for path, content in files.items():
         if path not in there:

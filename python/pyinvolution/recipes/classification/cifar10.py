@@ -53,7 +53,7 @@ def _of_folders(folder: Path) -> Files:
     files = {}
     for split in BATCHES:
         if not (folder / split).is_dir():
-            raise RecipeError(f"--source: {split} is no folder, expected {FORMS}")
+            raise RecipeError(f"--source: {split} is not a folder, expected {FORMS}")
         names = sorted(
             path.name for path in (folder / split).iterdir() if path.is_dir() and not is_hidden(Path(path.name))
         )

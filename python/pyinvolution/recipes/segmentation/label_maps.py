@@ -508,7 +508,7 @@ class LabelMapData(SegmentationData):
         root: folder of the data.
         images: folder of a split's images, in any depth, relative to ``root``; ``{split}`` stands for its name.
         labels: folder of their label maps, likewise; it may be the same folder. The map of the image A/NAME.jpg is
-            A/NAME.png, which is no image then.
+            A/NAME.png, which is not taken for an image then.
         table: of the classes, with ``classes``, ``ignored`` and ``rgb`` as for `ClassTable`: a YAML or JSON file
             relative to ``root``, or its content.
         kwargs: of `SegmentationData`.

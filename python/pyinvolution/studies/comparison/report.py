@@ -115,7 +115,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "seeds",
         "parameters",
         "multiply-adds (M)",
-        *(f"{name} (%)" if _scale(name) == 100 else name for name in metrics),
+        *(f"{name} (%)" if _is_share(name) else name for name in metrics),
         *TIMES.values(),
     ]
     lines = [f"# {report['study']}, {report['date']}", ""]
@@ -128,7 +128,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{len(entry['trainings'])} of {entry['planned']}",
             f"{entry['parameters']:,}",
             f"{entry['multiply_adds'] / 1e6:.2f}",
-            *(_text(entry[metric], _scale(metric), 2 if _scale(metric) == 100 else 4) for metric in metrics),
+            *(_text(entry[metric], *((100, 2) if _is_share(metric) else (1, 4))) for metric in metrics),
             *(_text(entry[time], 1, 1) for time in TIMES),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -153,14 +153,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scale(metric: str) -> int:
-    """Losses are given as they are, all else in percent."""
-    return 1 if metric.endswith("loss") else 100
+def _is_share(metric: str) -> bool:
+    """Whether it is given in percent, as all but losses."""
+    return not metric.endswith("loss")
 
 
 def _difference(metric: str, one: float, other: float) -> str:
-    points = _scale(metric) == 100
-    return f"{metric} {100 * (other - one):+.2f} points" if points else f"{metric} {other - one:+.4f}"
+    return f"{metric} " + (f"{100 * (other - one):+.2f} points" if _is_share(metric) else f"{other - one:+.4f}")
 
 
 def _ratio(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
