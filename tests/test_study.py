@@ -136,8 +136,9 @@ def test_cifar10_pairs_differ_in_the_operator_only(size):
         configs.load(f"cifar10/rednet_{size}_deep.yaml") for name in ("resnet", "rednet", "deep")
     )  # fmt: skip
     assert {name for stage in operators(resnet) for name in stage} == {"conv3"}
+    kinds = "inv[57]x16" if size == "small" else "inv5x(4|8|16)"
     for net in (rednet, deep):
-        assert all(re.fullmatch("inv[57]x16", name) for stage in operators(net) for name in stage)
+        assert all(re.fullmatch(kinds, name) for stage in operators(net) for name in stage)
     assert [len(stage) for stage in operators(resnet)] == [len(stage) for stage in operators(rednet)] == [2, 2, 2]
     assert [len(stage) for stage in operators(deep)] == [3, 3, 3]
     for one in (rednet, deep):
@@ -213,7 +214,7 @@ def test_the_command_line_is_in_force_everywhere(tmp_path, data, monkeypatch):
     given = {}
 
     def run(study, name, *arguments):
-        given.update(study=study, changes=arguments[-1])
+        given.update(study=study, changes=arguments[-2])
 
     monkeypatch.setattr(pipeline, "run", run)
     options = ["--data-root=/given", "--set", "trainer.max_epochs=1", "--seeds", "3", "4"]
@@ -265,7 +266,7 @@ def here(monkeypatch):
     def start(runner, training):
         folder = runner.place(training)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(runner._recipe(training))
+        (folder / "recipe.yaml").write_text(runner.recipe(training))
         begun.append(f"{training.run}, {training.label}")
         try:
             recipe_cli.run(["fit", "--config", str(folder / "recipe.yaml")])
@@ -343,12 +344,10 @@ def test_costs_and_means():
 
 
 def test_nothing_unfinished_is_published(tmp_path, data, here):
-    """Of two recipes one is trained: its figures are reported, but nothing goes to the results."""
+    """Of two recipes one is trained: the comparison of both is reported, but nothing of it goes to the results."""
     study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
-    made = pipeline.run(study, "own", tmp_path / "out", only=["inv"], results=tmp_path / "results")
+    made = pipeline.run(study, "own", tmp_path / "out", only=["inv"])
     assert [*made["runs"]] == ["inv"]
-    assert not made["complete"]
-    assert not (tmp_path / "results").exists()
     with pytest.raises(RecipeError, match="--only is other, expected some of conv, inv"):
         pipeline.run(study, "own", tmp_path / "out", only=["other"])
     made = pipeline.run(study, "own", tmp_path / "out", train=False, results=tmp_path / "results")
@@ -382,7 +381,7 @@ def scored(monkeypatch):
     def start(runner, training):
         folder = runner.place(training)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(runner._recipe(training))
+        (folder / "recipe.yaml").write_text(runner.recipe(training))
         score = scores.get(training.label, 0.5)
         log = {"diverged": "pyinvolution fit: error: the loss is nan", "failed": "Traceback\nMemoryError"}
         (folder / "log.txt").write_text(log.get(str(score), "done"))
@@ -437,6 +436,70 @@ def test_a_changed_comparison_says_so(tmp_path, data, scored):
     assert "`pyinvolution study own --set trainer.max_epochs=1` on" in text
     assert "| val/loss |" in text.replace("| val/top1 (%) ", "| ")
     assert "| 50.00 | 0.5000 |" in text
+
+
+def test_a_part_of_a_comparison_says_so(tmp_path, data, scored):
+    """It is published under a name of its own, and takes the place of no other part."""
+    study = definition.read(str(write_study(tmp_path, data, seeds=[0])), {})
+    results = tmp_path / "results"
+    made = pipeline.run(study, "own", tmp_path / "out", only=["inv"], results=results)
+    text = (results / f"{made['date']}-study-own-changed.md").read_text()
+    assert "`pyinvolution study own --only inv` on" in text
+    assert "| `conv` |" not in text
+    with pytest.raises(RecipeError, match=r"own-changed\.json of a comparison with --only inv: move it"):
+        pipeline.run(study, "own", tmp_path / "out", only=["conv"], results=results)
+    assert not pipeline.run(study, "own", tmp_path / "out", only=["inv", "conv"], results=results)["changes"]
+    assert {path.suffix or path.name for path in results.glob("*own*") if "changed" not in path.name} == {
+        ".json", ".md", f"{made['date']}-study-own"}  # fmt: skip
+
+
+def test_published_trainings_are_known(tmp_path, data, scored):
+    """What a report has is not trained again, wherever the data lie: neither tunings nor the seeds that it has."""
+    path, results = tuned_study(tmp_path, data), tmp_path / "results"
+    scored |= {"tuning_lr=4.0": 0.75, "tuning_lr=0.1": "diverged", "seed0": 0.625}
+    first = definition.read(str(path), {"data_root": str(data)})
+    made = pipeline.run(first, "own", tmp_path / "out", results=results)
+    assert made["runs"]["inv"]["config"]["data"]["init_args"]["root"] == str(data)
+    published = results / f"{made['date']}-study-own.json"
+    (published.with_suffix("") / "inv-seed0.log").write_text("its log")
+    scored.clear()
+    second = definition.read(str(path), {"data_root": "/elsewhere", "seeds": [0, 1]})
+    told = pipeline.run(second, "own", tmp_path / "other", results=tmp_path / "new", known=published)
+    for run in ("conv", "inv"):
+        assert [result["metrics"]["val/top1"] for result in told["runs"][run]["trainings"]] == [0.625, 0.5]
+        assert told["runs"][run]["tuning"] == made["runs"][run]["tuning"]
+        assert told["runs"][run]["config"] == made["runs"][run]["config"]
+    stem = f"{told['date']}-study-own"
+    assert (tmp_path / "new" / stem / "inv-seed0.log").read_text() == "its log"
+    begun = (tmp_path / "other/inv/seed1/recipe.yaml").read_text()
+    assert "/elsewhere" in begun
+    # The folder has them now: nothing is written a second time, and nothing is lost.
+    changed = told["runs"]["inv"]["trainings"][1] | {"seed": 0}
+    write_json(tmp_path / "other/inv/seed0/result.json", changed)
+    again = pipeline.run(second, "own", tmp_path / "other", known=published)
+    assert again["runs"]["inv"]["trainings"][0]["metrics"]["val/top1"] == 0.5
+    # The report in the folder of a comparison serves as well.
+    third = pipeline.run(second, "own", tmp_path / "third", known=tmp_path / "other/report.json")
+    assert third["runs"] == again["runs"]
+
+
+def test_other_trainings_are_not_known(tmp_path, data, scored):
+    made = pipeline.run(definition.read(str(tuned_study(tmp_path, data)), {}), "own", tmp_path / "out")
+    scored |= {"tuning_lr=0.1": 0.875, "seed0": 0.25}
+    other = definition.read(str(tuned_study(tmp_path, data, overrides={"trainer": {"max_epochs": 3}})), {})
+    report_file = tmp_path / "out/report.json"
+    with pytest.raises(RecipeError, match=r"--known is .*report\.json, whose trainings have other configurations"):
+        pipeline.run(other, "own", tmp_path / "other", known=report_file)
+    with pytest.raises(RecipeError, match=r"--known is nowhere, expected a report\.json of pyinvolution study"):
+        pipeline.run(other, "own", tmp_path / "other", known="nowhere")
+    assert not list((tmp_path / "other").glob("*/*"))
+    # Tuned in another way: the trainings are known, their tuning is not, which chooses another value.
+    changed = definition.read(str(tuned_study(tmp_path, data)), {"tuning": {"trainer": {"max_epochs": 1}}})
+    told = pipeline.run(changed, "own", tmp_path / "third", known=report_file)
+    assert told["runs"]["inv"]["tuning"][0]["val/top1"] == 0.875
+    assert [result["metrics"]["val/top1"] for result in told["runs"]["inv"]["trainings"]] == [
+        made["runs"]["inv"]["val/top1"]["mean"]
+    ]
 
 
 def test_metrics_that_are_asked_for_later(tmp_path, data, scored):

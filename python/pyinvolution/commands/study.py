@@ -24,6 +24,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="in every recipe, e.g. trainer.max_epochs=1"
     )
+    parser.add_argument(
+        "--known", metavar="FILE", help="a report.json, or a published one: what it has of the same trainings is not "
+        "trained again"
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="report what is there, without training")
     parser.add_argument(
         "--results", metavar="DIR", help="write the finished table and the logs there too, e.g. benchmarks/results"
@@ -47,9 +51,7 @@ def main(options: argparse.Namespace) -> None:
             raise RecipeError(f"--set {name} is {text}, expected a value in YAML") from error
         if not equals or not name:
             raise RecipeError(f"--set is {setting}, expected NAME=VALUE")
-    if options.data_root is not None:
-        values["data.init_args.root"] = options.data_root
-    overrides: dict[str, Any] = {"forced": definition.nested(values)}
+    overrides: dict[str, Any] = {"forced": definition.nested(values), "data_root": options.data_root}
     if options.seeds:
         overrides["seeds"] = options.seeds
         changes.append(f"--seeds {' '.join(map(str, options.seeds))}")
@@ -68,4 +70,5 @@ def main(options: argparse.Namespace) -> None:
         not options.report,
         options.results,
         changes,
+        options.known,
     )

@@ -1,7 +1,7 @@
 """What a comparison trains, and how it is described in a file."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import product
 from pathlib import Path
@@ -62,6 +62,7 @@ class Definition:
         tuning: values that replace those of every recipe in tuning: shorter trainings, on a part of the training data,
             and evaluated on another part of these.
         forced: values that replace all others, in tuning too.
+        data_root: instead of the recipes' ``data.init_args.root``; None for these. It does not change what is compared.
     """
 
     runs: dict[str, str | dict[str, Any]]
@@ -73,6 +74,7 @@ class Definition:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     forced: dict[str, Any] = field(default_factory=dict)
+    data_root: str | None = None
 
     def __post_init__(self) -> None:
         require("runs", self.runs, bool(self.runs), "at least one name with its recipe")
@@ -94,12 +96,18 @@ class Definition:
                     "since it decides in tuning")  # fmt: skip
             require("tuning", self.tuning, "data" in self.tuning, "data that the final evaluation does not use")
 
+    def part(self, runs: Collection[str]) -> "Definition":
+        """The comparison of these runs alone."""
+        kept = {run: recipe for run, recipe in self.runs.items() if run in runs}
+        return replace(self, runs=kept, pairs=[pair for pair in self.pairs if kept.keys() >= set(pair)])
+
     def recipe(self, run: str, *more: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of a run with all overrides, the later ones first in force."""
         recipe = self.runs[run]
         own = {"base": recipe} if isinstance(recipe, str) else dict(recipe)
         base = configs.load(own.pop("base"))
-        return reduce(configs.merge, (ALWAYS, self.overrides, own, *more, self.forced), base)
+        place = {} if self.data_root is None else nested({"data.init_args.root": self.data_root})
+        return reduce(configs.merge, (ALWAYS, self.overrides, own, *more, self.forced, place), base)
 
     def tunings(self, run: str) -> list[Training]:
         """Trainings that try every combination of the grid."""

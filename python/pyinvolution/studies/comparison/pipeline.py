@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from pyinvolution.recipes.errors import RecipeError
-from pyinvolution.studies.comparison import report
+from pyinvolution.studies.comparison import published, report
 from pyinvolution.studies.comparison.definition import Definition, Training
 from pyinvolution.studies.comparison.runner import Runner, metric_of
 from pyinvolution.studies.files import write_json
@@ -30,6 +30,7 @@ def run(
     train: bool = True,
     results: str | Path | None = None,
     changes: Sequence[str] = (),
+    known: str | Path | None = None,
 ) -> dict[str, Any]:
     """Tune and train, and write ``report.json`` and ``report.md`` to ``output``.
 
@@ -45,13 +46,14 @@ def run(
         train: whether to train at all; else what is there is reported.
         results: folder that also gets the report and the logs, if all trainings have come to their end.
         changes: options of the command line that make it another comparison than the one of that name.
+        known: report of the same comparison, whose trainings are not done again; their checkpoints are not there.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
         RecipeError: a name in ``only`` is unknown, a recipe cannot be built, a training failed, the folder holds
-            another comparison, or another command trains in it.
+            another comparison, another command trains in it, or ``known`` or ``results`` has another comparison.
     """
     unknown = [run for run in only if run not in definition.runs]
     if unknown:
@@ -63,10 +65,15 @@ def run(
 
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     runner = Runner(Path(output), jobs, deadline, tell)
-    runs = list(only or definition.runs)
+    if only and set(only) != definition.runs.keys():
+        definition = definition.part(only)
+        changes = [*changes, f"--only {' '.join(definition.runs)}"]
+    runs = list(definition.runs)
     for run in runs:  # before hours of training
         report.costs(definition.recipe(run), definition.image)
     with _alone(Path(output)) if train else nullcontext():
+        if known is not None:
+            published.take_over(definition, runner, Path(known))
         if train:
             runner.run([training for name in runs for training in definition.tunings(name)], definition.metrics)
         chosen, trainings = {}, {}
@@ -86,9 +93,9 @@ def run(
     console.print(Markdown(report.markdown(result)))
     paths = [Path(output) / "report.json", Path(output) / "report.md"]
     if results is not None:
-        published = report.publish(result, runner, trainings, Path(results))
-        paths += published
-        if not published:
+        written = published.publish(result, runner, trainings, Path(results))
+        paths += written
+        if not written:
             tell(f"nothing is written to {results}: not all trainings have come to their end")
     for path in paths:
         console.print(f"  {path}", highlight=False)

@@ -1,9 +1,8 @@
 """The table of a comparison, made of trainings that came to their end."""
 
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -15,9 +14,8 @@ from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.recipe import build_net
 from pyinvolution.studies.comparison.definition import Definition, Training
 from pyinvolution.studies.comparison.runner import Runner, metric_of
-from pyinvolution.studies.files import write_json
 
-__all__ = ["costs", "make", "markdown", "publish"]
+__all__ = ["costs", "make", "markdown"]
 
 TIMES = {"epoch_s": "time of an epoch (s)", "epoch_cpu_s": "processor time of an epoch (s)"}
 
@@ -60,13 +58,14 @@ def make(
         chosen: of each run that was tuned the "values" and the "tuning" they come from.
         changes: options of the command line that make it another comparison than the one of that name.
     """
+    anywhere = replace(definition, data_root=None)
     runs = {}
     for run, planned in trainings.items():
         finished = [result for training in planned if (result := runner.result(training))]
         parameters, operations = costs(planned[0].config, definition.image)
         entry: dict[str, Any] = {
             "recipe": definition.runs[run],
-            "config": planned[0].config,
+            "config": anywhere.trainings(run, planned[0].values)[0].config,
             "parameters": parameters,
             "multiply_adds": operations,
             **chosen.get(run, {}),
@@ -89,6 +88,7 @@ def make(
         "pairs": [pair for pair in definition.pairs if set(pair) <= runs.keys()],
         "image": definition.image,
         "grid": definition.grid,
+        "tuning": definition.tuning,
         "runs": runs,
     }
 
@@ -164,25 +164,3 @@ def _difference(metric: str, one: float, other: float) -> str:
 
 def _ratio(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
     return f"{one[name] / other[name]:.2f}"
-
-
-def publish(
-    report: Mapping[str, Any], runner: Runner, trainings: Mapping[str, Sequence[Training]], folder: Path
-) -> list[Path]:
-    """Write a complete report to ``folder``: DATE-study-NAME.json and .md, and the logs of the trainings in a folder of
-    that name; DATE-study-NAME-changed where options of the command line made it another comparison.
-
-    Returns:
-        The paths; none of a report that is not complete.
-    """
-    if not report["complete"]:
-        return []
-    stem = f"{report['date']}-study-{report['study']}{'-changed' if report['changes'] else ''}"
-    write_json(folder / f"{stem}.json", dict(report))
-    (folder / f"{stem}.md").write_text(markdown(report))
-    for run, planned in trainings.items():
-        for training in planned:
-            target = folder / stem / f"{run}-{training.label}.log"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(runner.place(training) / "log.txt", target)
-    return [folder / f"{stem}.json", folder / f"{stem}.md", folder / stem]

@@ -55,14 +55,15 @@ class Runner:
         """
         path = self.place(training) / "recipe.yaml"
         result = read_json(self.place(training) / "result.json")
-        if (path.is_file() or result) and _settings(path) != _settings(self._recipe(training)):
+        if (path.is_file() or result) and _settings(path) != _settings(self.recipe(training)):
             raise RecipeError(
                 f"{path} is not the configuration of this comparison's {training.run}, {training.label}: give another "
                 "--output, or delete the folder"
             )
         return result
 
-    def _recipe(self, training: Training) -> str:
+    def recipe(self, training: Training) -> str:
+        """The configuration of a training in its folder, for ``pyinvolution fit``."""
         return configs.dump(
             configs.merge(training.config, {"trainer": {"default_root_dir": str(self.place(training))}})
         )
@@ -109,7 +110,7 @@ class Runner:
     def _start(self, training: Training) -> subprocess.Popen:
         folder = self.place(training)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(self._recipe(training))
+        (folder / "recipe.yaml").write_text(self.recipe(training))
         arguments = [sys.executable, "-m", "pyinvolution", "fit", "--config", str(folder / "recipe.yaml")]
         last = folder / "last.ckpt"
         if last.is_file():
