@@ -8,7 +8,6 @@ import atexit
 import fcntl
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pyinvolution._files import replacing
 from pyinvolution._library import _C
 from pyinvolution.explain import driver_version, processor_name, variants
 
@@ -94,14 +94,8 @@ def _changed() -> Iterator[Machines]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         machines = _read()
         yield machines
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as part:
-            try:
-                json.dump({"machines": machines}, part, indent=1)
-                part.close()
-                os.replace(part.name, file)
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        with replacing(file) as part:
+            part.write_text(json.dumps({"machines": machines}, indent=1))
 
 
 def _recall(device: str) -> bool:

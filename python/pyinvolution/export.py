@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from pyinvolution import ops
+from pyinvolution._files import replacing
 from pyinvolution.inference import TOLERANCE, optimize_for_inference
 from pyinvolution.models import create_model, from_pretrained, list_models
 from pyinvolution.models.checkpoint import read, reason_of
@@ -177,14 +178,10 @@ def export(
     with _traceable_nms() if detector else nullcontext():
         program, names = _program(model, example_input, dynamic, optimize)
     # The file gets its name once its outputs are known to be right.
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
+    with replacing(path, path.suffix) as part:
         write = partial(_write_onnx, custom_ops=True) if custom_ops else FORMATS[format].write
         run = write(program, part, opset)
         difference, scale = _compare(model, run, _check_inputs(example_input, bool(names)), detector)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return Export(path, difference, scale, names)
 
 

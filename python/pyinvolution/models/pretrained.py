@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pyinvolution._files import replacing
 from pyinvolution.models._registry import create_model
 from pyinvolution.models.checkpoint import check_fit, reason_of
 from pyinvolution.models.hub import download, is_repository
@@ -46,18 +47,13 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
-    # Renamed when complete, weights first: an interrupted call leaves no config with half a file.
-    weights, names = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"
     try:
-        save_file(state, weights, metadata={"format": "pt"})
-        names.write_text(text)
-        weights.replace(folder / WEIGHTS)
-        names.replace(folder / CONFIG)
+        # The weights get their name first: no configuration is there without them.
+        with replacing(folder / CONFIG) as names, replacing(folder / WEIGHTS) as weights:
+            names.write_text(text)
+            save_file(state, weights, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from None
-    finally:
-        weights.unlink(missing_ok=True)
-        names.unlink(missing_ok=True)
     return folder
 
 

@@ -5,7 +5,6 @@ here.
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -18,6 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from pyinvolution._files import replacing
 from pyinvolution.models.official import load_official
 from pyinvolution.models.paddle import read_pdparams
 
@@ -125,10 +125,9 @@ def published_file(weights: PublishedWeights, progress: bool = True) -> Path:
                     raise
                 source.unlink()  # else it would be taken for the weights the next time
                 raise ValueError(f"{weights.url} did not send the weights of {weights.name}: {error}") from error
-            part = ready.with_suffix(".part")
-            torch.save(state, part)
-            _write(_hash_file(source), f"{found}  {source.name}\n")
-            os.replace(part, ready)
+            with replacing(ready) as part:
+                torch.save(state, part)
+                _write(_hash_file(source), f"{found}  {source.name}\n")
             source.unlink()
     return ready
 
@@ -143,7 +142,7 @@ def _download(weights: PublishedWeights, to: Path, progress: bool) -> None:
             f"cannot download the weights of {weights.name} from {weights.url}: {reason}; expected a connection, or "
             f"the file at {to}. models.load_official(model, path) loads a copy of it, or a file of the authors"
         ) from None
-    os.replace(part, to)
+    part.replace(to)
     _version_file(part).unlink(missing_ok=True)
 
 
@@ -210,9 +209,8 @@ def _version_file(part: Path) -> Path:
 
 
 def _write(file: Path, text: str) -> None:
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text)
-    os.replace(new, file)
+    with replacing(file) as part:
+        part.write_text(text)
 
 
 def _digest(file: Path) -> str:

@@ -19,6 +19,7 @@ from rich import get_console
 from rich.table import Table
 from torch import Tensor
 
+from pyinvolution._files import replacing
 from pyinvolution.models.checkpoint import read
 from pyinvolution.recipes import plots
 from pyinvolution.recipes._lightning import SaveLast, cluster_environment, validate_again, validates_next
@@ -55,13 +56,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
         try:
-            with temporary.open("wb") as file:
+            with replacing(path) as part, part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
         except (OSError, RuntimeError) as error:
             # torch only says that it cannot complete the file; the cause is in the context.
             cause = error if isinstance(error, OSError) else error.__context__
@@ -71,8 +70,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             stays = "; the one before it stays as it is" if path.exists() else ""
             raise RecipeError(f"cannot write the checkpoint {path}: {cause.strerror or cause}{stays}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True

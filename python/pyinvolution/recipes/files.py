@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from pyinvolution._files import replacing
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.recipes.images import is_hidden, is_image_name
 
@@ -52,10 +53,8 @@ def _pixels(content: bytes) -> Any:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An interruption must not leave half a file under its name.
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    with replacing(path) as part:
+        part.write_bytes(content)
 
 
 def write_tree(root: Path, files: Files, folders: Iterable[str], others: Files | None = None) -> None:

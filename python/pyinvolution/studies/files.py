@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pyinvolution._files import replacing
+
 __all__ = ["read_json", "write_json"]
 
 
@@ -13,8 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to a file beside ``path`` and rename it, so that a kill leaves the old file or the new one."""
+    """Write ``content`` to ``path``, whose folder is made; a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
