@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("lightning")
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from pyinvolution.recipes import _lightning
@@ -24,20 +24,22 @@ def test_each_difference_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LightningCLI, "_get", lambda self, key: None)
     monkeypatch.setattr(_lightning, "VALIDATION_PROGRESS", "somewhere.else")
     monkeypatch.setattr(_lightning, "cluster_environment", lambda trainer: trainer.no_connector)
+    monkeypatch.setattr(_lightning, "ATTRIBUTES", ((EMAWeightAveraging, "_nothing"),))
     found = _lightning.missing()
+    assert "EMAWeightAveraging._nothing is missing" in found
     for name in ("_save_last_checkpoint", "_monitor_candidates", "_find_last_checkpoints"):
         assert f"ModelCheckpoint.{name} is missing" in found
     assert "LightningCLI._get takes ('self', 'key'), expected ('self', 'config', 'key', 'default')" in found
     assert "the state of Trainer.fit_loop has no entry 'somewhere.else'" in found
     (text,) = (text for text in found if "environment" in text)
     assert "no_connector" in text
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_all_private_names_are_in_the_table_and_in_one_file() -> None:
     """A name with one underscore that is looked up in anything but ``self``, a class of ours or torch is foreign."""
     folder = Path(_lightning.__file__).parent
-    known = {name for _, name, _ in _lightning.METHODS} | {"_accelerator_connector"}
+    known = {name for _, name, *_ in (*_lightning.METHODS, *_lightning.ATTRIBUTES)} | {"_accelerator_connector"}
     own = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

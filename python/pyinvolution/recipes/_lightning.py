@@ -1,9 +1,10 @@
 """All that the recipes use of Lightning beyond its public interface.
 
-Three promises need it. A checkpoint can be written at any optimizer step, also in the middle of an epoch and before a
+Four promises need it. A checkpoint can be written at any optimizer step, also in the middle of an epoch and before a
 validation, and a run resumed from it ends with the same bits: `ModelCheckpoint` only saves where it decides to, and a
 run that is resumed in a validation would take the validation as done. A checkpoint never holds weights that are not
-finite: `ModelCheckpoint` has no hook before it writes. And on a cluster the processes stop between two steps, for which
+finite: `ModelCheckpoint` has no hook before it writes. Averaged weights have batch norm statistics of their own:
+`WeightAveraging` does not show them. And on a cluster the processes stop between two steps, for which
 it must be known which signal the cluster sends.
 
 Private names may change with every minor version, so pyproject.toml limits Lightning to the versions that the tests
@@ -15,12 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.environments import ClusterEnvironment
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["PlainCLI", "SaveLast", "cluster_environment", "missing", "validate_again", "validates_next"]
+__all__ = ["Average", "PlainCLI", "SaveLast", "cluster_environment", "missing", "validate_again", "validates_next"]
 
 VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
 """Where the counters of the validation are in ``checkpoint["loops"]["fit_loop"]``."""
@@ -34,6 +36,12 @@ METHODS: tuple[tuple[type, str, tuple[str, ...]], ...] = (
     (_TrainingEpochLoop, "_should_check_val_fx", ("self", "data_fetcher")),
     (LightningCLI, "_parse_ckpt_path", ("self",)),
     (LightningCLI, "_get", ("self", "config", "key", "default")),
+)
+
+# Of an object of the class.
+ATTRIBUTES: tuple[tuple[type, str], ...] = (
+    (EMAWeightAveraging, "_average_model"),
+    (EMAWeightAveraging, "_latest_update_step"),
 )
 
 
@@ -54,6 +62,20 @@ class SaveLast(ModelCheckpoint):
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         self.before_save(trainer)
         super()._save_checkpoint(trainer, filepath)
+
+
+class Average(EMAWeightAveraging):
+    """`EMAWeightAveraging` that shows its average."""
+
+    @property
+    def model(self) -> AveragedModel:
+        """The average; its ``module`` is a copy of the trained one."""
+        assert self._average_model is not None, "it is made when fit begins"
+        return self._average_model
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """At the end of a batch: whether the optimizer made a step that the average does not know yet."""
+        return trainer.global_step > self._latest_update_step
 
 
 class PlainCLI(LightningCLI):
@@ -90,6 +112,7 @@ def validate_again(checkpoint: dict[str, Any]) -> None:
 def missing() -> list[str]:
     """What the installed Lightning lacks of the private names that this file uses, one text for each."""
     found = [_difference(owner, name, parameters) for owner, name, parameters in METHODS]
+    found += [f"{owner.__name__}.{name} is missing" for owner, name in ATTRIBUTES if not hasattr(owner(), name)]
     found.append(_of_a_trainer(_has_environment))
     found.append(_of_a_trainer(_has_progress))
     return [text for text in found if text]

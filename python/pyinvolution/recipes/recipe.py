@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import Lamb
@@ -17,6 +16,7 @@ from pyinvolution.models import create_model
 from pyinvolution.models.checkpoint import check_fit
 from pyinvolution.models.loading import load
 from pyinvolution.modules import Involution2d
+from pyinvolution.recipes.averaging import AveragedWeights
 from pyinvolution.recipes.data import data_of
 from pyinvolution.recipes.errors import RecipeError, naming, require
 from pyinvolution.recipes.schedule import cosine, multistep, poly, scale_lr, total_steps, warmup
@@ -53,8 +53,8 @@ class Recipe(pl.LightningModule):
             reaches the full rate, and is warned of.
         warmup_ratio: factor of the learning rate at the first step.
         init_from: file with weights to begin with: an official checkpoint, one of this library or a plain state dict.
-        ema_decay: of an exponential moving average of weights and buffers, which validation uses and checkpoints hold
-            as their weights; 0 for none.
+        ema_decay: of an exponential moving average of the weights, with batch norm statistics of its own
+            (`AveragedWeights`), which validation uses and checkpoints hold as their weights; 0 for none.
         channels_last: memory format of network and images.
         compile: run the network through torch.compile; the names in its state dict stay the same.
         compile_options: arguments of torch.compile, e.g. ``{"mode": "max-autotune"}``.
@@ -251,10 +251,14 @@ class Recipe(pl.LightningModule):
     def images(self, batch: Tensor) -> Tensor:
         return batch.contiguous(memory_format=self.memory_format)
 
+    def observe(self, images: Any) -> None:
+        """Run the network on the images of a training batch, for nothing but what its batch norms see."""
+        self.net(self.images(images))
+
     def configure_callbacks(self) -> list[pl.Callback]:
         # Outside training a checkpoint's weights are the averaged ones already.
         fitting = self.trainer.state.fn == "fit"
-        return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay and fitting else []
+        return [AveragedWeights(self.ema_decay)] if self.ema_decay and fitting else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         data = data_of(self.trainer)

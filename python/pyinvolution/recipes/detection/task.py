@@ -115,6 +115,9 @@ class Detection(Recipe):
                 detections["masks"] = detections["masks"][:, 0] >= self.mask_threshold
         return found
 
+    def observe(self, images: Any) -> None:
+        self.net(images)
+
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         images, targets = batch
         wanted = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
