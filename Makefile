@@ -21,8 +21,9 @@ demo: $(VENV)/.installed
 
 test: test-cpp test-python
 
+# Each file in one process, for what its tests share.
 test-python: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The torch-free core and, emulated on the CPU, the CUDA kernels, under the address and undefined-behaviour sanitizers.
 test-cpp: $(VENV)/.installed

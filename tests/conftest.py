@@ -4,6 +4,9 @@ import os
 
 # cuBLAS has deterministic algorithms on a GPU only with this, which it reads once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Threads of tests that run side by side wait for each other asleep, not busily. OpenMP reads that once, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from .program import Kernel, kernel_names, read_kernel
 
 ROOT = Path(__file__).parents[2]
@@ -93,9 +95,14 @@ def _compile(source: Path) -> Path:
     assert NVCC is not None
     label = "-".join(source.relative_to(ROOT / "cuda").with_suffix("").parts).replace("instances-", "")
     target = BUILD / f"{label}-{_digest([source, *_headers(source)], _compiler(), *FLAGS)}"
-    if target.exists():
-        return target
     BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / f"{label}.lock"):  # tests in other processes need the same
+        if not target.exists():
+            _compile_to(target, source)
+    return target
+
+
+def _compile_to(target: Path, source: Path) -> None:
     with tempfile.TemporaryDirectory(dir=BUILD) as made:
         folder = Path(made)
         (folder / "kept").mkdir()
@@ -112,12 +119,8 @@ def _compile(source: Path) -> Path:
         result = Path(tempfile.mkdtemp(dir=BUILD))
         for file in folder.iterdir():
             file.rename(result / file.name)
-    try:
-        result.chmod(0o755)
-        result.rename(target)
-    except OSError:  # another process was faster
-        shutil.rmtree(result)
-    return target
+    result.chmod(0o755)
+    result.rename(target)
 
 
 @dataclass(frozen=True)
