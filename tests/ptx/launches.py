@@ -103,6 +103,7 @@ def _compile(source: Path) -> Path:
 
 
 def _compile_to(target: Path, source: Path) -> None:
+    assert NVCC is not None
     with tempfile.TemporaryDirectory(dir=BUILD) as made:
         folder = Path(made)
         (folder / "kept").mkdir()
