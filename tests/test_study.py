@@ -490,8 +490,11 @@ def test_other_trainings_are_not_known(tmp_path, data, scored):
     report_file = tmp_path / "out/report.json"
     with pytest.raises(RecipeError, match=r"--known is .*report\.json, whose trainings have other configurations"):
         pipeline.run(other, "own", tmp_path / "other", known=report_file)
-    with pytest.raises(RecipeError, match=r"--known is nowhere, expected a report\.json of pyinvolution study"):
-        pipeline.run(other, "own", tmp_path / "other", known="nowhere")
+    (tmp_path / "text.json").write_text("no report")
+    (tmp_path / "list.json").write_text("[]")
+    for file in ("nowhere", tmp_path / "text.json", tmp_path / "list.json"):
+        with pytest.raises(RecipeError, match=rf"--known is {file}, expected a report\.json of pyinvolution study"):
+            pipeline.run(other, "own", tmp_path / "other", known=file)
     assert not list((tmp_path / "other").glob("*/*"))
     # Tuned in another way: the trainings are known, their tuning is not, which chooses another value.
     changed = definition.read(str(tuned_study(tmp_path, data)), {"tuning": {"trainer": {"max_epochs": 1}}})

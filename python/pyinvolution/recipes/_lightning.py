@@ -4,8 +4,8 @@ Four promises need it. A checkpoint can be written at any optimizer step, also i
 validation, and a run resumed from it ends with the same bits: `ModelCheckpoint` only saves where it decides to, and a
 run that is resumed in a validation would take the validation as done. A checkpoint never holds weights that are not
 finite: `ModelCheckpoint` has no hook before it writes. Averaged weights have batch norm statistics of their own:
-`WeightAveraging` does not show them. And on a cluster the processes stop between two steps, for which
-it must be known which signal the cluster sends.
+`WeightAveraging` does not show them. And on a cluster the processes stop between two steps, for which it must be known
+which signal the cluster sends.
 
 Private names may change with every minor version, so pyproject.toml limits Lightning to the versions that the tests
 have run with. `missing` says what another version lacks; everything else that touches these names is in this file.

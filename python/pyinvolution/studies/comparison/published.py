@@ -57,11 +57,16 @@ def take_over(definition: Definition, runner: Runner, path: Path) -> None:
     Raises:
         RecipeError: there is no such file, it is no report, or it has nothing that this comparison asks for.
     """
-    report = read_json(path)
-    if not isinstance(report.get("runs"), dict):
+    try:
+        report = read_json(path)
+    except ValueError:
+        report = {}
+    if not isinstance(report, dict) or not isinstance(report.get("runs"), dict):
         raise RecipeError(f"--known is {path}, expected a report.json of pyinvolution study")
-    taken = 0
-    for training, result in _found(definition, report):
+    found = list(_found(definition, report))
+    if not found:
+        raise RecipeError(f"--known is {path}, whose trainings have other configurations than those of this comparison")
+    for training, result in found:
         folder = runner.place(training)
         if runner.result(training) or (folder / "last.ckpt").is_file():
             continue
@@ -74,10 +79,7 @@ def take_over(definition: Definition, runner: Runner, path: Path) -> None:
         else:
             shutil.copyfile(log, folder / "log.txt")
         write_json(folder / "result.json", result)
-        taken += 1
         runner.tell(f"known: {training.run}, {training.label}")
-    if not taken and not any(runner.result(training) for training, _ in _found(definition, report)):
-        raise RecipeError(f"--known is {path}, whose trainings have other configurations than those of this comparison")
 
 
 def _found(definition: Definition, report: Mapping[str, Any]) -> Iterator[tuple[Training, dict[str, Any]]]:
