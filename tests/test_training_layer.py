@@ -24,6 +24,9 @@ LAYERS = {
     "groups of 3": ((2, 15, 8, 5), (3, 2, 3, 2)),
     "groups of 1": ((2, 20, 7, 6), (3, 1, 1, 4)),
     "R of 16": ((2, 64, 5, 6), (5, 1, 16, 4)),
+    "more reduced channels than taps": ((2, 128, 5, 6), (5, 1, 16, 4)),
+    "groups of 4 among 3 vectors": ((3, 36, 9, 9), (3, 1, 4, 6)),
+    "groups of 24": ((2, 48, 7, 9), (3, 1, 24, 4)),
     "R of 1": ((2, 16, 8, 8), (3, 1, 16, 16)),
     "dilated": ((2, 16, 10, 10), ((3, 3), 1, 16, 4, 2)),
     "tasks": ((9, 16, 33, 31), (3, 1, 16, 4)),
@@ -220,6 +223,17 @@ def test_modules_run(name, calls):
             layer(x)
     else:
         layer(x)
+    assert len(calls) == 1
+
+
+def test_many_reduced_channels(calls):
+    """Lengths of kernels from 33 of them take more time than the kernels of 25 taps."""
+    x = torch.randn(2, 132, 5, 6).to(memory_format=torch.channels_last)
+    layer = Involution2d(132, 5, group_channels=12, reduction=4, kernel_norm="l2")
+    layer(x)
+    assert not calls
+    layer.kernel_norm = None
+    layer(x)
     assert len(calls) == 1
 
 

@@ -136,9 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_layer2d_back
     const Tensor gy = torch::stable::contiguous(gradient, MemoryFormat::ChannelsLast);
     lengths.emplace(layer, span_weight, span_bias, *least_length);
     gradient = torch::stable::empty_like(*output);
-    grad_squares.resize(p.batch * p.out_h * p.out_w * p.groups);
-    cpu::undivided_gradient(layer.shape, lengths->gram, lengths->least, address(r), address(*output), address(gy),
-                            gradient.mutable_data_ptr(), grad_squares.data(), cpu_execution());
+    grad_squares = cpu::undivided_gradient(layer.shape, lengths->gram, lengths->least, address(r), address(*output),
+                                           address(gy), gradient.mutable_data_ptr(), cpu_execution());
   }
   auto [grad_input, grad_r, grad_span, grad_bias] =
       span_involution2d_backward(gradient, input, r, layer.span, layer.bias, kernel_size, stride, padding, dilation,
@@ -146,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_layer2d_back
   if (lengths) {
     grad_span = converted(grad_span, ScalarType::Float);
     if (span_bias) grad_bias = converted(grad_bias, ScalarType::Float);
-    cpu::length_gradients(layer.shape, lengths->gram, address(r), grad_squares.data(), grad_r.mutable_data_ptr(),
+    cpu::length_gradients(layer.shape, lengths->gram, address(r), grad_squares, grad_r.mutable_data_ptr(),
                           lengths->taps, lengths->weights(), lengths->biases(), floats_of(grad_span),
                           span_bias ? floats_of(grad_bias) : nullptr, cpu_execution());
   }

@@ -7,6 +7,7 @@
 
 #include "cpu/arithmetic.h"
 #include "cpu/channels/tiling.h"
+#include "cpu/simd/convert.h"
 #include "cpu/simd/dtype.h"
 #include "cpu/simd/vector.h"
 
@@ -119,6 +120,38 @@ void load_bias(const SpanProblem& span, const SpanBuffers& buffers, int64_t g, f
   for (int64_t k = 0; k < taps; ++k) to[k] = from == nullptr ? 0.0f : load(from[g * taps + k]);
 }
 
+// Fewer than 16 neighbours.
+template <class T>
+[[gnu::always_inline]] inline void copy_few(const T* from, int64_t count, T* to) {
+  const auto piece = [&](auto size) __attribute__((always_inline)) {
+    constexpr int n = decltype(size)::value;
+    if ((count & n) == 0) return;
+    std::memcpy(to, from, n * sizeof(T));
+    from += n, to += n;
+  };
+  piece(Count<8>{}), piece(Count<4>{}), piece(Count<2>{}), piece(Count<1>{});
+}
+
+// Whether parts of vectors are loaded and converted as vectors: AVX-512 masks loads. Elsewhere a vector that is put
+// together from elements would wait for them to reach memory.
+constexpr bool masks_loads = V::lanes == 16;
+
+// Neighbouring channels of a pixel, a block of them or with masks_loads fewer, as floats; missing ones are zero. And back.
+template <class T>
+[[gnu::always_inline]] inline void load_pixel(const T* from, int64_t channels, float* to) {
+  if (masks_loads && channels < block_channels) return V::load_range(from, 0, 0, channels).store(to);
+  for (int64_t c = 0; c < block_channels; c += V::lanes) V::load(from + c).store(to + c);
+}
+template <class T>
+[[gnu::always_inline]] inline void store_pixel(const float* from, int64_t channels, T* to) {
+  if (masks_loads && channels < block_channels) {
+    T block[block_channels];
+    store_vector(V::load(from), block);
+    return copy_few(block, channels, to);
+  }
+  for (int64_t c = 0; c < block_channels; c += V::lanes) store_vector(V::load(from + c), to + c);
+}
+
 // [pixel][16] results of a run of pixels into a tensor; `staging` holds tile_pixels * 16 floats.
 template <class T>
 void store_pixels(const float* from, int64_t channels, int64_t pixels, T* to, int64_t channel, int64_t pixel,
@@ -134,9 +167,8 @@ void store_pixels(const float* from, int64_t channels, int64_t pixels, T* to, in
           for (int64_t v = 0; v < run; ++v) store(staging[c * tile_pixels + v], &to[c * channel + first + v]);
       }
     }
-  } else if (channel == 1 && channels == block_channels) {
-    for (int64_t v = 0; v < pixels; ++v)
-      for (int64_t c = 0; c < block_channels; ++c) store(from[v * block_channels + c], &to[v * pixel + c]);
+  } else if (channel == 1 && (masks_loads || channels == block_channels)) {
+    for (int64_t v = 0; v < pixels; ++v) store_pixel(from + v * block_channels, channels, to + v * pixel);
   } else {
     for (int64_t v = 0; v < pixels; ++v)
       for (int64_t c = 0; c < channels; ++c) store(from[v * block_channels + c], &to[v * pixel + c * channel]);
@@ -147,9 +179,8 @@ void store_pixels(const float* from, int64_t channels, int64_t pixels, T* to, in
 template <class T>
 void load_pixels(const T* from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel, float* to,
                  float* staging) {
-  if (channel == 1 && channels == block_channels) {
-    for (int64_t v = 0; v < pixels; ++v)
-      for (int64_t c = 0; c < block_channels; ++c) to[v * block_channels + c] = load(from[v * pixel + c]);
+  if (channel == 1 && (masks_loads || channels == block_channels)) {
+    for (int64_t v = 0; v < pixels; ++v) load_pixel(from + v * pixel, channels, to + v * block_channels);
     return;
   }
   if (channels < block_channels) std::memset(to, 0, size_t(pixels * block_channels) * sizeof(float));

@@ -113,6 +113,13 @@ inline void transpose_pairs(const Pair* from, int64_t from_pitch, int64_t rows, 
     transpose(reinterpret_cast<const float*>(from), from_pitch, rows, columns, reinterpret_cast<float*>(to), to_pitch);
 }
 
+// load_pixel_pairs for neighbouring channels, fewer than a block has. Apart from its caller it has registers enough.
+[[gnu::noinline]] inline void load_few_channels(TwoRows from, int64_t channels, int64_t pixels, int64_t pixel,
+                                                Pair* to) {
+  for (; pixels > 0; --pixels, from.low += pixel, from.high += pixel, to += block_channels)
+    from.copy_first(channels, to);
+}
+
 // Two rows of X at a run of pixels as [pixel][16]; missing channels are zero-filled up to the lanes that are read.
 // `staging` holds tile_pixels * 16 pairs.
 inline void load_pixel_pairs(const TwoRows from, int64_t channels, int64_t pixels, int64_t channel, int64_t pixel,
@@ -121,6 +128,8 @@ inline void load_pixel_pairs(const TwoRows from, int64_t channels, int64_t pixel
     for (int64_t v = 0; v < pixels; ++v) from.copy_vector<16>(v * pixel, to + v * block_channels);
   } else if (channel == 1 && channels == block_channels / 2) {
     for (int64_t v = 0; v < pixels; ++v) from.copy_vector<8>(v * pixel, to + v * block_channels);
+  } else if (channel == 1) {
+    load_few_channels(from, channels, pixels, pixel, to);
   } else {
     if (channels < block_channels) std::memset(to, 0, size_t(pixels * block_channels) * sizeof(Pair));
     if (pixel == 1 && channel != 1) {

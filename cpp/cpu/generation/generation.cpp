@@ -20,8 +20,8 @@ GenerationTiling tiling_of(const GenerationShape& shape) {
   t.pixels = shape.batch * shape.out_h * shape.out_w;
   t.task_pixels = round_up(ceil_div(t.pixels, most_tasks), generation_pixels);
   t.tasks = ceil_div(t.pixels, t.task_pixels);
-  const int64_t lanes = current_kernels().vector_bytes / int64_t{sizeof(float)};
-  t.channel_columns = round_up(t.channels, lanes), t.reduced_columns = round_up(t.reduced, lanes);
+  t.lanes = current_kernels().vector_bytes / int64_t{sizeof(float)};
+  t.channel_columns = round_up(t.channels, t.lanes), t.reduced_columns = round_up(t.reduced, t.lanes);
   t.gram_partial = t.groups * ((t.reduced + 1) * t.reduced_columns + 1);
   return t;
 }
@@ -30,7 +30,9 @@ GenerationTiling tiling_of(const GenerationShape& shape) {
 int64_t scratch_floats(const GenerationTiling& t, GenerationStep step) {
   if (step == GenerationStep::reduce || step == GenerationStep::reduce_gradients)
     return generation_pixels * (1 + 2 * t.channel_columns + t.reduced + t.reduced_columns);
-  return generation_pixels * (2 * t.groups + t.reduced + 4 * (t.reduced + 1)) + t.reduced_columns;
+  const int64_t lengths = generation_pixels * (2 * t.groups + t.reduced + 4 * (t.reduced + 1)) + t.reduced_columns;
+  if (step == GenerationStep::length_gradients) return lengths;
+  return lengths + generation_pixels * t.groups + t.lanes + 2 * t.lanes * t.channel_columns;
 }
 
 void run(const GenerationTiling& t, GenerationStep step, double multiply_adds, const Execution& execution) {
@@ -55,6 +57,13 @@ std::vector<float> packed(const GenerationTiling& t, const void* a, bool transpo
         to[transposed ? c * pitch + r : r * pitch + c] = float(load(from[r * t.channels + c]));
   });
   return to;
+}
+
+// The group of each channel; those past the last one are of the last group.
+std::vector<int32_t> groups_of_channels(const GenerationTiling& t) {
+  std::vector<int32_t> groups(t.channel_columns);
+  for (int64_t c = 0; c < t.channel_columns; ++c) groups[c] = int32_t(min(c, t.channels - 1) / (t.channels / t.groups));
+  return groups;
 }
 
 }  // namespace
@@ -101,24 +110,30 @@ std::vector<float> span_gram(const GenerationShape& shape, int64_t taps, const f
 void divide_by_lengths(const GenerationShape& shape, const std::vector<float>& gram, float least, const void* r,
                        void* y, const Execution& execution) {
   GenerationTiling t = tiling_of(shape);
-  t.gram = gram.data(), t.least = least, t.r = r, t.scaled = y;
+  const std::vector<int32_t> groups = groups_of_channels(t);
+  t.gram = gram.data(), t.least = least, t.r = r, t.scaled = y, t.group_of = groups.data();
   run(t, GenerationStep::scale, lengths(t), execution);
 }
 
-void undivided_gradient(const GenerationShape& shape, const std::vector<float>& gram, float least, const void* r,
-                        const void* y, const void* gy, void* u, float* grad_squares, const Execution& execution) {
+std::vector<float> undivided_gradient(const GenerationShape& shape, const std::vector<float>& gram, float least,
+                                      const void* r, const void* y, const void* gy, void* u,
+                                      const Execution& execution) {
   GenerationTiling t = tiling_of(shape);
-  t.gram = gram.data(), t.least = least, t.r = r, t.y = y, t.gy = gy, t.scaled = u, t.grad_squares = grad_squares;
+  const std::vector<int32_t> groups = groups_of_channels(t);
+  std::vector<float> grad_squares(round_up(t.pixels, generation_pixels) * t.groups);
+  t.gram = gram.data(), t.least = least, t.r = r, t.y = y, t.gy = gy, t.scaled = u, t.group_of = groups.data();
+  t.grad_squares = grad_squares.data();
   run(t, GenerationStep::scale_gradient, lengths(t), execution);
+  return grad_squares;
 }
 
 void length_gradients(const GenerationShape& shape, const std::vector<float>& gram, const void* r,
-                      const float* grad_squares, void* gr, int64_t taps, const float* s, const float* b, float* grad_s,
-                      float* grad_b, const Execution& execution) {
+                      const std::vector<float>& grad_squares, void* gr, int64_t taps, const float* s, const float* b,
+                      float* grad_s, float* grad_b, const Execution& execution) {
   GenerationTiling t = tiling_of(shape);
   const int64_t reduced = t.reduced, rows = reduced + 1;
   std::vector<float> partial(t.tasks * t.gram_partial);
-  t.gram = gram.data(), t.r = r, t.gr = gr, t.grad_squares = const_cast<float*>(grad_squares);
+  t.gram = gram.data(), t.r = r, t.gr = gr, t.grad_squares = const_cast<float*>(grad_squares.data());
   t.partial = partial.data();
   run(t, GenerationStep::length_gradients, 2 * lengths(t), execution);
 

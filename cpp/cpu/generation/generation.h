@@ -28,13 +28,13 @@ std::vector<float> span_gram(const GenerationShape&, int64_t taps, const float* 
 void divide_by_lengths(const GenerationShape&, const std::vector<float>& gram, float least, const void* r, void* y,
                        const Execution&);
 
-// The gradients of what has been divided, u, and of squared lengths, h (pixels, G).
-void undivided_gradient(const GenerationShape&, const std::vector<float>& gram, float least, const void* r,
-                        const void* y, const void* gy, void* u, float* grad_squares, const Execution&);
+// The gradients of what has been divided, u, and of squared lengths, h, as length_gradients reads them.
+std::vector<float> undivided_gradient(const GenerationShape&, const std::vector<float>& gram, float least,
+                                      const void* r, const void* y, const void* gy, void* u, const Execution&);
 
 // Adds the gradient of r to gr, of S to gS and of b to gb, which may be null.
-void length_gradients(const GenerationShape&, const std::vector<float>& gram, const void* r, const float* grad_squares,
-                      void* gr, int64_t taps, const float* s, const float* b, float* grad_s, float* grad_b,
-                      const Execution&);
+void length_gradients(const GenerationShape&, const std::vector<float>& gram, const void* r,
+                      const std::vector<float>& grad_squares, void* gr, int64_t taps, const float* s, const float* b,
+                      float* grad_s, float* grad_b, const Execution&);
 
 }  // namespace pyinvolution::cpu

@@ -158,6 +158,10 @@ struct LengthTile {
   float* weighted;    // [R + 1][tile], h r' of one group
   float* gradient;    // [R + 1][tile], of r'
   float* rows;        // [tile][R] and a vector, r; zeros past the last pixel
+  // For `scale` only:
+  float* by_pixel;  // [tile][G] and a vector, f
+  float* terms;     // [lane][channel_columns], gy y of a vector of pixels
+  float* across;    // [channel_columns][lane], the same
 
   LengthTile(const GenerationTiling& t, float* memory) {
     const int64_t extended = (t.reduced + 1) * generation_pixels;
@@ -165,6 +169,9 @@ struct LengthTile {
     along = derivative + t.groups * generation_pixels;
     products = along + extended, weighted = products + extended, gradient = weighted + extended;
     rows = gradient + extended;
+    by_pixel = rows + generation_pixels * t.reduced + t.reduced_columns;
+    terms = by_pixel + generation_pixels * t.groups + Floats::lanes;
+    across = terms + Floats::lanes * t.channel_columns;
   }
 
   template <class T>
@@ -206,6 +213,7 @@ struct LengthTile {
   }
 };
 
+// A vector of channels may have those of several groups, so each of its lanes takes the factor of its own.
 template <class T>
 void scale_task(const GenerationTiling& t, int64_t begin, int64_t end, float* memory, bool gradient) {
   LengthTile tile(t, memory);
@@ -216,20 +224,44 @@ void scale_task(const GenerationTiling& t, int64_t begin, int64_t end, float* me
     const int64_t pixels = min(generation_pixels, end - first);
     tile.load<T>(t, first, pixels);
     tile.find_factors(t);
-    for (int64_t p = 0; p < pixels; ++p)
+    transpose(tile.factor, generation_pixels, t.groups, generation_pixels, tile.by_pixel, t.groups);
+    const auto scale_pixel = [&](int64_t p) {
+      const float* factors = tile.by_pixel + p * t.groups;
+      const int64_t at = (first + p) * t.channels;
+      float* terms = tile.terms + p % Floats::lanes * t.channel_columns;
+      for_vectors(t.channels, [&](int64_t c, auto whole, int64_t count) {
+        constexpr bool W = decltype(whole)::value;
+        const int32_t group = t.group_of[c];
+        const bool one = t.group_of[c + count - 1] == group;
+        const Floats factor = one ? broadcast(factors[group])
+                                  : Floats::load(factors + group).permuted(Floats::order(t.group_of + c, -group));
+        const Floats from = load_lanes<W>(gradient ? gy + at + c : scaled + at + c, count);
+        if (gradient) Floats{from.value * load_lanes<W>(y + at + c, count).value}.store(terms + c);
+        store_lanes<W>({from.value * factor.value}, scaled + at + c, count);
+      });
+    };
+    if (!gradient) {
+      for (int64_t p = 0; p < pixels; ++p) scale_pixel(p);
+      continue;
+    }
+    float* squares = t.grad_squares + first * t.groups;
+    for (int64_t p = 0; p < generation_pixels; p += Floats::lanes) {
+      const int64_t count = max(0, min(Floats::lanes, pixels - p));
+      for (int64_t i = 0; i < count; ++i) scale_pixel(p + i);
+      transpose(tile.terms, t.channel_columns, count, t.channels, tile.across, Floats::lanes);
       for (int64_t g = 0; g < t.groups; ++g) {
-        const float factor = tile.factor[g * generation_pixels + p];
-        const int64_t at = (first + p) * t.channels + g * width;
-        Floats product = Floats::zero();
-        for_vectors(width, [&](int64_t c, auto whole, int64_t count) {
-          constexpr bool W = decltype(whole)::value;
-          const Floats from = load_lanes<W>(gradient ? gy + at + c : scaled + at + c, count);
-          if (gradient) product.add_product(from, load_lanes<W>(y + at + c, count));
-          store_lanes<W>({from.value * factor}, scaled + at + c, count);
-        });
-        if (gradient)
-          t.grad_squares[(first + p) * t.groups + g] = tile.derivative[g * generation_pixels + p] * lane_sum(product);
+        Floats sum = Floats::zero();
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          const Floats term = Floats::load(tile.across + c * Floats::lanes);
+          sum.value += term.value;
+        }
+        const Floats derivative = Floats::load(tile.derivative + g * generation_pixels + p);
+        sum.value *= derivative.value;
+        float* to = squares + g * generation_pixels + p;
+        sum.store(to);
+        for (int64_t lane = count; lane < Floats::lanes; ++lane) to[lane] = 0.0f;
       }
+    }
   }
 }
 
@@ -244,11 +276,9 @@ void length_gradients_task(const GenerationTiling& t, int64_t task, int64_t begi
     const int64_t pixels = min(generation_pixels, end - first);
     tile.load<T>(t, first, pixels);
     clear(tile.gradient, extended * generation_pixels / Floats::lanes);
-    float* squares = tile.factor;
-    clear(squares, generation_pixels / Floats::lanes);
     for (int64_t g = 0; g < t.groups; ++g) {
       tile.multiply_by_gram(t, g);
-      for (int64_t p = 0; p < pixels; ++p) squares[p] = t.grad_squares[(first + p) * t.groups + g];
+      const float* squares = t.grad_squares + first * t.groups + g * generation_pixels;
       Floats total = Floats::zero();
       for (int64_t p = 0; p < generation_pixels; p += Floats::lanes) {
         const Floats h = Floats::load(squares + p), twice{2.0f * h.value};

@@ -36,6 +36,7 @@ struct GenerationTiling {
   int64_t pixels;  // of the output, of all images
 
   int64_t tasks, task_pixels;
+  int64_t lanes;                             // of a vector
   int64_t channel_columns, reduced_columns;  // channels and R, rounded up to whole vectors
 
   const void *x, *gz, *r, *gy, *y;
@@ -44,8 +45,9 @@ struct GenerationTiling {
   const float* reduce_rows;        // [R][channel_columns], A
   const float* gram;               // [G][R + 1][R + 1], M
   float least;
-  float* grad_squares;  // [pixels][G], h
-  float* partial;       // [tasks][R][channel_columns] of gA, or of gM, [tasks][gram_partial]
+  const int32_t* group_of;  // [channel_columns], of a channel
+  float* grad_squares;      // [tile of generation_pixels][G][pixel], h; 0 past the last pixel
+  float* partial;           // [tasks][R][channel_columns] of gA, or of gM, [tasks][gram_partial]
   // A task's gM: [G][R + 1][reduced_columns] without the last column, and [G], the last element of each.
   int64_t gram_partial;
 };

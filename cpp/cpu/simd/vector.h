@@ -122,6 +122,10 @@ struct Vector {
   typedef Number Order __attribute__((vector_size(VECTOR_BYTES)));
   [[gnu::always_inline]] static Order order(const int32_t* lane, int32_t plus = 0) {
     Order numbers;
+    if constexpr (sizeof(A) == 4) {
+      std::memcpy(&numbers, lane, sizeof numbers);
+      return numbers + plus;
+    }
     for (int64_t i = 0; i < lanes; ++i) numbers[i] = lane[i] + plus;
     return numbers;
   }
@@ -253,6 +257,15 @@ inline void clear(float* to, int64_t vectors) {
   for (int64_t v = 0; v < vectors; ++v) Vector<float>::zero().store(to + v * Vector<float>::lanes);
 }
 
+// Two neighbours and two others. (As doubles, since a vector that is written in parts would go through memory.)
+inline Four load_two_pairs(const float* low, const float* high) {
+  typedef double Two __attribute__((vector_size(16)));
+  double pairs[2];
+  std::memcpy(&pairs[0], low, sizeof(double));
+  std::memcpy(&pairs[1], high, sizeof(double));
+  return (Four)Two{pairs[0], pairs[1]};
+}
+
 template <int Rows>
 void transpose_rows(const float* from, int64_t from_pitch, int64_t columns, float* to, int64_t to_pitch) {
   const int64_t whole = columns / 4 * 4;
@@ -293,7 +306,16 @@ void transpose_rows(const float* from, int64_t from_pitch, int64_t columns, floa
                          PYINVOLUTION_SHUFFLE(high01, high23, 2, 3, 6, 7)};
     for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * to_pitch, &out[i], Rows * sizeof(float));
   }
-  for (int64_t c = whole; c < columns; ++c)
+  int64_t c = whole;
+  if constexpr (Rows == 4)
+    for (; c + 2 <= columns; c += 2) {
+      const Four rows01 = load_two_pairs(from + c, from + from_pitch + c);
+      const Four rows23 = load_two_pairs(from + 2 * from_pitch + c, from + 3 * from_pitch + c);
+      const Four out[2] = {PYINVOLUTION_SHUFFLE(rows01, rows23, 0, 2, 4, 6),
+                           PYINVOLUTION_SHUFFLE(rows01, rows23, 1, 3, 5, 7)};
+      for (int i = 0; i < 2; ++i) std::memcpy(to + (c + i) * to_pitch, &out[i], sizeof(Four));
+    }
+  for (; c < columns; ++c)
     for (int i = 0; i < Rows; ++i) to[c * to_pitch + i] = from[i * from_pitch + c];
 }
 
