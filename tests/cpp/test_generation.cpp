@@ -112,12 +112,13 @@ struct Layer {
     std::vector<double> undivided(pixels * c), gradient(pixels * r), size(pixels * r);
     for (int64_t i = 0; i < pixels * c; ++i) undivided[i] = y[i];
     for (int64_t i = 0; i < pixels * r; ++i) gradient[i] = gr[i], size[i] = std::abs(gr[i]);
-    std::vector<float> h(pixels * g, NAN), grad_s(g * taps * r, 1.0f), grad_b(g * taps, 2.0f);
+    std::vector<float> grad_s(g * taps * r, 1.0f), grad_b(g * taps, 2.0f);
     const float least = 1e-24f;
     const std::vector<float> gram = cpu::span_gram(shape, taps, weights, biases);
     cpu::divide_by_lengths(shape, gram, least, reduced.data(), y.data(), execution);
-    cpu::undivided_gradient(shape, gram, least, reduced.data(), y.data(), gy.data(), u.data(), h.data(), execution);
-    cpu::length_gradients(shape, gram, reduced.data(), h.data(), gr.data(), taps, weights, biases, grad_s.data(),
+    const std::vector<float> h =
+        cpu::undivided_gradient(shape, gram, least, reduced.data(), y.data(), gy.data(), u.data(), execution);
+    cpu::length_gradients(shape, gram, reduced.data(), h, gr.data(), taps, weights, biases, grad_s.data(),
                           biased ? grad_b.data() : nullptr, execution);
     bool good_y = true, good_u = true, good_r = true, good_s = true, good_b = true;
     std::vector<double> of_s(grad_s.size(), 1.0), size_s(grad_s.size(), 1.0), of_b(grad_b.size(), 2.0),
@@ -170,7 +171,11 @@ void layers() {
                                                                            {64, 17, 4, 5, 5, 3},
                                                                            {10, 1, 2, 12, 9, 1},
                                                                            {36, 15, 3, 4, 4, 1},
-                                                                           {40, 16, 5, 8, 17, 2}}) {
+                                                                           {40, 16, 5, 8, 17, 2},
+                                                                           {48, 12, 12, 9, 8, 1},
+                                                                           {21, 5, 7, 7, 10, 1},
+                                                                           {20, 3, 20, 5, 13, 1},
+                                                                           {72, 9, 2, 6, 7, 1}}) {
       const int64_t rows = (height + stride - 1) / stride, columns = (width + stride - 1) / stride;
       Layer layer{{dtype, 2, channels, reduced, groups, height, width, rows, columns, stride, stride},
                   dtype,
