@@ -227,7 +227,7 @@ def test_modules_run(name, calls):
 
 
 def test_many_reduced_channels(calls):
-    """Lengths of kernels from 33 of them take more time than the kernels of 25 taps."""
+    """33 of them, and 25 taps."""
     x = torch.randn(2, 132, 5, 6).to(memory_format=torch.channels_last)
     layer = Involution2d(132, 5, group_channels=12, reduction=4, kernel_norm="l2")
     layer(x)

@@ -15,8 +15,9 @@ from pyinvolution.stock import intercepted, is_pointwise, is_stock
 __all__ = ["TrainingLayer", "run_as_one", "trains_as_one"]
 
 LENGTHS_REDUCED = 32
-"""Lengths cost R² products for each kernel. With up to so many reduced channels, or as many as there are taps, that
-takes less time than to write the kernels (with 64, and 3x3 to 7x7 taps, 1.1 to 1.9 times as much)."""
+"""Lengths are computed for up to so many reduced channels, or as many as there are taps. They cost R² products for each
+kernel: with 32 a layer takes 0.63 to 0.86 of the time that it takes with kernels in memory, with 64 1.1 to 1.9 times as
+much (3x3 to 7x7 taps, float32 and bfloat16)."""
 
 _forward = torch.ops.pyinvolution.training_layer2d.default
 _backward = torch.ops.pyinvolution.training_layer2d_backward.default
