@@ -20,12 +20,45 @@ import pyinvolution
 from pyinvolution import autotune, disable_variants, explain, explain_layer, explain_span, force_variant, ops
 from pyinvolution._library import _C
 from pyinvolution.autotuning import autotune_file
+from pyinvolution.explain import processor_name
 from pyinvolution.functional import involution2d, span_involution2d
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, W = (torch.randn(s, generator=GENERATOR) for s in ((2, 32, 12, 12), (2, 2, 7, 7, 12, 12)))
 WINDOW = ((1, 1), (3, 3), (1, 1))
 R, S, A = (torch.randn(s, generator=GENERATOR) for s in ((2, 8, 12, 12), (98, 8), (8, 32)))
+
+
+INTEL = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Xeon\nstepping\t: 2\n\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (INTEL + INTEL.replace("207", "208"), "Xeon (family 6, model 207)"),
+        (INTEL.replace("model name\t: Xeon\n", ""), "mill (family 6, model 207)"),
+        (ARM, "mill (implementer 0x41, part 0xd40)"),
+        ("vendor_id       : IBM/S390\n", "mill"),
+        (None, "mill"),
+    ],
+    ids=["x86", "x86 without a name", "aarch64", "another", "no file"],
+)
+def test_processors_of_one_name_are_told_apart(
+    content: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices and times are kept by this name."""
+
+    def read_text(self: Path, **_: Any) -> str:
+        assert str(self) == "/proc/cpuinfo"
+        if content is None:
+            raise FileNotFoundError(self)
+        return content
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "mill")
+    assert processor_name.__wrapped__() == expected
 
 
 @pytest.fixture

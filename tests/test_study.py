@@ -480,6 +480,11 @@ def test_published_trainings_are_known(tmp_path, data, scored):
     # The report in the folder of a comparison serves as well.
     third = pipeline.run(second, "own", tmp_path / "third", known=tmp_path / "other/report.json")
     assert third["runs"] == again["runs"]
+    # Times of several machines are not put side by side without a word.
+    assert "Times of different machines" not in report.markdown(again)
+    write_json(tmp_path / "other/inv/seed0/result.json", changed | {"seed": 0, "machine": "two"})
+    mixed = pipeline.run(second, "own", tmp_path / "other", train=False)
+    assert "cannot be compared:\n\n- `conv`: one\n- `inv`: one, two\n" in report.markdown(mixed)
 
 
 def test_other_trainings_are_not_known(tmp_path, data, scored):

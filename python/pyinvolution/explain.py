@@ -300,12 +300,16 @@ def build_info() -> dict[str, str]:
 
 @cache
 def processor_name() -> str:
-    """Model of the CPU."""
+    """Model of the CPU; on Linux with its numbers, since virtual machines often name only the brand ("AMD EPYC")."""
     try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
+    except OSError:
+        first = ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
+    known = [f"{label} {fields[key]}" for key, label in numbers.items() if fields.get(key)]
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 @cache

@@ -140,6 +140,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         )
         command = " ".join(["pyinvolution study", report["study"], *report["changes"]])
         lines += ["", f"`{command}` on {machines}, torch {versions}, commit {commits}."]
+        if len({result["machine"] for result in finished}) > 1:
+            lines += ["", "Times of different machines cannot be compared:", ""]
+            lines += [f"- `{name}`: {', '.join(_machines(entry))}" for name, entry in report["runs"].items()]
     if report["grid"]:
         lines += ["", f"Each recipe was tuned over {report['grid']}:", ""]
         lines += [f"- `{name}`: {entry.get('values', 'not tuned yet')}" for name, entry in report["runs"].items()]
@@ -151,6 +154,10 @@ def markdown(report: Mapping[str, Any]) -> str:
             costs = f"{parameters} of the parameters, {operations} of the multiply-adds"
             lines += ["", f"`{ours}` against `{baseline}`: {ahead}, at {costs}."]
     return "\n".join(lines) + "\n"
+
+
+def _machines(entry: Mapping[str, Any]) -> list[str]:
+    return sorted({str(result["machine"]) for result in entry["trainings"]}) or ["not finished"]
 
 
 def _is_share(metric: str) -> bool:
