@@ -150,6 +150,17 @@ def test_cifar10_pairs_differ_in_the_operator_only(size):
     assert 0.85 * sums[0] < sums[2] <= sums[0], "about as many multiply-adds"
 
 
+def test_mixed_network_has_the_first_stage_of_one_and_the_others_of_the_other():
+    resnet, rednet, mixed = (
+        configs.load(f"cifar10/{name}_small{end}.yaml")
+        for name, end in (("resnet", ""), ("rednet", ""), ("rednet", "_mixed"))
+    )
+    stages = [config["model"]["init_args"]["options"]["stages"] for config in (resnet, rednet, mixed)]
+    assert stages[2] == [stages[0][0], *stages[1][1:]]
+    mixed["model"]["init_args"]["options"]["stages"] = stages[1]
+    assert differences(rednet, mixed) == {"trainer.default_root_dir"}
+
+
 def test_other_pairs_differ_in_the_operator_only():
     conv, inv = (
         configs.load(f"bccd/faster_rcnn_{name}.yaml")["model"]["init_args"]["options"] for name in ("conv", "inv")
