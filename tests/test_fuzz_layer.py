@@ -47,8 +47,8 @@ def network(draw: random.Random) -> nn.Module:
     return create_model(
         "rednet", layers=draw.choice([[1], [2], [1, 1]]), in_channels=8, num_classes=3, stem="small", stem_channels=8,
         base_channels=4, expansion=2, kernel_size=draw.choice([3, 5]), group_channels=draw.choice([2, 4]), reduction=2,
-        frozen_stages=draw.choice([-1, -1, -1, 0, 1]), norm_eval=draw.choice([False, False, True]),
-        zero_init_residual=False, dtype=torch.float64,
+        conv_stages=draw.choice([-1, -1, -1, 0, 1]), frozen_stages=draw.choice([-1, -1, -1, 0, 1]),
+        norm_eval=draw.choice([False, False, True]), zero_init_residual=False, dtype=torch.float64,
     )  # fmt: skip
 
 

@@ -269,6 +269,28 @@ def test_kernel_norm():
         small(kernel_norm="l3")
 
 
+@pytest.mark.parametrize("last", [-1, 0, 1, 2])
+def test_convolution_stages(last):
+    model = small(conv_stages=last, kernel_size=5)
+    kinds = [type(model.stem.involution), type(model.layer1[0].involution), type(model.layer2[1].involution)]
+    assert kinds == [nn.Conv2d if index <= last else Involution2d for index in range(3)]
+    assert [info["reduction"] for info in model.feature_info] == [2, 2, 4]
+    assert [tuple(map.shape[1:]) for map in model.features(torch.randn(1, 3, 17, 20))] == [(64, 9, 10), (128, 5, 5)]
+    dilated = small(conv_stages=last, output_stride=2)
+    assert dilated.layer2[0].involution.dilation == (2, 2)
+    assert [map.shape[-1] for map in dilated.features(torch.randn(1, 3, 17, 20))] == [10, 10]
+
+
+def test_convolutions_everywhere_are_a_resnet():
+    timm = pytest.importorskip("timm")
+    model = scramble(small([1, 2, 2, 1], conv_stages=4, stem="imagenet", stem_channels=64, base_channels=64)).eval()
+    options = {"layers": [1, 2, 2, 1], "stem_type": "deep", "stem_width": 32, "num_classes": 10}
+    resnet = timm.create_model("resnet26", **options).eval()
+    resnet.load_state_dict(dict(zip(resnet.state_dict(), model.state_dict().values(), strict=True)))
+    x = torch.randn(2, 3, 65, 64)
+    torch.testing.assert_close(model(x), resnet(x), rtol=1e-4, atol=1e-4)
+
+
 def test_copies():
     model = scramble(small(frozen_stages=0)).eval()
     x = torch.randn(1, 3, 16, 16)
@@ -295,6 +317,9 @@ def test_copies():
         ({"output_stride": 3}, ValueError, r"output_stride is 3, expected one of \[4, 8\]"),
         ({"output_stride": 4, "strides": [1, 1]}, ValueError, "expected None with output_stride"),
         ({"frozen_stages": 3}, ValueError, "frozen_stages is 3, expected at most the number of stages, 2"),
+        ({"conv_stages": 3}, ValueError, "conv_stages is 3, expected at most the number of stages, 2"),
+        ({"conv_stages": True}, TypeError, "conv_stages is True, expected an int"),
+        ({"conv_stages": -2}, ValueError, "conv_stages is -2, expected at least -1"),
         ({"frozen_stages": -2}, ValueError, "frozen_stages is -2, expected at least -1"),
         ({"drop_rate": 1.0}, ValueError, r"drop_rate is 1\.0, expected a value in \[0, 1\)"),
         ({"global_pool": "max"}, ValueError, "global_pool is 'max', expected 'avg' or ''"),

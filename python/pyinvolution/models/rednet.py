@@ -73,8 +73,7 @@ def fix_stages(parts: Sequence[Stage], frozen_stages: int, norm_eval: bool) -> N
     Raises:
         ValueError: there are fewer stages.
     """
-    if positive_int("frozen_stages", frozen_stages, -1) >= len(parts):
-        raise ValueError(f"frozen_stages is {frozen_stages}, expected at most the number of stages, {len(parts) - 1}")
+    _up_to_stage("frozen_stages", frozen_stages, len(parts) - 1)
     for part in parts[: frozen_stages + 1]:
         part.freeze()
     for part in parts:
@@ -105,8 +104,8 @@ class Stem(Stage):
 class Bottleneck(nn.Module):
     """Residual block: 1x1 convolution, involution, 1x1 convolution, each with a norm; ReLU after the sum.
 
-    Submodules: ``conv1``, ``norm1``, ``involution``, ``norm2``, ``conv3``, ``norm3``, ``act`` and, where the
-    shape changes, ``downsample.conv`` and ``downsample.norm``.
+    Submodules: ``conv1``, ``norm1``, ``involution`` (or the convolution in its place), ``norm2``, ``conv3``,
+    ``norm3``, ``act`` and, where the shape changes, ``downsample.conv`` and ``downsample.norm``.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -165,8 +164,10 @@ class RedNet(nn.Module):
         group_channels: channels which share an involution kernel.
         reduction: bottleneck ratio of the kernel generation.
         kernel_norm: of the involutions' kernels, as for `pyinvolution.Involution2d`.
+        conv_stages: -1 for none, 0 for the stem, k for the stem and stages 1 to k: 3x3 convolutions instead of
+            involutions, as in ResNet. There are no published weights of such networks.
         strides: stride of each stage's first block; default 1, 2, 2, ...
-        dilations: dilation of each stage's involutions; default 1.
+        dilations: dilation of each stage's involutions (or convolutions); default 1.
         output_stride: largest stride of the features; further strides become dilations. Instead of
             ``strides`` and ``dilations``.
         global_pool: ``"avg"``, or ``""`` to return feature maps (with ``num_classes=0``).
@@ -208,6 +209,7 @@ class RedNet(nn.Module):
         group_channels: int = 16,
         reduction: int = 4,
         kernel_norm: str | KernelNorm | None = None,
+        conv_stages: int = -1,
         strides: Sequence[int] | None = None,
         dilations: Sequence[int] | None = None,
         output_stride: int | None = None,
@@ -231,6 +233,7 @@ class RedNet(nn.Module):
             raise ValueError(f"stem_channels is {stem_channels}, expected an even number")
         positive_int("base_channels", base_channels)
         positive_int("expansion", expansion)
+        _up_to_stage("conv_stages", conv_stages, stages)
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate is {drop_rate}, expected a value in [0, 1)")
 
@@ -263,7 +266,7 @@ class RedNet(nn.Module):
                 conv1=conv3x3(in_channels, half, stride=2),
                 norm1=norm_layer(half),
                 act1=_relu(),
-                involution=involution(half, stem_kernel_size),
+                involution=involution(half, stem_kernel_size) if conv_stages < 0 else conv3x3(half, half),
                 norm2=norm_layer(half),
                 act2=_relu(),
                 conv2=conv3x3(half, stem_channels),
@@ -277,7 +280,10 @@ class RedNet(nn.Module):
         channels = stem_channels
         for index, depth in enumerate(self.layers):
             mid = base_channels * 2**index
-            inner = partial(involution, kernel_size=kernel_size, dilation=dilations[index])
+            dilation = dilations[index]
+            inner: Callable[..., nn.Module] = partial(involution, kernel_size=kernel_size, dilation=dilation)
+            if index < conv_stages:
+                inner = partial(conv3x3, out_channels=mid, padding=dilation, dilation=dilation)
             blocks = []
             for block in range(depth):
                 first = strides[index] if block == 0 else 1
@@ -441,6 +447,12 @@ class RedNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(input))
+
+
+def _up_to_stage(name: str, value: int, stages: int) -> None:
+    """``value`` is -1 (nothing), 0 (the stem) or the number of the last stage."""
+    if positive_int(name, value, -1) > stages:
+        raise ValueError(f"{name} is {value}, expected at most the number of stages, {stages}")
 
 
 def _int_tuple(name: str, values: Sequence[int], length: int | None = None) -> tuple[int, ...]:
