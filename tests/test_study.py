@@ -474,12 +474,15 @@ def test_published_trainings_are_known(tmp_path, data, scored):
     published = results / f"{made['date']}-study-own.json"
     (published.with_suffix("") / "inv-seed0.log").write_text("its log")
     scored.clear()
+    recipe = tmp_path / "inv.yaml"
+    recipe.write_text(recipe.read_text().replace("default_root_dir: elsewhere", "default_root_dir: runs/other"))
     second = definition.read(str(path), {"data_root": "/elsewhere", "seeds": [0, 1]})
     told = pipeline.run(second, "own", tmp_path / "other", results=tmp_path / "new", known=published)
     for run in ("conv", "inv"):
         assert [result["metrics"]["val/top1"] for result in told["runs"][run]["trainings"]] == [0.625, 0.5]
         assert told["runs"][run]["tuning"] == made["runs"][run]["tuning"]
-        assert told["runs"][run]["config"] == made["runs"][run]["config"]
+    assert told["runs"]["conv"]["config"] == made["runs"]["conv"]["config"]
+    assert told["runs"]["inv"]["config"]["trainer"]["default_root_dir"] == "runs/other"
     stem = f"{told['date']}-study-own"
     assert (tmp_path / "new" / stem / "inv-seed0.log").read_text() == "its log"
     begun = (tmp_path / "other/inv/seed1/recipe.yaml").read_text()
@@ -504,7 +507,7 @@ def test_other_trainings_are_not_known(tmp_path, data, scored):
     scored |= {"tuning_lr=0.1": 0.875, "seed0": 0.25}
     other = definition.read(str(tuned_study(tmp_path, data, overrides={"trainer": {"max_epochs": 3}})), {})
     report_file = tmp_path / "out/report.json"
-    with pytest.raises(RecipeError, match=r"--known is .*report\.json, whose trainings have other configurations"):
+    with pytest.raises(RecipeError, match=r"--known is .*report\.json, which has no training of conv, inv with"):
         pipeline.run(other, "own", tmp_path / "other", known=report_file)
     (tmp_path / "text.json").write_text("no report")
     (tmp_path / "list.json").write_text("[]")

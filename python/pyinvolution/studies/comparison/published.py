@@ -9,7 +9,7 @@ from typing import Any
 from pyinvolution.recipes.errors import RecipeError
 from pyinvolution.studies.comparison.definition import Definition, Training
 from pyinvolution.studies.comparison.report import markdown
-from pyinvolution.studies.comparison.runner import Runner
+from pyinvolution.studies.comparison.runner import Runner, without_folder
 from pyinvolution.studies.files import read_json, write_json
 
 __all__ = ["publish", "take_over"]
@@ -48,8 +48,8 @@ def publish(
 def take_over(definition: Definition, runner: Runner, path: Path) -> None:
     """Give ``runner`` the trainings that a report has and this comparison asks for, as if they had ended here.
 
-    Tunings are taken over, too, from a report with the same grid and settings of tuning. Which folder the data were in
-    does not count.
+    Tunings are taken over, too, from a report with the same grid and settings of tuning. In which folders the data and
+    the trainings were does not count.
 
     Args:
         path: ``report.json`` in the folder of a comparison, or a published one, whose logs are beside it.
@@ -65,7 +65,10 @@ def take_over(definition: Definition, runner: Runner, path: Path) -> None:
         raise RecipeError(f"--known is {path}, expected a report.json of pyinvolution study")
     found = list(_found(definition, report))
     if not found:
-        raise RecipeError(f"--known is {path}, whose trainings have other configurations than those of this comparison")
+        raise RecipeError(
+            f"--known is {path}, which has no training of {', '.join(definition.runs)} with the configuration of this "
+            "comparison"
+        )
     for training, result in found:
         folder = runner.place(training)
         if runner.result(training) or (folder / "last.ckpt").is_file():
@@ -91,7 +94,7 @@ def _found(definition: Definition, report: Mapping[str, Any]) -> Iterator[tuple[
         if entry is None or not entry["trainings"]:
             continue
         values = entry["trainings"][0]["values"]
-        if anywhere.trainings(run, values)[0].config != entry["config"]:
+        if without_folder(anywhere.trainings(run, values)[0].config) != without_folder(entry["config"]):
             continue
         results = {result["seed"]: result for result in entry["trainings"]}
         for training in definition.trainings(run, values):

@@ -22,7 +22,7 @@ from pyinvolution.studies.comparison.definition import Training
 from pyinvolution.studies.files import read_json, write_json
 from pyinvolution.studies.timing import processor_name
 
-__all__ = ["Runner", "commit", "metric_of"]
+__all__ = ["Runner", "commit", "metric_of", "without_folder"]
 
 PATIENCE = 120.0
 """Seconds that a training has to save itself after SIGTERM."""
@@ -209,8 +209,12 @@ def _settings(recipe: Path | str) -> Any:
     """What a recipe says, but for its folder, which may be written in several ways."""
     if isinstance(recipe, Path):
         recipe = recipe.read_text() if recipe.is_file() else "{}"
-    settings = yaml.safe_load(recipe) or {}
-    return {**settings, "trainer": {**settings.get("trainer", {}), "default_root_dir": None}}
+    return without_folder(yaml.safe_load(recipe) or {})
+
+
+def without_folder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values but for the folder of the training, which a comparison chooses."""
+    return {**config, "trainer": {**config.get("trainer", {}), "default_root_dir": None}}
 
 
 class _Stop:
