@@ -162,6 +162,11 @@ def test_mixed_network_has_the_first_stage_of_one_and_the_others_of_the_other():
     assert differences(rednet, mixed) == {"trainer.default_root_dir"}
 
 
+def first_stage(key: str) -> bool:
+    """Whether an entry of a segmentation model's state dict is of its backbone's stem or first stage."""
+    return key.startswith(("backbone.stem.", "backbone.conv1.", "backbone.bn1.", "backbone.layer1."))
+
+
 def test_other_pairs_differ_in_the_operator_only():
     conv, inv = (
         configs.load(f"bccd/faster_rcnn_{name}.yaml")["model"]["init_args"]["options"] for name in ("conv", "inv")
@@ -179,6 +184,14 @@ def test_other_pairs_differ_in_the_operator_only():
             for extract in (nets["fpn_resnet"].backbone, nets["fpn_rednet_inv"].backbone.features)
         ]
     assert maps[0] == maps[1], "the stages have the same widths and strides"
+    config = configs.load("camvid/fpn_rednet_mixed.yaml")["model"]["init_args"]
+    mixed = create_model(config["name"], num_classes=config["num_classes"], **config["options"]).state_dict()
+    for name, early in (("fpn_resnet", True), ("fpn_rednet_inv", False)):
+        ours, theirs = (
+            [value.shape for key, value in state.items() if first_stage(key) == early]
+            for state in (mixed, nets[name].state_dict())
+        )
+        assert ours == theirs, "the first stage of the ResNet, the rest of the RedNet"
     for name, net in nets.items():
         config = configs.load(f"camvid/backbone_{'resnet' if name == 'fpn_resnet' else 'rednet'}.yaml")
         arguments = config["model"]["init_args"]
