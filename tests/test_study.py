@@ -175,7 +175,7 @@ def test_other_pairs_differ_in_the_operator_only():
     assert inv.pop("neck") == "involution"
     assert conv == inv
     nets = {}
-    for name in ("fpn_resnet", "fpn_rednet_inv"):
+    for name in ("fpn_resnet", "fpn_rednet_inv", "fpn_rednet_mixed"):
         config = configs.load(f"camvid/{name}.yaml")["model"]["init_args"]
         nets[name] = create_model(config["name"], num_classes=config["num_classes"], **config["options"]).eval()
     with torch.inference_mode():
@@ -184,17 +184,15 @@ def test_other_pairs_differ_in_the_operator_only():
             for extract in (nets["fpn_resnet"].backbone, nets["fpn_rednet_inv"].backbone.features)
         ]
     assert maps[0] == maps[1], "the stages have the same widths and strides"
-    config = configs.load("camvid/fpn_rednet_mixed.yaml")["model"]["init_args"]
-    mixed = create_model(config["name"], num_classes=config["num_classes"], **config["options"]).state_dict()
     for name, early in (("fpn_resnet", True), ("fpn_rednet_inv", False)):
         ours, theirs = (
             [value.shape for key, value in state.items() if first_stage(key) == early]
-            for state in (mixed, nets[name].state_dict())
+            for state in (nets["fpn_rednet_mixed"].state_dict(), nets[name].state_dict())
         )
         assert ours == theirs, "the first stage of the ResNet, the rest of the RedNet"
     for name, net in nets.items():
-        config = configs.load(f"camvid/backbone_{'resnet' if name == 'fpn_resnet' else 'rednet'}.yaml")
-        arguments = config["model"]["init_args"]
+        backbone = {"fpn_resnet": "resnet", "fpn_rednet_inv": "rednet", "fpn_rednet_mixed": "rednet_mixed"}[name]
+        arguments = configs.load(f"camvid/backbone_{backbone}.yaml")["model"]["init_args"]
         classifier = create_model(arguments["name"], num_classes=arguments["num_classes"], **arguments["options"])
         load_backbone(net.backbone, {"state_dict": {f"net.{k}": v for k, v in classifier.state_dict().items()}})
         loaded = net.backbone.state_dict()
