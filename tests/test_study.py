@@ -151,9 +151,10 @@ def test_cifar10_pairs_differ_in_the_operator_only(size):
     assert 0.85 * sums[0] < sums[2] <= sums[0], "about as many multiply-adds"
 
 
-def test_mixed_network_has_the_first_stage_of_one_and_the_others_of_the_other():
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_mixed_network_has_the_first_stage_of_one_and_the_others_of_the_other(size):
     resnet, rednet, mixed = (
-        configs.load(f"cifar10/{name}_small{end}.yaml")
+        configs.load(f"cifar10/{name}_{size}{end}.yaml")
         for name, end in (("resnet", ""), ("rednet", ""), ("rednet", "_mixed"))
     )
     stages = [config["model"]["init_args"]["options"]["stages"] for config in (resnet, rednet, mixed)]
