@@ -18,7 +18,8 @@ pytest.importorskip("optuna")
 import yaml
 
 from pyinvolution import Involution2d, cli
-from pyinvolution.models import create_model
+from pyinvolution.models import SearchableNet, create_model
+from pyinvolution.models.loading import load_backbone
 from pyinvolution.recipes import cli as recipe_cli
 from pyinvolution.recipes import configs
 from pyinvolution.studies.search import OPERATORS, HeldOut, SearchSpace, StageChoice, Supernet, config, pipeline
@@ -122,6 +123,57 @@ def test_model_is_as_described():
     assert (large.kernel_size, large.groups, large.stride) == ((9, 9), 2, (1, 1))
     assert (small.kernel_size, small.groups, small.stride) == ((5, 5), 2, (2, 2))
     assert model.num_features == 24
+
+
+@pytest.mark.parametrize(("stem", "strides"), [("imagenet", [2, 4, 4, 8]), ("small", [2, 2, 2, 4])])
+def test_features_of_a_found_network(stem, strides):
+    stages = [
+        {"width": 16, "channels": 24, "operators": ["conv3", "inv5x8"]},
+        {"width": 16, "channels": 40, "operators": ["inv3x16"], "stride": 1},
+        {"width": 32, "channels": 48, "operators": ["inv5x16"]},
+    ]
+    model = create_model("searchable", num_classes=3, stages=stages, stem=stem, stem_channels=32).eval()
+    image = torch.randn(2, 3, 48, 64)
+    with torch.inference_mode():
+        maps = [model.stem(image), *model.features(image)]
+        assert torch.equal(model.head(maps[-1].mean((2, 3))), model(image))
+    assert [info["module"] for info in model.feature_info] == ["stem", "layer1", "layer2", "layer3"]
+    assert [info["reduction"] for info in model.feature_info] == strides
+    for info, level in zip(model.feature_info, maps, strict=True):
+        assert level.shape == (2, info["num_chs"], 48 // info["reduction"], 64 // info["reduction"])
+
+
+@pytest.mark.parametrize("name", ["semantic_fpn", "upernet", "faster_rcnn", "retinanet"])
+def test_found_network_is_a_backbone(name):
+    stages = [{"width": 16, "channels": 24 + 8 * i, "operators": ["conv3" if i == 0 else "inv5x8"]} for i in range(4)]
+    small = {"channels": 16} if name in ("faster_rcnn", "retinanet") else {"head_channels": 16}
+    detector = "channels" in small
+    prefix = "backbone.body." if detector else "backbone."
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, backbone="searchable", backbone_options={"stages": stages}, **small)
+    body = model.backbone.body if detector else model.backbone
+    trained = create_model("searchable", num_classes=5, stages=stages)
+    load_backbone(body, {"state_dict": {f"net.{key}": value for key, value in trained.state_dict().items()}})
+    own = create_model("searchable", num_classes=0, stages=stages)
+    own.load_state_dict({key: value for key, value in trained.state_dict().items() if not key.startswith("head.")})
+    same = create_model(name, num_classes=3, backbone=own, **small)
+    assert isinstance(same.backbone.body if detector else same.backbone, SearchableNet)
+    rest = {key: value for key, value in model.state_dict().items() if not key.startswith(prefix)}
+    same.load_state_dict(rest, strict=False)
+    model.eval()
+    same.eval()
+    images = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        ours, others = ([*net.backbone(images).values()] if detector else [net(images)] for net in (model, same))
+    assert ours[0].shape[2:] == {"faster_rcnn": (16, 24), "retinanet": (8, 12)}.get(name, (64, 96))
+    assert all(torch.equal(*pair) for pair in zip(ours, others, strict=True)), "the trained backbone"
+    model.train()
+    if detector:
+        target = {"boxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]]), "labels": torch.tensor([1])}
+        sum(model([*images], [target]).values()).backward()
+    else:
+        model(images.expand(2, -1, -1, -1)).sum().backward()
+    assert body.stem.conv.weight.grad.abs().sum() > 0, "all of the backbone is trained"
 
 
 def test_kernel_norm_is_that_of_every_involution():

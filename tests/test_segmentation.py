@@ -66,7 +66,7 @@ def test_every_depth_and_option():
         ({"name": "semantic_fpn_rednet50", "dropout": 1.5}, r"dropout is 1.5, expected a value in \[0, 1\)"),
         ({"name": "semantic_fpn_rednet50", "num_classes": 0}, "num_classes is 0, expected at least 1"),
         ({"name": "upernet_rednet50", "pool_scales": (1, 0)}, "pool_scales is 0, expected at least 1"),
-        ({"name": "upernet", "backbone": "rednet51"}, "backbone is 'rednet51', expected a RedNet or a model of timm"),
+        ({"name": "upernet", "backbone": "rednet51"}, "backbone is 'rednet51', expected a RedNet, 'searchable' or"),
     ],
 )
 def test_wrong_arguments(arguments, message):

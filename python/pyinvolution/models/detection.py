@@ -141,7 +141,8 @@ def _backbone(
 ) -> FPNBackbone:
     positive_int("channels", channels)
     if isinstance(backbone, str):
-        backbone = create_model(backbone, **{"num_classes": 0, "global_pool": "", **BACKBONE, **(options or {})})
+        defaults: dict[str, Any] = {} if backbone == "searchable" else {"global_pool": "", **BACKBONE}
+        backbone = create_model(backbone, **{"num_classes": 0, **defaults, **(options or {})})
     elif options:
         raise ValueError(
             f"backbone_options is {options!r}, expected None with a module as backbone, {type(backbone).__name__}"
@@ -235,7 +236,7 @@ def faster_rcnn(
         num_classes: classes and background.
         neck: "conv" or "involution": the layers on the pyramid's outputs.
         head: likewise, the layer of the region proposal network (and the mask head's four).
-        backbone_options: of a ``backbone`` that is given by name. Unless they say otherwise, the stem and the first
+        backbone_options: of a ``backbone`` that is given by name. Unless they say otherwise, a RedNet's stem and first
             stage are frozen and the norms fixed (``frozen_stages``, ``norm_eval``), and the involution of the stem is
             7x7 as in the official detectors, where ImageNet classifiers have 3x3 (``stem_kernel_size``).
         channels: of pyramid and heads.

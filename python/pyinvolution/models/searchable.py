@@ -56,6 +56,10 @@ class SearchableNet(nn.Module):
         drop_rate: dropout before the classifier.
         norm_layer: called with the channels.
 
+    Attributes:
+        feature_info: for the stem and each stage its ``num_chs``, ``reduction`` (stride) and ``module``, so that it can
+            be the backbone of segmentation and detection, as `RedNet`.
+
     Shape:
         - Input: (N, in_channels, H, W), floating point, any H, W >= 1.
         - Output: (N, num_classes).
@@ -93,8 +97,8 @@ class SearchableNet(nn.Module):
         self.stem = nn.Sequential(OrderedDict(conv=conv, norm=norm_layer(stem_channels), act=relu()))
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)
-        channels = stem_channels
-        self.stages: list[str] = []
+        channels, total_stride = stem_channels, 4 if stem == "imagenet" else 2
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": stem_channels, "reduction": 2, "module": "stem"}]
         for index, stage in enumerate(stages):
             operators, width, out, stride = _check_stage(index, stage)
             blocks = []
@@ -103,8 +107,10 @@ class SearchableNet(nn.Module):
                 first = stride if position == 0 else 1
                 blocks.append(Bottleneck(channels, width, out, first, factory, norm_layer, conv1x1))
                 channels = out
-            self.stages.append(f"layer{index + 1}")
-            self.add_module(self.stages[-1], Stage(*blocks))
+            name = f"layer{index + 1}"
+            self.add_module(name, Stage(*blocks))
+            total_stride *= stride
+            self.feature_info.append({"num_chs": channels, "reduction": total_stride, "module": name})
         self.num_features = channels
         self.num_classes = positive_int("num_classes", num_classes, 0)
         self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
@@ -117,11 +123,22 @@ class SearchableNet(nn.Module):
             nn.init.normal_(self.head.weight, std=0.01)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def stages(self) -> list[Stage]:
+        """The residual stages, first to last."""
+        return [getattr(self, info["module"]) for info in self.feature_info[1:]]
+
+    def features(self, input: Tensor) -> list[Tensor]:
+        """Feature maps of all stages, first to last."""
         x = self.pool(conv_norm(self.stem, check_input(input, self.in_channels, "SearchableNet")))
-        for name in self.stages:
-            x = getattr(self, name)(x)
-        return self.head(self.head_drop(self.global_pool(x)))
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.head(self.head_drop(self.global_pool(self.features(input)[-1])))
 
 
 def _check_stage(index: int, stage: Mapping[str, Any]) -> tuple[list[str], int, int, int]:

@@ -16,10 +16,12 @@ from pyinvolution.models._registry import create_model, list_models, register_mo
 from pyinvolution.models.fpn import FPN, Neck
 from pyinvolution.models.official import Entry, fpn_entries, official_entries, prefixed
 from pyinvolution.models.rednet import LAYERS, RedNet
+from pyinvolution.models.searchable import SearchableNet
 from pyinvolution.modules import init_conv, positive_int
 
 __all__ = ["FCNHead", "SegmentationModel", "SemanticFPNHead", "UPerHead", "semantic_fpn", "upernet"]
 
+_OWN = (RedNet, SearchableNet)
 _resize = partial(interpolate, mode="bilinear", align_corners=False)
 
 
@@ -29,7 +31,7 @@ class SegmentationModel(nn.Module):
     Submodules: ``backbone``, ``neck`` (semantic FPN), ``decode_head``, ``auxiliary_head`` (UPerNet).
 
     Args:
-        backbone: `RedNet`, or a model of timm with ``features_only=True``.
+        backbone: `RedNet`, `SearchableNet`, or a model of timm with ``features_only=True``.
         neck: from an ordered dict of feature maps, fine to coarse, to another; None for none.
         decode_head: from a list of feature maps to logits at the resolution of the first.
         auxiliary_head: likewise, for a second loss in training; None for none.
@@ -61,7 +63,7 @@ class SegmentationModel(nn.Module):
         self.num_classes: int = decode_head.num_classes  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        maps = self.backbone.features(input) if isinstance(self.backbone, RedNet) else self.backbone(input)
+        maps = self.backbone.features(input) if isinstance(self.backbone, _OWN) else self.backbone(input)
         levels = maps if self.neck is None else [*self.neck(OrderedDict(enumerate(maps))).values()]
         size = input.shape[-2:]
         logits = _resize(self.decode_head(levels), size)
@@ -237,7 +239,7 @@ def semantic_fpn(
     292.9 and 204.0 G, and also count an operation for each element of a bias, ReLU, pooling or upsampling.
 
     Args:
-        backbone: a RedNet, a model of timm with ``features_only=True``, or the name of either.
+        backbone: a RedNet, a `SearchableNet`, a model of timm with ``features_only=True``, or the name of one.
         num_classes: channels of the logits.
         neck: what follows the sums of the feature pyramid: "conv" (3x3) or "involution" (7x7).
         neck_channels: of the pyramid.
@@ -273,7 +275,7 @@ def upernet(
     convolutions and involutions.
 
     Args:
-        backbone: a RedNet, a model of timm with ``features_only=True``, or the name of either.
+        backbone: a RedNet, a `SearchableNet`, a model of timm with ``features_only=True``, or the name of one.
         num_classes: channels of the logits.
         head_channels: inside the head.
         pool_scales: of the pyramid pooling.
@@ -301,13 +303,15 @@ def _backbone(backbone: str | nn.Module, options: Mapping[str, Any] | None) -> t
     elif backbone == "rednet" or backbone in list_models("rednet*"):
         defaults: dict[str, Any] = {"num_classes": 0, "global_pool": "", "stem_kernel_size": 7}
         net = create_model(backbone, **(defaults | given))
+    elif backbone == "searchable":
+        net = create_model(backbone, **({"num_classes": 0} | given))
     else:
         import timm
 
         if not timm.is_model(backbone):
-            raise ValueError(f"backbone is {backbone!r}, expected a RedNet or a model of timm")
+            raise ValueError(f"backbone is {backbone!r}, expected a RedNet, 'searchable' or a model of timm")
         net = timm.create_model(backbone, features_only=True, **({"out_indices": (1, 2, 3, 4)} | given))
-    if isinstance(net, RedNet):
+    if isinstance(net, _OWN):
         info = net.feature_info[1:]
         return net, [level["num_chs"] for level in info], [level["reduction"] for level in info]
     return net, net.feature_info.channels(), net.feature_info.reduction()

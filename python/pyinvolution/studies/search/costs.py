@@ -135,7 +135,7 @@ class CostTable:
         model: Any = self.space.to_model(architecture, self.num_classes).eval()
         parts = [
             nn.Sequential(model.stem, model.pool),
-            *(block for name in model.stages for block in getattr(model, name)),
+            *(block for stage in model.stages for block in stage),
             nn.Sequential(model.global_pool, model.head),
         ]
         layers = [*self._split(architecture)]

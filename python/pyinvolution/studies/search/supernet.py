@@ -82,8 +82,8 @@ class Supernet(nn.Module):
             largest.append([StageChoice(stage.widths[-1], (name,) * stage.depths[-1]) for name in names])
         self.net: Any = self.build(tuple(choices[0] for choices in largest))
         other: Any = self.build(tuple(choices[-1] for choices in largest))
-        for name in self.net.stages:
-            for block, counterpart in zip(getattr(self.net, name), getattr(other, name), strict=True):
+        for stage, others in zip(self.net.stages, other.stages, strict=True):
+            for block, counterpart in zip(stage, others, strict=True):
                 both = {_kind(module): module for module in (block.involution, counterpart.involution)}
                 block.involution = nn.ModuleDict(both)
 
