@@ -81,7 +81,7 @@ def test_packaged_comparisons(name):
         assert one == other
     for run in study.runs:
         final = study.trainings(run, {})[0].config
-        assert final["trainer"]["max_epochs"] % final["trainer"]["check_val_every_n_epoch"] == 0
+        assert final["trainer"]["max_epochs"] % final["trainer"].get("check_val_every_n_epoch", 1) == 0
         count = math.prod(map(len, study.grid.values())) if study.grid else 0
         tunings = study.tunings(run)
         assert len({training.label for training in tunings}) == len(tunings) == count

@@ -9,8 +9,8 @@ __all__ = ["configure", "main"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="cifar10-small, cifar10-large, cifar10-groups, cifar10-parts, "
-                        "cifar10-modern, camvid, camvid-backbones, camvid-pretrained or bccd, or a file of your "
-                        "own like theirs")  # fmt: skip
+                        "cifar10-modern, camvid, camvid-backbones, camvid-pretrained, bccd or cityscapes-digits, or "
+                        "a file of your own like theirs")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="folder of the comparison, runs/study/NAME by default; results "
                         "that are there already are used")  # fmt: skip
     parser.add_argument("--data-root", metavar="DIR", help="instead of the recipes' data.root")
