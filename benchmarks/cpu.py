@@ -48,9 +48,10 @@ from benchmarks.harness import (
     write_rows,
 )
 from benchmarks.loader import loader
+from benchmarks.models import simplest
 from benchmarks.roofline import Work
 from benchmarks.systems import systems
-from pyinvolution import Involution2d, ops, optimize_for_inference, reference
+from pyinvolution import force_variant, ops, optimize_for_inference, reference
 from pyinvolution.functional import involution2d, span_involution2d
 from pyinvolution.models import create_model
 from pyinvolution.studies.timing import Function, Ratio, high_water, interleaved
@@ -273,6 +274,15 @@ def resnet50() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"RedNet-50": lambda: create_model("rednet50"), "ResNet-50": resnet50}
+CONV_STAGES = "conv_stages=1"
+WITH_CONV_STAGES = MODELS | {CONV_STAGES: lambda: create_model("rednet50", conv_stages=1)}
+
+
+def against_resnet(report: Report, what: str, batch: int, threads: int, times: dict[str, list[float]]) -> None:
+    """A row for RedNet-50, and one for that with convolutions in the stem and first stage."""
+    for name, prefix in (("RedNet-50", ""), (CONV_STAGES, f"{CONV_STAGES}, ")):
+        both = {name: times[name], "ResNet-50": times["ResNet-50"]}
+        report.add(what, f"{prefix}N={batch}", threads, name, both)
 
 
 def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) -> None:
@@ -280,7 +290,7 @@ def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) ->
 
     for dtype in (torch.float32, torch.bfloat16):
         suffix = "" if dtype is torch.float32 else ", bfloat16"
-        exact = {name: make().eval() for name, make in MODELS.items()}
+        exact = {name: make().eval() for name, make in WITH_CONV_STAGES.items()}
         models = {name: optimize_for_inference(deepcopy(model).to(dtype)) for name, model in exact.items()}
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):
             for count, batch in product(threads, batches):
@@ -289,7 +299,7 @@ def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) ->
                 seconds = 6.0 if batch == 1 else 10.0
                 if dtype is torch.float32:
                     eager: dict[str, Function] = {name: partial(model, x) for name, model in models.items()}
-                    report.add("inference, eager", f"N={batch}", count, "RedNet-50", interleaved(eager, seconds))
+                    against_resnet(report, "inference, eager", batch, count, interleaved(eager, seconds))
                 torch._dynamo.reset()
                 compiled = {name: torch.compile(m, fullgraph=True) for name, m in models.items()}
                 for name, model in compiled.items():
@@ -298,8 +308,8 @@ def inference(report: Report, threads: Sequence[int], batches: Sequence[int]) ->
                     allowed = max(1e-3, 2 * relative_error(models[name](x), expected))
                     check_alike(model(x).float(), expected, f"{name}, compiled{suffix}", allowed)
                 frozen: dict[str, Function] = {name: partial(model, x) for name, model in compiled.items()}
-                times = interleaved(frozen, seconds)
-                report.add(f"inference, compile + freezing{suffix}", f"N={batch}", count, "RedNet-50", times)
+                what = f"inference, compile + freezing{suffix}"
+                against_resnet(report, what, batch, count, interleaved(frozen, seconds))
 
 
 def training_step(
@@ -332,7 +342,7 @@ def training(report: Report, threads: int, batch: int) -> None:
     for compiled, amp in product((False, True), repeat=2):
         torch._dynamo.reset()
         steps = {}
-        for name, make in MODELS.items():
+        for name, make in WITH_CONV_STAGES.items():
             torch.manual_seed(0)
             expected = training_step(make(), batch)()
             torch.manual_seed(0)
@@ -342,29 +352,32 @@ def training(report: Report, threads: int, batch: int) -> None:
                 print(f"first step of {name}, compiled{', bfloat16' * amp}: {time.perf_counter() - start:.1f} s")
             steps[name] = step
         what = f"training step, {'compiled' if compiled else 'eager'}{', bfloat16' if amp else ''}"
-        report.add(what, f"N={batch}", threads, "RedNet-50", interleaved(steps, 15.0))
+        against_resnet(report, what, batch, threads, interleaved(steps, 20.0))
 
 
-def cifar_twins() -> dict[str, nn.Module]:
-    """A RedNet for images of 32 x 32, and the ResNet with 3x3 convolutions in its involutions' places."""
-    options: dict[str, Any] = {"layers": (2, 2, 2), "num_classes": 10, "stem": "small", "base_channels": 16}
-    red, res = (create_model("rednet", stem_channels=32, **options) for _ in range(2))
-    for module in res.modules():
-        if isinstance(getattr(module, "involution", None), Involution2d):
-            layer: Any = module.involution
-            convolution = nn.Conv2d(layer.channels, layer.channels, 3, layer.stride, 1, bias=False)
-            module.involution = convolution
-    return {"RedNet": red, "ResNet-50": res}
+def recipe_net(name: str) -> nn.Module:
+    """The network of the recipe ``cifar10/NAME``."""
+    from pyinvolution.recipes import configs
+
+    arguments = configs.load(f"cifar10/{name}.yaml")["model"]["init_args"]
+    return create_model(arguments["name"], num_classes=arguments["num_classes"], **arguments["options"])
 
 
-def small_training(report: Report, threads: Sequence[int]) -> None:
-    for count in threads:
+def recipes(report: Report, threads: Sequence[int]) -> None:
+    """Training steps of the RedNets for CIFAR-10 against the ResNets of the same structure."""
+    for count, amp, size, end in product(threads, (False, True), ("small", "large"), ("", "_mixed")):
         torch.set_num_threads(count)
-        steps = {name: training_step(model, 128, 32, classes=10) for name, model in cifar_twins().items()}
-        for name, step in steps.items():
-            assert math.isfinite(step()), name
-        what = "training step at CIFAR's size, against a ResNet of the same structure"
-        report.add(what, "N=128", count, "RedNet", interleaved(steps, 10.0))
+        ours, rival = f"rednet_{size}{end}", f"resnet_{size}"
+        steps = {}
+        for name, title in ((ours, ours), (rival, "ResNet")):
+            torch.manual_seed(0)
+            with force_variant(simplest("cpu")):
+                expected = training_step(recipe_net(name), 128, 32, classes=10)()
+            torch.manual_seed(0)
+            steps[title] = training_step(recipe_net(name), 128, 32, amp=amp, classes=10)
+            assert abs(steps[title]() - expected) < (0.05 if amp else 1e-3), f"{name}: another loss than in float32"
+        what = f"step of CIFAR-10's recipes{', bfloat16' if amp else ''}"
+        report.add(what, f"{ours}, N=128", count, ours, interleaved(steps, 10.0))
 
 
 def peak_memory(name: str, batch: int) -> None:
@@ -436,6 +449,13 @@ def summary(report: Report, about: dict[str, Any]) -> str:
         if r["what"].startswith("host overhead")
     ]
 
+    steps = [
+        (f"{r['name']}{', bfloat16' if 'bfloat16' in r['what'] else ''}", r["threads"], f"{r['ms']:.1f}",
+         Ratio.from_row(r, "ResNet"))
+        for r in report.rows
+        if r["what"].startswith("step of")
+    ]  # fmt: skip
+
     loaded = [
         (
             r["name"],
@@ -475,6 +495,7 @@ def summary(report: Report, about: dict[str, Any]) -> str:
         ("One pixel, one thread.", ("overhead of a call", "us", "conv2d, us", "times conv2d's"), calls),
         ("", ("involution2d against unfold + einsum", "slowest layer", "median layer"), unfolded),
         (narrow_text, narrow_head, narrow),
+        ("", ("training step of CIFAR-10's recipes, against the ResNet's", "threads", "ms", "faster"), steps),
         ("One core.", ("data loading", "images/s", "Pillow and floats, images/s", "faster"), loaded),
     )
     texts: list[str] = []
@@ -519,7 +540,7 @@ def chart(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-PARTS = ("overhead", "layers", "users", "unfold", "inference", "training", "systems", "loader")
+PARTS = ("overhead", "layers", "users", "unfold", "inference", "training", "recipes", "systems", "loader")
 
 
 def main() -> None:
@@ -558,8 +579,9 @@ def main() -> None:
         inference(report, arguments.threads, (1, arguments.batch))
     if wanted("training"):
         training(report, max(arguments.threads), arguments.batch)
-        small_training(report, arguments.threads)
         memory(report, arguments.batch)
+    if wanted("recipes"):
+        recipes(report, arguments.threads)
     if wanted("systems"):
         systems(report, max(arguments.threads))
     if wanted("loader"):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,33 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| data loading | images/s |" in path.with_suffix(".md").read_text()
 
 
+def test_steps_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each RedNet for CIFAR-10 is measured against the ResNet of its size, in both precisions."""
+    made: list[str] = []
+    recipe_net = cpu.recipe_net
+    monkeypatch.setattr(cpu, "recipe_net", lambda name: made.append(name) or recipe_net(name))
+    monkeypatch.setattr(cpu, "interleaved", lambda steps, seconds: {n: [2.0 + (n == "ResNet")] * 2 for n in steps})
+    monkeypatch.setattr(cpu, "limits", lambda threads: {})
+    monkeypatch.setattr(cpu, "chart", lambda report, path: None)
+    monkeypatch.setattr("sys.argv", ["cpu", "--only", "recipes", "--threads", "1", "--output", str(tmp_path)])
+    cpu.main()
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    names = ["rednet_small", "rednet_small_mixed", "rednet_large", "rednet_large_mixed"]
+    assert [row["name"] for row in rows] == [f"{name}, N=128" for name in names] * 2
+    assert [("bfloat16" in row["what"], row["ResNet: ratio"]) for row in rows] == [(False, 1.5)] * 4 + [(True, 1.5)] * 4
+    rivals = [name for name in made if name.startswith("resnet")]
+    assert rivals == ["resnet_small"] * 4 + ["resnet_large"] * 4 + ["resnet_small"] * 4 + ["resnet_large"] * 4
+    assert "| rednet_large_mixed, N=128, bfloat16 | 1 |" in path.with_suffix(".md").read_text()
+
+
 def test_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package)
-    twins = cpu.cifar_twins()
-    models = {"RedNet-50": lambda: twins["RedNet"], "ResNet-50": lambda: twins["ResNet-50"]}
+    models = {
+        "RedNet-50": partial(cpu.recipe_net, "rednet_small"),
+        "ResNet-50": partial(cpu.recipe_net, "resnet_small"),
+    }
     monkeypatch.setattr(engines, "MODELS", models)
     monkeypatch.setattr(engines, "SIZE", 48)
     monkeypatch.setattr(engines, "find_spec", lambda package: None if package == "torchao" else package)
@@ -177,8 +200,8 @@ def test_a_wrong_result_of_the_family_stops_the_run() -> None:
 
 def test_a_training_step_lowers_the_loss() -> None:
     torch.manual_seed(0)
-    for model in cpu.cifar_twins().values():
-        step = cpu.training_step(model, 8, 32, classes=10)
+    for name in ("rednet_small", "resnet_small"):
+        step = cpu.training_step(cpu.recipe_net(name), 8, 32, classes=10)
         first = step()
         assert min(step() for _ in range(8)) < first
 
